@@ -1,0 +1,1 @@
+"""Tasks to run the package on; installed as ``layeredrl_torchrl.envs``."""

@@ -1,0 +1,100 @@
+"""Ways of evaluating the member networks of an ensemble together."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from layeredrl_torchrl.nets import MemberOutput
+
+__all__ = ["LoopMembers", "VmapMembers", "stack_members"]
+
+
+class VmapMembers(nn.Module):
+    """Equally built modules of any kind, evaluated by ``torch.vmap`` over stacked parameters.
+
+    Args:
+        nets: The ``M`` members; their parameters and buffers are copied.
+
+    Shapes:
+        state ``[M, N, D]``, context ``[M, N, C]``, action ``[M, N, ...]`` -> each output of a
+        member with a leading ``M``.
+    """
+
+    def __init__(self, nets: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.params = TensorDict.from_modules(*nets, as_module=True)
+        # Only a shape to pour parameters into: kept out of the registered submodules.
+        self.__dict__["_template"] = copy.deepcopy(nets[0]).to("meta")
+
+    def _call(
+        self, params: TensorDict, state: Tensor, context: Tensor, action: Tensor
+    ) -> MemberOutput:
+        with params.to_module(self._template):
+            return self._template(state, context, action)
+
+    def forward(self, state: Tensor, context: Tensor, action: Tensor) -> MemberOutput:
+        """Evaluate member ``m`` on row block ``m``; shapes in the class docstring."""
+        self._template.train(self.training)
+        return torch.vmap(self._call, randomness="different")(self.params, state, context, action)
+
+
+class LoopMembers(nn.Module):
+    """Differently built modules, evaluated one after the other; shapes as :class:`VmapMembers`."""
+
+    def __init__(self, nets: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nets)
+
+    def forward(self, state: Tensor, context: Tensor, action: Tensor) -> MemberOutput:
+        """Evaluate member ``m`` on row block ``m``."""
+        outs = [net(state[m], context[m], action[m]) for m, net in enumerate(self.nets)]
+        return (
+            (
+                torch.stack([mean for (mean, _), _, _ in outs]),
+                torch.stack([std for (_, std), _, _ in outs]),
+            ),
+            torch.stack([weights for _, weights, _ in outs]),
+            torch.stack([term_prob for _, _, term_prob in outs]),
+        )
+
+
+def _shapes(net: nn.Module) -> list[tuple[str, torch.Size]]:
+    return [(name, value.shape) for name, value in net.state_dict().items()]
+
+
+def stack_members(nets: Sequence[nn.Module], probe: tuple[Tensor, Tensor, Tensor]) -> nn.Module:
+    """Put members together in the fastest way that fits them.
+
+    A class with a static method ``stack(nets)`` decides itself (the built-in network does);
+    other modules of one structure go through :class:`VmapMembers`, the rest through
+    :class:`LoopMembers`.
+
+    Args:
+        nets: The members.
+        probe: A small input ``(state [N, D], context [N, C], action [N, ...])``, used to find
+            out whether the members can run under ``vmap`` at all.
+    """
+    first = nets[0]
+    if hasattr(type(first), "stack") and all(type(net) is type(first) for net in nets):
+        return type(first).stack(nets)
+    same = all(type(n) is type(first) and _shapes(n) == _shapes(first) for n in nets)
+    if not same or not any(True for _ in first.parameters()):
+        return LoopMembers(nets)
+    members = VmapMembers(nets).eval()
+    try:
+        with torch.no_grad():
+            members(*(x.expand(len(nets), *x.shape) for x in probe))
+    except RuntimeError as error:
+        warnings.warn(
+            f"{type(first).__name__} cannot run under torch.vmap ({str(error).splitlines()[0]}); "
+            "its members are evaluated one after the other",
+            stacklevel=3,
+        )
+        return LoopMembers(nets)
+    return members.train()

@@ -1,0 +1,443 @@
+"""The base of dynamics models: everything that follows from predicting with each member."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+
+from layeredrl_torchrl._checks import check_finite, check_positive_int, check_width
+from layeredrl_torchrl.models.mixture import GaussianMixture
+from layeredrl_torchrl.nets import MemberOutput
+from layeredrl_torchrl.specs import Space, canonical_action, is_discrete, to_spec, width
+
+__all__ = ["Model"]
+
+_IN_KEYS: tuple[NestedKey, ...] = ("state", "context", "action")
+_OUT_KEYS: tuple[NestedKey, ...] = (
+    ("next", "loc"),
+    ("next", "weights"),
+    ("next", "scale"),
+    ("next", "term_prob"),
+    ("next", "state"),
+)
+
+
+class Model(TensorDictModuleBase):
+    """A dynamics model: ``M`` members, each a mixture of ``K`` Gaussians over the next state.
+
+    A subclass implements :meth:`predict_members`; a hand-written physics model is a subclass
+    with one member and one mode (its std may be 0).
+
+    Called with a TensorDict, it reads ``in_keys`` (state, context, action; a missing context
+    counts as empty) and writes ``out_keys``: loc, weights, scale, term_prob and the expected
+    next state.
+
+    Args:
+        state_space: Box of the ``D`` state dimensions.
+        context_space: Box of the ``C`` context dimensions, or ``None`` for none.
+        action_space: Box or Discrete.
+        n_models: ``M``.
+        n_modes: ``K``.
+        n_particles_per_model: ``P``, the particles each member propagates in a rollout.
+        in_keys: Keys of state, context and action.
+        out_keys: Keys written when called with a TensorDict, in the order above.
+
+    Raises:
+        TypeError, ValueError: Spaces of another kind (:func:`~layeredrl_torchrl.specs.to_spec`);
+            counts below 1.
+    """
+
+    def __init__(
+        self,
+        state_space: Space,
+        context_space: Space | None,
+        action_space: Space,
+        *,
+        n_models: int = 1,
+        n_modes: int = 1,
+        n_particles_per_model: int = 1,
+        in_keys: Sequence[NestedKey] = _IN_KEYS,
+        out_keys: Sequence[NestedKey] = _OUT_KEYS,
+    ) -> None:
+        super().__init__()
+        self.n_models = check_positive_int("n_models", n_models)
+        self.n_modes = check_positive_int("n_modes", n_modes)
+        self.n_particles_per_model = check_positive_int(
+            "n_particles_per_model", n_particles_per_model
+        )
+        self.state_spec = to_spec(state_space, name="state_space")
+        self.context_spec = to_spec(context_space, name="context_space")
+        self.action_spec = to_spec(action_space, name="action_space")
+        for name, spec in (("state_space", self.state_spec), ("context_space", self.context_spec)):
+            if is_discrete(spec):
+                raise TypeError(f"{name} is discrete ({spec}); expected a Box or a continuous spec")
+        self.state_dim = width(self.state_spec)
+        self.context_dim = width(self.context_spec)
+        if len(in_keys) != len(_IN_KEYS) or len(out_keys) != len(_OUT_KEYS):
+            raise ValueError(
+                f"expected {len(_IN_KEYS)} in_keys like {list(_IN_KEYS)} and {len(_OUT_KEYS)} "
+                f"out_keys like {list(_OUT_KEYS)}, got {list(in_keys)} and {list(out_keys)}"
+            )
+        self.in_keys = list(in_keys)
+        self.out_keys = list(out_keys)
+
+    # -- what a subclass provides ---------------------------------------------------------
+
+    @abstractmethod
+    def predict_members(self, state: Tensor, context: Tensor, action: Tensor) -> MemberOutput:
+        """Predict with member ``m`` on row block ``m``.
+
+        Args:
+            state: ``[M, N, D]``.
+            context: ``[M, N, C]``.
+            action: ``[M, N, A]``, or as the action spec says for discrete actions.
+
+        Returns:
+            ``(mean [M, N, K, D], std [M, N, K, D]), weights [M, N, K], term_prob [M, N]``: mean
+            and std of the next state itself.
+        """
+
+    # -- predictions ----------------------------------------------------------------------
+
+    def predict(
+        self, state: Tensor, context: Tensor | None, action: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Predict the mixture over the next state.
+
+        Args:
+            state: ``[*B, D]``.
+            context: ``[*B, C]``; ``None`` where ``C`` is 0.
+            action: ``[*B, A]``, or discrete as :func:`~layeredrl_torchrl.specs.canonical_action`.
+
+        Returns:
+            ``s_next_mean [*B, M, K, D], weights [*B, M, K], s_next_std [*B, M, K, D],
+            term_prob [*B]`` (averaged over members).
+
+        Raises:
+            TypeError, ValueError: Inputs of another shape or kind, NaN, actions outside their
+                space; a member that predicts NaN or a negative std (named in the message).
+        """
+        batch, flat = self._prepare(state, context, action)
+        (mean, std), weights, term_prob = self._predict_flat(*flat)
+        return (
+            mean.movedim(0, 1).reshape(*batch, *mean.shape[:1], *mean.shape[2:]),
+            weights.movedim(0, 1).reshape(*batch, self.n_models, self.n_modes),
+            std.movedim(0, 1).reshape(*batch, *std.shape[:1], *std.shape[2:]),
+            term_prob.mean(0).reshape(batch),
+        )
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the prediction for a TensorDict ``[*B]``; keys in the class docstring."""
+        loc, weights, scale, term_prob = self.predict(*self._read(tensordict))
+        mean = (weights.unsqueeze(-1) * loc).sum(-2).mean(-2)
+        values = (loc, weights, scale, term_prob.unsqueeze(-1), mean)
+        for key, value in zip(self.out_keys, values, strict=True):
+            tensordict.set(key, value)
+        return tensordict
+
+    def dist(self, tensordict: TensorDictBase) -> GaussianMixture:
+        """The equal mixture over members as one distribution over the next state.
+
+        Args:
+            tensordict: ``[*B]`` with the model's ``in_keys``.
+
+        Returns:
+            A mixture of ``M * K`` Gaussians, batch shape ``*B``, event shape ``[D]``.
+
+        Raises:
+            ValueError: A model that predicts a std of 0 (it has no density), and as
+                :meth:`predict`.
+        """
+        loc, weights, scale, _ = self.predict(*self._read(tensordict))
+        if not bool((scale > 0).all()):
+            raise ValueError(
+                "the model predicts a standard deviation of 0, so the next state has no density; "
+                "use predict() or rollout()"
+            )
+        return GaussianMixture(
+            loc.flatten(-3, -2), scale.flatten(-3, -2), weights.flatten(-2) / self.n_models
+        )
+
+    def get_log_prob(
+        self,
+        state: Tensor,
+        context: Tensor | None,
+        action: Tensor,
+        next_state: Tensor,
+        std: Tensor | float | None = None,
+        transform: Tensor | Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Log-density of ``next_state`` under the whole ensemble.
+
+        Args:
+            state: ``[*B, D]``.
+            context: ``[*B, C]`` or ``None``.
+            action: ``[*B, A]`` or discrete.
+            next_state: ``[*B, D]``.
+            std: Replaces the predicted std: a number or a tensor that broadcasts to ``[D]``.
+            transform: A linear map of the state, ``[D', D]`` or a callable on ``[..., D]``,
+                applied to the difference of ``next_state`` and mean; ``std`` is then that of the
+                transformed space. Needs ``std``, since a predicted diagonal std is not diagonal
+                after a linear map.
+
+        Returns:
+            ``log_prob [*B]`` in nats, ``term_prob [*B]``, and ``{"means": [*B, M, D]}``, each
+            member's mean next state.
+
+        Raises:
+            ValueError: ``transform`` without ``std``; ``std`` not positive; and as
+                :meth:`predict`.
+        """
+        loc, weights, scale, term_prob = self.predict(state, context, action)
+        check_width("next_state", next_state, self.state_dim, hint="give the state after the step")
+        check_finite("next_state", next_state, hint="repair it first")
+        difference = next_state.to(loc.dtype)[..., None, None, :] - loc
+        if transform is not None:
+            if std is None:
+                raise ValueError("transform needs a fixed std; pass std= as well")
+            difference = (
+                difference @ transform.to(loc.dtype).mT
+                if isinstance(transform, Tensor)
+                else transform(difference)
+            )
+        if std is not None:
+            fixed = torch.as_tensor(std, dtype=loc.dtype, device=loc.device)
+            if not bool((fixed > 0).all()):
+                raise ValueError(f"std must be positive, got {std}")
+            scale = fixed.expand_as(difference)
+        mixture = GaussianMixture(
+            torch.zeros_like(difference).flatten(-3, -2),
+            scale.flatten(-3, -2),
+            weights.flatten(-2) / self.n_models,
+        )
+        # Each component has its own difference, so the mixture is evaluated term by term.
+        normal = mixture.component_distribution.base_dist
+        log_prob = normal.log_prob(difference.flatten(-3, -2)).sum(-1)
+        log_prob = (log_prob + mixture.mixture_distribution.logits).logsumexp(-1)
+        means = (weights.unsqueeze(-1) * loc).sum(-2)
+        return log_prob, term_prob, {"means": means}
+
+    # -- rollouts -------------------------------------------------------------------------
+
+    def rollout(
+        self,
+        initial_state: Tensor,
+        context: Tensor | None,
+        actions: Tensor,
+        deterministic: bool = False,
+    ) -> TensorDict:
+        """Roll out action sequences open loop, ``P`` particles in each of ``M`` members.
+
+        Particles stay within their member (TS-infinity, arXiv 1805.12114, section 5.1).
+
+        Args:
+            initial_state: ``[*B, D]``.
+            context: ``[*B, C]`` or ``None``; constant over the rollout.
+            actions: ``[*B, H, A]``, or discrete ``[*B, H]``, ``[*B, H, 1]``, ``[*B, H, n]``.
+            deterministic: Follow each member's mean instead of sampling from it.
+
+        Returns:
+            A TensorDict ``[*B, M, P, H]`` laid out as a TorchRL rollout: state, context, action,
+            ``("next", state)``, ``("next", "term_prob") [..., 1]``. State and next state are
+            views of one tensor; context and actions are expanded, not copied.
+
+        Raises:
+            ValueError: ``H`` of 0; a state that leaves the finite numbers (the message says which
+                member at which step); and as :meth:`predict`.
+        """
+        batch, horizon, flat = self._prepare_rollout(initial_state, context, actions)
+        state, ctx, acts = flat
+        n, n_models, n_part = state.shape[0], self.n_models, self.n_particles_per_model
+        rows = (n_models, n * n_part)
+        ctx_rows = ctx.repeat_interleave(n_part, 0).expand(*rows, -1)
+        states = state.new_empty((horizon + 1, n_models, n, n_part, self.state_dim))
+        term = state.new_empty((horizon, n_models, n, n_part))
+        states[0] = state[:, None]
+        for h in range(horizon):
+            act = acts[:, h].repeat_interleave(n_part, 0)
+            out = self.predict_members(
+                states[h].reshape(*rows, -1), ctx_rows, act.expand(n_models, *act.shape)
+            )
+            states[h + 1] = self._next_state(out, deterministic).view(n_models, n, n_part, -1)
+            term[h] = out[2].view(n_models, n, n_part)
+        self._check_trajectory(states)
+
+        def lay_out(x: Tensor) -> Tensor:
+            """[H, M, N, P, *] -> [*B, M, P, H, *]."""
+            return x.permute(2, 1, 3, 0, *range(4, x.ndim)).unflatten(0, batch or (1,))
+
+        shape = (*batch, n_models, n_part, horizon)
+        acts = acts[:, None, None].expand(n, n_models, n_part, *acts.shape[1:])
+        ctx = ctx[:, None, None, None].expand(n, n_models, n_part, horizon, -1)
+        state_key, context_key, action_key = self.in_keys
+        data = TensorDict(
+            {
+                state_key: lay_out(states[:-1]).reshape(*shape, -1),
+                context_key: ctx.reshape(*shape, self.context_dim),
+                action_key: acts.reshape(*shape, *acts.shape[4:]),
+                "next": {"term_prob": lay_out(term.unsqueeze(-1)).reshape(*shape, 1)},
+            },
+            batch_size=shape,
+        )
+        data.set(("next", state_key), lay_out(states[1:]).reshape(*shape, -1))
+        return data
+
+    def uncertainty(self, traj: TensorDictBase) -> TensorDict:
+        """Split the spread of a rollout's particles by the law of total variance.
+
+        Args:
+            traj: ``[*B, M, P, H]`` from :meth:`rollout`.
+
+        Returns:
+            TensorDict ``[*B, H]`` with ``"mean"``, ``"epistemic_var"`` (variance over members of
+            their means) and ``"aleatoric_var"`` (mean over members of the variance of their
+            particles), each ``[*B, H, D]``; the two sum to the variance over all particles. With
+            one particle a member the aleatoric part is 0 by construction.
+        """
+        state = traj.get(("next", self.in_keys[0]))
+        member_mean = state.mean(-3)  # [*B, M, H, D]
+        return TensorDict(
+            {
+                "mean": member_mean.mean(-3),
+                "epistemic_var": member_mean.var(-3, correction=0),
+                "aleatoric_var": state.var(-3, correction=0).mean(-3),
+            },
+            batch_size=(*state.shape[:-4], state.shape[-2]),
+        )
+
+    # -- shared steps ---------------------------------------------------------------------
+
+    @staticmethod
+    def _next_state(out: MemberOutput, deterministic: bool) -> Tensor:
+        """Mean or a sample of each row's mixture, ``[M, R, D]``."""
+        (mean, std), weights, _ = out
+        if deterministic:
+            return mean.squeeze(-2) if mean.shape[-2] == 1 else torch.einsum(
+                "mrk,mrkd->mrd", weights.to(mean.dtype), mean
+            )
+        if mean.shape[-2] == 1:
+            mean, std = mean.squeeze(-2), std.squeeze(-2)
+        else:
+            mode = torch.distributions.Categorical(probs=weights, validate_args=False).sample()
+            index = mode[..., None, None].expand(*mode.shape, 1, mean.shape[-1])
+            mean, std = mean.gather(-2, index).squeeze(-2), std.gather(-2, index).squeeze(-2)
+        return torch.addcmul(mean, std, torch.randn_like(mean))
+
+    def _read(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None, Tensor]:
+        state_key, context_key, action_key = self.in_keys
+        found = {key: tensordict.get(key, None) for key in self.in_keys}
+        missing = [k for k in (state_key, action_key) if found[k] is None]
+        if found[context_key] is None and self.context_dim:
+            missing.append(context_key)
+        if missing:
+            raise KeyError(
+                f"{type(self).__name__} reads {self.in_keys}, but {missing} is missing; the "
+                f"TensorDict has {sorted(map(str, tensordict.keys(True, True)))}"
+            )
+        return found[state_key], found[context_key], found[action_key]
+
+    def _prepare(
+        self, state: Tensor, context: Tensor | None, action: Tensor
+    ) -> tuple[torch.Size, tuple[Tensor, Tensor, Tensor]]:
+        """Check inputs ``[*B, ...]`` and flatten them to ``[N, ...]``."""
+        batch, state, context = self._prepare_state(state, context)
+        action = canonical_action(self.action_spec, action, batch)
+        return batch, (state, context, self._flatten_action(action, batch))
+
+    def _prepare_rollout(
+        self, state: Tensor, context: Tensor | None, actions: Tensor
+    ) -> tuple[torch.Size, int, tuple[Tensor, Tensor, Tensor]]:
+        batch, state, context = self._prepare_state(state, context)
+        if not isinstance(actions, Tensor) or actions.ndim <= len(batch):
+            raise ValueError(
+                f"actions must be a tensor [*B, H, A] with *B = {tuple(batch)}, got "
+                f"{tuple(actions.shape) if isinstance(actions, Tensor) else type(actions)}"
+            )
+        horizon = actions.shape[len(batch)]
+        if horizon == 0:
+            raise ValueError("actions have horizon 0; give at least one step")
+        steps = torch.Size((*batch, horizon))
+        actions = canonical_action(self.action_spec, actions, steps)
+        actions = self._flatten_action(actions, steps)
+        return batch, horizon, (state, context, actions.unflatten(0, (-1, horizon)))
+
+    def _prepare_state(
+        self, state: Tensor, context: Tensor | None
+    ) -> tuple[torch.Size, Tensor, Tensor]:
+        hint = f"the state space has {self.state_dim} dimensions"
+        check_width("state", state, self.state_dim, hint=hint)
+        check_finite("state", state, hint="repair the observation or the model it came from")
+        batch = state.shape[:-1]
+        if batch.numel() == 0:
+            raise ValueError(f"state has shape {tuple(state.shape)}: the batch is empty")
+        dtype = self._dtype()
+        if context is None:
+            context = state.new_empty((*batch, 0))
+        hint = f"the context space has {self.context_dim} dimensions"
+        check_width("context", context, self.context_dim, hint=hint)
+        if context.shape[:-1] != batch:
+            raise ValueError(
+                f"context has batch shape {tuple(context.shape[:-1])}, the state "
+                f"{tuple(batch)}; they must be equal"
+            )
+        check_finite("context", context, hint="repair it first")
+        n = batch.numel()
+        return (
+            batch,
+            state.to(dtype).reshape(n, self.state_dim),
+            context.to(dtype).reshape(n, self.context_dim),
+        )
+
+    def _flatten_action(self, action: Tensor, batch: torch.Size) -> Tensor:
+        action = action.reshape(batch.numel(), *action.shape[len(batch) :])
+        return action.to(self._dtype()) if action.is_floating_point() else action
+
+    def _dtype(self) -> torch.dtype:
+        """The dtype the model computes in: that of its parameters."""
+        parameter = next(self.parameters(), None)
+        return torch.get_default_dtype() if parameter is None else parameter.dtype
+
+    def _predict_flat(self, state: Tensor, context: Tensor, action: Tensor) -> MemberOutput:
+        """Evaluate every member on the same rows ``[N, ...]`` and check what it says."""
+        out = self.predict_members(
+            *(x.expand(self.n_models, *x.shape) for x in (state, context, action))
+        )
+        self._check_output(out)
+        return out
+
+    def _check_output(self, out: MemberOutput) -> None:
+        (mean, std), weights, term_prob = out
+        total = mean.sum() + std.sum() + weights.sum() + term_prob.sum()
+        if bool(torch.isfinite(total)) and bool((std >= 0).all()):
+            return
+        for name, value in (
+            ("mean", mean),
+            ("std", std),
+            ("weights", weights),
+            ("term_prob", term_prob),
+        ):
+            bad = ~torch.isfinite(value)
+            if name == "std":
+                bad = bad | (value < 0)
+            members = bad.flatten(1).any(1).nonzero().flatten().tolist()
+            if members:
+                raise ValueError(
+                    f"member(s) {members} of {self.n_models} predict a {name} that is not "
+                    "finite (or negative, for std); the model has diverged: lower its learning "
+                    "rate, or check the data it was trained on"
+                )
+
+    def _check_trajectory(self, states: Tensor) -> None:
+        """Raise if a rollout ``[H + 1, M, N, P, D]`` left the finite numbers."""
+        if bool(torch.isfinite(states.abs().amax())):
+            return
+        step, member = (~torch.isfinite(states)).flatten(2).any(2).nonzero()[0].tolist()
+        raise ValueError(
+            f"the rollout of member {member} diverged at step {step} of {states.shape[0] - 1}: "
+            "shorten the horizon, or train the model on data like these states and actions"
+        )

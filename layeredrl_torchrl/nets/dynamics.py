@@ -1,0 +1,170 @@
+"""The built-in member network of an ensemble, and its stacked form that runs all members at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchrl.modules import MLP
+
+from layeredrl_torchrl.specs import Space, action_features, to_spec, width
+
+__all__ = ["MemberOutput", "ProbFCDynamics", "StackedProbFCDynamics"]
+
+# (mean, std), weights, term_prob: what a member network returns.
+MemberOutput: TypeAlias = tuple[tuple[Tensor, Tensor], Tensor, Tensor]
+
+
+def mixture_parameters(
+    out: Tensor, n_modes: int, dim: int, log_std_bounds: tuple[float, float]
+) -> MemberOutput:
+    """Read a network's last layer as a mixture of Gaussians and a termination probability.
+
+    The log standard deviation is kept within bounds by the softplus pair of PETS
+    (arXiv 1805.12114, appendix A.1), here with fixed bounds.
+
+    Args:
+        out: ``[..., 2 * K * D + K + 1]``.
+        n_modes: ``K``.
+        dim: ``D``.
+        log_std_bounds: Lower and upper soft bound.
+
+    Returns:
+        ``(mean [..., K, D], std [..., K, D]), weights [..., K], term_prob [...]`` in float32 or
+        wider, also under ``torch.autocast``.
+    """
+    if out.dtype in (torch.bfloat16, torch.float16):
+        out = out.float()
+    size = n_modes * dim
+    mean, raw, logits, term_logit = out.split([size, size, n_modes, 1], dim=-1)
+    low, high = log_std_bounds
+    log_std = high - F.softplus(high - raw)
+    log_std = low + F.softplus(log_std - low)
+    shape = (*out.shape[:-1], n_modes, dim)
+    weights = logits.softmax(-1) if n_modes > 1 else torch.ones_like(logits)
+    return (
+        (mean.reshape(shape), log_std.exp().reshape(shape)),
+        weights,
+        term_logit.squeeze(-1).sigmoid(),
+    )
+
+
+class ProbFCDynamics(nn.Module):
+    """A fully connected network that predicts a mixture of Gaussians and a termination.
+
+    It is a ``partial_net`` of :class:`~layeredrl_torchrl.ProbabilisticEnsemble`: called with the
+    three spaces and ``n_modes``. What its mean and std refer to (state or delta, normalised or
+    not) is the ensemble's business.
+
+    Args:
+        state_space: Box of the ``D`` state dimensions.
+        context_space: Box of the ``C`` context dimensions, or ``None``.
+        action_space: Box or Discrete.
+        n_modes: ``K``, the number of Gaussians.
+        hidden_sizes: Width of each hidden layer.
+        nonlinearity: Class of the activation.
+        ignore_context: Whether the context is left out of the input (LayeredRL's default: a goal
+            does not move the world). Set to ``False`` where the context changes the dynamics.
+        log_std_bounds: Soft bounds of the log standard deviation.
+
+    Shapes:
+        state ``[*B, D]``, context ``[*B, C]``, action as the spec says ->
+        ``(mean [*B, K, D], std [*B, K, D]), weights [*B, K], term_prob [*B]``.
+    """
+
+    def __init__(
+        self,
+        state_space: Space,
+        context_space: Space | None,
+        action_space: Space,
+        n_modes: int = 1,
+        *,
+        hidden_sizes: Sequence[int] = (128, 128),
+        nonlinearity: type[nn.Module] = nn.SiLU,
+        ignore_context: bool = True,
+        log_std_bounds: tuple[float, float] = (-7.0, 2.0),
+    ) -> None:
+        super().__init__()
+        if not hidden_sizes:
+            raise ValueError("hidden_sizes is empty; give at least one hidden layer, e.g. (128,)")
+        self.action_spec = to_spec(action_space, name="action_space")
+        self.state_dim = width(to_spec(state_space, name="state_space"))
+        context_dim = width(to_spec(context_space, name="context_space"))
+        self.n_modes = n_modes
+        self.ignore_context = ignore_context
+        self.log_std_bounds = log_std_bounds
+        self.net = MLP(
+            in_features=self.state_dim
+            + (0 if ignore_context else context_dim)
+            + width(self.action_spec),
+            out_features=n_modes * (2 * self.state_dim + 1) + 1,
+            num_cells=list(hidden_sizes),
+            activation_class=nonlinearity,
+        )
+
+    def features(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
+        """Concatenate the inputs to ``[*B, in]``."""
+        act = action_features(self.action_spec, action, state.dtype)
+        parts = (state, act) if self.ignore_context else (state, context, act)
+        return torch.cat(parts, dim=-1)
+
+    def forward(self, state: Tensor, context: Tensor, action: Tensor) -> MemberOutput:
+        """Predict; shapes in the class docstring."""
+        out = self.net(self.features(state, context, action))
+        return mixture_parameters(out, self.n_modes, self.state_dim, self.log_std_bounds)
+
+    @staticmethod
+    def stack(nets: Sequence[ProbFCDynamics]) -> StackedProbFCDynamics:
+        """Combine equally built networks into one module that evaluates them together."""
+        return StackedProbFCDynamics(nets)
+
+
+class StackedProbFCDynamics(nn.Module):
+    """``M`` equally built :class:`ProbFCDynamics` as one chain of batched matrix products.
+
+    ``baddbmm`` over stacked weights is 1.2 to 2 times faster than ``vmap`` over modules at the
+    batch sizes of learning and planning on a CPU.
+
+    Args:
+        nets: The members; their parameters are copied.
+
+    Shapes:
+        Every input and output of a member with a leading ``M``: state ``[M, N, D]`` ->
+        ``(mean [M, N, K, D], ...)``.
+    """
+
+    def __init__(self, nets: Sequence[ProbFCDynamics]) -> None:
+        super().__init__()
+        first = nets[0]
+        self._features = first.features
+        self.n_modes = first.n_modes
+        self.state_dim = first.state_dim
+        self.log_std_bounds = first.log_std_bounds
+        linears = [[layer for layer in net.net if isinstance(layer, nn.Linear)] for net in nets]
+        self.activations = nn.ModuleList(
+            [layer for layer in first.net if not isinstance(layer, nn.Linear)]
+        )
+        self.weights = nn.ParameterList(
+            [
+                nn.Parameter(torch.stack([layer.weight.detach().T for layer in layers]).clone())
+                for layers in zip(*linears, strict=True)
+            ]
+        )  # [M, in, out] each
+        self.biases = nn.ParameterList(
+            [
+                nn.Parameter(torch.stack([layer.bias.detach() for layer in layers])[:, None])
+                for layers in zip(*linears, strict=True)
+            ]
+        )  # [M, 1, out] each
+
+    def forward(self, state: Tensor, context: Tensor, action: Tensor) -> MemberOutput:
+        """Predict with member ``m`` on row block ``m``; shapes in the class docstring."""
+        x = self._features(state, context, action)
+        *hidden, last = zip(self.weights, self.biases, strict=True)
+        for (weight, bias), activation in zip(hidden, self.activations, strict=True):
+            x = activation(torch.baddbmm(bias, x, weight))
+        x = torch.baddbmm(last[1], x, last[0])
+        return mixture_parameters(x, self.n_modes, self.state_dim, self.log_std_bounds)

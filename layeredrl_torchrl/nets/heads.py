@@ -1,0 +1,152 @@
+"""Reward and value networks: scalar functions of state, context and action."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchrl.modules import MLP
+
+from layeredrl_torchrl.nets.normalizer import Normalizer
+from layeredrl_torchrl.specs import Space, action_features, to_spec, width
+
+__all__ = ["RewardNet", "ScalarHead", "ValueNet"]
+
+
+class ScalarHead(nn.Module, ABC):
+    """A fully connected network with one output, ``loc + scale * net(normalised inputs)``.
+
+    The statistics of its inputs and the scale of its output are buffers that a predictor's
+    ``learn`` sets (:meth:`fit_inputs`, :meth:`rescale`), so that learning rates mean the same
+    whatever the units of the task. Without those calls it is a plain network.
+
+    Args:
+        in_features: Number of input features.
+        hidden_sizes: Width of each hidden layer.
+        nonlinearity: Class of the activation.
+    """
+
+    out_loc: Tensor  # []
+    out_scale: Tensor  # []
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_sizes: Sequence[int],
+        nonlinearity: type[nn.Module],
+    ) -> None:
+        super().__init__()
+        if not hidden_sizes:
+            raise ValueError("hidden_sizes is empty; give at least one hidden layer, e.g. (128,)")
+        self.inputs = Normalizer(in_features)
+        self.net = MLP(
+            in_features=in_features,
+            out_features=1,
+            num_cells=list(hidden_sizes),
+            activation_class=nonlinearity,
+        )
+        self.register_buffer("out_loc", torch.zeros(()))
+        self.register_buffer("out_scale", torch.ones(()))
+        # An untrained head says 0 everywhere rather than noise (as LayeredRL's value net does).
+        nn.init.zeros_(self.net[-1].weight)
+        nn.init.zeros_(self.net[-1].bias)
+
+    @abstractmethod
+    def features(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
+        """The network's input ``[*B, in_features]``."""
+
+    def forward(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
+        """Evaluate at state ``[*B, D]``, context ``[*B, C]`` and action; returns ``[*B]``."""
+        out = self.net(self.inputs(self.features(state, context, action)))
+        if out.dtype in (torch.bfloat16, torch.float16):
+            out = out.float()
+        return out.squeeze(-1) * self.out_scale + self.out_loc
+
+    @torch.no_grad()
+    def fit_inputs(self, state: Tensor, context: Tensor, action: Tensor) -> None:
+        """Set the input statistics from a sample ``[N, ...]``."""
+        self.inputs.fit(self.features(state, context, action))
+
+    @torch.no_grad()
+    def rescale(self, loc: Tensor | float, scale: Tensor | float) -> None:
+        """Set ``loc`` and ``scale`` of the output without changing the function.
+
+        The last layer takes up the change, as in PopArt (arXiv 1602.07714, equation 9).
+
+        Raises:
+            ValueError: A scale that is not positive and finite.
+        """
+        loc = torch.as_tensor(loc, dtype=self.out_loc.dtype, device=self.out_loc.device)
+        scale = torch.as_tensor(scale, dtype=self.out_scale.dtype, device=self.out_scale.device)
+        if not (bool(torch.isfinite(scale)) and bool(scale > 0) and bool(torch.isfinite(loc))):
+            raise ValueError(f"loc and scale must be finite and scale > 0, got {loc}, {scale}")
+        last = self.net[-1]
+        ratio = self.out_scale / scale
+        last.weight.mul_(ratio)
+        last.bias.mul_(ratio).add_((self.out_loc - loc) / scale)
+        self.out_loc.copy_(loc)
+        self.out_scale.copy_(scale)
+
+
+class RewardNet(ScalarHead):
+    """Predicts the reward of taking ``action`` in ``state`` under ``context``.
+
+    Args:
+        state_dim: ``D``.
+        context_dim: ``C``, may be 0.
+        action_dim: ``A``, or the action space itself (needed where actions are discrete, so that
+            integers can be turned into one-hot features).
+        hidden_sizes: Width of each hidden layer.
+        nonlinearity: Class of the activation.
+
+    Shapes:
+        state ``[*B, D]``, context ``[*B, C]``, action ``[*B, A]`` -> ``[*B]``, in reward units.
+    """
+
+    def __init__(
+        self,
+        state_dim: int,
+        context_dim: int,
+        action_dim: int | Space,
+        hidden_sizes: Sequence[int] = (128, 128),
+        nonlinearity: type[nn.Module] = nn.SiLU,
+    ) -> None:
+        spec = None if isinstance(action_dim, int) else to_spec(action_dim, name="action_dim")
+        n_action = action_dim if isinstance(action_dim, int) else width(spec)
+        super().__init__(state_dim + context_dim + n_action, hidden_sizes, nonlinearity)
+        self.action_spec = spec
+
+    def features(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
+        """Concatenate state, context and action."""
+        if self.action_spec is not None:
+            action = action_features(self.action_spec, action, state.dtype)
+        return torch.cat((state, context, action.to(state.dtype)), dim=-1)
+
+
+class ValueNet(ScalarHead):
+    """Predicts the value of ``state`` under ``context``; the action is ignored.
+
+    Args:
+        state_dim: ``D``.
+        context_dim: ``C``, may be 0.
+        hidden_sizes: Width of each hidden layer.
+        nonlinearity: Class of the activation.
+
+    Shapes:
+        state ``[*B, D]``, context ``[*B, C]``, action (any) -> ``[*B]``, in reward units.
+    """
+
+    def __init__(
+        self,
+        state_dim: int,
+        context_dim: int,
+        hidden_sizes: Sequence[int] = (128, 128),
+        nonlinearity: type[nn.Module] = nn.SiLU,
+    ) -> None:
+        super().__init__(state_dim + context_dim, hidden_sizes, nonlinearity)
+
+    def features(self, state: Tensor, context: Tensor, action: Tensor | None = None) -> Tensor:
+        """Concatenate state and context."""
+        return torch.cat((state, context), dim=-1)

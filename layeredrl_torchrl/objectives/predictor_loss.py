@@ -1,0 +1,180 @@
+"""The loss of a predictor's reward function, value function and encoder."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictParams
+from torch import Tensor, nn
+from torchrl.objectives import LossModule
+
+from layeredrl_torchrl._checks import check_positive_int
+from layeredrl_torchrl.nets import Encoder
+from layeredrl_torchrl.objectives.targets import n_step_targets
+
+__all__ = ["PredictorLoss"]
+
+
+class PredictorLoss(LossModule):
+    """Squared errors of the reward and of the n-step value over slices of ``k + n`` steps.
+
+    The reward loss also trains the encoder (``learn_encoder``): state and context are computed
+    from the observation with gradients, the context from the first step of the slice, so that
+    nothing that changes can hide in it. The value loss does not reach the encoder. Value targets
+    are those of :func:`~layeredrl_torchrl.objectives.targets.n_step_targets`, bootstrapped from
+    a target network. Steps that are not ``valid`` count in neither.
+
+    Args:
+        encoder: Observation to state and context.
+        rew_func: ``(state, context, action) -> [*B]``; a plain callable is taken as known and
+            not trained, as is ``None``.
+        val_func: Likewise; ``None`` for no value function.
+        gamma: Discount over one environment step.
+        k_steps: Steps of a slice that get a target.
+        n_steps: Rewards in a value target.
+        learn_encoder: Whether the reward loss reaches the encoder.
+        target_val_func: The target network; a copy of ``val_func`` if not given. Update it with
+            TorchRL's ``SoftUpdate(loss, tau=...)``.
+
+    Reads (``set_keys`` renames) a batch ``[B, L]`` with ``L = k_steps + n_steps``, as
+    :class:`~layeredrl_torchrl.objectives.slices.TransitionSlices` samples it: ``observation``,
+    ``action``, ``next_observation``, ``reward``, ``terminated``, ``valid``, and where present
+    ``elapsed_steps`` (environment steps a transition took).
+
+    Writes ``loss_reward`` and ``loss_value`` (mean squared errors in reward units squared; the
+    value loss divided by the square of the value head's scale), and for the log ``value_mean``.
+
+    Raises:
+        KeyError: A missing entry. ValueError: slices of another length; NaN rewards.
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        """Names of the entries read; see :class:`PredictorLoss`."""
+
+        observation: NestedKey = "observation"
+        next_observation: NestedKey = ("next", "observation")
+        action: NestedKey = "action"
+        reward: NestedKey = ("next", "reward")
+        terminated: NestedKey = ("next", "terminated")
+        elapsed_steps: NestedKey = ("next", "elapsed_steps")
+        valid: NestedKey = "valid"
+
+    default_keys = _AcceptedKeys
+    out_keys = ["loss_reward", "loss_value", "value_mean"]
+
+    value_params: TensorDictParams
+    target_value_params: TensorDictParams
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        rew_func: Callable[..., Tensor] | None,
+        val_func: Callable[..., Tensor] | None,
+        *,
+        gamma: float = 0.99,
+        k_steps: int = 1,
+        n_steps: int = 1,
+        learn_encoder: bool = True,
+        target_val_func: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= gamma <= 1.0:
+            raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
+        self.encoder = encoder
+        self.rew_func = rew_func
+        self.val_func = val_func
+        self.gamma = gamma
+        self.k_steps = check_positive_int("k_steps", k_steps)
+        self.n_steps = check_positive_int("n_steps", n_steps)
+        self.learn_encoder = learn_encoder
+        if isinstance(val_func, nn.Module):
+            if target_val_func is None:
+                target_val_func = copy.deepcopy(val_func)
+            self.target_val_func = target_val_func.requires_grad_(False)
+            # Views of both networks' parameters under the names that SoftUpdate looks for.
+            self.value_params = TensorDict.from_module(val_func, as_module=True)
+            self.target_value_params = TensorDict.from_module(target_val_func, as_module=True)
+            self._has_update_associated["value"] = False
+
+    @property
+    def functional(self) -> bool:
+        """The parts are used as they are, with their own parameters."""
+        return False
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """The entries that must be present."""
+        k = self.tensor_keys
+        return [k.observation, k.action, k.next_observation, k.reward, k.terminated, k.valid]
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDict:
+        """Compute the losses of slices ``[B, L]``."""
+        keys = self.tensor_keys
+        data = {key: self._get(tensordict, key) for key in self.in_keys}
+        length = self.k_steps + self.n_steps
+        if tensordict.ndim != 2 or tensordict.shape[1] != length:
+            raise ValueError(
+                f"expected slices [B, L] with L = k_steps + n_steps = {length}, got a batch of "
+                f"shape {tuple(tensordict.shape)}"
+            )
+        k = self.k_steps
+        observation, action = data[keys.observation][:, :k], data[keys.action][:, :k]
+        valid = data[keys.valid][:, :k]
+        count = valid.sum()
+        with torch.set_grad_enabled(self.learn_encoder and torch.is_grad_enabled()):
+            state, context = self.encoder(observation)
+            context = context[:, :1].expand_as(context)
+
+        out: dict[str, Any] = {}
+        if isinstance(self.rew_func, nn.Module):
+            reward = data[keys.reward][:, :k].squeeze(-1)
+            error = self.rew_func(state, context, action) - reward
+            out["loss_reward"] = torch.where(valid, error.square(), 0.0).sum() / count
+        if isinstance(self.val_func, nn.Module):
+            target = self.value_target(tensordict)
+            value = self.val_func(state.detach(), context.detach(), action)
+            error = (value - target) / getattr(self.val_func, "out_scale", 1.0)
+            out["loss_value"] = torch.where(valid, error.square(), 0.0).sum() / count
+            out["value_mean"] = value.detach().mean()
+        return TensorDict(out)
+
+    @torch.no_grad()
+    def value_target(self, tensordict: TensorDictBase) -> Tensor:
+        """The n-step value targets ``[B, k]`` of slices ``[B, L]``; 0 where not valid."""
+        keys = self.tensor_keys
+        length = self.k_steps + self.n_steps - 1
+        elapsed = tensordict.get(keys.elapsed_steps, None)
+        targets = n_step_targets(
+            self._get(tensordict, keys.reward)[:, :length].squeeze(-1),
+            self._get(tensordict, keys.terminated)[:, :length].squeeze(-1),
+            self._get(tensordict, keys.valid)[:, :length],
+            k_steps=self.k_steps,
+            n_steps=self.n_steps,
+            gamma=self.gamma,
+            elapsed_steps=None if elapsed is None else elapsed[:, :length].squeeze(-1),
+        )
+        index = targets.bootstrap_index
+        rows = torch.arange(index.shape[0], device=index.device).unsqueeze(1)
+        observation = self._get(tensordict, keys.next_observation)[rows, index]
+        # An action-value function is bootstrapped with the action that was taken there; the slice
+        # repeats its last valid step, so at its end with the last action taken.
+        action = self._get(tensordict, keys.action)[rows, index + 1]
+        state, context = self.encoder(observation)
+        value = self.target_val_func(state, context, action)
+        return targets.returns + targets.bootstrap_discount * value
+
+    @staticmethod
+    def _get(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
+        value = tensordict.get(key, None)
+        if value is None:
+            raise KeyError(
+                f"PredictorLoss reads {key!r}, which is missing; the batch has "
+                f"{sorted(map(str, tensordict.keys(True, True)))}. Rename it with set_keys()"
+            )
+        return value

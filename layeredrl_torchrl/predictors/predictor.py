@@ -1,0 +1,246 @@
+"""The base of predictors: encoder, dynamics, reward and value function in one module."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.data import ReplayBuffer
+
+from layeredrl_torchrl.models import Model
+from layeredrl_torchrl.nets import Encoder
+from layeredrl_torchrl.specs import canonical_action
+
+__all__ = ["Predictor"]
+
+RewardFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Predictor(TensorDictModuleBase):
+    """Bundles what planning needs to know about a task.
+
+    Called with a TensorDict that holds observation and action, it writes state and context and
+    then everything :meth:`step` writes. It answers as TorchRL's ``WorldModel`` does
+    (:meth:`encode`, :meth:`step`, :attr:`step_module`).
+
+    Args:
+        model: The dynamics and termination model.
+        val_func: ``(state, context, action) -> [*B]``, a module or a plain callable; a value
+            function ignores the action, an action-value function does not. ``None`` for none.
+        rew_func: ``(state, context, action) -> [*B]``, likewise.
+        encoder: Maps the observation to state and context.
+        latent_state_dim: ``D``; must be that of the encoder and of the model.
+        context_dim: ``C``, likewise.
+
+    Raises:
+        TypeError: Parts of another kind. ValueError: Parts whose dimensions do not fit.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        val_func: RewardFunction | None,
+        rew_func: RewardFunction | None,
+        encoder: Encoder,
+        latent_state_dim: int,
+        context_dim: int = 0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, Model):
+            raise TypeError(f"model must be a layeredrl_torchrl Model, got {type(model).__name__}")
+        if not isinstance(encoder, Encoder):
+            raise TypeError(
+                f"encoder must be a layeredrl_torchrl Encoder, got {type(encoder).__name__}; "
+                "subclass Encoder and implement split(observation)"
+            )
+        for name, func in (("val_func", val_func), ("rew_func", rew_func)):
+            if func is not None and not callable(func):
+                raise TypeError(f"{name} must be callable or None, got {type(func).__name__}")
+        for name, given, of_encoder, of_model in (
+            ("latent_state_dim", latent_state_dim, encoder.latent_state_dim, model.state_dim),
+            ("context_dim", context_dim, encoder.context_dim, model.context_dim),
+        ):
+            if not given == of_encoder == of_model:
+                raise ValueError(
+                    f"{name} is {given}, but the encoder has {of_encoder} and the model "
+                    f"{of_model}; the three must be equal"
+                )
+        self.model = model
+        self.val_func = val_func
+        self.rew_func = rew_func
+        self.encoder = encoder
+        self.latent_state_dim = latent_state_dim
+        self.context_dim = context_dim
+        state, context, action = model.in_keys
+        if list(encoder.out_keys) != [state, context]:
+            raise ValueError(
+                f"the encoder writes {encoder.out_keys}, but the model reads {[state, context]}; "
+                "rename with out_keys= or in_keys="
+            )
+        self.in_keys = [*encoder.in_keys, action]
+        self.out_keys = [*encoder.out_keys, *self._step_keys()]
+
+    @abstractmethod
+    def learn(
+        self,
+        buffer: ReplayBuffer,
+        n_updates: int,
+        batch_size: int,
+        model_batch_size: int,
+        n_total_env_steps: int,
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Learn from a replay buffer of one-step transitions in the collectors' layout.
+
+        Args:
+            buffer: Any TorchRL replay buffer of TensorDicts; it is not changed.
+            n_updates: Number of gradient steps.
+            batch_size: Slices in a batch for reward, value and encoder.
+            model_batch_size: Transitions in a batch for the dynamics model.
+            n_total_env_steps: Environment steps taken so far, for learning-rate schedules.
+
+        Returns:
+            The total loss and its terms, averaged over the updates.
+        """
+
+    # -- with tensors, or with a TensorDict ------------------------------------------------
+
+    def encode(self, obs: Tensor | TensorDictBase) -> Any:
+        """State ``[*B, D]`` and context ``[*B, C]`` of observations ``[*B, obs]``.
+
+        With a TensorDict: writes both to it and returns it.
+        """
+        return self.encoder(obs)
+
+    def predict(self, obs: Tensor, act: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Predict one step from observations ``[*B, obs]`` and actions ``[*B, A]``.
+
+        Returns:
+            ``s_next_mean [*B, M, K, D], weights [*B, M, K], s_next_std [*B, M, K, D],
+            reward [*B], term_prob [*B]``.
+        """
+        state, context = self.encode(obs)
+        mean, weights, std, term_prob = self.model.predict(state, context, act)
+        return mean, weights, std, self.reward(state, context, act), term_prob
+
+    def predict_reward(self, obs: Tensor, act: Tensor) -> Tensor:
+        """Reward ``[*B]`` of taking ``act`` at ``obs [*B, obs]``."""
+        return self.reward(*self.encode(obs), act)
+
+    def value(self, obs: Tensor, act: Tensor | None = None) -> Tensor:
+        """Value ``[*B]`` of ``obs [*B, obs]``, given ``act`` where the function depends on it."""
+        state, context = self.encode(obs)
+        if act is not None:
+            act = canonical_action(self.model.action_spec, act, state.shape[:-1])
+        return self._need("val_func")(state, context, act)
+
+    def reward(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
+        """Reward ``[*B]`` of ``action`` in ``state [*B, D]``, checked as in ``Model.predict``."""
+        action = canonical_action(self.model.action_spec, action, state.shape[:-1])
+        return self._need("rew_func")(state, context, action)
+
+    def rollout(self, obs: Tensor, act: Tensor, deterministic: bool = False) -> TensorDict:
+        """Roll out ``act [*B, H, A]`` from ``obs [*B, obs]``.
+
+        Returns:
+            As ``Model.rollout``, with ``("next", "reward") [*B, M, P, H, 1]`` where there is a
+            reward function.
+        """
+        state, context = self.encode(obs)
+        traj = self.model.rollout(state, context, act, deterministic=deterministic)
+        if self.rew_func is not None:
+            inputs = (traj.get(key) for key in self.model.in_keys)
+            traj.set(("next", "reward"), self.rew_func(*inputs).unsqueeze(-1))
+        return traj
+
+    # -- as TorchRL's WorldModel ------------------------------------------------------------
+
+    def step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """One imagined step of a TensorDict ``[*B]`` that holds state, context and action.
+
+        Writes what the model writes (with the expected next state), and below ``"next"``: the
+        context, ``reward [*B, 1]``, and ``terminated`` and ``done [*B, 1]``, true where the
+        termination probability exceeds 1/2.
+        """
+        self.model(tensordict)
+        state_key, context_key, action_key = self.model.in_keys
+        state, action = tensordict.get(state_key), tensordict.get(action_key)
+        context = tensordict.get(context_key, None)
+        if context is None:
+            context = state[..., :0]
+        if self.rew_func is not None:
+            reward = self.reward(state, context, action).unsqueeze(-1)
+            tensordict.set(("next", "reward"), reward)
+        terminated = tensordict.get(self.model.out_keys[3]) > 0.5
+        tensordict.set(("next", context_key), context)
+        tensordict.set(("next", "terminated"), terminated)
+        tensordict.set(("next", "done"), terminated.clone())
+        return tensordict
+
+    @property
+    def step_module(self) -> TensorDictModuleBase:
+        """:meth:`step` as a module, for what drives a world model in state space."""
+        return _Step(self)
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Encode the observation and take one imagined step."""
+        return self.step(self.encode(tensordict))
+
+    # -- state ------------------------------------------------------------------------------
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As torch's, but nothing is loaded unless everything fits.
+
+        Raises:
+            ValueError: Entries that are missing, not known or of another shape; the message lists
+                them, and the predictor is as it was.
+        """
+        own = self.state_dict()
+        problems = [
+            f"{name}: the checkpoint has {tuple(state_dict[name].shape)}, this predictor "
+            f"{tuple(value.shape)}"
+            for name, value in own.items()
+            if isinstance(value, Tensor)
+            and name in state_dict
+            and state_dict[name].shape != value.shape
+        ]
+        if strict:
+            problems += [f"{name}: missing in the checkpoint" for name in own.keys() - state_dict]
+            problems += [f"{name}: not in this predictor" for name in state_dict.keys() - own]
+        if problems:
+            shown = "; ".join(sorted(problems)[:5])
+            raise ValueError(
+                f"the checkpoint does not fit this {type(self).__name__} ({len(problems)} "
+                f"differences: {shown}); build the predictor with the sizes it was saved with"
+            )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _step_keys(self) -> list[Any]:
+        keys = [*self.model.out_keys, ("next", self.model.in_keys[1])]
+        if self.rew_func is not None:
+            keys.append(("next", "reward"))
+        return [*keys, ("next", "terminated"), ("next", "done")]
+
+    def _need(self, name: str) -> RewardFunction:
+        func = getattr(self, name)
+        if func is None:
+            raise ValueError(f"this predictor was built with {name}=None; give it one")
+        return func
+
+
+class _Step(TensorDictModuleBase):
+    """:meth:`Predictor.step` as a TensorDictModule that shares the predictor's parameters."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        super().__init__()
+        self.predictor = predictor
+        self.in_keys = list(predictor.model.in_keys)
+        self.out_keys = predictor._step_keys()
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        return self.predictor.step(tensordict)

@@ -1,0 +1,31 @@
+"""A predictor whose parts are given and not trained."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+from torchrl.data import ReplayBuffer
+
+from layeredrl_torchrl.predictors.predictor import Predictor
+
+__all__ = ["StaticPredictor"]
+
+_log = logging.getLogger(__name__)
+
+
+class StaticPredictor(Predictor):
+    """Known or hand-written dynamics, reward and value; see :class:`Predictor` for the arguments."""
+
+    def learn(
+        self,
+        buffer: ReplayBuffer | None = None,
+        n_updates: int = 0,
+        batch_size: int = 0,
+        model_batch_size: int = 0,
+        n_total_env_steps: int = 0,
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Return at once: a loss of 0 and ``{"n_updates": 0.0}``; the log says so at INFO."""
+        _log.info("StaticPredictor.learn: nothing to learn, its parts are given")
+        return torch.zeros(()), {"n_updates": 0.0}

@@ -1,0 +1,192 @@
+"""Spaces and specs: every place of the package that takes a space comes through here.
+
+A *space* is a gymnasium ``Box`` or ``Discrete``, or a TorchRL ``Bounded``, ``Unbounded``,
+``OneHot`` or ``Categorical`` spec. Inside, only TorchRL specs are used.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+from torchrl.data import Bounded, Categorical, OneHot, TensorSpec, Unbounded
+
+__all__ = ["Space", "action_features", "canonical_action", "is_discrete", "to_spec", "width"]
+
+Space: TypeAlias = gym.spaces.Box | gym.spaces.Discrete | TensorSpec
+
+# Actions may leave their bounds by this share of the bound's size: float32 planners and
+# environments that rescale actions land an ulp outside.
+_BOUND_TOLERANCE = 1e-4
+
+
+def to_spec(space: Space | None, *, name: str = "space") -> TensorSpec:
+    """Turn a gymnasium space or a TorchRL spec into a TorchRL spec of one item.
+
+    Args:
+        space: ``Box`` with one axis, ``Discrete`` that starts at 0, or a TorchRL ``Bounded``,
+            ``Unbounded``, ``OneHot`` or ``Categorical``. ``None`` is the empty space ``[0]``.
+        name: What the space is for, used in error messages.
+
+    Returns:
+        ``Bounded``/``Unbounded`` of shape ``[n]`` and a float dtype, ``OneHot`` of shape ``[n]``
+        or ``Categorical`` of shape ``[]``. A gymnasium ``Discrete`` becomes ``Categorical``
+        (integers, as gymnasium itself has it); TorchRL's ``GymEnv`` uses ``OneHot`` unless asked
+        otherwise, and its spec is taken as it is.
+
+    Raises:
+        TypeError: Any other kind of space.
+        ValueError: A space with several axes, or a ``Discrete`` with another start.
+    """
+    if space is None:
+        return Unbounded(shape=(0,))
+    if isinstance(space, gym.spaces.Box):
+        _check_one_axis(name, tuple(space.shape))
+        if not (np.isfinite(space.low).any() or np.isfinite(space.high).any()):
+            return Unbounded(shape=space.shape, dtype=torch.float32)
+        low = torch.as_tensor(space.low, dtype=torch.float32)
+        high = torch.as_tensor(space.high, dtype=torch.float32)
+        return Bounded(low=low, high=high, shape=space.shape, dtype=torch.float32)
+    if isinstance(space, gym.spaces.Discrete):
+        if int(space.start) != 0:
+            raise ValueError(
+                f"{name} is {space}, but only Discrete spaces that start at 0 are supported; "
+                "shift the actions in an environment wrapper"
+            )
+        return Categorical(int(space.n))
+    if isinstance(space, Bounded | Unbounded):
+        _check_one_axis(name, tuple(space.shape))
+        if not space.dtype.is_floating_point:
+            raise TypeError(
+                f"{name} is a spec of dtype {space.dtype}; expected a float dtype, or "
+                "Categorical/OneHot for discrete values"
+            )
+        return space
+    if isinstance(space, OneHot):
+        _check_one_axis(name, tuple(space.shape))
+        return space
+    if isinstance(space, Categorical):
+        if space.shape.numel() != 1:
+            raise ValueError(
+                f"{name} is a Categorical of shape {tuple(space.shape)}; expected one choice, "
+                "shape () or (1,)"
+            )
+        return Categorical(int(space.space.n), dtype=space.dtype)
+    raise TypeError(
+        f"{name} is {space!r} ({type(space).__name__}); expected a gymnasium Box or Discrete, or "
+        "a TorchRL Bounded, Unbounded, OneHot or Categorical spec"
+    )
+
+
+def _check_one_axis(name: str, shape: tuple[int, ...]) -> None:
+    if len(shape) != 1:
+        raise ValueError(
+            f"{name} has shape {shape}, expected one axis [n]; flatten it in the environment, "
+            "and pass the spec of a single environment (no batch axis)"
+        )
+
+
+def is_discrete(spec: TensorSpec) -> bool:
+    """Whether ``spec`` is a choice among ``n`` (``OneHot`` or ``Categorical``)."""
+    return isinstance(spec, OneHot | Categorical)
+
+
+def width(spec: TensorSpec) -> int:
+    """The number of float features a network gets for one item: ``n`` or ``n`` choices."""
+    return int(spec.space.n) if is_discrete(spec) else int(spec.shape[-1])
+
+
+def canonical_action(spec: TensorSpec, action: Tensor, batch_shape: torch.Size) -> Tensor:
+    """Bring actions of ``[*B]`` items into the form of ``spec``, checking shape and range.
+
+    Args:
+        spec: As returned by :func:`to_spec`.
+        action: Continuous: ``[*B, A]``. Discrete: integers ``[*B]`` or ``[*B, 1]``, or one-hot
+            ``[*B, n]``, whichever the spec says.
+        batch_shape: ``*B``.
+
+    Returns:
+        ``[*B, A]``; ``[*B, n]`` (``OneHot``); or ``[*B]`` (``Categorical``).
+
+    Raises:
+        TypeError: Non-integer choices.
+        ValueError: A shape that does not fit, NaN, or values outside the bounds.
+    """
+    if not isinstance(action, Tensor):
+        raise TypeError(f"action must be a torch.Tensor, got {type(action).__name__}")
+    if is_discrete(spec):
+        return _canonical_choice(spec, action, batch_shape)
+    expected = (*batch_shape, width(spec))
+    if tuple(action.shape) != expected:
+        raise ValueError(
+            f"action has shape {tuple(action.shape)}, expected {expected} "
+            "(the batch shape of the state, then the action space)"
+        )
+    if isinstance(spec, Bounded):
+        _check_bounds(spec, action)
+    elif not bool(torch.isfinite(action).all()):
+        raise ValueError("action holds NaN or infinite values; clamp or repair it first")
+    return action
+
+
+def _check_bounds(spec: TensorSpec, action: Tensor) -> None:
+    low, high = spec.space.low.to(action), spec.space.high.to(action)
+    low = low - _BOUND_TOLERANCE * low.abs().clamp_min(1.0)
+    high = high + _BOUND_TOLERANCE * high.abs().clamp_min(1.0)
+    # Written so that NaN counts as outside.
+    inside = (action >= low) & (action <= high)
+    if not bool(inside.all()):
+        where = (~inside).nonzero()[0].tolist()
+        raise ValueError(
+            f"action {action[tuple(where)].item():.6g} at index {where} is outside the action "
+            f"space [{spec.space.low.tolist()}, {spec.space.high.tolist()}]; project it first "
+            "(action_spec.project)"
+        )
+
+
+def _canonical_choice(spec: TensorSpec, action: Tensor, batch_shape: torch.Size) -> Tensor:
+    n = width(spec)
+    shape = tuple(action.shape)
+    batch = tuple(batch_shape)
+    if shape == (*batch, n) and n > 1:
+        ones = action.to(torch.float32)
+        if not bool(((ones == 0) | (ones == 1)).all() and (ones.sum(-1) == 1).all()):
+            raise ValueError(
+                f"action of shape {shape} is not one-hot: each row needs one 1 among {n}"
+            )
+        index = action.to(torch.float32).argmax(-1)
+    elif shape in (batch, (*batch, 1)):
+        if action.is_floating_point() or action.is_complex():
+            raise TypeError(
+                f"action has dtype {action.dtype}, expected integers from 0 to {n - 1} "
+                f"of shape {batch} or one-hot rows of shape {(*batch, n)}"
+            )
+        index = action.reshape(batch).long()
+        if index.numel() and not bool(((index >= 0) & (index < n)).all()):
+            raise ValueError(
+                f"action values span [{int(index.min())}, {int(index.max())}], expected integers "
+                f"from 0 to {n - 1}"
+            )
+    else:
+        raise ValueError(
+            f"action has shape {shape}, expected {batch} or {(*batch, 1)} (integers) or "
+            f"{(*batch, n)} (one-hot)"
+        )
+    if isinstance(spec, OneHot):
+        return torch.nn.functional.one_hot(index, n).to(spec.dtype)
+    return index.to(spec.dtype)
+
+
+def action_features(spec: TensorSpec, action: Tensor, dtype: torch.dtype) -> Tensor:
+    """The float features ``[*B, width(spec)]`` of actions in the form of ``spec``.
+
+    Integers become one-hot rows. Only the last axis is looked at, so this also runs under
+    ``vmap`` and with any batch shape; use :func:`canonical_action` for checks.
+    """
+    if isinstance(spec, Categorical):
+        choices = torch.arange(width(spec), device=action.device)
+        return (action.unsqueeze(-1) == choices).to(dtype)
+    return action.to(dtype)

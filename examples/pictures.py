@@ -29,9 +29,7 @@ def learning_curve(rows: list[dict[str, float]], path: Path, title: str) -> None
     steps = np.array([row["env_steps"] for row in rows])
     ended = np.array([row["episodes"] for row in rows]) > 0
     returns = np.array([row["return"] for row in rows])
-    figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(7, 5.5), sharex=True, height_ratios=(2, 1)
-    )
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 5.5), sharex=True, height_ratios=(2, 1))
     top.plot(steps[ended], returns[ended], "o-", color=BLUE, markersize=4)
     top.set_ylabel("return of ended episodes")
     top.set_title(f"{title}: learned from scratch, planned in the learned model")
@@ -76,7 +74,12 @@ def prediction(predictor, played: TensorDict, path: Path, title: str, horizon: i
         ):
             width = 2 * np.sqrt(variance[:, d])
             axis.fill_between(
-                time, mean[:, d] - width, mean[:, d] + width, color=BLUE, alpha=alpha, lw=0,
+                time,
+                mean[:, d] - width,
+                mean[:, d] + width,
+                color=BLUE,
+                alpha=alpha,
+                lw=0,
                 label=label,
             )
         axis.plot(time, mean[:, d], color=BLUE, label="predicted mean")
@@ -88,7 +91,9 @@ def prediction(predictor, played: TensorDict, path: Path, title: str, horizon: i
         margin = 1.0 * max(high - low, 1e-3)
         axis.set_ylim(low - margin, high + margin)
     axes = np.atleast_1d(axes)
-    axes[0].legend(fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    axes[0].legend(
+        fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False
+    )
     axes[-1].set_xlabel(f"steps ahead, open loop ({title})")
     _finish(figure, path)
 
@@ -99,9 +104,7 @@ def animation(name: str, policy, path: Path, seed: int, max_steps: int = 250) ->
     import imageio
 
     try:
-        env = TransformedEnv(
-            GymEnv(name, from_pixels=True, pixels_only=False), DoubleToFloat()
-        )
+        env = TransformedEnv(GymEnv(name, from_pixels=True, pixels_only=False), DoubleToFloat())
         env.set_seed(seed)
         data = env.reset()
     except Exception as error:  # noqa: BLE001 - each rendering backend fails in its own way

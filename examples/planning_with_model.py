@@ -1,20 +1,33 @@
-"""Learn a world model of a MuJoCo task from real experience, and control the task by planning in it.
+"""Learn a world model of a MuJoCo task from real experience, and plan in it.
 
 A TorchRL collector gathers experience into a TorchRL replay buffer; a `RewardPredictor` around a
 `ProbabilisticEnsemble` learns dynamics, reward, termination and value from it; TorchRL's own
 `CEMPlanner` plans in the learned model, wrapped as an environment by `PredictorEnv`.
 
-    python examples/planning_with_model.py --env InvertedPendulum-v5 --total-env-steps 4000
+    python examples/planning_with_model.py --env InvertedPendulum-v5 --total-env-steps 5000
     python examples/planning_with_model.py --eval-only --checkpoint output/demo/checkpoint
 """
 
 from __future__ import annotations
 
 import csv
+import ctypes
+import os
+import sys
 import time
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
+
+if sys.platform == "linux" and not {"MUJOCO_GL", "DISPLAY"} & os.environ.keys():
+    # Without a screen MuJoCo renders through EGL; it fails on import where told to and EGL is not
+    # there, so it is told only where it is.
+    try:
+        ctypes.CDLL("libEGL.so.1")
+    except OSError:
+        pass
+    else:
+        os.environ["MUJOCO_GL"] = "egl"
 
 import pictures
 import torch
@@ -33,7 +46,7 @@ from torchrl.envs import (
     StepCounter,
     TransformedEnv,
 )
-from torchrl.modules import CEMPlanner, RandomPolicy
+from torchrl.modules import CEMPlanner
 from tqdm import tqdm
 
 from layeredrl_torchrl import (
@@ -55,9 +68,9 @@ class Config:
     """Gymnasium id of the task."""
     seed: int = 0
     """Seed of everything random."""
-    total_env_steps: int = 4000
+    total_env_steps: int = 5000
     """Steps taken in the real environment."""
-    random_steps: int = 500
+    random_steps: int = 300
     """Of these, how many with random actions at the start."""
     n_envs: int = 5
     """Environments stepped side by side; one plan serves them all."""
@@ -69,15 +82,17 @@ class Config:
     """Episodes of the final evaluation."""
     n_models: int = 5
     """Members of the ensemble."""
-    hidden_size: int = 128
+    hidden_size: int = 64
     """Width of the two hidden layers of all networks."""
     gamma: float = 0.99
     """Discount of the value function."""
-    tau: float = 0.02
+    value_lr: float = 1e-3
+    """Learning rate of the value function."""
+    tau: float = 0.01
     """Share of the value network that its target takes over at each update."""
-    n_steps: int = 10
+    n_steps: int = 3
     """Rewards in a value target."""
-    horizon: int = 15
+    horizon: int = 8
     """Steps that are planned ahead."""
     n_samples: int = 100
     """Candidate plans in each iteration."""
@@ -123,6 +138,7 @@ def make_predictor(config: Config, env: EnvBase) -> RewardPredictor:
         gamma=config.gamma,
         n_steps=config.n_steps,
         tau=config.tau,
+        value_lr=config.value_lr,
     )
 
 
@@ -150,22 +166,21 @@ def learn(config: Config, predictor: RewardPredictor) -> list[dict[str, float]]:
     env = make_env(config.env, config.n_envs)
     env.set_seed(config.seed)
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(config.total_env_steps, ndim=2))
-    random, planned = RandomPolicy(env.action_spec), make_policy(config, predictor)
     collector = Collector(
         env,
-        planned,
+        make_policy(config, predictor),
         frames_per_batch=config.steps_per_batch,
         total_frames=config.total_env_steps,
         init_random_frames=config.random_steps,
         auto_register_policy_transforms=True,
     )
-    del random
     rows, start, steps, last = [], time.monotonic(), 0, float("nan")
     with tqdm(total=config.total_env_steps, unit="step", desc=config.env) as bar:
         for data in collector:
-            keep = data.exclude("state", "context", "imagined_discount")
-            buffer.extend(keep)
             steps += data.numel()
+            # The value function is that of the planner, so it has to know who acted.
+            data["random_action"] = torch.full(data.shape, steps <= config.random_steps)
+            buffer.extend(data.exclude("state", "context"))
             info: dict[str, float] = {}
             if steps >= config.random_steps:
                 n_updates = round(config.updates_per_step * data.numel())
@@ -218,6 +233,13 @@ def main(config: Config) -> None:
     """Run the demo."""
     if config.eval_only and config.checkpoint is None:
         raise SystemExit("--eval-only needs --checkpoint FOLDER, one that this script has written")
+    if config.random_steps >= config.total_env_steps and not config.eval_only:
+        raise SystemExit(
+            f"random_steps is {config.random_steps} of {config.total_env_steps} total_env_steps: "
+            "nothing would be planned; lower --random-steps"
+        )
+    if config.checkpoint is not None and not Checkpoint.is_checkpoint(config.checkpoint):
+        raise SystemExit(f"{config.checkpoint} is no checkpoint of this script")
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     if config.checkpoint is not None:

@@ -22,8 +22,13 @@ from layeredrl_torchrl.nets import (  # noqa: E402
     ValueNet,
 )
 from layeredrl_torchrl.objectives import (  # noqa: E402
+    BootstrappedBatches,
+    MemberBatches,
     ModelLoss,
+    OwnBatches,
+    PartitionedBatch,
     PredictorLoss,
+    SharedBatch,
     TransitionSlices,
     n_step_targets,
 )
@@ -33,14 +38,18 @@ from layeredrl_torchrl.specs import to_spec  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
+    "BootstrappedBatches",
     "Encoder",
     "EncoderNet",
     "FixedEncoderNet",
     "GaussianMixture",
     "IdentityEncoder",
+    "MemberBatches",
     "Model",
     "ModelLoss",
     "Normalizer",
+    "OwnBatches",
+    "PartitionedBatch",
     "Predictor",
     "PredictorEnv",
     "PredictorLoss",
@@ -49,6 +58,7 @@ __all__ = [
     "RewardNet",
     "RewardPredictor",
     "ScalarHead",
+    "SharedBatch",
     "StaticPredictor",
     "TransitionSlices",
     "ValueNet",

@@ -13,9 +13,7 @@ def check_width(name: str, tensor: Tensor, width: int, *, hint: str) -> None:
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be a float tensor, got dtype {tensor.dtype}; {hint}")
     if tensor.ndim == 0 or tensor.shape[-1] != width:
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}, expected [..., {width}]; {hint}"
-        )
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected [..., {width}]; {hint}")
 
 
 def check_finite(name: str, tensor: Tensor, *, hint: str) -> None:

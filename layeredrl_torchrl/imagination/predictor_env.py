@@ -11,6 +11,7 @@ from torchrl.data import Binary, Bounded, Composite, TensorSpec, Unbounded
 from torchrl.envs.model_based import ModelBasedEnvBase
 
 from layeredrl_torchrl.predictors import Predictor
+from layeredrl_torchrl.predictors.predictor import RewardFunction
 from layeredrl_torchrl.specs import Space, to_spec
 
 __all__ = ["PredictorEnv"]
@@ -68,6 +69,8 @@ class PredictorEnv(ModelBasedEnvBase):
         device = torch.device("cpu") if parameter is None else parameter.device
         super().__init__(predictor, device=device)
         self.use_value_func = use_value_func
+        self._reward: RewardFunction = predictor.rew_func
+        self._value: RewardFunction | None = predictor.terminal_value if use_value_func else None
         self.discount = 0.99 if discount is None else discount
         spec = predictor.model.action_spec
         if action_spec is not None:
@@ -106,15 +109,14 @@ class PredictorEnv(ModelBasedEnvBase):
         state, context = tensordict.get(state_key), tensordict.get(context_key)
         action = tensordict.get(action_key)
         next_state, term_prob = self._expect(state, context, action)
-        reward = self.predictor.rew_func(state, context, action)
+        reward = self._reward(state, context, action)
         out: dict[Any, Tensor] = {}
-        if self.use_value_func:
+        if self._value is not None:
             so_far = tensordict.get(_DISCOUNT, None)
             so_far = torch.ones_like(reward) if so_far is None else so_far.squeeze(-1)
             survival = self.discount * (1.0 - term_prob)
-            value = self.predictor.val_func
-            gain = survival * value(next_state, context, action) - value(state, context, action)
-            reward = so_far * (reward + gain)
+            gain = survival * self._value(next_state, context, action)
+            reward = so_far * (reward + gain - self._value(state, context, action))
             out[_DISCOUNT] = (so_far * survival).unsqueeze(-1)
         terminated = (term_prob > 0.5).unsqueeze(-1)
         out |= {

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from layeredrl_torchrl.models.calibration import StdCalibration
 from layeredrl_torchrl.models.members import stack_members
 from layeredrl_torchrl.models.model import Model
-from layeredrl_torchrl.nets import MemberOutput, Normalizer, ProbFCDynamics
+from layeredrl_torchrl.nets import MemberOutput, Normalizer, ProbFCDynamics, StackedProbFCDynamics
 from layeredrl_torchrl.specs import Space, is_discrete, width
 
 __all__ = ["ProbabilisticEnsemble"]
@@ -36,6 +38,12 @@ class ProbabilisticEnsemble(Model):
         normalize_targets: Whether the networks' targets are standardised.
         normalize_inputs: Whether state, context and continuous actions are standardised before
             they reach the networks.
+        clip_inputs: Whether standardised inputs are also kept within the range of the data that
+            the statistics are from (:class:`~layeredrl_torchrl.Normalizer`).
+        ema_decay: Predictions come from an exponential moving average of the members' weights
+            with this decay, ``None`` for the weights themselves. The average starts with the
+            first :meth:`update_average`, which a predictor's ``learn`` calls after each gradient
+            step (and your own training loop has to).
         **keys: ``in_keys`` and ``out_keys`` of :class:`~layeredrl_torchrl.Model`.
 
     The statistics are buffers that only :meth:`fit_statistics` changes, which a predictor's
@@ -59,6 +67,8 @@ class ProbabilisticEnsemble(Model):
         predict_delta: bool = True,
         normalize_targets: bool = True,
         normalize_inputs: bool = True,
+        clip_inputs: bool = True,
+        ema_decay: float | None = 0.99,
         **keys: Sequence[Any],
     ) -> None:
         super().__init__(
@@ -73,6 +83,9 @@ class ProbabilisticEnsemble(Model):
         self.predict_delta = predict_delta
         self.normalize_targets = normalize_targets
         self.normalize_inputs = normalize_inputs
+        if ema_decay is not None and not 0.0 <= ema_decay < 1.0:
+            raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}; None for no average")
+        self.ema_decay = ema_decay
         nets = [
             partial_net(state_space, context_space, action_space, n_modes) for _ in range(n_models)
         ]
@@ -80,32 +93,67 @@ class ProbabilisticEnsemble(Model):
         for member, net in enumerate(nets):
             self._check_net(member, net, probe)
         self.members = stack_members(nets, probe)
-        self.state_normalizer = Normalizer(self.state_dim)
-        self.context_normalizer = Normalizer(self.context_dim)
+        if ema_decay is not None:
+            self.averaged_members = copy.deepcopy(self.members).requires_grad_(False)
+        self.register_buffer("n_averaged", torch.zeros((), dtype=torch.long))
+        # Whether there is an average yet, kept beside the buffer so that predicting does not read
+        # it (on a GPU that would wait for all that is under way).
+        self._averaging = False
+        self.register_load_state_dict_post_hook(self._note_average)
+        self.state_normalizer = Normalizer(self.state_dim, clip=clip_inputs)
+        self.context_normalizer = Normalizer(self.context_dim, clip=clip_inputs)
         n_action = 0 if is_discrete(self.action_spec) else width(self.action_spec)
-        self.action_normalizer = Normalizer(n_action)
+        self.action_normalizer = Normalizer(n_action, clip=clip_inputs)
         self.target_normalizer = Normalizer(self.state_dim)
+        self.calibration = StdCalibration(n_models, self.state_dim)
 
     # -- prediction -----------------------------------------------------------------------
 
     def predict_normalized(self, state: Tensor, context: Tensor, action: Tensor) -> MemberOutput:
-        """As :meth:`predict_members`, with mean and std in the units of :meth:`target`."""
-        state = self.state_normalizer(state)
-        context = self.context_normalizer(context)
+        """What the weights under training say, with mean and std in the units of :meth:`target`."""
+        return self.members(*self._normalize(state, context, action))
+
+    @property
+    def predicting_members(self) -> nn.Module:
+        """The networks that predictions come from: the averaged ones, once there is an average."""
+        if self.ema_decay is None or not self._averaging:
+            return self.members
+        return self.averaged_members
+
+    def _normalize(
+        self, state: Tensor, context: Tensor, action: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.normalize_inputs:
+            return state, context, action
         if not is_discrete(self.action_spec):
             action = self.action_normalizer(action)
-        return self.members(state, context, action)
+        if self.context_dim:
+            context = self.context_normalizer(context)
+        return self.state_normalizer(state), context, action
 
     def predict_members(self, state: Tensor, context: Tensor, action: Tensor) -> MemberOutput:
         """Predict with member ``m`` on row block ``m``; shapes as the base class has them."""
-        (mean, std), weights, term_prob = self.predict_normalized(state, context, action)
+        inputs = self._normalize(state, context, action)
+        (mean, std), weights, term_prob = self.predicting_members(*inputs)
         loc, scale = self.target_normalizer.loc, self.target_normalizer.scale
         offset = loc + state if self.predict_delta else loc.expand_as(state)
         return (
-            (torch.addcmul(offset.unsqueeze(-2), mean, scale), std * scale),
+            (torch.addcmul(offset.unsqueeze(-2), mean, scale), self.calibration(std) * scale),
             weights,
             term_prob,
         )
+
+    def step_members(
+        self, state: Tensor, context: Tensor, action: Tensor, *, deterministic: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """As the base class has it; the built-in members sample without the modes not drawn."""
+        members = self.predicting_members
+        if deterministic or not isinstance(members, StackedProbFCDynamics):
+            return super().step_members(state, context, action, deterministic=deterministic)
+        inputs = self._normalize(state, context, action)
+        target, term_prob = members.sample(*inputs, calibration=self.calibration)
+        target = self.target_normalizer.inverse(target)
+        return (state + target if self.predict_delta else target), term_prob
 
     # -- learning -------------------------------------------------------------------------
 
@@ -126,6 +174,37 @@ class ProbabilisticEnsemble(Model):
         if self.normalize_targets:
             self.target_normalizer.fit(next_state - state if self.predict_delta else next_state)
 
+    @torch.no_grad()
+    def calibrate(self, state: Tensor, context: Tensor, action: Tensor, next_state: Tensor) -> None:
+        """Fit :class:`StdCalibration` to transitions ``[N, ...]`` that were not trained on."""
+        rows = (x.expand(self.n_models, *x.shape) for x in (state, context, action))
+        (mean, std), weights, _ = self.predicting_members(*self._normalize(*rows))
+        self.calibration.fit(mean, std, weights, self.target(state, next_state))
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """Move the averaged weights towards the trained ones; call after a gradient step.
+
+        The decay is ``min(ema_decay, (1 + t) / (10 + t))`` at update ``t``, so that a young
+        average forgets its untrained start.
+        """
+        if self.ema_decay is None:
+            return
+        t = int(self.n_averaged)
+        share = 1.0 - min(self.ema_decay, (1 + t) / (10 + t))
+        torch._foreach_lerp_(
+            list(self.averaged_members.parameters()), list(self.members.parameters()), share
+        )
+        for ours, theirs in zip(
+            self.averaged_members.buffers(), self.members.buffers(), strict=True
+        ):
+            ours.copy_(theirs)
+        self.n_averaged += 1
+        self._averaging = True
+
+    def _note_average(self, *_: Any) -> None:
+        self._averaging = bool(self.n_averaged > 0)
+
     # -- checks of partial_net ------------------------------------------------------------
 
     def _probe_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,9 +213,7 @@ class ProbabilisticEnsemble(Model):
             action = action.to(torch.get_default_dtype())
         return torch.zeros(2, self.state_dim), torch.zeros(2, self.context_dim), action
 
-    def _check_net(
-        self, member: int, net: nn.Module, probe: tuple[Tensor, Tensor, Tensor]
-    ) -> None:
+    def _check_net(self, member: int, net: nn.Module, probe: tuple[Tensor, Tensor, Tensor]) -> None:
         """Run a new network once, so that a wrong one fails here and says why."""
         if not isinstance(net, nn.Module):
             raise TypeError(
@@ -145,11 +222,11 @@ class ProbabilisticEnsemble(Model):
             )
         parameter = next(net.parameters(), None)
         if parameter is not None:
-            probe = tuple(
-                x.to(parameter.device, parameter.dtype) if x.is_floating_point()
-                else x.to(parameter.device)
+            state, context, action = (
+                x.to(parameter.device, parameter.dtype if x.is_floating_point() else x.dtype)
                 for x in probe
             )
+            probe = (state, context, action)
         training = net.training
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             out = net.eval()(*probe)

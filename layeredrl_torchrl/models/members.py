@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from tensordict import TensorDict
@@ -29,18 +29,19 @@ class VmapMembers(nn.Module):
     def __init__(self, nets: Sequence[nn.Module]) -> None:
         super().__init__()
         self.params = TensorDict.from_modules(*nets, as_module=True)
-        # Only a shape to pour parameters into: kept out of the registered submodules.
-        self.__dict__["_template"] = copy.deepcopy(nets[0]).to("meta")
+        # Only a shape to pour parameters into; in a list, so that it is no registered submodule.
+        self._template = [copy.deepcopy(nets[0]).to("meta")]
 
     def _call(
         self, params: TensorDict, state: Tensor, context: Tensor, action: Tensor
     ) -> MemberOutput:
-        with params.to_module(self._template):
-            return self._template(state, context, action)
+        template = self._template[0]
+        with params.to_module(template):
+            return template(state, context, action)
 
     def forward(self, state: Tensor, context: Tensor, action: Tensor) -> MemberOutput:
         """Evaluate member ``m`` on row block ``m``; shapes in the class docstring."""
-        self._template.train(self.training)
+        self._template[0].train(self.training)
         return torch.vmap(self._call, randomness="different")(self.params, state, context, action)
 
 
@@ -81,8 +82,9 @@ def stack_members(nets: Sequence[nn.Module], probe: tuple[Tensor, Tensor, Tensor
             out whether the members can run under ``vmap`` at all.
     """
     first = nets[0]
-    if hasattr(type(first), "stack") and all(type(net) is type(first) for net in nets):
-        return type(first).stack(nets)
+    stack: Callable[..., nn.Module] | None = getattr(type(first), "stack", None)
+    if stack is not None and all(type(net) is type(first) for net in nets):
+        return stack(nets)
     same = all(type(n) is type(first) and _shapes(n) == _shapes(first) for n in nets)
     if not same or not any(True for _ in first.parameters()):
         return LoopMembers(nets)

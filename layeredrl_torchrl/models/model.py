@@ -216,8 +216,7 @@ class Model(TensorDictModuleBase):
             weights.flatten(-2) / self.n_models,
         )
         # Each component has its own difference, so the mixture is evaluated term by term.
-        normal = mixture.component_distribution.base_dist
-        log_prob = normal.log_prob(difference.flatten(-3, -2)).sum(-1)
+        log_prob = mixture.modes.log_prob(difference.flatten(-3, -2)).sum(-1)
         log_prob = (log_prob + mixture.mixture_distribution.logits).logsumexp(-1)
         means = (weights.unsqueeze(-1) * loc).sum(-2)
         return log_prob, term_prob, {"means": means}
@@ -260,11 +259,14 @@ class Model(TensorDictModuleBase):
         states[0] = state[:, None]
         for h in range(horizon):
             act = acts[:, h].repeat_interleave(n_part, 0)
-            out = self.predict_members(
-                states[h].reshape(*rows, -1), ctx_rows, act.expand(n_models, *act.shape)
+            following, term_prob = self.step_members(
+                states[h].reshape(*rows, -1),
+                ctx_rows,
+                act.expand(n_models, *act.shape),
+                deterministic=deterministic,
             )
-            states[h + 1] = self._next_state(out, deterministic).view(n_models, n, n_part, -1)
-            term[h] = out[2].view(n_models, n, n_part)
+            states[h + 1] = following.view(n_models, n, n_part, -1)
+            term[h] = term_prob.view(n_models, n, n_part)
         self._check_trajectory(states)
 
         def lay_out(x: Tensor) -> Tensor:
@@ -312,21 +314,26 @@ class Model(TensorDictModuleBase):
 
     # -- shared steps ---------------------------------------------------------------------
 
-    @staticmethod
-    def _next_state(out: MemberOutput, deterministic: bool) -> Tensor:
-        """Mean or a sample of each row's mixture, ``[M, R, D]``."""
-        (mean, std), weights, _ = out
+    def step_members(
+        self, state: Tensor, context: Tensor, action: Tensor, *, deterministic: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Step member ``m``'s rows ``[M, N, ...]`` to its mean, or to a sample of its mixture.
+
+        A hook: a model that can sample faster than by way of :meth:`predict_members` has its own.
+
+        Returns:
+            Next state ``[M, N, D]`` and term_prob ``[M, N]``.
+        """
+        (mean, std), weights, term_prob = self.predict_members(state, context, action)
         if deterministic:
-            return mean.squeeze(-2) if mean.shape[-2] == 1 else torch.einsum(
-                "mrk,mrkd->mrd", weights.to(mean.dtype), mean
-            )
+            return (weights.unsqueeze(-1) * mean).sum(-2), term_prob
         if mean.shape[-2] == 1:
             mean, std = mean.squeeze(-2), std.squeeze(-2)
         else:
             mode = torch.distributions.Categorical(probs=weights, validate_args=False).sample()
             index = mode[..., None, None].expand(*mode.shape, 1, mean.shape[-1])
             mean, std = mean.gather(-2, index).squeeze(-2), std.gather(-2, index).squeeze(-2)
-        return torch.addcmul(mean, std, torch.randn_like(mean))
+        return torch.addcmul(mean, std, torch.randn_like(mean)), term_prob
 
     def _read(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None, Tensor]:
         state_key, context_key, action_key = self.in_keys

@@ -1,18 +1,25 @@
-"""The built-in member network of an ensemble, and its stacked form that runs all members at once."""
+"""The built-in member network of an ensemble, and its stacked form for all members at once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchrl.modules import MLP
 
 from layeredrl_torchrl.specs import Space, action_features, to_spec, width
 
 __all__ = ["MemberOutput", "ProbFCDynamics", "StackedProbFCDynamics"]
+
+_IN_PLACE: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
+    nn.SiLU: partial(F.silu, inplace=True),
+    nn.ReLU: partial(F.relu, inplace=True),
+    nn.Hardswish: partial(F.hardswish, inplace=True),
+}
 
 # (mean, std), weights, term_prob: what a member network returns.
 MemberOutput: TypeAlias = tuple[tuple[Tensor, Tensor], Tensor, Tensor]
@@ -36,20 +43,25 @@ def mixture_parameters(
         ``(mean [..., K, D], std [..., K, D]), weights [..., K], term_prob [...]`` in float32 or
         wider, also under ``torch.autocast``.
     """
+    mean, raw, logits, term_logit = _split(out, n_modes, dim)
+    weights = logits.softmax(-1) if n_modes > 1 else torch.ones_like(logits)
+    return (mean, _bounded_std(raw, log_std_bounds)), weights, term_logit.sigmoid()
+
+
+def _split(out: Tensor, n_modes: int, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Means and raw log std ``[..., K, D]``, weight logits ``[..., K]``, termination logit."""
     if out.dtype in (torch.bfloat16, torch.float16):
         out = out.float()
     size = n_modes * dim
     mean, raw, logits, term_logit = out.split([size, size, n_modes, 1], dim=-1)
+    shape = (n_modes, dim)
+    return mean.unflatten(-1, shape), raw.unflatten(-1, shape), logits, term_logit.squeeze(-1)
+
+
+def _bounded_std(raw: Tensor, log_std_bounds: tuple[float, float]) -> Tensor:
     low, high = log_std_bounds
     log_std = high - F.softplus(high - raw)
-    log_std = low + F.softplus(log_std - low)
-    shape = (*out.shape[:-1], n_modes, dim)
-    weights = logits.softmax(-1) if n_modes > 1 else torch.ones_like(logits)
-    return (
-        (mean.reshape(shape), log_std.exp().reshape(shape)),
-        weights,
-        term_logit.squeeze(-1).sigmoid(),
-    )
+    return (low + F.softplus(log_std - low)).exp()
 
 
 class ProbFCDynamics(nn.Module):
@@ -64,11 +76,12 @@ class ProbFCDynamics(nn.Module):
         context_space: Box of the ``C`` context dimensions, or ``None``.
         action_space: Box or Discrete.
         n_modes: ``K``, the number of Gaussians.
-        hidden_sizes: Width of each hidden layer.
+        hidden_sizes: Width of each hidden layer; a layer as wide as the one before adds to it
+            (an identity skip).
         nonlinearity: Class of the activation.
         ignore_context: Whether the context is left out of the input (LayeredRL's default: a goal
             does not move the world). Set to ``False`` where the context changes the dynamics.
-        log_std_bounds: Soft bounds of the log standard deviation.
+        log_std_bounds: Soft bounds of the log standard deviation, in units of the target.
 
     Shapes:
         state ``[*B, D]``, context ``[*B, C]``, action as the spec says ->
@@ -85,7 +98,7 @@ class ProbFCDynamics(nn.Module):
         hidden_sizes: Sequence[int] = (128, 128),
         nonlinearity: type[nn.Module] = nn.SiLU,
         ignore_context: bool = True,
-        log_std_bounds: tuple[float, float] = (-7.0, 2.0),
+        log_std_bounds: tuple[float, float] = (-6.0, 1.0),
     ) -> None:
         super().__init__()
         if not hidden_sizes:
@@ -96,14 +109,17 @@ class ProbFCDynamics(nn.Module):
         self.n_modes = n_modes
         self.ignore_context = ignore_context
         self.log_std_bounds = log_std_bounds
-        self.net = MLP(
-            in_features=self.state_dim
-            + (0 if ignore_context else context_dim)
-            + width(self.action_spec),
-            out_features=n_modes * (2 * self.state_dim + 1) + 1,
-            num_cells=list(hidden_sizes),
-            activation_class=nonlinearity,
-        )
+        n_in = self.state_dim + (0 if ignore_context else context_dim) + width(self.action_spec)
+        n_out = n_modes * (2 * self.state_dim + 1) + 1
+        sizes = [n_in, *hidden_sizes, n_out]
+        layers = [nn.Linear(i, o) for i, o in pairwise(sizes)]
+        for layer in layers:
+            # LeCun's normal initialisation: with the skips, the variance of an untrained network's
+            # layers stays near that of its normalised input.
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+            nn.init.zeros_(layer.bias)
+        self.layers = nn.ModuleList(layers)
+        self.activation = nonlinearity()
 
     def features(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
         """Concatenate the inputs to ``[*B, in]``."""
@@ -113,8 +129,12 @@ class ProbFCDynamics(nn.Module):
 
     def forward(self, state: Tensor, context: Tensor, action: Tensor) -> MemberOutput:
         """Predict; shapes in the class docstring."""
-        out = self.net(self.features(state, context, action))
-        return mixture_parameters(out, self.n_modes, self.state_dim, self.log_std_bounds)
+        x = self.features(state, context, action)
+        *hidden, last = self.layers
+        for layer in hidden:
+            y = self.activation(layer(x))
+            x = x + y if x.shape[-1] == y.shape[-1] and layer is not hidden[0] else y
+        return mixture_parameters(last(x), self.n_modes, self.state_dim, self.log_std_bounds)
 
     @staticmethod
     def stack(nets: Sequence[ProbFCDynamics]) -> StackedProbFCDynamics:
@@ -143,10 +163,8 @@ class StackedProbFCDynamics(nn.Module):
         self.n_modes = first.n_modes
         self.state_dim = first.state_dim
         self.log_std_bounds = first.log_std_bounds
-        linears = [[layer for layer in net.net if isinstance(layer, nn.Linear)] for net in nets]
-        self.activations = nn.ModuleList(
-            [layer for layer in first.net if not isinstance(layer, nn.Linear)]
-        )
+        self.activation = first.activation
+        linears = [net.layers for net in nets]
         self.weights = nn.ParameterList(
             [
                 nn.Parameter(torch.stack([layer.weight.detach().T for layer in layers]).clone())
@@ -162,9 +180,43 @@ class StackedProbFCDynamics(nn.Module):
 
     def forward(self, state: Tensor, context: Tensor, action: Tensor) -> MemberOutput:
         """Predict with member ``m`` on row block ``m``; shapes in the class docstring."""
+        out = self._last_layer(state, context, action)
+        return mixture_parameters(out, self.n_modes, self.state_dim, self.log_std_bounds)
+
+    def sample(
+        self,
+        state: Tensor,
+        context: Tensor,
+        action: Tensor,
+        calibration: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Draw from the predicted mixture: ``[M, N, D]``, and the term_prob ``[M, N]``.
+
+        The same distribution as sampling from :meth:`forward`'s output, but the mode is drawn
+        first, so that the std ``[M, N, D]`` is worked out, and corrected by ``calibration``, for
+        that mode only.
+        """
+        out = self._last_layer(state, context, action)
+        mean, raw, logits, term_logit = _split(out, self.n_modes, self.state_dim)
+        if self.n_modes == 1:
+            mean, raw = mean.squeeze(-2), raw.squeeze(-2)
+        else:
+            # Inversion of the weights' cumulative sum; clamped because it may end below 1.
+            edges = logits.softmax(-1).cumsum(-1)
+            mode = (torch.rand_like(edges[..., :1]) > edges).sum(-1, keepdim=True)
+            mode = mode.clamp_max(self.n_modes - 1).unsqueeze(-1)
+            mean = mean.take_along_dim(mode, -2).squeeze(-2)
+            raw = raw.take_along_dim(mode, -2).squeeze(-2)
+        std = calibration(_bounded_std(raw, self.log_std_bounds))
+        return torch.addcmul(mean, std, torch.randn_like(mean)), term_logit.sigmoid()
+
+    def _last_layer(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
         x = self._features(state, context, action)
         *hidden, last = zip(self.weights, self.biases, strict=True)
-        for (weight, bias), activation in zip(hidden, self.activations, strict=True):
-            x = activation(torch.baddbmm(bias, x, weight))
-        x = torch.baddbmm(last[1], x, last[0])
-        return mixture_parameters(x, self.n_modes, self.state_dim, self.log_std_bounds)
+        for i, (weight, bias) in enumerate(hidden):
+            y = torch.baddbmm(bias, x, weight)
+            # In place where nothing has to be kept for a backward pass: half the memory traffic.
+            in_place = None if y.requires_grad else _IN_PLACE.get(type(self.activation))
+            y = self.activation(y) if in_place is None else in_place(y)
+            x = y.add_(x) if i > 0 and x.shape[-1] == y.shape[-1] else y
+        return torch.baddbmm(last[1], x, last[0])

@@ -78,7 +78,9 @@ class Encoder(TensorDictModuleBase):
         check_finite("observation", observation, hint="repair it before it is encoded")
         return self.split(observation.to(torch.get_default_dtype()))
 
-    def forward(self, tensordict: TensorDictBase | Tensor) -> TensorDictBase | tuple[Tensor, Tensor]:
+    def forward(
+        self, tensordict: TensorDictBase | Tensor
+    ) -> TensorDictBase | tuple[Tensor, Tensor]:
         """Encode a tensor (returns two tensors) or a TensorDict (writes ``out_keys``)."""
         if isinstance(tensordict, Tensor):
             return self.encode(tensordict)
@@ -103,11 +105,9 @@ class IdentityEncoder(Encoder):
         **keys: ``in_keys`` and ``out_keys`` of :class:`Encoder`.
     """
 
-    def __init__(
-        self, mapped_env_obs_shape: Sequence[int], **keys: Sequence[NestedKey]
-    ) -> None:
-        dim = tuple(mapped_env_obs_shape)[-1] if len(tuple(mapped_env_obs_shape)) else 0
-        super().__init__(mapped_env_obs_shape, dim, 0, **keys)
+    def __init__(self, mapped_env_obs_shape: Sequence[int], **keys: Sequence[NestedKey]) -> None:
+        shape = tuple(mapped_env_obs_shape)
+        super().__init__(shape, shape[0] if shape else 0, 0, **keys)
 
     def split(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """The observation, and a context of width 0."""
@@ -184,9 +184,7 @@ class EncoderNet(Encoder):
         super().__init__(mapped_env_obs_shape, latent_state_dim, context_dim, **keys)
         self.state_net = nn.Linear(self.obs_dim, latent_state_dim, bias=False)
         # torch warns when it initialises an empty layer, so a context of width 0 has none.
-        self.context_net = (
-            nn.Linear(self.obs_dim, context_dim, bias=False) if context_dim else None
-        )
+        self.context_net = nn.Linear(self.obs_dim, context_dim, bias=False) if context_dim else None
         self.register_buffer("mask", torch.zeros(self.obs_dim, dtype=torch.bool))
 
     def split(self, observation: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,27 +11,39 @@ __all__ = ["Normalizer"]
 class Normalizer(nn.Module):
     """Maps ``x`` to ``(x - loc) / scale``; ``loc = 0`` and ``scale = 1`` until :meth:`fit`.
 
+    With ``clip``, the result is kept within the range of the data it was fitted to, widened by a
+    tenth on both sides: what a network makes of inputs that it has never seen is no better than
+    what it makes of the nearest ones it has.
+
     TorchRL's ``ObservationNorm`` and ``VecNormV2`` normalise an environment's stream; this one
     sits inside a network, is invertible, and never changes while the network is evaluated.
 
     Args:
         dim: Number of features ``n``.
+        clip: Whether to keep results within the range of the data.
     """
 
     loc: Tensor  # [n]
     scale: Tensor  # [n]
+    low: Tensor  # [n]
+    high: Tensor  # [n]
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, *, clip: bool = False) -> None:
         super().__init__()
+        self.clip = clip
+        if clip:
+            self.register_buffer("low", torch.full((dim,), -torch.inf))
+            self.register_buffer("high", torch.full((dim,), torch.inf))
         self.register_buffer("loc", torch.zeros(dim))
         self.register_buffer("scale", torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """Standardise ``x [..., n]``."""
-        return (x - self.loc) / self.scale
+        x = (x - self.loc) / self.scale
+        return torch.clamp(x, self.low, self.high) if self.clip else x
 
     def inverse(self, x: Tensor) -> Tensor:
-        """Undo :meth:`forward`."""
+        """Undo :meth:`forward`, but for what it clipped."""
         return x * self.scale + self.loc
 
     @torch.no_grad()
@@ -41,7 +53,14 @@ class Normalizer(nn.Module):
         A feature that does not vary (beyond float32 rounding) keeps ``scale = 1``, so that it is
         centred but not blown up.
         """
+        if not self.loc.numel():
+            return
         std, mean = torch.std_mean(x.to(self.loc.dtype), dim=0, correction=0)
         constant = std <= 1e-6 * (1.0 + mean.abs())
         self.loc.copy_(mean)
         self.scale.copy_(torch.where(constant, torch.ones_like(std), std))
+        if self.clip:
+            low, high = x.amin(0), x.amax(0)
+            margin = 0.1 * (high - low)
+            self.low.copy_((low - margin - self.loc) / self.scale)
+            self.high.copy_((high + margin - self.loc) / self.scale)

@@ -1,8 +1,26 @@
 """Losses of models and predictors, as TorchRL ``LossModule``s, and the data they learn from."""
 
+from layeredrl_torchrl.objectives.batches import (
+    BootstrappedBatches,
+    MemberBatches,
+    OwnBatches,
+    PartitionedBatch,
+    SharedBatch,
+)
 from layeredrl_torchrl.objectives.model_loss import ModelLoss
 from layeredrl_torchrl.objectives.predictor_loss import PredictorLoss
 from layeredrl_torchrl.objectives.slices import TransitionSlices
 from layeredrl_torchrl.objectives.targets import NStepTargets, n_step_targets
 
-__all__ = ["ModelLoss", "NStepTargets", "PredictorLoss", "TransitionSlices", "n_step_targets"]
+__all__ = [
+    "BootstrappedBatches",
+    "MemberBatches",
+    "ModelLoss",
+    "NStepTargets",
+    "OwnBatches",
+    "PartitionedBatch",
+    "PredictorLoss",
+    "SharedBatch",
+    "TransitionSlices",
+    "n_step_targets",
+]

@@ -44,7 +44,10 @@ class PredictorLoss(LossModule):
     Reads (``set_keys`` renames) a batch ``[B, L]`` with ``L = k_steps + n_steps``, as
     :class:`~layeredrl_torchrl.objectives.slices.TransitionSlices` samples it: ``observation``,
     ``action``, ``next_observation``, ``reward``, ``terminated``, ``valid``, and where present
-    ``elapsed_steps`` (environment steps a transition took).
+    ``elapsed_steps`` (environment steps a transition took) and ``random_action`` (bool ``[B, L]``
+    or ``[B, L, 1]``: the action was drawn at random and not by the policy to be valued).
+    Value targets end before a random action, and a step that starts with one has none: random
+    behaviour would teach that states are bad which the policy masters.
 
     Writes ``loss_reward`` and ``loss_value`` (mean squared errors in reward units squared; the
     value loss divided by the square of the value head's scale), and for the log ``value_mean``.
@@ -64,6 +67,7 @@ class PredictorLoss(LossModule):
         terminated: NestedKey = ("next", "terminated")
         elapsed_steps: NestedKey = ("next", "elapsed_steps")
         valid: NestedKey = "valid"
+        random_action: NestedKey = "random_action"
 
     default_keys = _AcceptedKeys
     out_keys = ["loss_reward", "loss_value", "value_mean"]
@@ -137,23 +141,28 @@ class PredictorLoss(LossModule):
             error = self.rew_func(state, context, action) - reward
             out["loss_reward"] = torch.where(valid, error.square(), 0.0).sum() / count
         if isinstance(self.val_func, nn.Module):
-            target = self.value_target(tensordict)
+            target, counts = self.value_target(tensordict)
             value = self.val_func(state.detach(), context.detach(), action)
             error = (value - target) / getattr(self.val_func, "out_scale", 1.0)
-            out["loss_value"] = torch.where(valid, error.square(), 0.0).sum() / count
+            error = torch.where(counts, error, 0.0)
+            out["loss_value"] = error.square().sum() / counts.sum().clamp_min(1)
             out["value_mean"] = value.detach().mean()
         return TensorDict(out)
 
     @torch.no_grad()
-    def value_target(self, tensordict: TensorDictBase) -> Tensor:
-        """The n-step value targets ``[B, k]`` of slices ``[B, L]``; 0 where not valid."""
+    def value_target(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """The n-step value targets ``[B, k]`` of slices ``[B, L]``, and where there is one."""
         keys = self.tensor_keys
         length = self.k_steps + self.n_steps - 1
         elapsed = tensordict.get(keys.elapsed_steps, None)
+        counts = self._get(tensordict, keys.valid)[:, :length]
+        random = tensordict.get(keys.random_action, None)
+        if random is not None:
+            counts = counts & ~random[:, :length].reshape(counts.shape)
         targets = n_step_targets(
             self._get(tensordict, keys.reward)[:, :length].squeeze(-1),
             self._get(tensordict, keys.terminated)[:, :length].squeeze(-1),
-            self._get(tensordict, keys.valid)[:, :length],
+            counts,
             k_steps=self.k_steps,
             n_steps=self.n_steps,
             gamma=self.gamma,
@@ -167,7 +176,8 @@ class PredictorLoss(LossModule):
         action = self._get(tensordict, keys.action)[rows, index + 1]
         state, context = self.encoder(observation)
         value = self.target_val_func(state, context, action)
-        return targets.returns + targets.bootstrap_discount * value
+        target = targets.returns + targets.bootstrap_discount * value
+        return target, counts[:, : self.k_steps]
 
     @staticmethod
     def _get(tensordict: TensorDictBase, key: NestedKey) -> Tensor:

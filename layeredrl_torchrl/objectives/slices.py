@@ -209,9 +209,9 @@ def _check_storage(storage: object) -> TensorStorage:
     if storage.ndim > 1 and not isinstance(storage, LazyTensorStorage):
         raise ValueError(
             f"buffer: got one on a {type(storage).__name__} made from data with "
-            f"ndim={storage.ndim}, whose rows TorchRL miscounts, expected a storage that was filled "
-            f"by the buffer; use LazyTensorStorage(max_size, ndim={storage.ndim}) and extend the "
-            "buffer with the data, time last."
+            f"ndim={storage.ndim}, whose rows TorchRL miscounts, expected one that its buffer "
+            f"filled; use LazyTensorStorage(max_size, ndim={storage.ndim}) and extend the buffer "
+            "with the data, time last."
         )
     return storage
 
@@ -246,7 +246,8 @@ def _copy(
 
 def _take(leaf: Tensor, index: Tensor, ndim: int) -> Tensor:
     """Copies the rows at flat ``index`` [B, L] of ``leaf`` [T, (E,) ...] to [B, L, ...]."""
-    if not isinstance(leaf, Tensor) or not leaf.is_contiguous():  # flattening would copy all of it
+    # Text, and rows whose lanes do not lie in one piece: flattening them would copy the storage.
+    if not isinstance(leaf, Tensor) or (ndim > 1 and not leaf.is_contiguous()):
         return leaf[torch.unravel_index(index, leaf.shape[:ndim])]
     # Selecting is several times faster than indexing where a row is wide, and again so where it is
     # a single number and the source has one dimension.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -17,7 +17,7 @@ from layeredrl_torchrl.specs import canonical_action
 
 __all__ = ["Predictor"]
 
-RewardFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+RewardFunction: TypeAlias = Callable[..., Tensor]
 
 
 class Predictor(TensorDictModuleBase):
@@ -124,11 +124,12 @@ class Predictor(TensorDictModuleBase):
         """
         state, context = self.encode(obs)
         mean, weights, std, term_prob = self.model.predict(state, context, act)
-        return mean, weights, std, self.reward(state, context, act), term_prob
+        return mean, weights, std, self._reward(state, context, act), term_prob
 
     def predict_reward(self, obs: Tensor, act: Tensor) -> Tensor:
         """Reward ``[*B]`` of taking ``act`` at ``obs [*B, obs]``."""
-        return self.reward(*self.encode(obs), act)
+        state, context = self.encode(obs)
+        return self._reward(state, context, act)
 
     def value(self, obs: Tensor, act: Tensor | None = None) -> Tensor:
         """Value ``[*B]`` of ``obs [*B, obs]``, given ``act`` where the function depends on it."""
@@ -137,8 +138,13 @@ class Predictor(TensorDictModuleBase):
             act = canonical_action(self.model.action_spec, act, state.shape[:-1])
         return self._need("val_func")(state, context, act)
 
-    def reward(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
-        """Reward ``[*B]`` of ``action`` in ``state [*B, D]``, checked as in ``Model.predict``."""
+    @property
+    def terminal_value(self) -> RewardFunction | None:
+        """The value function that planning ends with; a subclass may keep a steadier one."""
+        return self.val_func
+
+    def _reward(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
+        """Reward ``[*B]``, with the action checked and in the form of its spec."""
         action = canonical_action(self.model.action_spec, action, state.shape[:-1])
         return self._need("rew_func")(state, context, action)
 
@@ -172,7 +178,7 @@ class Predictor(TensorDictModuleBase):
         if context is None:
             context = state[..., :0]
         if self.rew_func is not None:
-            reward = self.reward(state, context, action).unsqueeze(-1)
+            reward = self._reward(state, context, action).unsqueeze(-1)
             tensordict.set(("next", "reward"), reward)
         terminated = tensordict.get(self.model.out_keys[3]) > 0.5
         tensordict.set(("next", context_key), context)

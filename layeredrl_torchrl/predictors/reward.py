@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
+import numpy as np
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor, nn
@@ -14,7 +15,14 @@ from torchrl.objectives import SoftUpdate
 from layeredrl_torchrl._checks import check_finite, check_positive_int
 from layeredrl_torchrl.models import ProbabilisticEnsemble
 from layeredrl_torchrl.nets import Encoder, EncoderNet, ScalarHead
-from layeredrl_torchrl.objectives import ModelLoss, PredictorLoss, TransitionSlices, n_step_targets
+from layeredrl_torchrl.objectives import (
+    MemberBatches,
+    ModelLoss,
+    OwnBatches,
+    PredictorLoss,
+    TransitionSlices,
+)
+from layeredrl_torchrl.objectives.batches import fingerprint, hashed_uniform
 from layeredrl_torchrl.predictors.predictor import Predictor, RewardFunction
 from layeredrl_torchrl.specs import canonical_action
 
@@ -26,6 +34,8 @@ LearningRate: TypeAlias = float | Callable[[int], float]
 # by another tenth of what had been written at the last time.
 _N_STATISTICS = 10_000
 _REFRESH = 1.1
+# Updates between two calibrations, at least.
+_CALIBRATE_EVERY = 200
 
 
 class RewardPredictor(Predictor):
@@ -44,6 +54,9 @@ class RewardPredictor(Predictor):
         k_steps: Steps of a slice that reward and value are trained on.
         n_steps: Rewards in a value target.
         consistency_loss_weight: Weight of the dynamics and termination losses.
+        termination_loss_weight: Weight of the termination loss beside that of the dynamics, whose
+            gradients are larger by about one over the predicted std; with 1, the layers that
+            the two share hardly learn terminations.
         value_loss_weight: Weight of the value loss.
         rew_loss_weight: Weight of the reward loss.
         encoder_lr: Learning rate of the encoder: a number, or a callable of the total
@@ -51,6 +64,14 @@ class RewardPredictor(Predictor):
         reward_lr: Of the reward function.
         model_lr: Of the dynamics model.
         value_lr: Of the value function.
+        model_lr_annealing: Share of each call's updates, at its end, over which the model's
+            learning rate falls linearly to a tenth: the weights settle, and the predicted
+            variance becomes that of the settled weights. 0 for none.
+        member_batches: How the ensemble's members share the model batches; by default each gets
+            ``model_batch_size`` transitions of its own.
+        holdout_share: Share of the transitions that the model is not trained on but calibrated
+            with (:meth:`ProbabilisticEnsemble.calibrate`), chosen once and for all by their
+            content. 0 for no calibration.
         clip_grad_max_norm: Gradient norm of each of the four parts is clipped to it; ``None``
             for no clipping.
 
@@ -74,13 +95,17 @@ class RewardPredictor(Predictor):
         k_steps: int = 1,
         n_steps: int = 3,
         consistency_loss_weight: float = 1.0,
+        termination_loss_weight: float = 30.0,
         value_loss_weight: float = 1.0,
         rew_loss_weight: float = 1.0,
         encoder_lr: LearningRate = 1e-3,
-        reward_lr: LearningRate = 1e-3,
-        model_lr: LearningRate = 1e-3,
+        reward_lr: LearningRate = 3e-3,
+        model_lr: LearningRate = 7e-3,
         value_lr: LearningRate = 1e-3,
-        clip_grad_max_norm: float | None = 20.0,
+        model_lr_annealing: float = 0.4,
+        member_batches: MemberBatches | None = None,
+        holdout_share: float = 0.05,
+        clip_grad_max_norm: float | None = 200.0,
     ) -> None:
         super().__init__(model, val_func, rew_func, encoder, latent_state_dim, context_dim)
         if not isinstance(model, ProbabilisticEnsemble):
@@ -90,9 +115,16 @@ class RewardPredictor(Predictor):
             )
         self.learn_encoder = learn_encoder
         self.consistency_loss_weight = consistency_loss_weight
+        self.termination_loss_weight = termination_loss_weight
         self.value_loss_weight = value_loss_weight
         self.rew_loss_weight = rew_loss_weight
         self.clip_grad_max_norm = clip_grad_max_norm
+        if not 0.0 <= model_lr_annealing <= 1.0:
+            raise ValueError(f"model_lr_annealing must lie in [0, 1], got {model_lr_annealing}")
+        if not 0.0 <= holdout_share < 1.0:
+            raise ValueError(f"holdout_share must lie in [0, 1), got {holdout_share}")
+        self.model_lr_annealing = model_lr_annealing
+        self.holdout_share = holdout_share
         loss = PredictorLoss(
             encoder,
             rew_func,
@@ -104,13 +136,15 @@ class RewardPredictor(Predictor):
         )
         # The losses share this module's parameters, so they are not registered a second time;
         # the target network is the one thing that they add to the state.
-        self.__dict__["model_loss"] = ModelLoss(model)
+        self.__dict__["model_loss"] = ModelLoss(model, per_member=True)
+        self.member_batches = OwnBatches() if member_batches is None else member_batches
         self.__dict__["predictor_loss"] = loss
         self.target_val_func = loss.target_val_func if isinstance(val_func, nn.Module) else None
         self.__dict__["_target_update"] = (
             SoftUpdate(loss, tau=tau) if self.target_val_func is not None else None
         )
         self.register_buffer("n_learn_updates", torch.zeros((), dtype=torch.long))
+        self.register_buffer("_n_since_calibration", torch.zeros((), dtype=torch.long))
         self.register_buffer("_n_written_at_statistics", torch.zeros((), dtype=torch.long))
         self._learning_rates = {
             "model": model_lr,
@@ -129,10 +163,19 @@ class RewardPredictor(Predictor):
         }
         groups = []
         for name, part in parts.items():
-            parameters = list(part.parameters()) if isinstance(part, nn.Module) else []
+            parameters = (
+                [p for p in part.parameters() if p.requires_grad]
+                if isinstance(part, nn.Module)
+                else []
+            )
             if parameters:
                 groups.append({"params": parameters, "name": name, "lr": 0.0})
         return torch.optim.Adam(groups, lr=0.0, fused=True)
+
+    @property
+    def terminal_value(self) -> RewardFunction | None:
+        """The target network: an average over recent updates, so steadier than ``val_func``."""
+        return self.val_func if self.target_val_func is None else self.target_val_func
 
     # -- learning ---------------------------------------------------------------------------
 
@@ -165,26 +208,49 @@ class RewardPredictor(Predictor):
         )
         length = self.predictor_loss.k_steps + self.predictor_loss.n_steps
         self._update_statistics(buffer, slices, length)
-        for group in self.optim.param_groups:
-            rate = self._learning_rates[group["name"]]
-            group["lr"] = float(rate(n_total_env_steps) if callable(rate) else rate)
+        rates = self._current_rates(n_total_env_steps)
         totals: dict[str, Tensor] = {}
-        for _ in range(n_updates):
-            terms = self._update(
-                slices.sample(batch_size, length), slices.sample(model_batch_size, 1)[:, 0]
-            )
+        n_rows = self.member_batches.n_rows(model_batch_size, self.model.n_models)
+        for i in range(n_updates):
+            for group in self.optim.param_groups:
+                group["lr"] = rates[group["name"]]
+                if group["name"] == "model":
+                    group["lr"] *= self._annealing(i, n_updates)
+            terms = self._update(slices.sample(batch_size, length), slices.sample(n_rows, 1)[:, 0])
             for name, value in terms.items():
                 totals[name] = totals[name] + value if name in totals else value
+        self._calibrate(slices, n_updates)
         info = {name: float(value) / n_updates for name, value in totals.items()}
         info["n_updates"] = float(n_updates)
         return totals["loss"] / n_updates, info
 
+    def _current_rates(self, n_total_env_steps: int) -> dict[str, float]:
+        rates = {
+            name: float(rate(n_total_env_steps) if callable(rate) else rate)
+            for name, rate in self._learning_rates.items()
+        }
+        for name, rate in rates.items():
+            if not 0.0 <= rate < float("inf"):
+                raise ValueError(f"{name}_lr is {rate}, expected a finite number of at least 0")
+        return rates
+
+    def _annealing(self, update: int, n_updates: int) -> float:
+        """Factor of the model's learning rate at one update of a call."""
+        left = 1.0 - (update + 0.5) / n_updates
+        return (
+            min(1.0, 0.1 + 0.9 * left / self.model_lr_annealing) if self.model_lr_annealing else 1.0
+        )
+
     def _update(self, batch: TensorDictBase, model_batch: TensorDictBase) -> dict[str, Tensor]:
         """One gradient step; returns the detached terms."""
-        model_terms = self.model_loss(self._encode_transitions(model_batch))
+        transitions = self._encode_transitions(model_batch)
+        if self.holdout_share:
+            transitions.set("valid", ~self._held_out(transitions.get("fingerprint")))
+        model_terms = self.model_loss(self.member_batches.assign(transitions, self.model.n_models))
         terms = self.predictor_loss(batch)
         loss = self.consistency_loss_weight * (
-            model_terms["loss_dynamics"] + model_terms["loss_termination"]
+            model_terms["loss_dynamics"]
+            + self.termination_loss_weight * model_terms["loss_termination"]
         )
         for name, weight in (
             ("loss_reward", self.rew_loss_weight),
@@ -204,6 +270,7 @@ class RewardPredictor(Predictor):
             for group in self.optim.param_groups:
                 nn.utils.clip_grad_norm_(group["params"], self.clip_grad_max_norm)
         self.optim.step()
+        self.model.update_average()
         if self._target_update is not None:
             self._target_update.step()
         self.n_learn_updates += 1
@@ -221,6 +288,11 @@ class RewardPredictor(Predictor):
                 "state": state,
                 "context": context,
                 "action": self._action(batch),
+                "fingerprint": fingerprint(
+                    batch.get(keys.observation),
+                    batch.get(keys.action),
+                    batch.get(keys.next_observation),
+                ),
                 "next": {"state": next_state, "terminated": batch.get(keys.terminated)},
             },
             batch_size=batch.batch_size,
@@ -229,6 +301,29 @@ class RewardPredictor(Predictor):
     def _action(self, batch: TensorDictBase) -> Tensor:
         key: NestedKey = self.predictor_loss.tensor_keys.action
         return canonical_action(self.model.action_spec, batch.get(key), batch.batch_size)
+
+    # -- calibration ------------------------------------------------------------------------
+
+    def _held_out(self, fingerprints: Tensor) -> Tensor:
+        """Which transitions the model is not trained on: a fixed share, by their content."""
+        return hashed_uniform(fingerprints, salt=-2) < self.holdout_share
+
+    @torch.no_grad()
+    def _calibrate(self, slices: TransitionSlices, n_updates: int) -> None:
+        """Fit the model's calibration if it was updated often enough since the last time."""
+        self._n_since_calibration += n_updates
+        if not self.holdout_share or int(self._n_since_calibration) < _CALIBRATE_EVERY:
+            return
+        data = self._encode_transitions(slices.sample(_N_STATISTICS, 1)[:, 0])
+        data = data[self._held_out(data.get("fingerprint"))]
+        # Drawn with replacement: each transition counts once.
+        _, first = np.unique(data.get("fingerprint").cpu().numpy(), return_index=True)
+        data = data[torch.from_numpy(first)]
+        if not len(data):
+            return
+        keys = ("state", "context", "action", ("next", "state"))
+        self.model.calibrate(*(data.get(key) for key in keys))
+        self._n_since_calibration.zero_()
 
     # -- statistics -------------------------------------------------------------------------
 
@@ -250,7 +345,8 @@ class RewardPredictor(Predictor):
                 names = sorted(map(str, batch.keys(True, True)))
                 raise KeyError(f"the buffer has no entry {key!r}; it has {names}")
         first = batch[:, 0]
-        observation, next_observation = first.get(keys.observation), first.get(keys.next_observation)
+        observation = first.get(keys.observation)
+        next_observation = first.get(keys.next_observation)
         check_finite("observation", observation, hint="repair the environment's observations")
         check_finite("next observation", next_observation, hint="repair the observations")
         reward = first.get(keys.reward)
@@ -260,31 +356,18 @@ class RewardPredictor(Predictor):
         transitions = self._encode_transitions(first)
         state, context, action = (transitions.get(key) for key in ("state", "context", "action"))
         self.model.fit_statistics(state, context, action, transitions.get(("next", "state")))
+        std, mean = torch.std_mean(reward.float(), correction=0)
+        rms = reward.float().square().mean().sqrt()
+        rms_reward = torch.where(rms > 0, rms, torch.ones_like(rms))
         if isinstance(self.rew_func, ScalarHead):
-            std, mean = torch.std_mean(reward.float(), correction=0)
-            rms = reward.float().square().mean().sqrt()
-            scale = torch.where(std > 1e-3 * rms, std, rms)
             self.rew_func.fit_inputs(state, context, action)
-            self.rew_func.rescale(mean, torch.where(scale > 0, scale, torch.ones_like(scale)))
+            self.rew_func.rescale(mean, torch.where(std > 1e-3 * rms, std, rms_reward))
         if isinstance(self.val_func, ScalarHead):
-            scale = self._value_scale(batch)
-            for head in (self.val_func, self.target_val_func):
+            # Returns are many rewards large, but a value function that starts at 0 and is told the
+            # size of one reward grows up to them from below, and so stays modest where there is
+            # no data; planners seek out states whose value is overrated.
+            target = cast(ScalarHead, self.target_val_func)
+            for head in (self.val_func, target):
                 head.fit_inputs(state, context, action)
-                head.rescale(0.0, scale)
+                head.rescale(0.0, rms_reward)
         self._n_written_at_statistics.fill_(n_written)
-
-    def _value_scale(self, batch: TensorDictBase) -> Tensor:
-        """The size of returns: that of n-step returns, continued geometrically."""
-        loss = self.predictor_loss
-        keys, n, gamma = loss.tensor_keys, loss.n_steps, loss.gamma
-        part = batch[:, :n]
-        returns = n_step_targets(
-            part.get(keys.reward).squeeze(-1),
-            part.get(keys.terminated).squeeze(-1),
-            part.get(keys.valid),
-            k_steps=1,
-            n_steps=n,
-            gamma=gamma,
-        ).returns
-        scale = returns.float().square().mean().sqrt() / max(1.0 - gamma**n, 1e-3)
-        return torch.where(scale > 0, scale, torch.ones_like(scale))

@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 
 class StaticPredictor(Predictor):
-    """Known or hand-written dynamics, reward and value; see :class:`Predictor` for the arguments."""
+    """Known or hand-written dynamics, reward and value; arguments as :class:`Predictor`."""
 
     def learn(
         self,

@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tensordict import NonTensorStack, TensorDict, tensorclass
+from torch import multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.collectors import Collector
 from torchrl.data import (
@@ -32,8 +33,8 @@ class Lane:
     """One environment's transitions in the order in which they were collected.
 
     A transition is (number, episode, how the step ended), and is the same in the buffer as here if
-    it has the same number. ``witness`` says what tells episodes apart in the buffer: the
-    observations, the trajectory ids or only done.
+    it has the same number. ``witness`` says what tells episodes apart in the buffer: observations
+    that change with each step, or with each episode, trajectory ids, or only done.
     """
 
     def __init__(self, index, episodes, witness):
@@ -53,9 +54,9 @@ class Lane:
         """Transitions first, ..., last - 1 as a collector gives them, [last - first]."""
         number, episode, ending = zip(*self.transitions[first:last], strict=True)
         number, episode = torch.tensor(number), torch.tensor(episode)
-        seen = int(self.witness == "observation")  # or all the same
-        state = (number + 1000 * episode) * seen
-        ids = {"observation": 0 * episode, "trajectory": 100 * self.index + episode, "done": None}
+        moves = int(self.witness == "observation")
+        state = number + 1000 * episode if moves else episode * (self.witness == "episode")
+        ids = {"observation": 0 * episode, "trajectory": 100 * self.index + episode}
         flag = {
             name: torch.tensor([e == name for e in ending]).unsqueeze(1)
             for name in ("terminated", "truncated")
@@ -65,7 +66,7 @@ class Lane:
                 "observation": torch.stack([state, -state], -1).float(),
                 "number": number,
                 "next": {
-                    "observation": torch.stack([state + seen, -state - seen], -1).float(),
+                    "observation": torch.stack([state + moves, -state - moves], -1).float(),
                     "reward": number.unsqueeze(1) / 7,
                     "done": flag["terminated"] | flag["truncated"],
                     **flag,
@@ -73,7 +74,7 @@ class Lane:
             },
             [last - first],
         )
-        if ids[self.witness] is not None:
+        if self.witness in ids:
             batch["collector", "traj_ids"] = ids[self.witness]
         return batch
 
@@ -165,18 +166,26 @@ common = {
     case=st.one_of(
         # an episode that is cut (a resumed run) is told by its observations or its id alone
         st.tuples(
-            st.sampled_from(["observation", "trajectory"]),
+            st.sampled_from(["observation", "episode", "trajectory"]),
             lengths_and_ends("terminated", "truncated", "cut"),
         ),
         st.tuples(st.just("done"), lengths_and_ends("terminated", "truncated")),
     ),
     **common,
 )
+@example(  # episodes told apart by done and by nothing but the observation, in one batch
+    case=("episode", [(4, "terminated"), (3, "cut"), (4, "truncated")]),
+    memmap=False,
+    with_index=False,
+    length=4,
+    spare=0,
+    chunk=5,
+    seed=0,
+)
 def test_one_environment(make_buffer, case, memmap, with_index, length, spare, chunk, seed):
     witness, episodes = case
     lane = Lane(0, episodes, witness)
-    if len(lane) < length:
-        return
+    assume(len(lane) >= length)
     capacity = max(len(lane) + spare, length, chunk)  # a negative spare wraps the ring
     buffer = make_buffer(memmap, with_index, capacity)
     for first in range(0, len(lane), chunk):
@@ -206,8 +215,7 @@ def test_environments_side_by_side(
 ):
     lanes = [Lane(e, several, witness) for e, several in enumerate(episodes)]
     n_rows = min(map(len, lanes))
-    if n_rows < length:
-        return
+    assume(n_rows >= length)
     capacity = max(n_rows + spare, length, chunk)
     # TensorDictReplayBuffer refuses batches of a single row [E, 1]
     with_index &= chunk > 1 and n_rows % chunk != 1
@@ -239,8 +247,7 @@ def test_environments_flattened_one_after_the_other(
 ):
     lanes = [Lane(e, several, witness) for e, several in enumerate(episodes)]
     n_rows = min(map(len, lanes))
-    if n_rows * len(lanes) < length:
-        return
+    assume(n_rows * len(lanes) >= length)
     capacity = max(n_rows * len(lanes) + spare, length, chunk * len(lanes))
     buffer = make_buffer(memmap, with_index, capacity)
     runs = []
@@ -391,6 +398,28 @@ def test_the_newest_row_is_known_in_a_second_buffer_on_the_same_storage(filled):
     view = ReplayBuffer(storage=buffer.storage, batch_size=7)
     rows = TransitionSlices(view).sample(200, 5)
     assert_slices(rows, expected_slices([(lane, 10, 30)], 5), lane.tensordict(0, 30))
+    # and when the first one loads a state in which the ring was not full yet
+    earlier = TensorDictReplayBuffer(storage=LazyTensorStorage(20), batch_size=7)
+    earlier.extend(lane.tensordict(0, 13))
+    buffer.load_state_dict(earlier.state_dict())
+    rows = TransitionSlices(view).sample(200, 5)
+    assert_slices(rows, expected_slices([(lane, 0, 13)], 5), lane.tensordict(0, 30))
+
+
+def test_a_buffer_that_another_process_fills(tmp_path):
+    lane = Lane(0, [(9, "terminated"), (9, "truncated"), (12, "terminated")], "done")
+    storage = LazyMemmapStorage(40, shared_init=True, scratch_dir=tmp_path)
+    buffer = ReplayBuffer(storage=storage, batch_size=7, shared=True)
+    slices = TransitionSlices(buffer)
+    process = multiprocessing.get_context("spawn").Process(
+        target=buffer.extend, args=(lane.tensordict(0, 30),)
+    )
+    process.start()
+    process.join()
+    assert len(slices) == 30
+    assert_slices(
+        slices.sample(200, 5), expected_slices([(lane, 0, 30)], 5), lane.tensordict(0, 30)
+    )
 
 
 def test_a_data_set_that_nobody_writes():
@@ -579,12 +608,15 @@ def test_images_and_entries_that_are_no_tensors():
 
 
 @pytest.mark.parametrize("fill", [5000, 3000])
-@pytest.mark.parametrize("ndim", [1, 2])
-def test_only_the_sampled_rows_are_touched(make_buffer, ndim, fill):
+@pytest.mark.parametrize("layout", ["[T]", "[E, T]", "[E, T], lanes last in memory"])
+def test_only_the_sampled_rows_are_touched(make_buffer, layout, fill):
     """Of what is as long as the buffer, there are views, and rows are selected from it."""
-    data = Lane(0, [(5000, "truncated")], "observation").tensordict(0, fill)
-    buffer = make_buffer(False, True, 5000, ndim=ndim)
-    buffer.extend(data.unsqueeze(0) if ndim == 2 else data)
+    lanes = [Lane(e, [(5000, "truncated")], "observation") for e in range(2)]
+    data = torch.stack([lane.tensordict(0, fill) for lane in lanes])
+    if "last" in layout:
+        data = data.apply(lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0))
+    buffer = make_buffer(False, True, 10_000, ndim=1 if layout == "[T]" else 2)
+    buffer.extend(data.view(-1) if layout == "[T]" else data)
     slices = TransitionSlices(buffer)
     touched = []
 
@@ -600,7 +632,10 @@ def test_only_the_sampled_rows_are_touched(make_buffer, ndim, fill):
         slices.sample(4, 3)
     names = {func.overloadpacket.__name__ for func in touched}
     assert "index_select" in names  # the watch sees what happens
-    assert names <= {"index_select", "view", "alias", "_unsafe_view"}, names
+    assert names <= {"index_select", "index", "view", "alias"}, names
+    expected = expected_slices([(lane, 0, fill) for lane in lanes], 3)
+    written = torch.cat([lane.tensordict(0, fill) for lane in lanes])
+    assert_slices(slices.sample(64, 3), expected, written)
 
 
 def filled_with(data, **kwargs):

@@ -1,0 +1,213 @@
+"""Time of ensemble rollouts and training steps beside the time of their matrix products alone.
+
+    python benchmarks/rollout.py                    # the table, and a picture of the scaling
+    python benchmarks/rollout.py --repeats 30 --threads 2 --output output/benchmarks
+
+Every time is the median of several runs in one process, ours and the bare products taking turns;
+what counts is the ratio. The products are the `torch.bmm`s of the forward passes, in float32.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import gymnasium as gym
+import torch
+import tyro
+from tensordict import TensorDict
+
+from layeredrl_torchrl import ModelLoss, ProbabilisticEnsemble, ProbFCDynamics
+
+STATE, ACTION = 17, 6
+
+
+@dataclass
+class Config:
+    """Options of the benchmark."""
+
+    repeats: int = 15
+    """Runs that a median is taken over."""
+    threads: int = 2
+    """Threads that torch may use."""
+    device: str = "cpu"
+    """Where to run."""
+    output: Path = Path("output/benchmarks")
+    """Folder of the picture."""
+
+
+@dataclass
+class Case:
+    """One rollout: `batch` states, `n_models` members of `n_particles` particles, `horizon` steps."""
+
+    batch: int = 256
+    n_models: int = 5
+    n_particles: int = 1
+    horizon: int = 15
+    hidden: tuple[int, ...] = (128, 128)
+    n_modes: int = 1
+
+    def ensemble(self, device: str) -> ProbabilisticEnsemble:
+        box = partial(gym.spaces.Box, -float("inf"), float("inf"))
+        return ProbabilisticEnsemble(
+            state_space=box((STATE,)),
+            context_space=None,
+            action_space=gym.spaces.Box(-1, 1, (ACTION,)),
+            partial_net=partial(ProbFCDynamics, hidden_sizes=self.hidden),
+            n_models=self.n_models,
+            n_modes=self.n_modes,
+            n_particles_per_model=self.n_particles,
+        ).to(device)
+
+    def products(self, device: str) -> Callable[[], None]:
+        """The same chain of batched products, without anything between them."""
+        sizes = (STATE + ACTION, *self.hidden, self.n_modes * (2 * STATE + 1) + 1)
+        rows = self.batch * self.n_particles
+        inputs = [torch.randn(self.n_models, rows, size, device=device) for size in sizes[:-1]]
+        weights = [
+            torch.randn(self.n_models, *shape, device=device)
+            for shape in zip(sizes[:-1], sizes[1:], strict=True)
+        ]
+
+        def run() -> None:
+            for _ in range(self.horizon):
+                for x, weight in zip(inputs, weights, strict=True):
+                    torch.bmm(x, weight)
+
+        return run
+
+
+def medians(repeats: int, device: str, **runs: Callable[[], object]) -> dict[str, float]:
+    """Median milliseconds of each run, all taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(repeats + 2):
+        for name, run in runs.items():
+            if device != "cpu":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            if turn >= 2:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def rollout_runs(case: Case, device: str) -> dict[str, Callable[[], object]]:
+    """Ours in float32 and under bfloat16 autocast, and the products."""
+    torch.manual_seed(0)
+    model = case.ensemble(device)
+    state = torch.randn(case.batch, STATE, device=device)
+    actions = torch.rand(case.batch, case.horizon, ACTION, device=device) * 2 - 1
+
+    @torch.no_grad()
+    def fp32() -> TensorDict:
+        return model.rollout(state, None, actions)
+
+    @torch.no_grad()
+    def bf16() -> TensorDict:
+        with torch.autocast(device_type=torch.device(device).type, dtype=torch.bfloat16):
+            return model.rollout(state, None, actions)
+
+    return {"products": torch.no_grad()(case.products(device)), "fp32": fp32, "bf16": bf16}
+
+
+def training_run(hidden: tuple[int, ...], device: str) -> dict[str, Callable[[], object]]:
+    """One gradient step of the ensemble on a batch of 256: loss, backward, Adam."""
+    torch.manual_seed(0)
+    model = Case(hidden=hidden).ensemble(device)
+    loss_module = ModelLoss(model)
+    optim = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    state = torch.randn(256, STATE, device=device)
+    batch = TensorDict(
+        {
+            "state": state,
+            "context": state[:, :0],
+            "action": torch.rand(256, ACTION, device=device),
+            "next": {
+                "state": state + 0.1 * torch.randn_like(state),
+                "terminated": torch.zeros(256, 1, dtype=torch.bool, device=device),
+            },
+        },
+        batch_size=[256],
+    )
+
+    def step() -> None:
+        loss = loss_module(batch)
+        optim.zero_grad()
+        (loss["loss_dynamics"] + loss["loss_termination"]).backward()
+        optim.step()
+
+    return {"step": step}
+
+
+CASES = {
+    "256 x 5 x 1, H 15, 2x128, 4 modes": Case(n_modes=4),
+    "500 x 5 x 4, H 30, 4x200, 1 mode": Case(500, 5, 4, 30, (200,) * 4),
+}
+
+
+def scaling(config: Config) -> None:
+    """Draw how the time grows with batch, members, particles and horizon."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    axes_of = {
+        "batch": (64, 128, 256, 512, 1024, 2048),
+        "n_models": (1, 2, 4, 8, 16),
+        "n_particles": (1, 2, 4, 8, 16),
+        "horizon": (5, 10, 20, 40, 80),
+    }
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.4))
+    for axis, (name, values) in zip(axes, axes_of.items(), strict=True):
+        rows = []
+        for value in values:
+            case = Case(**{"hidden": (200,) * 3, name: value})
+            rows.append(
+                medians(
+                    max(config.repeats // 3, 3), config.device, **rollout_runs(case, config.device)
+                )
+            )
+        for run, color in (("fp32", "#2a6fbb"), ("bf16", "#d9722b"), ("products", "#888888")):
+            axis.plot(
+                values, [row[run] for row in rows], "o-", color=color, label=run, markersize=4
+            )
+        line = rows[-1]["fp32"]
+        axis.plot(
+            values, [line * v / values[-1] for v in values], ":", color="black", label="linear"
+        )
+        axis.set(xscale="log", yscale="log", xlabel=name, title=f"against {name}")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("milliseconds a rollout")
+    axes[0].legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    config.output.mkdir(parents=True, exist_ok=True)
+    figure.savefig(config.output / "rollout_scaling.png", dpi=110)
+    print(f"scaling: {config.output / 'rollout_scaling.png'}")
+
+
+def main(config: Config) -> None:
+    """Print the table and draw the picture."""
+    torch.set_num_threads(config.threads)
+    print(f"torch {torch.__version__}, {config.threads} threads, {config.device}")
+    print(f"{'rollout':36} {'products':>9} {'fp32':>9} {'ratio':>6} {'bf16':>9} {'ratio':>6}")
+    for name, case in CASES.items():
+        ms = medians(config.repeats, config.device, **rollout_runs(case, config.device))
+        print(
+            f"{name:36} {ms['products']:9.2f} {ms['fp32']:9.2f} {ms['fp32'] / ms['products']:6.2f} "
+            f"{ms['bf16']:9.2f} {ms['bf16'] / ms['products']:6.2f}"
+        )
+    for name, hidden in (("2x128", (128, 128)), ("4x200", (200,) * 4)):
+        ms = medians(4 * config.repeats, config.device, **training_run(hidden, config.device))
+        print(f"{'training step, 5 members, 256, ' + name:36} {ms['step']:9.2f} ms")
+    scaling(config)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

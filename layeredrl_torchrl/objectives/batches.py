@@ -1,0 +1,148 @@
+"""How the members of an ensemble share the transitions of a training batch."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+__all__ = [
+    "BootstrappedBatches",
+    "MemberBatches",
+    "OwnBatches",
+    "PartitionedBatch",
+    "SharedBatch",
+    "fingerprint",
+    "hashed_uniform",
+]
+
+
+class MemberBatches(ABC):
+    """Turns one sampled batch of transitions into a batch for each of ``M`` members."""
+
+    @abstractmethod
+    def n_rows(self, batch_size: int, n_models: int) -> int:
+        """Transitions to sample for a batch size of ``batch_size``."""
+
+    @abstractmethod
+    def assign(self, batch: TensorDictBase, n_models: int) -> TensorDictBase:
+        """Give the sampled transitions ``[R]`` to the members: ``[M, N]``."""
+
+
+class OwnBatches(MemberBatches):
+    """Every member gets ``batch_size`` transitions of its own, drawn independently."""
+
+    def n_rows(self, batch_size: int, n_models: int) -> int:
+        """``batch_size`` for each member."""
+        return batch_size * n_models
+
+    def assign(self, batch: TensorDictBase, n_models: int) -> TensorDictBase:
+        """Cut into equal parts."""
+        return batch.reshape(n_models, -1)
+
+
+class SharedBatch(MemberBatches):
+    """All members learn from the same transitions and differ by their initial weights only."""
+
+    def n_rows(self, batch_size: int, n_models: int) -> int:
+        """One batch for all."""
+        return batch_size
+
+    def assign(self, batch: TensorDictBase, n_models: int) -> TensorDictBase:
+        """Expand, without a copy."""
+        return batch.expand(n_models, *batch.batch_size)
+
+
+class PartitionedBatch(MemberBatches):
+    """One batch is divided among the members (LayeredRL's ``partition_batch``).
+
+    Raises:
+        ValueError: A batch size that the number of members does not divide.
+    """
+
+    def n_rows(self, batch_size: int, n_models: int) -> int:
+        """One batch, which must be divisible."""
+        if batch_size % n_models:
+            raise ValueError(
+                f"a model batch of {batch_size} cannot be divided among {n_models} members; "
+                f"take a multiple of {n_models}"
+            )
+        return batch_size
+
+    def assign(self, batch: TensorDictBase, n_models: int) -> TensorDictBase:
+        """Cut into equal parts."""
+        return batch.reshape(n_models, -1)
+
+
+class BootstrappedBatches(OwnBatches):
+    """Every member sees a bootstrap sample of all the data, as in PETS (arXiv 1805.12114).
+
+    A transition counts for a member as often as it was drawn into that member's resampled data
+    set: Poisson(1) times, the limit of drawing with replacement (Oza and Russell, 2001). That
+    number is a fixed function of the transition's content and the member, so it needs no memory
+    and stays what it is while the buffer grows. It is written as ``"weight"``, multiplied with the
+    weight that is there.
+
+    Args:
+        seed: Another seed is another set of bootstrap samples.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def assign(self, batch: TensorDictBase, n_models: int) -> TensorDictBase:
+        """Cut into equal parts and weight them; reads ``"fingerprint"``, int64 ``[R]``."""
+        own = super().assign(batch, n_models)
+        uniform = torch.stack(
+            [
+                hashed_uniform(own.get("fingerprint")[m], salt=(self.seed << 16) + m)
+                for m in range(n_models)
+            ]
+        )
+        # P(count <= j) of Poisson(1); beyond 8 lies a probability of 1e-6.
+        edges = torch.tensor(
+            [sum(math.exp(-1.0) / math.factorial(i) for i in range(j + 1)) for j in range(9)],
+            device=uniform.device,
+        )
+        counts = (uniform.unsqueeze(-1) > edges).sum(-1).float()
+        weight = own.get("weight", None)
+        if weight is not None:
+            counts = counts * weight.reshape(counts.shape)
+        return own.set("weight", counts)
+
+
+def fingerprint(*tensors: Tensor) -> Tensor:
+    """A number for each row that depends on its content alone, int64 ``[R]``.
+
+    Args:
+        *tensors: What the rows consist of, ``[R, *]`` each, of any dtype.
+    """
+    mixed = torch.zeros(tensors[0].shape[0], dtype=torch.long, device=tensors[0].device)
+    for tensor in tensors:
+        rows = tensor.reshape(tensor.shape[0], -1)
+        bits = (
+            rows.float().contiguous().view(torch.int32)
+            if rows.is_floating_point()
+            else rows.to(torch.int32)
+        ).long()
+        places = torch.arange(1, bits.shape[1] + 1, device=bits.device)
+        mixed = _stir(mixed + _stir((bits << 8) + places).sum(-1))
+    return mixed
+
+
+def hashed_uniform(fingerprints: Tensor, salt: int) -> Tensor:
+    """Uniform numbers in [0, 1) that are a fixed function of fingerprints ``[R]`` and ``salt``."""
+    bits = _stir(_stir(fingerprints + _MULTIPLIER * (salt + 1)))
+    return ((bits >> 33) & (2**24 - 1)).float() / 2**24
+
+
+_MULTIPLIER = 0x5851F42D4C957F2D
+
+
+def _stir(x: Tensor) -> Tensor:
+    """Xor-shift and multiply: what differs in few bits comes to differ in all."""
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * _MULTIPLIER
+    return x ^ ((x >> 27) & (2**37 - 1))

@@ -1,0 +1,362 @@
+"""The imagined environment against loops over the model, and TorchRL's planners on top of it."""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torchrl.data import Bounded, Categorical, OneHot, Unbounded
+from torchrl.envs.model_based import ModelBasedEnvBase
+from torchrl.envs.utils import check_env_specs
+from torchrl.modules import CEMPlanner, MPPIPlanner
+from torchrl.objectives.value import TDLambdaEstimator
+
+from layeredrl_torchrl import FixedEncoderNet, IdentityEncoder, PredictorEnv
+
+BATCHES = [(), (3,), (2, 3)]
+
+
+@pytest.fixture
+def build(make_predictor):
+    """An untrained predictor of 3 members and 2 modes with random heads, and a context."""
+
+    def build(**kwargs):
+        encoder = FixedEncoderNet((3,), [0, 1], [2])
+        model = {"n_models": 3, "n_modes": 2} | kwargs.pop("model", {})
+        predictor = make_predictor(encoder, context_dim=1, model=model, **kwargs)
+        for head in (predictor.rew_func, predictor.val_func, predictor.target_val_func):
+            nn.init.normal_(head.net[-1].weight)
+        return predictor.requires_grad_(False)
+
+    return build
+
+
+def play(actions):
+    """A policy that plays ``actions [*B, H, A]`` in order."""
+    steps = iter(actions.unbind(-2 if actions.is_floating_point() else -1))
+    return lambda td: td.set("action", next(steps))
+
+
+def imagine(env, start, actions):
+    """All steps of a plan, as TorchRL's planners run it: past any done."""
+    horizon = actions.shape[-2 if actions.is_floating_point() else -1]
+    return env.rollout(
+        horizon,
+        play(actions),
+        auto_reset=False,
+        tensordict=start.clone(),
+        break_when_any_done=False,
+    )
+
+
+@pytest.mark.parametrize("use_value_func", [False, True])
+def test_specs_are_what_torchrl_expects(build, make_point, make_predictor, use_value_func):
+    renamed = make_predictor(
+        IdentityEncoder((2,), out_keys=["latent", "goal"]),
+        model={
+            "in_keys": ["latent", "goal", "action"],
+            "out_keys": [("next", k) for k in ("loc", "weights", "scale", "p", "latent")],
+        },
+    )
+    value = make_point(val_func=lambda state, context, action: state.sum(-1))
+    for predictor in (build(), value, make_predictor(), renamed):
+        env = PredictorEnv(predictor, use_value_func=use_value_func)
+        assert isinstance(env, ModelBasedEnvBase)
+        assert env.predictor is predictor
+        check_env_specs(env)
+        assert env.rollout(3).batch_size == (3,)
+
+
+@pytest.mark.parametrize("space", [OneHot(3), Categorical(3)], ids=["one-hot", "integer"])
+def test_specs_with_discrete_actions(build, space):
+    check_env_specs(PredictorEnv(build(model={"action_space": space})))
+
+
+def start_at(predictor, batch, obs_dim=3):
+    obs = torch.randn(*batch, obs_dim)
+    return predictor.encode(TensorDict({"observation": obs}, batch)).exclude("observation")
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_a_rollout_equals_a_loop_over_the_models_means(build, batch):
+    predictor = build()
+    start, actions = start_at(predictor, batch), 2 * torch.rand(*batch, 5, 1) - 1
+
+    data = imagine(PredictorEnv(predictor), start, actions)
+
+    assert data.batch_size == (*batch, 5)
+    state, context = start["state"], start["context"]
+    for h in range(5):
+        step, action = data[..., h], actions[..., h, :]
+        mean, weights, _, term_prob = predictor.model.predict(state, context, action)
+        following = torch.zeros_like(state)
+        for m in range(3):
+            for k in range(2):
+                following += weights[..., m, k, None] * mean[..., m, k, :] / 3
+        reward = predictor.rew_func(state, context, action)
+        torch.testing.assert_close(step["state"], state)
+        torch.testing.assert_close(step["next", "state"], following)
+        torch.testing.assert_close(step["next", "reward"], reward.unsqueeze(-1))
+        assert torch.equal(step["next", "context"], context)
+        assert torch.equal(step["next", "terminated"], (term_prob > 0.5).unsqueeze(-1))
+        assert torch.equal(step["next", "done"], step["next", "terminated"])
+        state = following
+
+
+@pytest.mark.parametrize("space", [OneHot(3), Categorical(3)], ids=["one-hot", "integer"])
+def test_discrete_actions_step_as_the_predictor_does(build, space):
+    predictor = build(model={"action_space": space})
+    td = start_at(predictor, (5,))
+    td["action"] = predictor.model.action_spec.rand((5,))
+    expected = predictor.step(td.clone())["next"]
+    result = PredictorEnv(predictor).step(td)["next"]
+    for key in ("state", "context", "reward", "done", "terminated"):
+        torch.testing.assert_close(result[key], expected[key])
+
+
+def test_a_batch_gives_what_its_items_give(build):
+    predictor = build()
+    env = PredictorEnv(predictor, use_value_func=True)
+    start, actions = start_at(predictor, (2, 3)), 2 * torch.rand(2, 3, 4, 1) - 1
+    batched = imagine(env, start, actions)
+    for i in range(2):
+        for j in range(3):
+            one = imagine(env, start[i, j], actions[i, j])
+            for key in ("state", "reward", "imagined_discount"):
+                torch.testing.assert_close(batched[i, j]["next", key], one["next", key])
+
+
+def ends_beyond(limit):
+    return lambda after: (after > limit).float()
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 2)])
+def test_nothing_is_reset_within_a_plan(make_point, batch):
+    """After a predicted end the state goes on, and the context is the same throughout."""
+    predictor = make_point(ends_beyond(0.6))
+    start = TensorDict(
+        {
+            "state": torch.zeros(*batch, 1),
+            "context": torch.randn(*batch, 1),
+            "done": torch.ones(*batch, 1, dtype=torch.bool),  # what a real environment may hold
+            "terminated": torch.ones(*batch, 1, dtype=torch.bool),
+        },
+        batch,
+    )
+    actions = torch.ones(*batch, 6, 1)
+    if batch:
+        actions[0] = 0.1  # this one does not end
+    data = imagine(PredictorEnv(predictor), start, actions)
+    states = start["state"].unsqueeze(-2) + 0.5 * actions.cumsum(-2)
+    torch.testing.assert_close(data["next", "state"], states)
+    assert torch.equal(data["next", "done"], states > 0.6)
+    contexts = start["context"].unsqueeze(-2).expand(*batch, 6, 1)
+    assert torch.equal(data["next", "context"], contexts)
+    assert torch.equal(data["context"], contexts)
+
+
+def test_a_rollout_by_itself_stops_at_the_end(make_point):
+    env = PredictorEnv(make_point(ends_beyond(0.6)))
+    start = TensorDict({"state": torch.zeros(1), "context": torch.zeros(1)}, [])
+    data = env.rollout(10, play(torch.ones(10, 1)), auto_reset=False, tensordict=start)
+    assert data.batch_size == (2,)
+    assert data["next", "terminated"].flatten().tolist() == [False, True]
+
+
+# -- the value beyond the horizon -------------------------------------------------------------
+
+
+def potential(state, context, action):
+    return torch.sin(3 * state[..., 0]) + 2 * context[..., 0]
+
+
+@pytest.mark.parametrize("discount", [0.9, 1.0])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_shaped_rewards_sum_to_the_return_and_the_terminal_value(make_point, batch, discount):
+    """sum of shaped rewards + V(s0) = discounted return of one that may die + c_H V(s_H)."""
+    predictor = make_point(lambda after: 0.4 * after.sigmoid(), potential, n_models=2)
+    env = PredictorEnv(predictor, use_value_func=True, discount=discount)
+    start, actions = start_at(predictor, batch, 2), 2 * torch.rand(*batch, 7, 1) - 1
+
+    data = imagine(env, start, actions)
+
+    total = data["next", "reward"].sum((-2, -1)) + potential(start["state"], start["context"], None)
+    for index in np.ndindex(*batch):
+        x, goal = float(start["state"][index]), float(start["context"][index])
+        alive, expected = 1.0, 0.0
+        for h in range(7):
+            expected += alive * -((x - goal) ** 2)
+            x += 0.5 * float(actions[index][h])
+            alive *= discount * (1 - 0.4 / (1 + np.exp(-x)))
+        expected += alive * (np.sin(3 * x) + 2 * goal)
+        assert total[index].item() == pytest.approx(expected, rel=1e-4, abs=1e-4)
+        left = data[index][-1]["next", "imagined_discount"]
+        assert left.item() == pytest.approx(alive, rel=1e-4)
+
+
+def test_a_certain_end_leaves_no_value(make_point):
+    predictor = make_point(ends_beyond(0.4), potential)
+    env = PredictorEnv(predictor, use_value_func=True, discount=0.9)
+    start = TensorDict({"state": torch.zeros(1), "context": torch.zeros(1)}, [])
+    data = imagine(env, start, torch.ones(3, 1))
+    assert data["next", "reward"].flatten().tolist() == [0.0, 0.0, 0.0]  # r = 0 and V(0) = 0
+    assert data["next", "imagined_discount"].flatten().tolist() == [0.0, 0.0, 0.0]
+
+
+def test_the_value_is_the_predictors_terminal_value(build):
+    predictor = build()
+    assert predictor.terminal_value is predictor.target_val_func
+    env = PredictorEnv(predictor, use_value_func=True, discount=0.8)
+    td = start_at(predictor, (4,)).set("action", torch.zeros(4, 1))
+    following = env.step(td.clone())["next"]
+    plain = PredictorEnv(predictor).step(td.clone())["next"]
+    _, _, _, term_prob = predictor.model.predict(td["state"], td["context"], td["action"])
+    v = predictor.terminal_value
+    expected = plain["reward"].squeeze(-1) - v(td["state"], td["context"], td["action"])
+    after = v(plain["state"], td["context"], td["action"])
+    expected += 0.8 * (1 - term_prob) * after
+    torch.testing.assert_close(following["reward"].squeeze(-1), expected)
+
+
+def test_without_a_discount_it_is_0_99(make_point):
+    env = PredictorEnv(make_point(val_func=potential), use_value_func=True)
+    td = TensorDict(
+        {"state": torch.zeros(1), "context": torch.zeros(1), "action": torch.zeros(1)}, []
+    )
+    assert env.step(td)["next", "imagined_discount"].item() == pytest.approx(0.99)
+
+
+# -- TorchRL's planners -----------------------------------------------------------------------
+
+
+def make_cem(env, horizon=4):
+    return CEMPlanner(env, planning_horizon=horizon, optim_steps=10, num_candidates=100, top_k=10)
+
+
+def make_mppi(env, horizon=4):
+    zero = TensorDictModule(torch.zeros_like, in_keys=["state"], out_keys=["state_value"])
+    advantage = TDLambdaEstimator(gamma=1.0, lmbda=1.0, value_network=zero)
+    return MPPIPlanner(
+        env,
+        advantage,
+        temperature=1.0,
+        planning_horizon=horizon,
+        optim_steps=10,
+        num_candidates=100,
+        top_k=10,
+    )
+
+
+PLANNERS = [make_cem, make_mppi]
+
+
+def plan(planner, obs, predictor):
+    td = predictor.encode(TensorDict({"observation": obs}, obs.shape[:-1]))
+    with torch.no_grad():
+        return planner(td)["action"]
+
+
+@pytest.mark.parametrize("make", PLANNERS)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_planners_find_the_known_optimum(make_point, make, batch, unchanged):
+    """The cost falls on where the point is, so the best first move goes as near as it can."""
+    predictor = make_point()
+    planner = make(PredictorEnv(predictor))
+    obs = torch.tensor([[0.0, 0.2], [0.3, 0.1], [0.0, 5.0], [0.0, -5.0], [1.0, 1.0], [-2.0, -2.4]])
+    obs = obs[: torch.Size(batch).numel()].reshape(*batch, 2)
+    before = obs.clone()
+
+    with unchanged(predictor):
+        action = plan(planner, obs, predictor)
+
+    best = (2 * (obs[..., 1:] - obs[..., :1])).clamp(-1, 1)
+    assert action.shape == (*batch, 1)
+    torch.testing.assert_close(action, best, atol=0.1, rtol=0)
+    assert planner.env.action_spec.is_in(action)
+    assert torch.equal(obs, before)
+
+
+@pytest.mark.parametrize("make", PLANNERS)
+def test_a_value_function_stands_in_for_the_horizon(make_point, make):
+    """One step ahead, no reward depends on the action; only the value does."""
+    predictor = make_point(
+        val_func=lambda state, context, action: -((state - context)[..., 0] ** 2)
+    )
+    obs = torch.tensor([[0.0, 0.3], [0.5, 0.2]])
+    env = PredictorEnv(predictor, use_value_func=True, discount=1.0)
+    action = plan(make(env, horizon=1), obs, predictor)
+    torch.testing.assert_close(action, torch.tensor([[0.6], [-0.6]]), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("make", PLANNERS)
+def test_rewards_after_a_predicted_end_do_not_count(make_point, make):
+    """Beyond 0.6 lies a treasure that the dead cannot take: then standing still is best."""
+
+    def treasure(state, context, action):
+        return 5.0 * (state > 0.6)[..., 0].float() - action[..., 0] ** 2
+
+    obs = torch.zeros(2, 2)
+    reached, dead = (
+        plan(make(PredictorEnv(make_point(term, rew_func=treasure))), obs, make_point())
+        for term in (None, ends_beyond(0.6))
+    )
+    assert (reached > 0.4).all()
+    assert (dead.abs() < 0.15).all()
+
+
+@pytest.mark.parametrize("make", PLANNERS)
+@pytest.mark.parametrize(
+    "space",
+    [Bounded(-0.2, 0.3, (1,)), gym.spaces.Box(-0.2, 0.3, (1,), dtype=np.float64)],
+    ids=["spec", "gym"],
+)
+def test_planned_actions_lie_in_the_given_spec(make_point, make, space):
+    predictor = make_point()
+    obs = torch.tensor([[0.0, 1.0], [0.0, -1.0]])
+    action = plan(make(PredictorEnv(predictor, action_spec=space)), obs, predictor)
+    torch.testing.assert_close(action, torch.tensor([[0.3], [-0.2]]), atol=0.02, rtol=0)
+
+
+# -- construction -----------------------------------------------------------------------------
+
+
+def test_the_state_holds_every_part_of_the_predictor_once(build):
+    env = PredictorEnv(build(), use_value_func=True)
+    places = [v.data_ptr() for v in env.state_dict().values() if v.numel()]
+    assert len(places) == len(set(places))
+
+
+@pytest.mark.parametrize(
+    ("parts", "options", "match"),
+    [
+        ({"rew_func": None}, {}, "rew_func"),
+        ({}, {"use_value_func": True}, "val_func"),
+        ({}, {"discount": 0.9}, "use_value_func"),
+        ({"val_func": potential}, {"use_value_func": True, "discount": 0.0}, "discount"),
+        ({"val_func": potential}, {"use_value_func": True, "discount": 1.1}, "discount"),
+        ({}, {"action_spec": Bounded(-1, 1, (2,))}, "action_spec"),
+        ({}, {"action_spec": Bounded(-1, 1, (3, 1))}, "action_spec"),
+    ],
+)
+def test_what_does_not_fit_is_refused(make_point, parts, options, match):
+    with pytest.raises(ValueError, match=match):
+        PredictorEnv(make_point(**parts), **options)
+
+
+@pytest.mark.parametrize(
+    ("space", "given"),
+    [
+        (Categorical(2), Categorical(3)),
+        (OneHot(2), Unbounded((2,))),
+        (2, OneHot(2)),
+    ],
+    ids=["choices", "continuous for discrete", "discrete for continuous"],
+)
+def test_an_action_spec_of_another_kind_is_refused(make_predictor, space, given):
+    predictor = make_predictor(model={"action_space": space})
+    with pytest.raises(ValueError, match="action_spec"):
+        PredictorEnv(predictor, action_spec=given)

@@ -1,0 +1,184 @@
+"""Predictions from averaged weights: the average in a loop, and when it counts."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+
+from layeredrl_torchrl import ProbabilisticEnsemble
+
+
+def inputs():
+    return torch.randn(4, 3), torch.randn(4, 2), torch.randn(4, 2)
+
+
+def train(ensemble):
+    """What an optimiser does to the weights, seen from here."""
+    with torch.no_grad():
+        for parameter in ensemble.members.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+
+
+def weights_of(ensemble):
+    return {name: x.clone() for name, x in ensemble.members.state_dict().items()}
+
+
+@pytest.fixture(params=["fc", "tanh"])
+def net(request, fc, tanh_net):
+    return fc if request.param == "fc" else tanh_net
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.15, 0.99])
+def test_predictions_come_from_the_average_of_the_weights(decay, net, recorded):
+    ensemble, _ = recorded(net, ema_decay=decay)
+    plain, _ = recorded(net, ema_decay=None)
+    average = weights_of(ensemble)
+    given = inputs()
+    for t in range(15):
+        train(ensemble)
+        ensemble.update_average()
+        keep = min(decay, (1 + t) / (10 + t))
+        for name, x in weights_of(ensemble).items():
+            average[name] = keep * average[name] + (1 - keep) * x
+        plain.members.load_state_dict(average)
+        for x, y in zip(ensemble.predict(*given), plain.predict(*given), strict=True):
+            torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+    # the weights under training are elsewhere, unless nothing is kept of the past
+    plain.members.load_state_dict(weights_of(ensemble))
+    same = torch.allclose(ensemble.predict(*given)[0], plain.predict(*given)[0], atol=1e-4)
+    assert same is (decay == 0.0)
+
+
+def test_until_the_first_update_the_weights_themselves_count(net, recorded):
+    ensemble, _ = recorded(net)
+    given = inputs()
+    before = ensemble.predict(*given)[0]
+    train(ensemble)
+    assert not torch.allclose(ensemble.predict(*given)[0], before)
+
+
+def test_training_moves_predictions_only_through_the_average(net, recorded):
+    ensemble, _ = recorded(net)
+    given = inputs()
+    ensemble.update_average()
+    before = ensemble.predict(*given)[0]
+    trained_before = ensemble.predict_normalized(*(x.expand(3, 4, -1) for x in given))[0][0]
+    train(ensemble)
+    assert torch.equal(ensemble.predict(*given)[0], before)
+    trained = ensemble.predict_normalized(*(x.expand(3, 4, -1) for x in given))[0][0]
+    assert not torch.allclose(trained, trained_before)
+    ensemble.update_average()
+    assert not torch.allclose(ensemble.predict(*given)[0], before)
+
+
+def test_every_call_uses_the_average(net, recorded):
+    ensemble, _ = recorded(net)
+    train(ensemble)
+    ensemble.update_average()
+    state, context, action = inputs()
+    td = TensorDict({"state": state, "context": context, "action": action}, batch_size=(4,))
+    actions = action.unsqueeze(1)
+
+    def everything():
+        torch.manual_seed(3)
+        return [
+            *ensemble.predict(state, context, action),
+            ensemble(td.clone())["next", "state"],
+            ensemble.dist(td).log_prob(state),
+            ensemble.get_log_prob(state, context, action, state)[0],
+            ensemble.rollout(state, context, actions)["next", "state"],
+            ensemble.rollout(state, context, actions, deterministic=True)["next", "state"],
+        ]
+
+    before = everything()
+    train(ensemble)
+    assert all(torch.equal(x, y) for x, y in zip(everything(), before, strict=True))
+
+
+def test_without_a_decay_there_is_no_average(net, recorded):
+    ensemble, _ = recorded(net, ema_decay=None)
+    given = inputs()
+    ensemble.update_average()
+    before = ensemble.predict(*given)[0]
+    train(ensemble)
+    assert not torch.allclose(ensemble.predict(*given)[0], before)
+    count = sum(p.numel() for p in ensemble.parameters())
+    assert count == sum(p.numel() for p in ensemble.members.parameters())
+
+
+def test_only_the_weights_under_training_are_trained(net, recorded):
+    ensemble, _ = recorded(net)
+    trained = {id(p) for p in ensemble.parameters() if p.requires_grad}
+    assert trained == {id(p) for p in ensemble.members.parameters()}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_average_is_saved_and_counts_after_loading(inside, net, recorded, tmp_path):
+    ensemble, _ = recorded(net)
+    for _ in range(3):
+        train(ensemble)
+        ensemble.update_average()
+    given = inputs()
+    expected = ensemble.predict(*given)[0]
+    saved = nn.ModuleDict({"model": ensemble}) if inside else ensemble
+    torch.save(saved.state_dict(), tmp_path / "model.pt")
+    fresh, _ = recorded(net)
+    target = nn.ModuleDict({"model": fresh}) if inside else fresh
+    target.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    assert torch.equal(fresh.predict(*given)[0], expected)
+    # and it goes on where it was
+    torch.manual_seed(1)
+    train(ensemble)
+    ensemble.update_average()
+    torch.manual_seed(1)
+    train(fresh)
+    fresh.update_average()
+    assert torch.equal(fresh.predict(*given)[0], ensemble.predict(*given)[0])
+
+
+def test_loading_a_state_without_an_average_ends_the_averaging(net, recorded):
+    ensemble, _ = recorded(net)
+    fresh = copy.deepcopy(ensemble)
+    given = inputs()
+    expected = fresh.predict(*given)[0]
+    train(ensemble)
+    ensemble.update_average()
+    ensemble.load_state_dict(fresh.state_dict())
+    assert torch.equal(ensemble.predict(*given)[0], expected)
+    train(ensemble)
+    assert not torch.allclose(ensemble.predict(*given)[0], expected)
+
+
+def test_a_copy_averages_on_its_own(net, recorded):
+    ensemble, _ = recorded(net)
+    train(ensemble)
+    ensemble.update_average()
+    given = inputs()
+    expected = ensemble.predict(*given)[0]
+    twin = copy.deepcopy(ensemble)
+    assert torch.equal(twin.predict(*given)[0], expected)
+    train(twin)
+    twin.update_average()
+    assert torch.equal(ensemble.predict(*given)[0], expected)
+    assert not torch.allclose(twin.predict(*given)[0], expected)
+    ensemble.load_state_dict(twin.state_dict())
+    assert torch.equal(ensemble.predict(*given)[0], twin.predict(*given)[0])
+
+
+def test_members_without_parameters_have_nothing_to_average(table_net, tables):
+    ensemble = tables([table_net([[1.0]], 1.0), table_net([[2.0]], 1.0)])
+    given = torch.zeros(1), None, torch.zeros(1)
+    before = ensemble.predict(*given)[0]
+    ensemble.update_average()
+    assert torch.equal(ensemble.predict(*given)[0], before)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5, math.nan])
+def test_a_decay_outside_its_range_is_refused(decay, box):
+    with pytest.raises(ValueError, match=rf"ema_decay must lie in \[0, 1\), got {decay}; None"):
+        ProbabilisticEnsemble(box(2), None, box(1), ema_decay=decay)

@@ -1,0 +1,370 @@
+"""dist and get_log_prob against sums over members, modes and dimensions in Python floats."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensordict import TensorDict
+
+from layeredrl_torchrl import Model
+
+BATCHES = [(), (1,), (3,), (2, 2)]
+
+
+def inputs(batch, d=3, c=2, a=2, *, seed=7):
+    """State, context, action, next state."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(*batch, n, generator=generator) for n in (d, c, a, d))
+
+
+def as_td(state, context, action):
+    return TensorDict(
+        {"state": state, "context": context, "action": action}, batch_size=state.shape[:-1]
+    )
+
+
+def log_density(x, components):
+    """``components``: (weight, mean, std) each; the log of the sum, shifted by its largest term."""
+    terms = []
+    for weight, mean, std in components:
+        if weight == 0:
+            continue
+        term = math.log(weight)
+        for value, m, s in zip(x, mean, std, strict=True):
+            term -= 0.5 * ((value - m) / s) ** 2 + math.log(s) + 0.5 * math.log(2 * math.pi)
+        terms.append(term)
+    top = max(terms)
+    return top + math.log(math.fsum(math.exp(term - top) for term in terms))
+
+
+def components_of(nets, row, sample, slow_predict):
+    """The whole ensemble at one row as (weight, mean, std), from each member on its own."""
+    out = []
+    for net in nets:
+        mean, std, weights, _ = slow_predict(net, *row, sample)
+        for m, s, w in zip(mean, std, weights, strict=True):
+            out.append((w / len(nets), m, s))
+    return out
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    kind=st.sampled_from(["fc", "tanh"]),
+    batch=st.sampled_from(BATCHES),
+    n_models=st.integers(1, 3),
+    n_modes=st.integers(1, 3),
+    d=st.integers(1, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_the_ensemble_is_one_equal_mixture_over_its_members(
+    kind, batch, n_models, n_modes, d, seed, fc, tanh_net, recorded, transitions, slow_predict
+):
+    torch.manual_seed(seed)
+    ensemble, nets = recorded(
+        fc if kind == "fc" else tanh_net, d=d, n_models=n_models, n_modes=n_modes
+    )
+    sample = transitions(d=d, seed=seed)
+    ensemble.fit_statistics(*sample)
+    state, context, action, noise = inputs(batch, d, seed=seed)
+    next_state = state + noise
+    dist = ensemble.dist(as_td(state, context, action))
+    assert dist.batch_shape == batch
+    assert dist.event_shape == (d,)
+    log_prob, term_prob, info = ensemble.get_log_prob(state, context, action, next_state)
+    assert log_prob.shape == term_prob.shape == batch
+    assert info["means"].shape == (*batch, n_models, d)
+    torch.testing.assert_close(dist.log_prob(next_state), log_prob, atol=1e-4, rtol=1e-4)
+    assert torch.equal(term_prob, ensemble.predict(state, context, action)[3])
+    cdf = dist.cdf(next_state)
+    close = {"rel": 2e-3, "abs": 2e-3}
+    for index in itertools.product(*map(range, batch)):
+        row = state[index], context[index], action[index]
+        parts = components_of(nets, row, sample, slow_predict)
+        x = next_state[index].tolist()
+        assert log_prob[index].item() == pytest.approx(log_density(x, parts), **close)
+        for k in range(d):
+            mean = sum(w * m[k] for w, m, _ in parts)
+            variance = sum(w * (s[k] ** 2 + (m[k] - mean) ** 2) for w, m, s in parts)
+            below = sum(
+                w * 0.5 * (1 + math.erf((x[k] - m[k]) / (s[k] * math.sqrt(2)))) for w, m, s in parts
+            )
+            assert dist.mean[index][k].item() == pytest.approx(mean, **close)
+            assert dist.variance[index][k].item() == pytest.approx(variance, **close)
+            assert cdf[index][k].item() == pytest.approx(below, **close)
+        for m in range(n_models):
+            of_member = parts[m * n_modes : (m + 1) * n_modes]
+            for k in range(d):
+                mean = sum(w * n_models * mu[k] for w, mu, _ in of_member)
+                assert info["means"][index][m, k].item() == pytest.approx(mean, **close)
+
+
+def test_samples_are_spread_over_members_and_modes(table_net, tables):
+    nets = [
+        table_net([[0.0], [10.0]], 0.1, [0.25, 0.75]),
+        table_net([[20.0], [30.0]], 0.1, [1.0, 0.0]),
+    ]
+    ensemble = tables(nets, predict_delta=False)
+    dist = ensemble.dist(TensorDict({"state": torch.zeros(1), "action": torch.zeros(1)}))
+    samples = dist.sample((20_000,)).squeeze(-1)
+    for centre, share in ((0.0, 0.125), (10.0, 0.375), (20.0, 0.5), (30.0, 0.0)):
+        near = (samples - centre).abs() < 3
+        assert near.float().mean().item() == pytest.approx(share, abs=0.02)
+        if share:
+            assert samples[near].mean().item() == pytest.approx(centre, abs=0.01)
+            assert samples[near].std().item() == pytest.approx(0.1, rel=0.1)
+
+
+# -- a fixed std and a linear transform ----------------------------------------------------
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    batch=st.sampled_from(BATCHES),
+    n_models=st.integers(1, 3),
+    n_modes=st.integers(1, 2),
+    std=st.sampled_from([0.3, torch.tensor(0.7), torch.tensor([0.2, 0.5, 2.0])]),
+    seed=st.integers(0, 2**31),
+)
+def test_a_fixed_std_replaces_the_predicted_one(
+    batch, n_models, n_modes, std, seed, fc, recorded, transitions, slow_predict
+):
+    torch.manual_seed(seed)
+    ensemble, nets = recorded(fc, n_models=n_models, n_modes=n_modes)
+    sample = transitions(seed=seed)
+    ensemble.fit_statistics(*sample)
+    state, context, action, noise = inputs(batch, seed=seed)
+    next_state = state + noise
+    log_prob, term_prob, info = ensemble.get_log_prob(state, context, action, next_state, std=std)
+    assert torch.equal(term_prob, ensemble.predict(state, context, action)[3])
+    fixed = torch.as_tensor(std).expand(3).tolist()
+    for index in itertools.product(*map(range, batch)):
+        row = state[index], context[index], action[index]
+        parts = components_of(nets, row, sample, slow_predict)
+        parts = [(w, m, fixed) for w, m, _ in parts]
+        expected = log_density(next_state[index].tolist(), parts)
+        assert log_prob[index].item() == pytest.approx(expected, rel=2e-3, abs=2e-3)
+    plain = ensemble.get_log_prob(state, context, action, next_state)[2]
+    assert torch.equal(info["means"], plain["means"])
+
+
+MATRICES = {
+    "narrow": torch.tensor([[1.0, -2.0, 0.5]]),
+    "square": torch.tensor([[0.0, 1.0, 0.0], [2.0, 0.0, 0.0], [0.0, 0.5, -1.0]]),
+    "tall": torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 1.0, 1.0]]),
+    "picks": torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]),
+}
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", MATRICES)
+@pytest.mark.parametrize("as_callable", [False, True])
+@pytest.mark.parametrize("std", ["number", "vector"])
+def test_a_transform_maps_the_difference_before_the_density_is_taken(
+    batch, name, as_callable, std, fc, recorded, transitions, slow_predict
+):
+    matrix = MATRICES[name]
+    ensemble, nets = recorded(fc)
+    sample = transitions()
+    ensemble.fit_statistics(*sample)
+    state, context, action, noise = inputs(batch)
+    next_state = state + noise
+    fixed = torch.full((len(matrix),), 0.8) if std == "number" else 0.5 + torch.rand(len(matrix))
+    log_prob, _, _ = ensemble.get_log_prob(
+        state,
+        context,
+        action,
+        next_state,
+        std=0.8 if std == "number" else fixed,
+        transform=(lambda x: x @ matrix.T) if as_callable else matrix,
+    )
+    assert log_prob.shape == batch
+    for index in itertools.product(*map(range, batch)):
+        row = state[index], context[index], action[index]
+        parts = []
+        for w, mean, _ in components_of(nets, row, sample, slow_predict):
+            mapped = [sum(a * m for a, m in zip(r, mean, strict=True)) for r in matrix.tolist()]
+            parts.append((w, mapped, fixed.tolist()))
+        x = next_state[index].tolist()
+        x = [sum(a * v for a, v in zip(r, x, strict=True)) for r in matrix.tolist()]
+        assert log_prob[index].item() == pytest.approx(log_density(x, parts), rel=2e-3, abs=2e-3)
+
+
+def test_the_identity_changes_nothing(fc, recorded):
+    ensemble, _ = recorded(fc)
+    given = inputs((4,))
+    plain = ensemble.get_log_prob(*given, std=0.4)[0]
+    for transform in (torch.eye(3), torch.eye(3, dtype=torch.float64), lambda x: x):
+        torch.testing.assert_close(
+            ensemble.get_log_prob(*given, std=0.4, transform=transform)[0], plain
+        )
+
+
+@pytest.mark.parametrize("transform", [torch.eye(3), lambda x: x])
+def test_a_transform_needs_a_std(transform, fc, recorded):
+    ensemble, _ = recorded(fc)
+    with pytest.raises(ValueError, match=r"transform needs a fixed std.*pass std="):
+        ensemble.get_log_prob(*inputs((4,)), transform=transform)
+
+
+@pytest.mark.parametrize(
+    "std", [0.0, -1.0, math.nan, torch.tensor([1.0, 0.0, 1.0]), torch.tensor([1.0, -2.0, 1.0])]
+)
+def test_a_std_that_is_not_positive_is_refused(std, fc, recorded):
+    ensemble, _ = recorded(fc)
+    with pytest.raises(ValueError, match="std must be positive, got"):
+        ensemble.get_log_prob(*inputs((4,)), std=std)
+
+
+# -- far away, and weights of 0 ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["fc", "tanh"])
+def test_log_probabilities_of_minus_1e6_in_float32(kind, fc, tanh_net, recorded):
+    ensemble, _ = recorded(fc if kind == "fc" else tanh_net)
+    state, context, action, _ = inputs((6,))
+    mean, _, std, _ = ensemble.predict(state, context, action)
+    # so far from the first mode that its log-density is about -1e6
+    far = mean[:, 0, 0] + math.sqrt(2e6 / 3) * std[:, 0, 0]
+    with torch.no_grad():
+        single = ensemble.get_log_prob(state, context, action, far)[0]
+        from_dist = ensemble.dist(as_td(state, context, action)).log_prob(far)
+        ensemble.double()
+        double = ensemble.get_log_prob(state, context, action, far)[0]
+    assert (double < -1e5).all()
+    assert (double > -1e8).all()
+    assert torch.isfinite(single).all()
+    for got in (single, from_dist):
+        torch.testing.assert_close(got.double(), double, atol=1, rtol=1e-4)
+
+
+@pytest.mark.parametrize("next_state", [0.0, 5.0, 1414.0, 3000.0])
+def test_weights_of_exactly_0(next_state, table_net, tables):
+    """The second mode is dead, also where it alone is near."""
+    ensemble = tables(
+        [
+            table_net([[0.0], [1414.0]], 1.0, [1.0, 0.0]),
+            table_net([[1.0], [-9.0]], 1.0, [1.0, 0.0]),
+        ],
+        predict_delta=False,
+    )
+    x, zero = torch.tensor([next_state]), torch.zeros(1)
+    expected = log_density([next_state], [(0.5, [0.0], [1.0]), (0.5, [1.0], [1.0])])
+    dist = ensemble.dist(TensorDict({"state": zero, "action": zero}))
+    for got in (
+        dist.log_prob(x),
+        ensemble.get_log_prob(zero, None, zero, x)[0],
+        ensemble.get_log_prob(zero, None, zero, x, std=1.0)[0],
+    ):
+        assert got.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradients_are_finite_far_away_and_reach_every_parameter(fc, recorded):
+    ensemble, _ = recorded(fc)
+    state, context, action, _ = inputs((6,))
+    next_state = (state + 2000.0).requires_grad_()
+    log_prob, _, _ = ensemble.get_log_prob(state, context, action, next_state)
+    log_prob.sum().backward()
+    assert (log_prob < -1e5).all()
+    assert torch.isfinite(next_state.grad).all()
+    assert (next_state.grad != 0).all()
+    for parameter in ensemble.members.parameters():
+        assert torch.isfinite(parameter.grad).all()
+        assert (parameter.grad != 0).any()
+
+
+def test_gradients_agree_with_finite_differences(fc, recorded, transitions):
+    ensemble, _ = recorded(fc, n_models=2)
+    ensemble.double().fit_statistics(*(x.double() for x in transitions()))
+    given = tuple(x.double().requires_grad_() for x in inputs((2,)))
+    assert torch.autograd.gradcheck(lambda *x: ensemble.get_log_prob(*x)[0], given)
+    matrix = MATRICES["narrow"].double()
+    assert torch.autograd.gradcheck(
+        lambda *x: ensemble.get_log_prob(*x, std=0.7, transform=matrix)[0], given
+    )
+
+
+def test_float64_inputs_are_brought_to_the_dtype_of_the_weights(fc, recorded):
+    ensemble, _ = recorded(fc)
+    given = inputs((4,))
+    expected = ensemble.get_log_prob(*given, std=torch.tensor(0.5))[0]
+    got = ensemble.get_log_prob(
+        *(x.double() for x in given), std=torch.tensor(0.5, dtype=torch.float64)
+    )[0]
+    assert got.dtype == torch.float32
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("batch", BATCHES[1:])
+def test_batched_equals_one_by_one(batch, fc, recorded):
+    ensemble, _ = recorded(fc)
+    given = inputs(batch)
+    log_prob, term_prob, info = ensemble.get_log_prob(*given)
+    for index in itertools.product(*map(range, batch)):
+        one = ensemble.get_log_prob(*(x[index] for x in given))
+        torch.testing.assert_close(log_prob[index], one[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(term_prob[index], one[1])
+        torch.testing.assert_close(info["means"][index], one[2]["means"])
+
+
+# -- bad input -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("next_state", "error", "message"),
+    [
+        (torch.zeros(4, 2), ValueError, r"next_state has shape \(4, 2\), expected \[\.\.\., 3\]"),
+        (torch.zeros(5, 3), ValueError, r"next_state.*\(5, ?3?\).*\(4, ?3?\)"),
+        (torch.zeros(3), ValueError, r"next_state.*\((3,)?\).*\(4, ?3?\)"),
+        (torch.zeros(2, 4, 3), ValueError, r"next_state.*\(2, 4(, 3)?\).*\(4, ?3?\)"),
+        (torch.zeros(4, 3).long(), TypeError, r"next_state must be a float tensor.*int64"),
+        (torch.full((4, 3), math.nan), ValueError, r"next_state holds 12 non-finite values"),
+    ],
+    ids=["width", "batch", "no batch", "more batch", "integers", "nan"],
+)
+def test_a_next_state_that_does_not_fit_is_refused(next_state, error, message, fc, recorded):
+    ensemble, _ = recorded(fc)
+    state, context, action, _ = inputs((4,))
+    with pytest.raises(error, match=message):
+        ensemble.get_log_prob(state, context, action, next_state)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"std": torch.ones(2)}, r"std.*\(2,\)"),
+        ({"std": 1.0, "transform": torch.ones(2, 4)}, r"transform.*\(2, 4\)"),
+        ({"std": torch.ones(3), "transform": torch.ones(2, 3)}, r"std.*\(3,\)"),
+    ],
+    ids=["std", "transform", "std of the untransformed"],
+)
+def test_a_std_or_transform_of_another_width_is_refused(options, message, fc, recorded):
+    ensemble, _ = recorded(fc)
+    with pytest.raises(ValueError, match=message):
+        ensemble.get_log_prob(*inputs((4,)), **options)
+
+
+class Noiseless(Model):
+    """x' = x + a for sure."""
+
+    def predict_members(self, state, context, action):
+        mean = (state + action).unsqueeze(-2)
+        ones = torch.ones_like(state[..., 0])
+        return (mean, torch.zeros_like(mean)), ones.unsqueeze(-1), 0 * ones
+
+
+def test_a_model_without_noise_has_no_density_but_takes_a_fixed_std(box):
+    model = Noiseless(box(2), None, box(2))
+    state, action, next_state = torch.zeros(3, 2), torch.ones(3, 2), torch.full((3, 2), 1.5)
+    with pytest.raises(ValueError, match="standard deviation of 0"):
+        model.dist(TensorDict({"state": state, "action": action}, batch_size=(3,)))
+    for x in (next_state, state + action):
+        with pytest.raises(ValueError, match="standard deviation of 0"):
+            model.get_log_prob(state, None, action, x)
+    log_prob, _, _ = model.get_log_prob(state, None, action, next_state, std=0.5)
+    expected = 2 * (-0.5 * 1.0 - math.log(0.5) - 0.5 * math.log(2 * math.pi))
+    assert log_prob.tolist() == pytest.approx([expected] * 3, rel=1e-5)

@@ -1,0 +1,296 @@
+"""All ways of evaluating members together against each member called on its own."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from functools import partial
+
+import gymnasium as gym
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from layeredrl_torchrl import ProbabilisticEnsemble, ProbFCDynamics
+from layeredrl_torchrl.models.members import LoopMembers, VmapMembers, stack_members
+from layeredrl_torchrl.nets import StackedProbFCDynamics
+
+D, C, A = 3, 2, 2
+
+
+def inputs(n_models, n=4, d=D, c=C, a=A, dtype=torch.float32):
+    return tuple(torch.randn(n_models, n, k, dtype=dtype) for k in (d, c, a))
+
+
+def flat(out):
+    (mean, std), weights, term_prob = out
+    return mean, std, weights, term_prob
+
+
+def assert_members_are(members, nets, given):
+    """Row block m of every output is what net m says of row block m."""
+    got = flat(members(*given))
+    for m, net in enumerate(nets):
+        for x, y in zip(got, flat(net(*(g[m] for g in given))), strict=True):
+            assert x.dtype == y.dtype
+            torch.testing.assert_close(x[m], y)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    way=st.sampled_from([VmapMembers, LoopMembers]),
+    n_models=st.integers(1, 4),
+    n_modes=st.integers(1, 3),
+    n=st.integers(1, 3),
+    c=st.integers(0, 2),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_members_equal_each_net_on_its_own(way, n_models, n_modes, n, c, dtype, tanh_net, box):
+    nets = [tanh_net(box(D), box(c), box(A), n_modes).to(dtype) for _ in range(n_models)]
+    members = way(nets)
+    assert_members_are(members, nets, inputs(n_models, n, c=c, dtype=dtype))
+    count = sum(p.numel() for p in members.parameters() if p.requires_grad)
+    assert count == sum(p.numel() for net in nets for p in net.parameters())
+
+
+@pytest.mark.parametrize("way", [VmapMembers, LoopMembers])
+def test_integer_actions(way, tanh_net, box):
+    nets = [tanh_net(box(D), None, gym.spaces.Discrete(4), 1) for _ in range(3)]
+    state, context, _ = inputs(3, c=0)
+    assert_members_are(way(nets), nets, (state, context, torch.randint(4, (3, 4))))
+
+
+@pytest.mark.parametrize("way", [VmapMembers, LoopMembers])
+def test_gradients_are_those_of_the_nets(way, tanh_net, box):
+    nets = [tanh_net(box(D), box(C), box(A), 2) for _ in range(3)]
+    members = way(copy.deepcopy(nets))
+    given = inputs(3)
+
+    def loss(out):
+        return sum(x.square().sum() for x in flat(out))
+
+    loss(members(*given)).backward()
+    for m, net in enumerate(nets):
+        loss(net(*(g[m] for g in given))).backward()
+    expected = sorted(p.grad.square().sum().item() for net in nets for p in net.parameters())
+    if way is VmapMembers:  # parameters [M, ...]
+        got = [g.square().sum().item() for p in members.parameters() for g in p.grad]
+    else:
+        got = [p.grad.square().sum().item() for p in members.parameters()]
+    assert min(expected) > 0
+    assert sorted(got) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+class WithBuffer(nn.Module):
+    """A member that differs from the others in buffers, one of them not saved."""
+
+    def __init__(self, drift, scale):
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+        self.register_buffer("drift", torch.full((D,), drift))
+        self.register_buffer("scale", torch.tensor(scale), persistent=False)
+
+    def forward(self, state, context, action):
+        mean = (self.linear(state) * self.scale + self.drift).unsqueeze(-2)
+        ones = torch.ones_like(state[..., 0])
+        return (mean, torch.ones_like(mean)), ones.unsqueeze(-1), 0 * ones
+
+
+def test_buffers_are_each_members_own():
+    nets = [WithBuffer(drift=float(m), scale=1.0 + m) for m in range(3)]
+    assert_members_are(VmapMembers(nets), nets, inputs(3))
+    assert_members_are(stack_members(nets, inputs(3)[0:3]), nets, inputs(3))
+
+
+class WithDropout(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, state, context, action):
+        mean = self.dropout(self.linear(state)).unsqueeze(-2)
+        ones = torch.ones_like(state[..., 0])
+        return (mean, torch.ones_like(mean)), ones.unsqueeze(-1), 0 * ones
+
+
+@pytest.mark.parametrize("way", [VmapMembers, LoopMembers])
+def test_train_and_eval_reach_the_members(way):
+    net = WithDropout()
+    nets = [copy.deepcopy(net) for _ in range(3)]
+    members = way(nets)
+    state, context, action = inputs(1, n=20)
+    given = tuple(x.expand(3, *x.shape[1:]) for x in (state, context, action))
+
+    members.eval()
+    net.eval()
+    mean = flat(members(*given))[0]
+    for m in range(3):
+        torch.testing.assert_close(mean[m], flat(net(*(g[m] for g in given)))[0])
+
+    members.train()
+    mean = flat(members(*given))[0]
+    dropped = mean == 0
+    assert 0.2 < dropped.float().mean() < 0.8
+    assert not torch.equal(dropped[0], dropped[1])  # members draw masks of their own
+    assert not torch.equal(dropped[1], dropped[2])
+
+
+# -- which way is taken --------------------------------------------------------------------
+
+
+def test_the_fastest_way_that_fits(fc, tanh_net, table_net, recorded, tables):
+    assert isinstance(recorded(fc)[0].members, StackedProbFCDynamics)
+    assert isinstance(recorded(tanh_net)[0].members, VmapMembers)
+    table = tables([table_net([[0.0]], 1.0), table_net([[1.0]], 1.0)])
+    assert isinstance(table.members, LoopMembers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["fc", "tanh_net"])
+def test_equally_built_members_of_any_dtype_run_together(dtype, kind, recorded, request):
+    net = request.getfixturevalue(kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ensemble, nets = recorded(lambda *spaces: net(*spaces).to(dtype))
+    assert not isinstance(ensemble.members, LoopMembers)
+    assert_members_are(ensemble.members, nets, inputs(3, dtype=dtype))
+
+
+def test_members_that_cannot_run_together_take_turns_and_say_so(opaque_net, recorded):
+    with pytest.warns(UserWarning, match=r"OpaqueNet cannot run under torch\.vmap"):
+        ensemble, nets = recorded(opaque_net)
+    assert isinstance(ensemble.members, LoopMembers)
+    assert_members_are(ensemble.members, nets, inputs(3))
+
+
+# -- members that differ -------------------------------------------------------------------
+
+
+class Subclass(ProbFCDynamics):
+    """A user's variation of the built-in network."""
+
+    def forward(self, state, context, action):
+        (mean, std), weights, term_prob = super().forward(state, context, action)
+        return (mean + 10 * state.unsqueeze(-2), std), weights, term_prob
+
+
+class Activated(nn.Module):
+    """Members of one class and equal parameter shapes that differ in a plain attribute."""
+
+    def __init__(self, activation, offset=0.0):
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+        self.activation = activation
+        self.offset = offset
+
+    def forward(self, state, context, action):
+        mean = (self.activation(self.linear(state)) + self.offset).unsqueeze(-2)
+        ones = torch.ones_like(state[..., 0])
+        return (mean, torch.ones_like(mean)), ones.unsqueeze(-1), 0 * ones
+
+
+FC = partial(ProbFCDynamics, ignore_context=False)
+
+
+with_slopes = partial(FC, hidden_sizes=(4,), nonlinearity=nn.PReLU)
+
+
+def with_random_slopes(*spaces):
+    net = with_slopes(*spaces)
+    nn.init.uniform_(net.activation.weight, 0.0, 1.0)
+    return net
+
+
+DIFFERENT = {
+    "widths": [partial(FC, hidden_sizes=(h,)) for h in (4, 5, 6)],
+    "depths": [partial(FC, hidden_sizes=(4,) * depth) for depth in (1, 2, 3)],
+    "activations": [
+        partial(FC, hidden_sizes=(4,), nonlinearity=f) for f in (nn.SiLU, nn.Tanh, nn.ReLU)
+    ],
+    "bounds of the std": [
+        partial(FC, hidden_sizes=(4,), log_std_bounds=bounds)
+        for bounds in ((-7.0, 2.0), (-7.0, -3.0), (-1.0, 2.0))
+    ],
+    "use of the context": [
+        partial(ProbFCDynamics, hidden_sizes=(4,), ignore_context=flag)
+        for flag in (True, False, True)
+    ],
+    "slopes of a learned activation": [with_random_slopes] * 3,
+    "slopes that are still equal": [with_slopes] * 3,
+    "a subclass": [partial(Subclass, ignore_context=False)] * 3,
+    "a subclass among others": [FC, partial(Subclass, ignore_context=False), FC],
+    "functions": [
+        lambda *_: Activated(torch.tanh),
+        lambda *_: Activated(torch.relu),
+        lambda *_: Activated(torch.sin),
+    ],
+    "submodules": [
+        lambda *_: Activated(nn.Tanh()),
+        lambda *_: Activated(nn.ReLU()),
+        lambda *_: Activated(nn.SiLU()),
+    ],
+    "plain numbers": [lambda *_, m=m: Activated(torch.tanh, offset=10.0 * m) for m in range(3)],
+    "classes": [lambda *_: Activated(torch.tanh), lambda *_: WithBuffer(3.0, 2.0), FC],
+}
+
+
+@pytest.mark.parametrize("kind", DIFFERENT)
+def test_members_that_differ_stay_themselves(kind, box):
+    builders, nets = iter(DIFFERENT[kind]), []
+
+    def partial_net(*spaces):
+        nets.append(next(builders)(*spaces))
+        return nets[-1]
+
+    ensemble = ProbabilisticEnsemble(box(D), box(C), box(A), partial_net, n_models=3)
+    assert_members_are(ensemble.members, nets, inputs(3))
+    count = sum(p.numel() for p in ensemble.members.parameters())
+    assert count == sum(p.numel() for net in nets for p in net.parameters())
+
+
+def test_loop_and_vmap_agree_over_heterogeneous_and_equal_members(tanh_net, box):
+    nets = [tanh_net(box(D), box(C), box(A), 2) for _ in range(3)]
+    given = inputs(3)
+    for x, y in zip(flat(VmapMembers(nets)(*given)), flat(LoopMembers(nets)(*given)), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+# -- life as a module ----------------------------------------------------------------------
+
+KINDS = ["fc", "tanh_net", "table_net"]
+
+
+@pytest.fixture(params=KINDS)
+def ensemble(request, fc, tanh_net, table_net, recorded, tables):
+    if request.param == "table_net":
+        means = torch.randn(3, 2, D)
+        return tables([table_net(mean, 0.5, [0.3, 0.7], 0.1) for mean in means], c=C, a=A)
+    return recorded({"fc": fc, "tanh_net": tanh_net}[request.param])[0]
+
+
+def test_a_copy_says_the_same_and_is_its_own(ensemble):
+    given = tuple(x[0] for x in inputs(1))
+    before = [x.clone() for x in ensemble.predict(*given)]
+    twin = copy.deepcopy(ensemble)
+    with torch.no_grad():
+        for value in twin.members.state_dict().values():
+            value.mul_(0.5)
+    assert all(torch.equal(x, y) for x, y in zip(ensemble.predict(*given), before, strict=True))
+    assert not torch.equal(twin.predict(*given)[0], before[0])
+    twin.load_state_dict(ensemble.state_dict())
+    assert all(torch.equal(x, y) for x, y in zip(twin.predict(*given), before, strict=True))
+
+
+def test_a_saved_ensemble_is_loaded_without_running_code(tmp_path, ensemble):
+    given = tuple(x[0] for x in inputs(1))
+    ensemble.fit_statistics(*(torch.randn(9, n) for n in (D, C, A, D)))
+    before = [x.clone() for x in ensemble.predict(*given)]
+    torch.save(ensemble.state_dict(), tmp_path / "ensemble.pt")
+    with torch.no_grad():
+        for value in ensemble.state_dict().values():
+            value.zero_()
+    ensemble.load_state_dict(torch.load(tmp_path / "ensemble.pt", weights_only=True))
+    assert all(torch.equal(x, y) for x, y in zip(ensemble.predict(*given), before, strict=True))

@@ -1,0 +1,281 @@
+"""The built-in member network: closed forms of its outputs, its inputs, its stacked form."""
+
+from __future__ import annotations
+
+import math
+
+import gymnasium as gym
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torchrl.data import Categorical, OneHot, Unbounded
+
+from layeredrl_torchrl import ProbFCDynamics
+from layeredrl_torchrl.nets import StackedProbFCDynamics
+from layeredrl_torchrl.nets.dynamics import mixture_parameters
+
+BATCHES = [(), (1,), (4,), (2, 3)]
+
+
+def box(n):
+    return gym.spaces.Box(-math.inf, math.inf, (n,))
+
+
+def make(n_modes=2, d=3, c=2, a=2, **options):
+    """A small network with biases that are not 0."""
+    net = ProbFCDynamics(box(d), box(c), box(a), n_modes, **{"hidden_sizes": (6,), **options})
+    for layer in net.layers:
+        nn.init.normal_(layer.bias, std=0.3)
+    return net
+
+
+def softplus(x):
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+# -- reading the last layer ----------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.sampled_from(BATCHES),
+    n_modes=st.integers(1, 3),
+    dim=st.integers(1, 3),
+    spread=st.sampled_from([0.1, 1.0, 10.0, 100.0]),
+    bounds=st.sampled_from([(-7.0, 2.0), (-3.0, -1.0), (-1.0, 4.0)]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 2**31),
+)
+def test_the_mixture_is_read_as_the_closed_form_says(
+    batch, n_modes, dim, spread, bounds, dtype, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    size = 2 * n_modes * dim + n_modes + 1
+    out = spread * torch.randn(*batch, size, generator=generator, dtype=dtype)
+    (mean, std), weights, term_prob = mixture_parameters(out, n_modes, dim, bounds)
+    assert mean.shape == std.shape == (*batch, n_modes, dim)
+    assert weights.shape == (*batch, n_modes)
+    assert term_prob.shape == batch
+    assert mean.dtype == std.dtype == weights.dtype == term_prob.dtype == dtype
+
+    low, high = bounds
+    close = {"rel": 1e-4, "abs": 1e-6} if dtype == torch.float32 else {"rel": 1e-9, "abs": 1e-12}
+    rows = out.reshape(-1, size).tolist()
+    for i, row in enumerate(rows):
+        logits = row[2 * n_modes * dim : -1]
+        total = sum(math.exp(logit - max(logits)) for logit in logits)
+        for k in range(n_modes):
+            for d in range(dim):
+                assert mean.reshape(-1, n_modes, dim)[i, k, d] == row[k * dim + d]
+                log_std = high - softplus(high - row[n_modes * dim + k * dim + d])
+                log_std = low + softplus(log_std - low)
+                got = float(std.reshape(-1, n_modes, dim)[i, k, d])
+                assert got == pytest.approx(math.exp(log_std), **close)
+            expected = math.exp(logits[k] - max(logits)) / total
+            assert float(weights.reshape(-1, n_modes)[i, k]) == pytest.approx(expected, **close)
+        # the sigmoid written so that it does not overflow
+        expected = 0.5 * (1 + math.tanh(row[-1] / 2))
+        assert float(term_prob.reshape(-1)[i]) == pytest.approx(expected, **close)
+
+
+@pytest.mark.parametrize("raw", [-1e6, -50.0, 0.0, 50.0, 1e6])
+def test_extreme_outputs_keep_a_positive_bounded_std_and_finite_weights(raw):
+    low, high = -7.0, 2.0
+    (_, std), weights, term_prob = mixture_parameters(torch.full((5, 11), raw), 2, 2, (low, high))
+    assert (std >= math.exp(low) * (1 - 1e-6)).all()
+    assert (std <= math.exp(high) * 1.001).all()
+    torch.testing.assert_close(weights, torch.full((5, 2), 0.5))
+    assert ((term_prob >= 0) & (term_prob <= 1)).all()
+
+
+def test_one_mode_has_weight_one():
+    _, weights, _ = make(n_modes=1)(torch.randn(5, 3), torch.randn(5, 2), torch.randn(5, 2))
+    assert torch.equal(weights, torch.ones(5, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_read_in_float32(dtype):
+    out = torch.randn(4, 11).to(dtype)
+    half = mixture_parameters(out, 2, 2, (-7.0, 2.0))
+    full = mixture_parameters(out.float(), 2, 2, (-7.0, 2.0))
+    for got, expected in zip((*half[0], *half[1:]), (*full[0], *full[1:]), strict=True):
+        assert got.dtype == torch.float32
+        assert torch.equal(got, expected)
+
+
+def test_log_std_bounds_are_used():
+    state, context, action = torch.randn(50, 3), torch.randn(50, 2), torch.randn(50, 2)
+    (_, wide), _, _ = make()(state, context, action)
+    (_, narrow), _, _ = make(log_std_bounds=(-2.0, -1.9))(state, context, action)
+    assert ((narrow > math.exp(-2.01)) & (narrow < math.exp(-1.2))).all()
+    assert wide.max() / wide.min() > narrow.max() / narrow.min()
+
+
+# -- inputs --------------------------------------------------------------------------------
+
+
+def by_hand(net, features):
+    """The last layer of a SiLU network for one row, from its weights, in Python floats."""
+    x = features
+    for i, layer in enumerate(net.layers):
+        rows = zip(layer.weight.tolist(), layer.bias.tolist(), strict=True)
+        y = [sum(w * v for w, v in zip(weights, x, strict=True)) + bias for weights, bias in rows]
+        if i == len(net.layers) - 1:
+            return y
+        y = [v / (1 + math.exp(-v)) for v in y]
+        skip = i > 0 and len(x) == len(y)
+        x = [v + u for v, u in zip(x, y, strict=True)] if skip else y
+    return x
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("ignore_context", [True, False])
+@pytest.mark.parametrize("hidden_sizes", [(4,), (5, 3), (4, 4, 4), (5, 5, 3)])
+def test_the_inputs_are_state_context_and_action_in_this_order(batch, ignore_context, hidden_sizes):
+    net = make(ignore_context=ignore_context, hidden_sizes=hidden_sizes)
+    state, context, action = (torch.randn(*batch, n) for n in (3, 2, 2))
+    (mean, _), _, term_prob = net(state, context, action)
+    used = (state, action) if ignore_context else (state, context, action)
+    rows = torch.cat(used, dim=-1).reshape(-1, 5 if ignore_context else 7).tolist()
+    for i, row in enumerate(rows):
+        out = by_hand(net, row)
+        assert mean.reshape(-1, 6)[i].tolist() == pytest.approx(out[:6], abs=1e-5, rel=1e-4)
+        expected = 1 / (1 + math.exp(-out[-1]))
+        assert term_prob.reshape(-1)[i].item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("ignore_context", [True, False])
+def test_the_context_counts_only_where_it_is_not_ignored(ignore_context):
+    net = make(ignore_context=ignore_context)
+    state, context, action = torch.randn(4, 3), torch.randn(4, 2), torch.randn(4, 2)
+    (one, _), _, _ = net(state, context, action)
+    (two, _), _, _ = net(state, context + 1, action)
+    assert torch.equal(one, two) is ignore_context
+
+
+def test_the_context_is_ignored_by_default():
+    assert ProbFCDynamics(box(3), box(2), box(2)).ignore_context
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(
+    "space",
+    [gym.spaces.Discrete(4), Categorical(4), OneHot(4), OneHot(4, dtype=torch.float32)],
+    ids=["Discrete", "Categorical", "OneHot", "OneHotFloat"],
+)
+def test_choices_enter_as_one_hot_features(space, batch):
+    net = ProbFCDynamics(box(3), None, space, 2, hidden_sizes=(5,))
+    twin = ProbFCDynamics(box(3), None, box(4), 2, hidden_sizes=(5,))
+    twin.load_state_dict(net.state_dict())
+    state, context = torch.randn(*batch, 3), torch.zeros(*batch, 0)
+    index = torch.randint(4, batch)
+    rows = torch.eye(4)[index]
+    action = rows.to(space.dtype) if isinstance(space, OneHot) else index
+    got, expected = net(state, context, action), twin(state, context, rows)
+    for x, y in zip((*got[0], *got[1:]), (*expected[0], *expected[1:]), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_spaces_may_be_torchrl_specs():
+    net = ProbFCDynamics(Unbounded((3,)), Unbounded((2,)), Unbounded((1,)), ignore_context=False)
+    (mean, _), _, _ = net(torch.randn(3), torch.randn(2), torch.randn(1))
+    assert mean.shape == (1, 3)
+
+
+def test_a_nonlinearity_is_used():
+    net = make(nonlinearity=nn.Identity)
+    state, action = torch.randn(3), torch.randn(2)
+    means = [net(k * state, torch.zeros(2), k * action)[0][0] for k in (-1, 0, 1)]
+    torch.testing.assert_close((means[0] + means[2]) / 2, means[1], atol=1e-5, rtol=1e-5)
+
+
+def test_no_hidden_layer_is_refused():
+    with pytest.raises(ValueError, match=r"hidden_sizes is empty.*\(128,\)"):
+        make(hidden_sizes=())
+
+
+def test_a_space_that_is_none_of_ours_is_refused_by_name():
+    with pytest.raises(TypeError, match="state_space is MultiBinary"):
+        ProbFCDynamics(gym.spaces.MultiBinary(2), None, box(1))
+
+
+# -- the stacked form ----------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n_models=st.integers(1, 4),
+    n_modes=st.integers(1, 3),
+    n=st.integers(1, 4),
+    d=st.integers(1, 3),
+    c=st.integers(0, 2),
+    hidden_sizes=st.lists(st.sampled_from([1, 4, 5]), min_size=1, max_size=3),
+    ignore_context=st.booleans(),
+    nonlinearity=st.sampled_from([nn.SiLU, nn.ReLU, nn.Tanh]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_stacked_equals_each_network_called_on_its_own(
+    n_models, n_modes, n, d, c, hidden_sizes, ignore_context, nonlinearity, dtype
+):
+    nets = [
+        make(
+            n_modes,
+            d,
+            c,
+            hidden_sizes=tuple(hidden_sizes),
+            ignore_context=ignore_context,
+            nonlinearity=nonlinearity,
+            log_std_bounds=(-4.0, 1.0),
+        ).to(dtype)
+        for _ in range(n_models)
+    ]
+    stacked = ProbFCDynamics.stack(nets)
+    assert isinstance(stacked, StackedProbFCDynamics)
+    state, context, action = (torch.randn(n_models, n, k, dtype=dtype) for k in (d, c, 2))
+    (mean, std), weights, term_prob = stacked(state, context, action)
+    with torch.no_grad():  # has in-place steps of its own
+        silent = stacked(state, context, action)
+    for x, y in zip((mean, std, weights, term_prob), (*silent[0], *silent[1:]), strict=True):
+        torch.testing.assert_close(x, y)
+    for m, net in enumerate(nets):
+        (one_mean, one_std), one_weights, one_term = net(state[m], context[m], action[m])
+        torch.testing.assert_close(mean[m], one_mean)
+        torch.testing.assert_close(std[m], one_std)
+        torch.testing.assert_close(weights[m], one_weights)
+        torch.testing.assert_close(term_prob[m], one_term)
+
+
+@pytest.mark.parametrize("hidden_sizes", [(4, 3), (4, 4, 4)], ids=["plain", "skips"])
+@pytest.mark.parametrize("nonlinearity", [nn.SiLU, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.GELU])
+def test_gradients_of_the_stack_are_those_of_its_networks(nonlinearity, hidden_sizes):
+    nets = [make(hidden_sizes=hidden_sizes, nonlinearity=nonlinearity) for _ in range(3)]
+    stacked = ProbFCDynamics.stack(nets)
+    state, context, action = (torch.randn(3, 5, k) for k in (3, 2, 2))
+
+    def loss(out):
+        (mean, std), weights, term_prob = out
+        return mean.square().sum() + std.sum() + weights.square().sum() + term_prob.sum()
+
+    loss(stacked(state, context, action)).backward()
+    for m, net in enumerate(nets):
+        loss(net(state[m], context[m], action[m])).backward()
+        for layer, weight, bias in zip(net.layers, stacked.weights, stacked.biases, strict=True):
+            torch.testing.assert_close(weight.grad[m], layer.weight.grad.T, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(bias.grad[m, 0], layer.bias.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_the_stack_holds_every_parameter_once_and_its_own_copy():
+    nets = [make() for _ in range(3)]
+    stacked = ProbFCDynamics.stack(nets)
+    count = sum(p.numel() for p in stacked.parameters())
+    assert count == sum(p.numel() for net in nets for p in net.parameters())
+    given = [torch.randn(3, 2, k) for k in (3, 2, 2)]
+    (before, _), _, _ = stacked(*given)
+    with torch.no_grad():
+        for net in nets:
+            for parameter in net.parameters():
+                parameter.zero_()
+    (after, _), _, _ = stacked(*given)
+    assert torch.equal(before, after)

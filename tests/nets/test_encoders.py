@@ -1,0 +1,326 @@
+"""Encoders: called with tensors and with TensorDicts, and what they make of bad observations."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensordict import TensorDict
+from tensordict.nn import TensorDictSequential
+from torchrl.envs import GymEnv
+
+from layeredrl_torchrl import Encoder, EncoderNet, FixedEncoderNet, IdentityEncoder
+
+BATCHES = [(), (1,), (4,), (2, 3)]
+
+
+def make(kind, obs=4, **keys):
+    """An encoder of each kind; a learned one with a mask that lets both outputs through."""
+    if kind == "identity":
+        return IdentityEncoder((obs,), **keys)
+    if kind == "fixed":
+        return FixedEncoderNet((obs,), latent_state_dims=[2, 0], context_dims=[3], **keys)
+    encoder = EncoderNet((obs,), latent_state_dim=3, context_dim=2, **keys)
+    encoder.mask[:2] = True
+    return encoder
+
+
+KINDS = ["identity", "fixed", "net"]
+
+
+# -- all encoders -------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(kind=st.sampled_from(KINDS), batch=st.sampled_from(BATCHES), seed=st.integers(0, 2**31))
+def test_tensor_and_tensordict_calls_agree_and_batched_equals_one_by_one(kind, batch, seed):
+    encoder = make(kind)
+    obs = torch.randn(*batch, 4, generator=torch.Generator().manual_seed(seed))
+    state, context = encoder(obs)
+    assert state.shape == (*batch, encoder.latent_state_dim)
+    assert context.shape == (*batch, encoder.context_dim)
+
+    td = TensorDict({"observation": obs, "other": torch.zeros(batch)}, batch_size=batch)
+    out = encoder(td)
+    assert out is td
+    assert set(td.keys()) == {"observation", "other", "state", "context"}
+    assert torch.equal(td["state"], state)
+    assert torch.equal(td["context"], context)
+    assert torch.equal(td["observation"], obs)
+
+    rows = (
+        zip(
+            obs.reshape(-1, 4),
+            state.reshape(-1, state.shape[-1]),
+            context.flatten(0, -2),
+            strict=True,
+        )
+        if batch
+        else [(obs, state, context)]
+    )
+    for row, one_state, one_context in rows:
+        got_state, got_context = encoder(row)
+        torch.testing.assert_close(got_state, one_state)
+        torch.testing.assert_close(got_context, one_context)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_can_be_renamed(kind):
+    keys = {"in_keys": [("agent", "pixels")], "out_keys": [("latent", "z"), "goal"]}
+    encoder = make(kind, **keys)
+    assert encoder.in_keys == keys["in_keys"]
+    assert encoder.out_keys == keys["out_keys"]
+    obs = torch.randn(5, 4)
+    td = encoder(TensorDict({"agent": {"pixels": obs}}, batch_size=(5,)))
+    state, context = encoder(obs)
+    assert torch.equal(td["latent", "z"], state)
+    assert torch.equal(td["goal"], context)
+    assert "state" not in td.keys()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_encoder_is_a_part_of_a_tensordict_pipeline(kind):
+    first = make(kind)
+    second = IdentityEncoder(
+        (first.latent_state_dim,), in_keys=["state"], out_keys=["again", "nothing"]
+    )
+    chain = TensorDictSequential(first, second)
+    assert chain.in_keys == ["observation"]
+    td = chain(TensorDict({"observation": torch.randn(3, 4)}, batch_size=(3,)))
+    assert torch.equal(td["again"], td["state"])
+
+
+def test_observations_of_a_real_environment():
+    env = GymEnv("InvertedPendulum-v5")
+    td = env.rollout(3)
+    encoder = IdentityEncoder(env.observation_spec["observation"].shape)
+    state, context = encoder(td["observation"])
+    assert td["observation"].dtype == torch.float64
+    assert state.dtype == torch.get_default_dtype()
+    assert torch.equal(state, td["observation"].float())
+    assert context.numel() == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float64_observations_are_converted(kind):
+    encoder = make(kind)
+    obs = torch.randn(6, 4)
+    for got, expected in zip(encoder(obs.double()), encoder(obs), strict=True):
+        assert got.dtype == torch.float32
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_dtype_of_the_weights_decides(dtype):
+    encoder = make("net").double()
+    obs = torch.randn(6, 4, dtype=dtype)
+    state, context = encoder(obs)
+    assert state.dtype == context.dtype == torch.float64
+    expected = (obs.double() * torch.tensor([1.0, 1.0, 0.0, 0.0])) @ encoder.state_net.weight.T
+    torch.testing.assert_close(state, expected.double())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_encoding_changes_no_buffer(kind):
+    encoder = make(kind).train()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    encoder(torch.randn(20, 4))
+    encoder(TensorDict({"observation": torch.randn(20, 4)}, batch_size=(20,)))
+    after = encoder.state_dict()
+    assert set(before) == set(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("as_td", [False, True])
+@pytest.mark.parametrize(
+    ("obs", "error", "message"),
+    [
+        (torch.zeros(3, 5), ValueError, r"observation has shape \(3, 5\), expected \[\.\.\., 4\]"),
+        (torch.zeros(()), ValueError, r"observation has shape \(\), expected \[\.\.\., 4\]"),
+        (torch.zeros(3, 4, dtype=torch.uint8), TypeError, r"float tensor, got dtype torch\.uint8"),
+        (
+            torch.tensor([[0.0, 0, 0, 0], [0, math.nan, math.inf, 0]]),
+            ValueError,
+            r"observation holds 2 non-finite values of 8 \(the first, nan, at index \[1, 1\]\)",
+        ),
+    ],
+    ids=["width", "scalar", "integers", "nan"],
+)
+def test_bad_observations_are_refused_and_say_why(kind, as_td, obs, error, message):
+    encoder = make(kind)
+    given = TensorDict({"observation": obs}) if as_td else obs
+    with pytest.raises(error, match=message):
+        encoder(given)
+    if as_td:
+        assert set(given.keys()) == {"observation"}
+
+
+def test_large_finite_observations_are_not_called_infinite():
+    obs = torch.full((4,), torch.finfo(torch.float32).max)
+    state, _ = IdentityEncoder((4,))(obs)
+    assert torch.equal(state, obs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_missing_key_is_named_with_those_that_are_there(kind):
+    td = TensorDict({"pixels": torch.zeros(3, 4)}, batch_size=(3,))
+    with pytest.raises(KeyError, match=r"'observation'.*pixels.*in_keys"):
+        make(kind)(td)
+
+
+@pytest.mark.parametrize("shape", [(), (3, 64, 64), (2, 2)])
+@pytest.mark.parametrize(
+    "build",
+    [
+        IdentityEncoder,
+        lambda shape: FixedEncoderNet(shape, [0]),
+        lambda shape: EncoderNet(shape, 1, 0),
+    ],
+    ids=KINDS,
+)
+def test_only_flat_observations_are_supported(build, shape):
+    with pytest.raises(ValueError, match=r"mapped_env_obs_shape.*flat"):
+        build(shape)
+
+
+@pytest.mark.parametrize(
+    "keys", [{"in_keys": ["a", "b"]}, {"out_keys": ["state"]}, {"in_keys": []}]
+)
+def test_the_number_of_keys_is_checked(keys):
+    with pytest.raises(ValueError, match="one in_key and two out_keys"):
+        IdentityEncoder((3,), **keys)
+
+
+def test_somebodys_own_encoder_needs_only_split():
+    class Halves(Encoder):
+        def split(self, observation):
+            return observation[..., :2] * 2, observation[..., 2:]
+
+    state, context = Halves((3,), 2, 1)(torch.tensor([[1.0, 2.0, 3.0]]))
+    assert state.tolist() == [[2, 4]]
+    assert context.tolist() == [[3]]
+
+
+# -- each encoder -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [torch.Size((4,)), (4,), [4]])
+def test_identity(shape):
+    encoder = IdentityEncoder(shape)
+    obs = torch.randn(2, 4)
+    state, context = encoder(obs)
+    assert torch.equal(state, obs)
+    assert context.shape == (2, 0)
+    assert context.numel() == 0
+    assert (encoder.latent_state_dim, encoder.context_dim) == (4, 0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), obs_dim=st.integers(1, 5), batch=st.sampled_from(BATCHES))
+def test_fixed_picks_the_named_dimensions_in_order(data, obs_dim, batch):
+    dims = st.lists(st.integers(0, obs_dim - 1), max_size=4)
+    state_dims = data.draw(dims.filter(bool))
+    context_dims = data.draw(dims)
+    encoder = FixedEncoderNet(
+        mapped_env_obs_shape=(obs_dim,), latent_state_dims=state_dims, context_dims=context_dims
+    )
+    obs = torch.randn(*batch, obs_dim)
+    state, context = encoder(obs)
+    assert state.shape == (*batch, len(state_dims))
+    assert context.shape == (*batch, len(context_dims))
+    for position, dim in enumerate(state_dims):
+        assert torch.equal(state[..., position], obs[..., dim])
+    for position, dim in enumerate(context_dims):
+        assert torch.equal(context[..., position], obs[..., dim])
+
+
+@pytest.mark.parametrize(
+    ("state_dims", "context_dims", "message"),
+    [
+        ([], [0], r"latent_state_dims is empty"),
+        ([0, 4], [], r"latent_state_dims \[4\] are not among the 4 dimensions.*0 to 3"),
+        ([0], [1, -1, 7], r"context_dims \[-1, 7\] are not among the 4 dimensions"),
+    ],
+)
+def test_fixed_refuses_dimensions_that_do_not_exist(state_dims, context_dims, message):
+    with pytest.raises(ValueError, match=message):
+        FixedEncoderNet((4,), state_dims, context_dims)
+
+
+def test_the_net_starts_with_everything_in_the_context():
+    encoder = EncoderNet((3,), latent_state_dim=2, context_dim=2)
+    obs = torch.randn(5, 3)
+    state, context = encoder(obs)
+    assert torch.equal(state, torch.zeros(5, 2))
+    torch.testing.assert_close(context, obs @ encoder.context_net.weight.T)
+
+
+@pytest.mark.parametrize("context_dim", [0, 1, 2])
+def test_the_mask_keeps_the_two_outputs_apart(context_dim):
+    encoder = EncoderNet((4,), latent_state_dim=2, context_dim=context_dim)
+    # dimensions 0 and 2 move within an episode, in different rows
+    obs = torch.randn(6, 4)
+    after = obs.clone()
+    after[1, 0] += 1
+    after[4, 2] -= 1e-3
+    encoder.update_mask(obs, after)
+    assert encoder.mask.tolist() == [True, False, True, False]
+
+    state, context = encoder(obs)
+    assert context.shape == (6, context_dim)
+    weights = encoder.state_net.weight.tolist()
+    context_weights = encoder.context_net.weight.tolist() if context_dim else []
+    for i, row in enumerate(obs.tolist()):
+        expected = [w[0] * row[0] + w[2] * row[2] for w in weights]
+        assert state[i].tolist() == pytest.approx(expected, abs=1e-5)
+        expected = [w[1] * row[1] + w[3] * row[3] for w in context_weights]
+        assert context[i].tolist() == pytest.approx(expected, abs=1e-5)
+
+    moved = obs + torch.tensor([0.0, 5.0, 0.0, -5.0])
+    assert torch.equal(encoder(moved)[0], state)
+    moved = obs + torch.tensor([5.0, 0.0, -5.0, 0.0])
+    assert torch.equal(encoder(moved)[1], context)
+
+
+def test_what_the_mask_has_seen_stays_and_is_saved():
+    encoder = EncoderNet((3,), 1, 1)
+    obs = torch.zeros(2, 3)
+    encoder.update_mask(obs, obs)
+    assert encoder.mask.tolist() == [False, False, False]
+    encoder.update_mask(obs, obs + torch.tensor([0.0, 1.0, 0.0]))
+    encoder.update_mask(obs, obs + torch.tensor([1.0, 0.0, 0.0]))
+    assert encoder.mask.tolist() == [True, True, False]
+    encoder.update_mask(obs, obs)
+    assert encoder.mask.tolist() == [True, True, False]
+    other = EncoderNet((3,), 1, 1)
+    other.load_state_dict(encoder.state_dict())
+    assert torch.equal(other.mask, encoder.mask)
+
+
+def test_gradients_reach_both_maps():
+    encoder = make("net")
+    state, context = encoder(torch.randn(5, 4))
+    (state.square().sum() + context.square().sum()).backward()
+    # dimensions 0 and 1 are the state's, 2 and 3 the context's
+    assert (encoder.state_net.weight.grad[:, :2] != 0).all()
+    assert (encoder.state_net.weight.grad[:, 2:] == 0).all()
+    assert (encoder.context_net.weight.grad[:, 2:] != 0).all()
+    assert (encoder.context_net.weight.grad[:, :2] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("dims", "error", "message"),
+    [
+        ((0, 1), ValueError, "latent_state_dim must be at least 1, got 0"),
+        ((1, -1), ValueError, "context_dim must be at least 0, got -1"),
+        ((2.0, 0), TypeError, r"latent_state_dim must be an int, got 2\.0 \(float\)"),
+        ((True, 0), TypeError, r"latent_state_dim must be an int, got True \(bool\)"),
+    ],
+)
+def test_the_net_checks_its_dimensions(dims, error, message):
+    with pytest.raises(error, match=message):
+        EncoderNet((3,), *dims)

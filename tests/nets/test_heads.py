@@ -1,0 +1,288 @@
+"""Reward and value networks: closed forms, rescaling that keeps the function, input statistics."""
+
+from __future__ import annotations
+
+import math
+
+import gymnasium as gym
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torchrl.data import Categorical, OneHot, Unbounded
+
+from layeredrl_torchrl import RewardNet, ScalarHead, ValueNet
+
+BATCHES = [(), (1,), (4,), (2, 3)]
+D, C, A = 3, 2, 2
+
+
+def randomize(head, seed=0):
+    """Give the last layer, which starts at 0, something to say."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in head.net[-1].parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return head
+
+
+def make(kind, context_dim=C, hidden_sizes=(6, 5), *, layer_norm=False, **options):
+    options = {"hidden_sizes": hidden_sizes, "layer_norm": layer_norm} | options
+    if kind == "value":
+        return randomize(ValueNet(D, context_dim, **options))
+    return randomize(RewardNet(D, context_dim, A, **options))
+
+
+def inputs(batch, context_dim=C, n=A, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(*batch, width, generator=generator) for width in (D, context_dim, n))
+
+
+def by_hand(head, features, layer_norm=False):
+    """A fully connected SiLU network on one row, from its weights, in Python floats."""
+    loc, scale = head.inputs.loc.tolist(), head.inputs.scale.tolist()
+    x = [(f - m) / s for f, m, s in zip(features, loc, scale, strict=True)]
+    layers = [layer for layer in head.net if isinstance(layer, nn.Linear)]
+    for i, layer in enumerate(layers):
+        rows = zip(layer.weight.tolist(), layer.bias.tolist(), strict=True)
+        x = [sum(w * v for w, v in zip(weights, x, strict=True)) + bias for weights, bias in rows]
+        if i == len(layers) - 1:
+            break
+        if layer_norm:
+            mean = sum(x) / len(x)
+            std = math.sqrt(sum((v - mean) ** 2 for v in x) / len(x) + 1e-5)
+            x = [(v - mean) / std for v in x]
+        x = [v / (1 + math.exp(-v)) for v in x]
+    return x[0] * float(head.out_scale) + float(head.out_loc)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    kind=st.sampled_from(["reward", "value"]),
+    batch=st.sampled_from(BATCHES),
+    context_dim=st.integers(0, 2),
+    hidden_sizes=st.lists(st.integers(1, 6), min_size=1, max_size=3),
+    fitted=st.booleans(),
+    layer_norm=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_equals_the_network_computed_by_hand_row_by_row(
+    kind, batch, context_dim, hidden_sizes, fitted, layer_norm, seed
+):
+    head = make(kind, context_dim, tuple(hidden_sizes), layer_norm=layer_norm)
+    if fitted:
+        head.fit_inputs(*(2 * x + 1 for x in inputs((20,), context_dim, seed=2)))
+        head.out_loc.fill_(-3.0)
+        head.out_scale.fill_(2.5)
+    state, context, action = inputs(batch, context_dim, seed=seed)
+    out = head(state, context, action)
+    assert out.shape == batch
+    used = (state, context, action) if kind == "reward" else (state, context)
+    rows = torch.cat(used, dim=-1).reshape(-1, sum(x.shape[-1] for x in used))
+    expected = [by_hand(head, row, layer_norm) for row in rows.tolist()]
+    assert out.flatten().tolist() == pytest.approx(expected, abs=1e-4, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["reward", "value"])
+def test_layer_norm_bounds_what_is_said_far_away(kind):
+    given = inputs((6,))
+    head, plain = make(kind, layer_norm=True), make(kind, layer_norm=False)
+    one, two = (head(*(k * x for x in given)) for k in (1e4, 2e4))
+    torch.testing.assert_close(one, two, atol=1e-2, rtol=1e-2)
+    one, two = (plain(*(k * x for x in given)) for k in (1e4, 2e4))
+    assert ((one - two).abs() > 1).any()
+
+
+@pytest.mark.parametrize("head", [RewardNet(D, C, A), ValueNet(D, C)], ids=["reward", "value"])
+def test_an_untrained_head_says_0(head):
+    assert torch.equal(head(*inputs((5,))), torch.zeros(5))
+    head.rescale(0.0, 3.0)
+    assert torch.equal(head(*inputs((5,))), torch.zeros(5))
+
+
+def test_the_value_does_not_look_at_the_action():
+    head = make("value")
+    state, context, action = inputs((4,))
+    expected = head(state, context, action)
+    assert torch.equal(head(state, context, action + 1), expected)
+    assert torch.equal(head(state, context, None), expected)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["state", "context", "action"])
+def test_the_reward_looks_at_everything(which):
+    head = make("reward")
+    changed = list(inputs((4,)))
+    expected = head(*changed)
+    changed[which] = changed[which] + 1
+    assert ((head(*changed) - expected).abs() > 1e-6).all()
+
+
+@pytest.mark.parametrize("kind", ["reward", "value"])
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_gradients_reach_every_parameter_and_input(kind, context_dim):
+    head = make(kind, context_dim)
+    given = [x.requires_grad_() for x in inputs((6,), context_dim)]
+    head(*given).square().sum().backward()
+    assert all(p.grad is not None and (p.grad != 0).any() for p in head.parameters())
+    used = given if kind == "reward" else given[:2]
+    assert all(x.grad.shape == x.shape for x in used)
+    assert (given[0].grad != 0).all()
+
+
+# -- discrete actions ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(
+    "space",
+    [gym.spaces.Discrete(4), Categorical(4), OneHot(4), OneHot(4, dtype=torch.float32)],
+    ids=["Discrete", "Categorical", "OneHot", "OneHotFloat"],
+)
+def test_choices_enter_as_one_hot_features(space, batch):
+    head = randomize(RewardNet(D, C, space, (6,)))
+    twin = RewardNet(D, C, 4, (6,))  # fed with the one-hot floats themselves
+    twin.load_state_dict(head.state_dict())
+    state, context, _ = inputs(batch)
+    index = torch.randint(4, batch)
+    rows = torch.eye(4)[index]
+    action = rows.to(space.dtype) if isinstance(space, OneHot) else index
+    torch.testing.assert_close(head(state, context, action), twin(state, context, rows))
+
+
+@pytest.mark.parametrize("space", [gym.spaces.Box(-1, 1, (A,)), Unbounded((A,)), A])
+def test_a_space_and_its_width_mean_the_same(space):
+    head = randomize(RewardNet(D, C, space, (6,)))
+    twin = RewardNet(D, C, A, (6,))
+    twin.load_state_dict(head.state_dict())
+    assert torch.equal(head(*inputs((5,))), twin(*inputs((5,))))
+
+
+# -- rescale and fit_inputs ----------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kind=st.sampled_from(["reward", "value"]),
+    steps=st.lists(st.tuples(st.floats(-100, 100), st.floats(0.01, 100)), min_size=1, max_size=3),
+)
+def test_rescale_keeps_the_function(kind, steps):
+    head = make(kind).double()
+    given = [x.double() for x in inputs((7,))]
+    before = head(*given)
+    for loc, scale in steps:
+        head.rescale(loc, scale)
+        assert float(head.out_loc) == pytest.approx(loc)
+        assert float(head.out_scale) == pytest.approx(scale)
+        torch.testing.assert_close(head(*given), before, atol=1e-8, rtol=1e-8)
+
+
+def test_after_rescale_a_step_of_the_last_layer_counts_in_the_new_units():
+    head = make("value")
+    given = inputs((3,))
+    before = head(*given)
+    head.rescale(1.0, 50.0)
+    with torch.no_grad():
+        head.net[-1].bias.add_(1.0)
+    torch.testing.assert_close(head(*given), before + 50.0, atol=1e-3, rtol=1e-4)
+
+
+def test_rescale_takes_tensors():
+    head = make("value")
+    before = head(*inputs((3,)))
+    head.rescale(torch.tensor(2.0, dtype=torch.float64), torch.tensor(4))
+    assert (float(head.out_loc), float(head.out_scale)) == (2, 4)
+    torch.testing.assert_close(head(*inputs((3,))), before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("loc", "scale"),
+    [(0.0, 0.0), (0.0, -1.0), (0.0, math.nan), (0.0, math.inf), (math.nan, 1.0), (math.inf, 1.0)],
+)
+def test_a_scale_that_is_not_positive_and_finite_is_refused(loc, scale):
+    head = make("value")
+    before = head(*inputs((3,)))
+    with pytest.raises(ValueError, match=r"finite and scale > 0, got"):
+        head.rescale(loc, scale)
+    assert torch.equal(head(*inputs((3,))), before)
+
+
+@pytest.mark.parametrize("kind", ["reward", "value"])
+def test_after_fit_inputs_the_network_sees_mean_0_and_std_1(kind):
+    head = make(kind)
+    sample = tuple(x * 40 - 7 for x in inputs((300,)))
+    seen = []
+    head.net.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    head(*sample)
+    head.fit_inputs(*sample)
+    head(*sample)
+    raw, normalised = seen
+    features = torch.cat(sample if kind == "reward" else sample[:2], dim=-1)
+    assert torch.equal(raw, features)
+    columns = normalised.double().T.tolist()
+    assert len(columns) == features.shape[-1]
+    for column in columns:
+        mean = math.fsum(column) / 300
+        assert mean == pytest.approx(0, abs=1e-4)
+        variance = math.fsum((x - mean) ** 2 for x in column) / 300
+        assert variance == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["reward", "value"])
+def test_evaluating_changes_no_buffer(kind):
+    head = make(kind).train()
+    before = {name: value.clone() for name, value in head.state_dict().items()}
+    head(*inputs((50,)))
+    after = head.state_dict()
+    assert set(before) == set(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("kind", ["reward", "value"])
+def test_statistics_and_scale_are_saved(kind):
+    head, other = make(kind), make(kind)
+    head.fit_inputs(*(x * 5 for x in inputs((20,))))
+    head.rescale(3.0, 7.0)
+    other.load_state_dict(head.state_dict())
+    assert torch.equal(other(*inputs((4,))), head(*inputs((4,))))
+
+
+# -- precision and options -----------------------------------------------------------------
+
+
+def test_under_autocast_the_output_is_float32():
+    head = make("reward")
+    expected = head(*inputs((20,)))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = head(*inputs((20,)))
+    assert out.dtype == torch.float32
+    assert not torch.equal(out, expected)
+    torch.testing.assert_close(out, expected, atol=0.1, rtol=0.1)
+
+
+def test_the_nonlinearity_is_used():
+    torch.manual_seed(0)
+    silu = make("value", nonlinearity=nn.SiLU)
+    identity = make("value", nonlinearity=nn.Identity)
+    identity.load_state_dict(silu.state_dict())
+    state, context, action = inputs((4,))
+    low, high, mid = (identity(k * state, k * context, action) for k in (-1, 1, 0))
+    torch.testing.assert_close((low + high) / 2, mid, atol=1e-5, rtol=1e-5)  # affine
+    low, high, mid = (silu(k * state, k * context, action) for k in (-1, 1, 0))
+    assert ((low + high) / 2 - mid).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("build", [lambda h: RewardNet(D, C, A, h), lambda h: ValueNet(D, C, h)])
+def test_no_hidden_layer_is_refused(build):
+    with pytest.raises(ValueError, match=r"hidden_sizes is empty.*\(128,\)"):
+        build(())
+
+
+def test_an_action_space_that_is_none_of_ours_is_refused():
+    with pytest.raises(TypeError, match="action_dim is MultiBinary"):
+        RewardNet(D, C, gym.spaces.MultiBinary(2))
+
+
+def test_the_base_class_cannot_be_built():
+    with pytest.raises(TypeError, match="abstract"):
+        ScalarHead(3, (4,), nn.SiLU)

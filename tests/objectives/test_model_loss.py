@@ -1,0 +1,328 @@
+"""The ensemble's loss against a loop over members and rows, and against closed forms."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+from torchrl.data import Categorical, OneHot
+from torchrl.objectives import LossModule
+
+from layeredrl_torchrl import ModelLoss, ProbFCDynamics
+
+N, D = 7, 2
+
+
+def make_batch(model, shape=(N,), valid=False, weight=False):
+    action = model.action_spec.rand(shape)
+    data = {
+        "state": torch.randn(*shape, D) + 1.0,
+        "context": torch.randn(*shape, model.context_dim),
+        "action": action,
+        "next": {
+            "state": 2.0 * torch.randn(*shape, D),
+            "terminated": torch.rand(*shape, 1) < 0.4,
+        },
+    }
+    if valid:
+        data["valid"] = torch.rand(shape) < 0.6
+        data["valid"][..., 0] = True
+    if weight:
+        data["weight"] = 3.0 * torch.rand(shape)
+    return TensorDict(data, shape)
+
+
+def fit(model):
+    """Give the model statistics that are neither 0 nor 1."""
+    n = 50
+    state, next_state = 3 * torch.randn(n, D) + 1, 0.5 * torch.randn(n, D) - 2
+    model.fit_statistics(
+        state, torch.randn(n, model.context_dim), model.action_spec.rand((n,)), next_state
+    )
+    return model
+
+
+def naive_loss(model, batch, per_member):
+    """One member and one row at a time: sums over members of mean NLL and mean BCE."""
+    dynamics = termination = 0.0
+    loc, scale = model.target_normalizer.loc.tolist(), model.target_normalizer.scale.tolist()
+    for m in range(model.n_models):
+        rows = batch[m] if per_member else batch
+        total = nll = bce = 0.0
+        for row in rows.unbind(0):
+            weight = float(row["weight"]) if "weight" in row.keys() else 1.0
+            weight *= float(row["valid"]) if "valid" in row.keys() else 1.0
+            inputs = (row[key].expand(model.n_models, 1, -1) for key in ("state", "context"))
+            action = row["action"].expand(model.n_models, 1, *row["action"].shape)
+            with torch.no_grad():
+                (mean, std), modes, term = model.predict_members(*inputs, action)
+            likelihood = 0.0
+            for k in range(model.n_modes):
+                density = float(modes[m, 0, k])
+                for d in range(D):
+                    # from the state back to the units that the networks predict in
+                    offset = loc[d] + (float(row["state"][d]) if model.predict_delta else 0.0)
+                    mu = (float(mean[m, 0, k, d]) - offset) / scale[d]
+                    sigma = float(std[m, 0, k, d]) / scale[d]
+                    z = ((float(row["next", "state"][d]) - offset) / scale[d] - mu) / sigma
+                    density *= math.exp(-0.5 * z * z) / (sigma * math.sqrt(2 * math.pi))
+                likelihood += density
+            p = float(term[m, 0])
+            nll -= weight * math.log(likelihood)
+            bce -= weight * math.log(p if bool(row["next", "terminated"]) else 1.0 - p)
+            total += weight
+        dynamics, termination = dynamics + nll / total, termination + bce / total
+    return dynamics, termination
+
+
+@pytest.mark.parametrize("per_member", [False, True])
+@pytest.mark.parametrize(("valid", "weight"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("n_modes", [1, 3])
+def test_equals_a_loop_over_members_and_rows(make_ensemble, n_modes, valid, weight, per_member):
+    model = fit(make_ensemble(context_dim=1, n_models=3, n_modes=n_modes))
+    batch = make_batch(model, (3, N) if per_member else (N,), valid, weight)
+
+    out = ModelLoss(model, per_member=per_member)(batch)
+
+    dynamics, termination = naive_loss(model, batch, per_member)
+    assert out["loss_dynamics"].item() == pytest.approx(dynamics, rel=1e-4)
+    assert out["loss_termination"].item() == pytest.approx(termination, rel=1e-4)
+    assert out["nll"].item() == pytest.approx(dynamics / 3 / D, rel=1e-4)
+    assert out["termination_bce"].item() == pytest.approx(termination / 3, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"predict_delta": False},
+        {"normalize_targets": False},
+        {"normalize_inputs": False},
+        {"action_space": OneHot(3)},
+        {"action_space": Categorical(3)},
+    ],
+    ids=["state", "raw-target", "raw-input", "one-hot", "categorical"],
+)
+def test_equals_the_loop_for_every_option(make_ensemble, options):
+    model = fit(make_ensemble(**options))
+    batch = make_batch(model)
+
+    out = ModelLoss(model)(batch)
+
+    dynamics, termination = naive_loss(model, batch, per_member=False)
+    assert out["loss_dynamics"].item() == pytest.approx(dynamics, rel=1e-4)
+    assert out["loss_termination"].item() == pytest.approx(termination, rel=1e-4)
+
+
+class Constant(nn.Module):
+    """A member that predicts one Gaussian and one termination probability for all inputs."""
+
+    def __init__(self, mean, std, term_prob):
+        super().__init__()
+        self.mean, self.std = nn.Parameter(mean.clone()), nn.Parameter(std.clone())
+        self.term_prob = nn.Parameter(torch.as_tensor(term_prob))
+
+    def forward(self, state, context, action):
+        ones = torch.ones_like(state[..., 0])
+        shape = (*ones.shape, 1, D)
+        return (
+            (self.mean.expand(shape), self.std.expand(shape)),
+            ones.unsqueeze(-1),
+            (self.term_prob * ones),
+        )
+
+
+def test_at_the_optimum_it_is_the_entropy_and_its_gradient_is_zero(make_ensemble):
+    next_state = torch.randn(50, D) * torch.tensor([0.3, 4.0]) + 2.0
+    terminated = torch.arange(50).unsqueeze(-1) < 10
+    std, mean = torch.std_mean(next_state, 0, correction=0)
+    model = make_ensemble(
+        n_models=4,
+        partial_net=lambda *spaces: Constant(mean, std, 0.2),
+        predict_delta=False,
+        normalize_targets=False,
+    )
+    batch = TensorDict(
+        {
+            "state": torch.randn(50, D),
+            "context": torch.zeros(50, 0),
+            "action": torch.zeros(50, 1),
+            "next": {"state": next_state, "terminated": terminated},
+        },
+        [50],
+    )
+
+    out = ModelLoss(model)(batch)
+    (out["loss_dynamics"] + out["loss_termination"]).backward()
+
+    entropy = sum(0.5 * math.log(2 * math.pi * math.e * float(s) ** 2) for s in std)
+    coin = -0.2 * math.log(0.2) - 0.8 * math.log(0.8)
+    assert out["loss_dynamics"].item() == pytest.approx(4 * entropy, rel=1e-4)
+    assert out["loss_termination"].item() == pytest.approx(4 * coin, rel=1e-4)
+    for parameter in model.members.parameters():
+        torch.testing.assert_close(parameter.grad, torch.zeros_like(parameter), atol=1e-4, rtol=0.0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_member_counts_once(make_ensemble, masked):
+    """LayeredRL weighted the first members by the mask as often as there were members."""
+    one, many = make_ensemble(n_models=1), make_ensemble(n_models=4)
+    many.members.load_state_dict(
+        {key: value.repeat_interleave(4, 0) for key, value in one.members.state_dict().items()}
+    )
+    batch = make_batch(one, valid=masked, weight=masked)
+
+    single, quadruple = ModelLoss(one)(batch), ModelLoss(many)(batch)
+    for out in (single, quadruple):
+        (out["loss_dynamics"] + out["loss_termination"]).backward()
+
+    for key, factor in (("loss_dynamics", 4), ("loss_termination", 4), ("nll", 1)):
+        torch.testing.assert_close(quadruple[key], factor * single[key])
+    for parameter, alone in zip(many.members.parameters(), one.members.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, alone.grad.expand_as(parameter))
+
+
+@pytest.mark.parametrize("garbage", [1e6, float("inf"), float("nan")])
+def test_rows_that_are_not_valid_have_no_influence(make_ensemble, garbage):
+    model = make_ensemble(n_modes=2)
+    twin = copy.deepcopy(model)
+    batch = make_batch(model, valid=True)
+    outside = ~batch["valid"]
+    assert 0 < outside.sum() < N
+    kept = batch[batch["valid"]].exclude("valid")
+    for key in ("state", "action", ("next", "state")):
+        batch[key][outside] = garbage
+    batch["next", "terminated"][outside] = True
+
+    out, expected = ModelLoss(model)(batch), ModelLoss(twin)(kept)
+    for td in (out, expected):
+        (td["loss_dynamics"] + td["loss_termination"]).backward()
+
+    for key in ("loss_dynamics", "loss_termination", "nll", "termination_bce"):
+        torch.testing.assert_close(out[key], expected[key])
+    pairs = zip(model.members.parameters(), twin.members.parameters(), strict=True)
+    for parameter, other in pairs:
+        torch.testing.assert_close(parameter.grad, other.grad)
+
+
+def test_mask_and_weights_may_keep_a_last_axis(make_ensemble):
+    model = make_ensemble()
+    batch = make_batch(model, valid=True, weight=True)
+    loss = ModelLoss(model)
+    expected = loss(batch)
+    for key in ("valid", "weight"):
+        batch[key] = batch[key].unsqueeze(-1)
+    torch.testing.assert_close(loss(batch).to_dict(), expected.to_dict())
+
+
+def test_per_member_batches_that_are_equal_are_one_shared_batch(make_ensemble):
+    model = make_ensemble(n_models=3)
+    batch = make_batch(model, valid=True)
+    torch.testing.assert_close(
+        ModelLoss(model, per_member=True)(batch.expand(3, N)).to_dict(),
+        ModelLoss(model)(batch).to_dict(),
+    )
+
+
+def test_it_is_the_loss_of_the_weights_under_training(make_ensemble):
+    """Predictions may come from averaged weights; the loss does not."""
+    model = make_ensemble(ema_decay=0.9)
+    model.update_average()
+    plain = make_ensemble(ema_decay=None)
+    with torch.no_grad():
+        for parameter in model.members.parameters():
+            parameter.add_(0.3)
+    plain.members.load_state_dict(model.members.state_dict())
+    batch = make_batch(model)
+    torch.testing.assert_close(ModelLoss(model)(batch).to_dict(), ModelLoss(plain)(batch).to_dict())
+
+
+def test_changes_no_state_and_draws_no_random_number(make_ensemble, unchanged):
+    model = make_ensemble().train()
+    loss = ModelLoss(model)
+    assert isinstance(loss, LossModule)
+    batch = make_batch(model, valid=True, weight=True)
+    before, rng = batch.clone(), torch.get_rng_state()
+    with unchanged(model, loss):
+        first = loss(batch)
+        (first["loss_dynamics"] + first["loss_termination"]).backward()
+        second = loss(batch)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert (batch == before).all()
+    torch.testing.assert_close(first.to_dict(), second.to_dict(), rtol=0, atol=0)
+
+
+def test_set_keys_renames_all_entries(make_ensemble):
+    model = make_ensemble(context_dim=1)
+    batch = make_batch(model, valid=True, weight=True)
+    expected = ModelLoss(model)(batch)
+    names = {
+        "state": "s",
+        "context": ("deep", "c"),
+        "action": "a",
+        "next_state": "s2",
+        "terminated": ("next", "end"),
+        "valid": "mask",
+        "weight": ("deep", "w"),
+    }
+    loss = ModelLoss(model)
+    renamed = TensorDict({}, batch.batch_size)
+    for old, new in names.items():
+        renamed[new] = batch[getattr(loss.tensor_keys, old)]
+
+    loss.set_keys(**names)
+
+    torch.testing.assert_close(loss(renamed).to_dict(), expected.to_dict())
+    assert loss.in_keys == ["s", ("deep", "c"), "a", "s2", ("next", "end")]
+
+
+@pytest.mark.parametrize(
+    "key", ["state", "context", "action", ("next", "state"), ("next", "terminated")]
+)
+def test_a_missing_entry_is_named(make_ensemble, key):
+    model = make_ensemble(context_dim=1)
+    with pytest.raises(KeyError, match=str(key).strip("()").replace("'", "\\W+")):
+        ModelLoss(model)(make_batch(model).exclude(key))
+
+
+@pytest.mark.parametrize("key", ["valid", "weight"])
+def test_a_batch_without_a_counting_row_is_refused(make_ensemble, key):
+    model = make_ensemble()
+    batch = make_batch(model, valid=True, weight=True)
+    batch[key] = torch.zeros_like(batch[key])
+    with pytest.raises(ValueError, match="no transition"):
+        ModelLoss(model)(batch)
+
+
+@pytest.mark.parametrize(
+    ("per_member", "shape"), [(True, (3, N)), (True, (2, 2, N)), (False, (2, N)), (True, (N,))]
+)
+def test_a_batch_with_other_axes_is_refused(make_ensemble, per_member, shape):
+    model = make_ensemble(n_models=2)
+    with pytest.raises(ValueError, match="N"):
+        ModelLoss(model, per_member=per_member)(make_batch(model, shape))
+
+
+def test_descends_to_the_noise_of_the_data(make_ensemble):
+    """TorchRL's own loop: optimise ``loss.parameters()`` on the sum of its ``loss_`` terms."""
+    model = make_ensemble(
+        partial_net=lambda *spaces: ProbFCDynamics(*spaces, hidden_sizes=(16,)),
+        normalize_targets=False,
+    )
+    loss = ModelLoss(model)
+    optim = torch.optim.Adam(loss.parameters(), lr=1e-2)
+    for _ in range(300):
+        batch = make_batch(model, (128,))
+        noise = 0.2 * torch.randn(128, D)
+        batch["next", "state"] = batch["state"] * 0.5 + batch["action"] + noise
+        batch["next", "terminated"] = batch["state"][:, :1] > 1.0
+        out = loss(batch)
+        sum(v for k, v in out.items() if k.startswith("loss_")).backward()
+        optim.step()
+        optim.zero_grad()
+    # per dimension: the entropy of the noise
+    assert out["nll"].item() == pytest.approx(0.5 * math.log(2 * math.pi * math.e * 0.04), abs=0.2)
+    assert out["termination_bce"].item() < 0.2

@@ -1,0 +1,412 @@
+"""Reward and value loss against loops over single steps, and what their gradients reach."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+from torchrl.objectives import LossModule, SoftUpdate
+
+from layeredrl_torchrl import EncoderNet, IdentityEncoder, PredictorLoss, RewardNet, ValueNet
+
+# TorchRL warns that nothing updates the target: most of these tests want none that does.
+pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
+
+B, OBS, A, GAMMA = 6, 4, 2, 0.9
+
+
+def randomize(module):
+    """Take the zeros out of a head, and give it statistics that are neither 0 nor 1."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    n_inputs = module.inputs.loc.numel()
+    module.inputs.fit(2.0 * torch.randn(20, n_inputs) + 1.0)
+    module.rescale(0.7, 3.0)
+    return module
+
+
+def make_encoder(context_dim=1):
+    """A linear encoder whose mask puts the first two dimensions into the state."""
+    encoder = EncoderNet((OBS,), latent_state_dim=2, context_dim=context_dim)
+    encoder.mask[:2] = True
+    return encoder
+
+
+def make_loss(encoder=None, k_steps=2, n_steps=3, **kwargs):
+    encoder = encoder or make_encoder()
+    d, c = encoder.latent_state_dim, encoder.context_dim
+    parts = {
+        "rew_func": randomize(RewardNet(d, c, A, (8,))),
+        "val_func": randomize(ValueNet(d, c, (8,))),
+        "target_val_func": randomize(ValueNet(d, c, (8,))),
+    }
+    options = {"gamma": GAMMA, "k_steps": k_steps, "n_steps": n_steps}
+    return PredictorLoss(encoder, **parts | options | kwargs)
+
+
+def make_slices(length, elapsed=False, random=False):
+    """Random slices: each is valid up to a random step, where some of them terminate."""
+    observation = torch.randn(B, length + 1, OBS)
+    last = torch.arange(B) % length  # every number of valid steps occurs
+    steps = torch.arange(length)
+    following = {
+        "observation": observation[:, 1:].clone(),
+        "reward": torch.randn(B, length, 1),
+        "terminated": ((steps == last[:, None]) & (torch.arange(B) % 2 == 0)[:, None])[..., None],
+    }
+    extra = {"random_action": torch.rand(B, length, 1) < 0.3} if random else {}
+    if elapsed:
+        following["elapsed_steps"] = torch.randint(1, 4, (B, length, 1))
+    data = {
+        "observation": observation[:, :-1].clone(),
+        "action": torch.rand(B, length, A),
+        "next": following,
+        "valid": steps <= last[:, None],
+        **extra,
+    }
+    return TensorDict(data, [B, length])
+
+
+def naive_targets(loss, batch):
+    """n-step targets of single steps, each bootstrapped by its own call of the target network."""
+    k, n = loss.k_steps, loss.n_steps
+    targets, counts = torch.zeros(B, k), torch.zeros(B, k, dtype=torch.bool)
+
+    def chosen(b, i):
+        """Whether the step belongs to the slice and its action was not drawn at random."""
+        random = batch.get("random_action", None)
+        return bool(batch["valid"][b, i]) and not (random is not None and bool(random[b, i]))
+
+    for b in range(B):
+        for j in range(k):
+            if not chosen(b, j):
+                continue
+            total, discount, i = 0.0, 1.0, j
+            while i < j + n and chosen(b, i):
+                total += discount * float(batch["next", "reward"][b, i])
+                span = batch.get(("next", "elapsed_steps"), None)
+                discount *= loss.gamma ** (1 if span is None else int(span[b, i]))
+                i += 1
+            if not batch["next", "terminated"][b, i - 1]:
+                state, context = loss.encoder(batch["next", "observation"][b, i - 1])
+                action = batch["action"][b, i]
+                total += discount * float(loss.target_val_func(state, context, action).detach())
+            targets[b, j], counts[b, j] = total, True
+    return targets, counts
+
+
+@pytest.mark.parametrize("random", [False, True])
+@pytest.mark.parametrize("elapsed", [False, True])
+@pytest.mark.parametrize(("k_steps", "n_steps"), [(1, 1), (1, 3), (3, 1), (2, 3)])
+def test_equals_a_loop_over_single_steps(k_steps, n_steps, elapsed, random):
+    loss = make_loss(k_steps=k_steps, n_steps=n_steps)
+    batch = make_slices(k_steps + n_steps, elapsed, random)
+
+    out = loss(batch)
+
+    targets, counts = naive_targets(loss, batch)
+    assert counts.any()
+    reward_error = value_error = count = 0.0
+    for b in range(B):
+        _, context = loss.encoder(batch["observation"][b, 0])  # that of the slice's first step
+        for j in range(k_steps):
+            if not batch["valid"][b, j]:
+                continue
+            state, _ = loss.encoder(batch["observation"][b, j])
+            inputs = state, context, batch["action"][b, j]
+            reward = float(batch["next", "reward"][b, j])
+            reward_error += (loss.rew_func(*inputs).item() - reward) ** 2
+            if counts[b, j]:
+                error = loss.val_func(*inputs).item() - float(targets[b, j])
+                value_error += (error / 3.0) ** 2
+            count += 1
+    assert out["loss_reward"].item() == pytest.approx(reward_error / count, rel=1e-4)
+    assert out["loss_value"].item() == pytest.approx(value_error / int(counts.sum()), rel=1e-4)
+    target, where = loss.value_target(batch)
+    assert torch.equal(where, counts)
+    torch.testing.assert_close(target[counts], targets[counts])
+
+
+class ActionValue(nn.Module):
+    """A value that is the action's first entry: shows which action it was asked about."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, state, context, action):
+        return self.scale * action[..., 0]
+
+
+def test_action_values_are_bootstrapped_with_the_action_taken_there():
+    loss = make_loss(
+        val_func=ActionValue(), target_val_func=ActionValue(), k_steps=1, n_steps=2, gamma=1.0
+    )
+    batch = make_slices(3)
+    batch["next", "reward"].zero_()
+    batch["next", "terminated"].zero_()
+    batch["valid"].fill_(True)
+    torch.testing.assert_close(loss.value_target(batch)[0][:, 0], batch["action"][:, 2, 0])
+
+
+@pytest.mark.parametrize("garbage", [1e6, float("nan")])
+def test_steps_that_are_not_valid_have_no_influence(garbage):
+    loss, batch = make_loss(), make_slices(5)
+    spoiled = batch.clone()
+    outside = ~batch["valid"]
+    spoiled["next", "reward"][outside] = garbage
+    # encoders refuse NaN, so what is encoded is only made large
+    for key in ("observation", "action", ("next", "observation")):
+        spoiled[key][outside] = 1e3
+
+    results = []
+    for data in (batch, spoiled):
+        loss.zero_grad()
+        out = loss(data)
+        (out["loss_reward"] + out["loss_value"]).backward()
+        gradients = {k: p.grad.clone() for k, p in loss.named_parameters() if p.requires_grad}
+        results.append({k: v.detach() for k, v in out.items() if "loss" in k} | gradients)
+
+    torch.testing.assert_close(results[1], results[0])
+
+
+def reached(loss, key, batch):
+    """Names of the parts of ``loss`` that the gradient of one of its terms reaches."""
+    loss.zero_grad(set_to_none=True)
+    loss(batch)[key].backward()
+    parts = ("encoder", "rew_func", "val_func", "target_val_func")
+    return {
+        part
+        for part in parts
+        if any(p.grad is not None and bool(p.grad.any()) for p in getattr(loss, part).parameters())
+    }
+
+
+@pytest.mark.parametrize("learn_encoder", [False, True])
+def test_what_the_gradients_reach(learn_encoder):
+    loss, batch = make_loss(learn_encoder=learn_encoder), make_slices(5)
+    encoder = {"encoder"} if learn_encoder else set()
+    assert reached(loss, "loss_reward", batch) == {"rew_func"} | encoder
+    assert reached(loss, "loss_value", batch) == {"val_func"}
+    if learn_encoder:
+        loss(batch)["loss_reward"].backward()
+        assert loss.encoder.state_net.weight.grad.any()
+        assert loss.encoder.context_net.weight.grad.any()
+
+
+def test_the_context_is_that_of_the_first_step():
+    """What changes within a slice cannot reach the reward through the context."""
+    loss, batch = make_loss(), make_slices(5)
+    moved = batch.clone()
+    moved["observation"][:, 1:, 2:] += 10.0  # the dimensions that feed the context
+    torch.testing.assert_close(loss(moved)["loss_reward"], loss(batch)["loss_reward"])
+    moved["observation"][:, 0, 2:] += 10.0
+    assert not torch.isclose(loss(moved)["loss_reward"], loss(batch)["loss_reward"])
+
+
+def test_the_target_is_a_copy_unless_given_and_is_not_trained():
+    loss = make_loss(target_val_func=None)
+    assert loss.target_val_func is not loss.val_func
+    torch.testing.assert_close(loss.target_val_func.state_dict(), loss.val_func.state_dict())
+    trained = {id(p) for p in loss.parameters() if p.requires_grad}
+    assert not trained & {id(p) for p in loss.target_val_func.parameters()}
+    for part in (loss.encoder, loss.rew_func, loss.val_func):
+        assert {id(p) for p in part.parameters()} <= trained
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.4])
+def test_the_target_moves_only_by_soft_update(tau, unchanged):
+    loss = make_loss(target_val_func=None)
+    update = SoftUpdate(loss, tau=tau)
+    optim = torch.optim.SGD([p for p in loss.parameters() if p.requires_grad], lr=0.1)
+    with unchanged(loss.target_val_func):
+        out = loss(make_slices(5))
+        (out["loss_reward"] + out["loss_value"]).backward()
+        optim.step()
+    source = {k: p.detach().clone() for k, p in loss.val_func.named_parameters()}
+    old = {k: p.detach().clone() for k, p in loss.target_val_func.named_parameters()}
+    assert any(not torch.equal(source[k], old[k]) for k in old)
+
+    update.step()
+
+    for name, parameter in loss.target_val_func.named_parameters():
+        expected = (1 - tau) * old[name] + tau * source[name]
+        torch.testing.assert_close(parameter.detach(), expected)
+    for name, parameter in loss.val_func.named_parameters():
+        assert torch.equal(parameter, source[name])
+
+
+def test_a_deep_copy_updates_its_own_target():
+    loss = copy.deepcopy(make_loss(target_val_func=None))
+    update = SoftUpdate(loss, tau=0.25)
+    with torch.no_grad():
+        for parameter in loss.val_func.parameters():
+            parameter.add_(1.0)
+    update.step()
+    pairs = zip(loss.target_val_func.parameters(), loss.val_func.parameters(), strict=True)
+    for target, source in pairs:
+        torch.testing.assert_close(target.detach(), source.detach() - 0.75)
+
+
+def test_changes_no_state_and_draws_no_random_number(unchanged):
+    loss, batch = make_loss().train(), make_slices(5)
+    assert isinstance(loss, LossModule)
+    before, rng = batch.clone(), torch.get_rng_state()
+    with unchanged(loss):
+        out = loss(batch)
+        (out["loss_reward"] + out["loss_value"]).backward()
+        loss.value_target(batch)
+        again = loss(batch)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert (batch == before).all()
+    torch.testing.assert_close(out.to_dict(), again.to_dict(), rtol=0, atol=0)
+
+
+def test_without_a_chosen_action_there_is_no_value_to_learn():
+    batch = make_slices(5, random=True)
+    batch["random_action"].fill_(True)
+    loss = make_loss()
+    out = loss(batch)
+    assert out["loss_value"].item() == 0.0
+    torch.testing.assert_close(
+        out["loss_reward"], loss(batch.exclude("random_action"))["loss_reward"]
+    )
+
+
+def test_plain_callables_are_known_and_not_trained():
+    def known(state, context, action):
+        return state.sum(-1)
+
+    batch = make_slices(5)
+    loss = make_loss(rew_func=known, val_func=known, target_val_func=None)
+    assert {k for k in loss(batch).keys() if k.startswith("loss_")} == set()
+    loss = make_loss(rew_func=known)
+    assert {k for k in loss(batch).keys() if k.startswith("loss_")} == {"loss_value"}
+    loss = make_loss(val_func=None, target_val_func=None)
+    assert {k for k in loss(batch).keys() if k.startswith("loss_")} == {"loss_reward"}
+
+
+def test_set_keys_renames_all_entries():
+    loss, batch = make_loss(), make_slices(5, elapsed=True, random=True)
+    expected = loss(batch)
+    names = {
+        "observation": ("deep", "o"),
+        "next_observation": "o2",
+        "action": "a",
+        "reward": ("next", "r"),
+        "terminated": "end",
+        "elapsed_steps": "dt",
+        "random_action": "explored",
+        "valid": ("deep", "mask"),
+    }
+    renamed = TensorDict({}, batch.batch_size)
+    for old, new in names.items():
+        renamed[new] = batch[getattr(loss.tensor_keys, old)]
+
+    loss.set_keys(**names)
+
+    torch.testing.assert_close(loss(renamed).to_dict(), expected.to_dict())
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "observation",
+        "action",
+        "valid",
+        ("next", "observation"),
+        ("next", "reward"),
+        ("next", "terminated"),
+    ],
+)
+def test_a_missing_entry_is_named(key):
+    name = key if isinstance(key, str) else key[-1]
+    with pytest.raises(KeyError, match=name):
+        make_loss()(make_slices(5).exclude(key))
+
+
+@pytest.mark.parametrize("length", [4, 6])
+def test_slices_of_another_length_are_refused(length):
+    with pytest.raises(ValueError, match="k_steps"):
+        make_loss(k_steps=2, n_steps=3)(make_slices(length))
+
+
+@pytest.mark.parametrize("with_value", [False, True])
+def test_rewards_that_are_not_finite_are_refused(with_value):
+    loss = make_loss() if with_value else make_loss(val_func=None, target_val_func=None)
+    batch = make_slices(5)
+    batch["next", "reward"][0, 0] = float("nan")
+    with pytest.raises(ValueError, match="reward"):
+        loss(batch)
+
+
+def test_slices_without_a_valid_step_are_refused():
+    batch = make_slices(5)
+    batch["valid"].zero_()
+    with pytest.raises(ValueError, match="valid"):
+        make_loss()(batch)
+
+
+def test_rewards_without_a_last_axis_are_refused():
+    """Else ``[B, 1] - [B]`` broadcasts to ``[B, B]`` and trains on other slices' rewards."""
+    loss, batch = make_loss(k_steps=1, n_steps=2), make_slices(3)
+    batch["next", "reward"] = batch["next", "reward"].squeeze(-1)
+    with pytest.raises(ValueError, match="reward"):
+        loss(batch)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("gamma", -0.1, ValueError),
+        ("gamma", 1.1, ValueError),
+        ("k_steps", 0, ValueError),
+        ("n_steps", 0, ValueError),
+        ("n_steps", 1.5, TypeError),
+    ],
+)
+def test_bad_options_are_refused(name, value, error):
+    with pytest.raises(error, match=name):
+        make_loss(**{name: value})
+
+
+def test_descends_to_known_reward_and_value():
+    """Reward ``s0`` in a world that stands still: the value is ``s0 / (1 - gamma)``."""
+    loss = PredictorLoss(
+        IdentityEncoder((1,)),
+        RewardNet(1, 0, A, (16,)),
+        ValueNet(1, 0, (16,)),
+        gamma=0.5,
+        n_steps=2,
+    )
+    update = SoftUpdate(loss, tau=0.2)
+    optim = torch.optim.Adam([p for p in loss.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(300):
+        state = (4 * torch.rand(64, 1, 1) - 2).expand(64, 3, 1)
+        batch = TensorDict(
+            {
+                "observation": state,
+                "action": torch.rand(64, 3, A),
+                "next": {
+                    "observation": state,
+                    "reward": state,
+                    "terminated": torch.zeros(64, 3, 1, dtype=torch.bool),
+                },
+                "valid": torch.ones(64, 3, dtype=torch.bool),
+            },
+            [64, 3],
+        )
+        out = loss(batch)
+        sum(v for k, v in out.items() if k.startswith("loss_")).backward()
+        optim.step()
+        optim.zero_grad()
+        update.step()
+    state, action = torch.linspace(-1.8, 1.8, 10)[:, None], torch.rand(10, A)
+    context = torch.zeros(10, 0)
+    with torch.no_grad():
+        reward, value = (f(state, context, action) for f in (loss.rew_func, loss.val_func))
+    torch.testing.assert_close(reward, state[:, 0], atol=0.15, rtol=0)
+    torch.testing.assert_close(value, 2 * state[:, 0], atol=0.3, rtol=0)

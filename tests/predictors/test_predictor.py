@@ -1,0 +1,325 @@
+"""What a predictor answers is the composition of its parts, with tensors and with TensorDicts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential
+from torch import nn
+from torchrl.data import Categorical, OneHot
+
+from layeredrl_torchrl import EncoderNet, FixedEncoderNet, IdentityEncoder
+
+OBS, A = 4, 2
+BATCHES = [(), (3,), (2, 3)]
+
+
+def make_encoder(kind):
+    if kind == "identity":
+        return IdentityEncoder((OBS,))
+    if kind == "fixed":
+        return FixedEncoderNet((OBS,), latent_state_dims=[2, 0], context_dims=[3])
+    encoder = EncoderNet((OBS,), latent_state_dim=3, context_dim=2)
+    encoder.mask[:2] = True
+    return encoder
+
+
+@pytest.fixture
+def build(make_predictor):
+    """A predictor whose heads are random, not the zeros that they start with."""
+
+    def build(kind="fixed", model=None, **kwargs):
+        encoder = make_encoder(kind)
+        predictor = make_predictor(
+            encoder,
+            encoder.latent_state_dim,
+            encoder.context_dim,
+            model={"action_space": A, "n_models": 3} | (model or {}),
+            **kwargs,
+        )
+        for head in (predictor.rew_func, predictor.val_func):
+            if isinstance(head, nn.Module):
+                nn.init.normal_(head.net[-1].weight)
+        return predictor
+
+    return build
+
+
+@pytest.fixture(params=["identity", "fixed", "learned"])
+def predictor(request, build):
+    return build(request.param, model={"n_modes": 2, "n_particles_per_model": 2})
+
+
+def make_inputs(batch, *steps):
+    return torch.randn(*batch, OBS), 2 * torch.rand(*batch, *steps, A) - 1
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_one_step_calls_are_the_composition_of_the_parts(predictor, batch):
+    obs, act = make_inputs(batch)
+
+    state, context = predictor.encode(obs)
+    mean, weights, std, reward, term_prob = predictor.predict(obs, act)
+
+    torch.testing.assert_close((state, context), predictor.encoder(obs))
+    expected = predictor.model.predict(state, context, act)
+    torch.testing.assert_close((mean, weights, std, term_prob), expected)
+    torch.testing.assert_close(reward, predictor.rew_func(state, context, act))
+    torch.testing.assert_close(predictor.predict_reward(obs, act), reward)
+    value = predictor.val_func(state, context, act)
+    torch.testing.assert_close(predictor.value(obs), value)
+    torch.testing.assert_close(predictor.value(obs, act), value)
+    d = predictor.latent_state_dim
+    assert mean.shape == std.shape == (*batch, 3, 2, d)
+    assert weights.shape == (*batch, 3, 2)
+    assert reward.shape == term_prob.shape == value.shape == batch
+
+
+def test_a_batch_gives_what_its_items_give(predictor):
+    obs, act = make_inputs((2, 3))
+    batched = (*predictor.predict(obs, act), predictor.value(obs))
+    for i in range(2):
+        for j in range(3):
+            single = (*predictor.predict(obs[i, j], act[i, j]), predictor.value(obs[i, j]))
+            torch.testing.assert_close(tuple(x[i, j] for x in batched), single)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_rollout_equals_a_loop_over_single_predictions(build, batch):
+    """Each particle of each member on its own; with one mode its mean is what ``predict`` says."""
+    predictor = build(model={"n_particles_per_model": 2})
+    horizon = 4
+    obs, act = make_inputs(batch, horizon)
+
+    traj = predictor.rollout(obs, act, deterministic=True)
+
+    assert traj.batch_size == (*batch, 3, 2, horizon)
+    state, context = predictor.encode(obs)
+    for m in range(3):
+        now = state
+        for h in range(horizon):
+            mean, _, _, _ = predictor.model.predict(now, context, act[..., h, :])
+            after = mean[..., m, 0, :]
+            reward = predictor.rew_func(now, context, act[..., h, :]).unsqueeze(-1)
+            for p in range(2):
+                step = traj[..., m, p, h]
+                torch.testing.assert_close(step["state"], now, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(step["context"], context)
+                torch.testing.assert_close(step["action"], act[..., h, :])
+                torch.testing.assert_close(step["next", "state"], after, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(step["next", "reward"], reward, rtol=1e-4, atol=1e-5)
+            now = after
+
+
+def test_a_rollout_follows_torchs_seed(predictor):
+    obs, act = make_inputs((2,), 3)
+    torch.manual_seed(1)
+    first = predictor.rollout(obs, act)
+    torch.manual_seed(1)
+    second = predictor.rollout(obs, act)
+    third = predictor.rollout(obs, act)
+    assert (first == second).all()
+    assert not torch.equal(first["next", "state"], third["next", "state"])
+
+
+def test_a_rollout_has_no_reward_where_there_is_no_reward_function(build):
+    predictor = build(rew_func=None)
+    traj = predictor.rollout(*make_inputs((2,), 3))
+    assert ("next", "reward") not in traj.keys(True)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("call", ["forward", "step", "step_module", "sequential"])
+def test_tensordicts_get_what_tensors_get(predictor, batch, call):
+    obs, act = make_inputs(batch)
+    td = TensorDict({"observation": obs, "action": act}, batch)
+
+    if call == "forward":
+        assert predictor(td) is td
+    elif call == "sequential":
+        TensorDictSequential(predictor.encoder, predictor.step_module)(td)
+    else:
+        assert predictor.encode(td) is td
+        assert getattr(predictor, call)(td) is td
+
+    state, context = predictor.encode(obs)
+    mean, weights, std, reward, term_prob = predictor.predict(obs, act)
+    following = td["next"]
+    torch.testing.assert_close(td["state"], state)
+    torch.testing.assert_close(td["context"], context)
+    torch.testing.assert_close(following["loc"], mean)
+    torch.testing.assert_close(following["weights"], weights)
+    torch.testing.assert_close(following["scale"], std)
+    torch.testing.assert_close(following["term_prob"], term_prob.unsqueeze(-1))
+    torch.testing.assert_close(following["reward"], reward.unsqueeze(-1))
+    torch.testing.assert_close(following["context"], context)
+    expected = sum(
+        weights[..., m, k, None] * mean[..., m, k, :] / 3 for m in range(3) for k in range(2)
+    )
+    torch.testing.assert_close(following["state"], expected)
+    for key in ("terminated", "done"):
+        assert torch.equal(following[key], (term_prob > 0.5).unsqueeze(-1))
+    assert torch.equal(td["observation"], obs)
+    assert torch.equal(td["action"], act)
+    assert set(predictor.out_keys) == set(td.keys(True, True)) - {"observation", "action"}
+    assert predictor.in_keys == ["observation", "action"]
+
+
+def test_termination_is_a_probability_above_one_half(make_point):
+    predictor = make_point(term_prob=lambda after: after.clamp(0, 1))
+    obs = torch.tensor([[0.4, 0.0], [0.5, 0.0], [0.6, 0.0]])
+    td = predictor(TensorDict({"observation": obs, "action": torch.zeros(3, 1)}, [3]))
+    torch.testing.assert_close(td["next", "term_prob"].squeeze(-1), obs[:, 0])
+    assert td["next", "terminated"].squeeze(-1).tolist() == [False, False, True]
+    assert torch.equal(td["next", "done"], td["next", "terminated"])
+
+
+def test_steps_chain_as_a_world_model_does(build):
+    """What ``step`` writes below "next" is all that the next step needs."""
+    predictor = build(model={"n_models": 1})
+    obs, act = make_inputs((3,), 4)
+    td, states = predictor.encode(TensorDict({"observation": obs}, [3])), []
+    for h in range(4):
+        td = predictor.step_module(td.set("action", act[:, h]))["next"]
+        states.append(td["state"])
+    traj = predictor.rollout(obs, act, deterministic=True)
+    torch.testing.assert_close(torch.stack(states, 1), traj["next", "state"][:, 0, 0])
+
+
+def test_step_module_shares_the_parameters_and_adds_none(predictor):
+    module = predictor.step_module
+    assert isinstance(module, TensorDictModuleBase)
+    assert {id(p) for p in module.parameters()} == {id(p) for p in predictor.parameters()}
+    names = [name for name, _ in predictor.named_parameters(remove_duplicate=False)]
+    assert len(names) == len({id(p) for p in predictor.parameters()})
+
+
+def test_calls_change_no_state(predictor, unchanged):
+    obs, act = make_inputs((2,), 3)
+    predictor.train()
+    with unchanged(predictor):
+        predictor.predict(obs, act[:, 0])
+        predictor.predict_reward(obs, act[:, 0])
+        predictor.value(obs)
+        predictor.rollout(obs, act)
+        predictor(TensorDict({"observation": obs, "action": act[:, 0]}, [2]))
+
+
+@pytest.mark.parametrize("space", [Categorical(3), OneHot(3)], ids=["integer", "one-hot"])
+def test_discrete_actions_in_either_form(build, space):
+    predictor = build(model={"action_space": space})
+    obs, index = torch.randn(5, OBS), torch.tensor([0, 1, 2, 0, 1])
+    one_hot = nn.functional.one_hot(index, 3)
+    expected = predictor.predict(obs, index)
+    for act in (index.unsqueeze(-1), one_hot, one_hot.bool()):
+        torch.testing.assert_close(predictor.predict(obs, act), expected)
+        torch.testing.assert_close(predictor.predict_reward(obs, act), expected[3])
+    assert not torch.allclose(expected[3], predictor.predict_reward(obs, (index + 1) % 3))
+    plan = torch.stack([index, index.flip(0)], -1)
+    traj, same = (
+        predictor.rollout(obs, x, deterministic=True)
+        for x in (plan, nn.functional.one_hot(plan, 3))
+    )
+    assert (traj == same).all()
+
+
+def test_keys_can_be_renamed(make_predictor):
+    latent, goal = "latent", ("deep", "goal")
+    out_keys = [("next", name) for name in ("mu", "w", "sigma", "ends", latent)]
+    predictor = make_predictor(
+        FixedEncoderNet((OBS,), [2, 0], [3], in_keys=[("obs", "flat")], out_keys=[latent, goal]),
+        context_dim=1,
+        model={"action_space": A, "in_keys": [latent, goal, "act"], "out_keys": out_keys},
+    )
+    obs, act = make_inputs((3,))
+    td = predictor(TensorDict({"obs": {"flat": obs}, "act": act}, [3]))
+    mean, *_ = predictor.predict(obs, act)
+    torch.testing.assert_close(td["next", latent], mean.mean((1, 2)))
+    torch.testing.assert_close(td["next", "deep", "goal"], obs[:, 3:])
+    assert predictor.in_keys == [("obs", "flat"), "act"]
+    assert set(predictor.out_keys) == set(td.keys(True, True)) - {("obs", "flat"), "act"}
+
+
+# -- errors ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["predict", "predict_reward", "value", "rollout", "encode"])
+def test_observations_that_do_not_fit_are_refused(predictor, call):
+    obs, act = make_inputs((3,), 2) if call == "rollout" else make_inputs((3,))
+    args = () if call in ("encode", "value") else (act,)
+    nan = obs.clone()
+    nan[1, 2] = float("nan")
+    with pytest.raises(ValueError, match=r"observation.*expected"):
+        getattr(predictor, call)(obs[:, :3], *args)
+    with pytest.raises(ValueError, match=r"observation.*nan"):
+        getattr(predictor, call)(nan, *args)
+
+
+@pytest.mark.parametrize("call", ["predict", "predict_reward", "rollout", "value", "forward"])
+def test_actions_that_do_not_fit_are_refused(predictor, call):
+    obs, act = make_inputs((3,), 2) if call == "rollout" else make_inputs((3,))
+
+    def run(action):
+        if call == "forward":
+            return predictor(TensorDict({"observation": obs, "action": action}, [3]))
+        return getattr(predictor, call)(obs, action)
+
+    with pytest.raises(ValueError, match="outside"):
+        run(act + 5.0)
+    with pytest.raises(ValueError, match=r"outside|NaN"):
+        run(act * float("nan"))
+    with pytest.raises(ValueError, match=r"action.*shape"):
+        run(act[..., :1])
+
+
+@pytest.mark.parametrize("key", ["observation", "action"])
+def test_a_missing_key_is_named(predictor, key):
+    obs, act = make_inputs((3,))
+    td = TensorDict({"observation": obs, "action": act}, [3]).exclude(key)
+    with pytest.raises(KeyError, match=key):
+        predictor(td)
+
+
+def test_parts_that_were_left_out_are_named(build):
+    predictor = build(val_func=None, rew_func=None)
+    obs, act = make_inputs((3,))
+    with pytest.raises(ValueError, match="val_func=None"):
+        predictor.value(obs)
+    with pytest.raises(ValueError, match="rew_func=None"):
+        predictor.predict_reward(obs, act)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "kwargs", "name"),
+    [
+        (IdentityEncoder((3,)), {}, "latent_state_dim"),
+        (None, {"latent_state_dim": 5}, "latent_state_dim"),
+        (None, {"model": {"state_dim": 3}}, "latent_state_dim"),
+        (None, {"context_dim": 2, "model": {"context_dim": 0}}, "context_dim"),
+        (FixedEncoderNet((4,), [0, 1], [3]), {}, "context_dim"),
+    ],
+    ids=["encoder", "argument", "model", "model-context", "encoder-context"],
+)
+def test_dimensions_that_do_not_fit_are_refused(make_predictor, encoder, kwargs, name):
+    with pytest.raises(ValueError, match=f"{name}.*encoder.*model"):
+        make_predictor(encoder, **kwargs)
+
+
+@pytest.mark.parametrize("n", [0, -1])
+@pytest.mark.parametrize("name", ["n_models", "n_modes", "n_particles_per_model"])
+def test_counts_below_one_are_refused(make_predictor, name, n):
+    with pytest.raises(ValueError, match=f"{name}.*{n}"):
+        make_predictor(model={name: n})
+
+
+@pytest.mark.parametrize("name", ["val_func", "rew_func", "encoder"])
+def test_parts_of_another_kind_are_refused(make_predictor, name):
+    with pytest.raises(TypeError, match=name):
+        make_predictor(**{name: 3.0})
+
+
+def test_an_encoder_that_writes_other_keys_is_refused(make_predictor):
+    encoder = IdentityEncoder((2,), out_keys=["latent", "context"])
+    with pytest.raises(ValueError, match="latent"):
+        make_predictor(encoder)

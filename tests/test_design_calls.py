@@ -1,0 +1,396 @@
+"""The calls of the design's section 4, as they are written there."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import gymnasium as gym
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictSequential
+from torch import nn
+from torchrl.collectors import Collector
+from torchrl.data import LazyTensorStorage, ReplayBuffer, TensorDictReplayBuffer
+from torchrl.envs import DoubleToFloat, GymEnv, SerialEnv, TransformedEnv
+from torchrl.envs.utils import check_env_specs
+from torchrl.modules import CEMPlanner, MPPIPlanner
+from torchrl.objectives.value import TDLambdaEstimator
+
+from layeredrl_torchrl import (
+    EncoderNet,
+    FixedEncoderNet,
+    IdentityEncoder,
+    PredictorEnv,
+    ProbabilisticEnsemble,
+    ProbFCDynamics,
+    RewardNet,
+    RewardPredictor,
+    StaticPredictor,
+    ValueNet,
+)
+
+ENV = "InvertedPendulum-v5"
+D, A = 4, 1  # of that task
+BATCHES = [(), (5,), (2, 3)]
+
+
+def make_env(n_envs=None):
+    env = GymEnv(ENV) if n_envs is None else SerialEnv(n_envs, partial(GymEnv, ENV))
+    return TransformedEnv(env, DoubleToFloat())
+
+
+def spaces(kind):
+    """Observation and action space of the task, from gymnasium or from TorchRL."""
+    if kind == "gymnasium":
+        env = gym.make(ENV)
+        return env.observation_space, env.action_space
+    env = make_env()
+    return env.observation_spec["observation"], env.action_spec
+
+
+@pytest.fixture(params=["gymnasium", "torchrl"])
+def task_spaces(request):
+    return spaces(request.param)
+
+
+def make_ensemble(state_space, action_space, **kwargs):
+    return ProbabilisticEnsemble(
+        state_space=state_space,
+        context_space=None,
+        action_space=action_space,
+        partial_net=partial(ProbFCDynamics, hidden_sizes=(8,)),
+        n_models=3,
+        n_modes=2,
+        n_particles_per_model=2,
+        **kwargs,
+    )
+
+
+def make_predictor(state_space, action_space, **kwargs):
+    return RewardPredictor(
+        model=make_ensemble(state_space, action_space),
+        val_func=ValueNet(D, 0, (8,)),
+        rew_func=RewardNet(D, 0, action_space, (8,)),
+        encoder=IdentityEncoder((D,)),
+        latent_state_dim=D,
+        context_dim=0,
+        learn_encoder=True,
+        **kwargs,
+    )
+
+
+def make_inputs(batch, *steps):
+    return torch.randn(*batch, D), 6 * torch.rand(*batch, *steps, A) - 3
+
+
+# -- encoders ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_encoders(batch):
+    obs = torch.randn(*batch, 6)
+    one = torch.zeros(6)
+    learned = EncoderNet(mapped_env_obs_shape=one.shape, latent_state_dim=3, context_dim=2)
+    fixed = FixedEncoderNet(
+        mapped_env_obs_shape=one.shape, latent_state_dims=[4, 0, 1], context_dims=[5]
+    )
+    for encoder, c in ((IdentityEncoder(one.shape), 0), (fixed, 1), (learned, 2)):
+        state, context = encoder(obs)
+        assert context.numel() == torch.Size(batch).numel() * c
+        td = encoder(TensorDict({"observation": obs}, batch))
+        assert torch.equal(td["state"], state)
+        assert torch.equal(td["context"], context)
+    state, context = fixed(obs)
+    assert torch.equal(state, torch.stack([obs[..., 4], obs[..., 0], obs[..., 1]], -1))
+    assert torch.equal(context, obs[..., 5:])
+
+
+# -- models -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_ensemble(task_spaces, batch):
+    model = make_ensemble(*task_spaces)
+    state, action = make_inputs(batch)
+    context = state[..., :0]
+
+    s_next_mean, weights, s_next_std, term_prob = model.predict(state, context, action)
+
+    assert s_next_mean.shape == s_next_std.shape == (*batch, 3, 2, D)
+    assert weights.shape == (*batch, 3, 2)
+    assert term_prob.shape == batch
+    td = TensorDict({"state": state, "context": context, "action": action}, batch)
+    model(td)
+    assert torch.equal(td["next", "loc"], s_next_mean)
+    assert torch.equal(td["next", "weights"], weights)
+    assert torch.equal(td["next", "scale"], s_next_std)
+    assert torch.equal(td["next", "term_prob"], term_prob.unsqueeze(-1))
+
+    next_state = torch.randn(*batch, D)
+    log_prob, same_term_prob, info = model.get_log_prob(state, context, action, next_state)
+    torch.testing.assert_close(log_prob, model.dist(td).log_prob(next_state))
+    torch.testing.assert_close(same_term_prob, term_prob)
+    assert isinstance(info, dict)
+    # the same density by hand
+    z = (next_state[..., None, None, :] - s_next_mean) / s_next_std
+    density = torch.exp(-0.5 * z**2) / (s_next_std * (2 * torch.pi) ** 0.5)
+    density = (weights * density.prod(-1)).sum(-1).mean(-1)
+    torch.testing.assert_close(log_prob.exp(), density, rtol=1e-3, atol=1e-12)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_ensemble_rollout_and_uncertainty(task_spaces, batch, deterministic):
+    model = make_ensemble(*task_spaces)
+    initial_state, actions = make_inputs(batch, 6)
+    context = initial_state[..., :0]
+
+    traj = model.rollout(initial_state, context, actions, deterministic=deterministic)
+
+    assert traj.batch_size == (*batch, 3, 2, 6)
+    start = initial_state[..., None, None, :].expand(*batch, 3, 2, D)
+    torch.testing.assert_close(traj["state"][..., 0, :], start)
+    torch.testing.assert_close(traj["state"][..., 1:, :], traj["next", "state"][..., :-1, :])
+    assert traj["context"].shape == (*batch, 3, 2, 6, 0)
+    plan = actions[..., None, None, :, :].expand(*batch, 3, 2, 6, A)
+    assert torch.equal(traj["action"], plan)
+    assert traj["next", "term_prob"].shape == (*batch, 3, 2, 6, 1)
+
+    spread = model.uncertainty(traj)
+    assert spread.batch_size == (*batch, 6)
+    states = traj["next", "state"].movedim(-2, -4).flatten(-3, -2)  # [*B, H, M * P, D]
+    torch.testing.assert_close(spread["mean"], states.mean(-2))
+    torch.testing.assert_close(
+        spread["epistemic_var"] + spread["aleatoric_var"],
+        states.var(-2, correction=0),
+        rtol=1e-3,
+        atol=1e-6,
+    )
+    if deterministic:
+        torch.testing.assert_close(
+            spread["aleatoric_var"], torch.zeros(*batch, 6, D), rtol=0, atol=1e-8
+        )
+
+
+def test_a_partial_net_of_ones_own(task_spaces):
+    """What is asked of ``partial_net``: four arguments in, three outputs out."""
+
+    class Net(nn.Module):
+        def __init__(self, state_space, context_space, action_space, n_modes):
+            super().__init__()
+            self.n_modes = n_modes
+            self.linear = nn.Linear(D + A, n_modes * D)
+
+        def forward(self, state, context, action):
+            out = self.linear(torch.cat([state, action], -1))
+            mean = out.unflatten(-1, (self.n_modes, D))
+            weights = torch.full_like(mean[..., 0], 1.0 / self.n_modes)
+            return (mean, torch.ones_like(mean)), weights, torch.zeros_like(state[..., 0])
+
+    model = ProbabilisticEnsemble(
+        *(task_spaces[0], None, task_spaces[1]), partial_net=Net, n_models=4, n_modes=2
+    )
+    mean, weights, std, term_prob = model.predict(*make_inputs((5,))[:1], None, torch.zeros(5, A))
+    assert mean.shape == std.shape == (5, 4, 2, D)
+    assert (mean[:, 0] != mean[:, 1]).any()  # members differ
+    assert (weights == 0.5).all()
+    assert (term_prob == 0).all()
+
+
+# -- predictors -------------------------------------------------------------------------------
+
+
+def known_reward(state, context, action):
+    return -state[..., 1].abs()
+
+
+def known_value(state, context, action):
+    return -10.0 * state[..., 1].abs()
+
+
+@pytest.fixture(params=["learned", "static"])
+def predictor(request, task_spaces):
+    if request.param == "learned":
+        return make_predictor(*task_spaces)
+    return StaticPredictor(
+        model=make_ensemble(*task_spaces),
+        val_func=known_value,
+        rew_func=known_reward,
+        encoder=IdentityEncoder((D,)),
+        latent_state_dim=D,
+        context_dim=0,
+    )
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_predictor(predictor, batch):
+    obs, act = make_inputs(batch)
+    state, context = predictor.encode(obs)
+
+    mean, weights, std, reward, term_prob = predictor.predict(obs, act)
+
+    assert torch.equal(state, obs)
+    assert context.shape == (*batch, 0)
+    assert mean.shape == std.shape == (*batch, 3, 2, D)
+    assert weights.shape == (*batch, 3, 2)
+    assert reward.shape == term_prob.shape == batch
+    torch.testing.assert_close(predictor.predict_reward(obs, act), reward)
+    torch.testing.assert_close(reward, predictor.rew_func(state, context, act))
+    torch.testing.assert_close(predictor.value(obs), predictor.val_func(state, context, act))
+    traj = predictor.rollout(obs, torch.stack([act] * 3, -2))
+    assert traj.batch_size == (*batch, 3, 2, 3)
+    assert traj["next", "reward"].shape == (*batch, 3, 2, 3, 1)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_predictor_with_tensordicts(predictor, batch):
+    obs, act = make_inputs(batch)
+    td = predictor.encode(TensorDict({"observation": obs, "action": act}, batch))
+    other = predictor.step_module(td.clone())
+    td = predictor.step(td)
+    mean, _, _, reward, _ = predictor.predict(obs, act)
+    for result in (td, other, predictor(TensorDict({"observation": obs, "action": act}, batch))):
+        torch.testing.assert_close(result["next", "loc"], mean)
+        torch.testing.assert_close(result["next", "reward"], reward.unsqueeze(-1))
+        for key in ("terminated", "done"):
+            assert result["next", key].shape == (*batch, 1)
+            assert result["next", key].dtype == torch.bool
+
+
+def test_modes_of_torch(task_spaces):
+    """``train`` and ``eval`` mean what they mean in torch; randomness follows the seed."""
+    predictor = make_predictor(*task_spaces)
+    assert not any(module.training for module in predictor.eval().modules())
+    assert all(module.training for module in predictor.train().modules())
+    obs, act = make_inputs((3,), 4)
+    torch.manual_seed(7)
+    first = predictor.rollout(obs, act)["next", "state"]
+    torch.manual_seed(7)
+    assert torch.equal(predictor.rollout(obs, act)["next", "state"], first)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mean, *_ = predictor.predict(obs, act[:, 0])
+    exact, *_ = predictor.predict(obs, act[:, 0])
+    assert mean.dtype == torch.float32
+    torch.testing.assert_close(mean, exact, atol=0.05, rtol=0.05)
+
+
+# -- planning and the whole road --------------------------------------------------------------
+
+
+def make_planners(env):
+    cem = CEMPlanner(env, planning_horizon=3, optim_steps=2, num_candidates=16, top_k=4)
+    value = copy.deepcopy(env.predictor.val_func)
+
+    class StateValue(nn.Module):
+        in_keys, out_keys = ["state", "context"], ["state_value"]
+
+        def __init__(self):
+            super().__init__()
+            self.value = value
+
+        def forward(self, td):
+            return td.set("state_value", self.value(td["state"], td["context"], None)[..., None])
+
+    advantage = TDLambdaEstimator(gamma=0.99, lmbda=0.95, value_network=StateValue())
+    mppi = MPPIPlanner(
+        env,
+        advantage,
+        temperature=1.0,
+        planning_horizon=3,
+        optim_steps=2,
+        num_candidates=16,
+        top_k=4,
+    )
+    return cem, mppi
+
+
+@pytest.mark.parametrize("use_value_func", [False, True])
+def test_predictor_env_and_torchrls_planners(task_spaces, use_value_func):
+    predictor = make_predictor(*task_spaces)
+    env = PredictorEnv(predictor, action_spec=task_spaces[1], use_value_func=use_value_func)
+    check_env_specs(env)
+    for planner in make_planners(env):
+        policy = TensorDictSequential(predictor.encoder, planner)
+        for batch in BATCHES:
+            td = TensorDict({"observation": make_inputs(batch)[0]}, batch)
+            with torch.no_grad():
+                action = policy(td)["action"]
+            assert action.shape == (*batch, A)
+            assert env.action_spec.is_in(action)
+
+
+@pytest.mark.parametrize("use_value_func", [False, True])
+@pytest.mark.parametrize("n_envs", [None, 2])
+def test_collect_extend_learn(n_envs, use_value_func):
+    real_env = make_env(n_envs)
+    real_env.set_seed(0)
+    space = real_env.observation_spec_unbatched["observation"], real_env.action_spec_unbatched
+    predictor = make_predictor(*space, n_steps=2)
+    env = PredictorEnv(predictor, action_spec=space[1], use_value_func=use_value_func)
+    planner = TensorDictSequential(predictor.encoder, make_planners(env)[0])
+    storage = LazyTensorStorage(200, ndim=1 if n_envs is None else 2)
+    buffer = TensorDictReplayBuffer(storage=storage)
+    start = copy.deepcopy(predictor.state_dict())
+    n_steps = 0
+    collector = Collector(
+        real_env,
+        policy=planner,
+        frames_per_batch=20,
+        total_frames=60,
+        auto_register_policy_transforms=True,
+    )
+    for data in collector:
+        assert data.shape == ((20,) if n_envs is None else (n_envs, 20 // n_envs))
+        assert space[1].is_in(data["action"])
+        buffer.extend(data)
+        n_steps += data.numel()
+        loss, loss_info = predictor.learn(buffer, 3, 16, 16, n_steps)
+        assert loss_info["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert torch.isfinite(loss)
+    collector.shutdown()
+    assert len(buffer) == n_steps == 60
+    assert predictor.n_learn_updates.item() == 9
+    for name, parameter in predictor.named_parameters():
+        assert not torch.equal(parameter, start[name]), name
+
+
+def test_learning_from_collected_experience_improves_on_unseen_steps():
+    """Real MuJoCo under random actions: the model beats "nothing changes"."""
+    real_env = make_env(4)
+    real_env.set_seed(1)
+    collector = Collector(real_env, frames_per_batch=800, total_frames=800)
+    buffer = ReplayBuffer(storage=LazyTensorStorage(800, ndim=2))
+    buffer.extend(next(iter(collector)))
+    collector.shutdown()
+    space = spaces("torchrl")
+    predictor = make_predictor(*space, model_lr=lambda steps: 1e-2, reward_lr=1e-2)
+    predictor.learn(buffer, 150, 32, 64, 800)
+
+    test = make_env(2).rollout(40, break_when_any_done=False).reshape(-1)
+    mean, weights, *_ = predictor.predict(test["observation"], test["action"])
+    mean = (weights.unsqueeze(-1) * mean).sum(-2).mean(-2)
+    true = test["next", "observation"]
+    error = (mean - true).square().mean(0)
+    still = (test["observation"] - true).square().mean(0)
+    assert (error < 0.5 * still).all()
+    # 1 for every step but the last
+    reward = predictor.predict_reward(test["observation"], test["action"])
+    error = (reward - test["next", "reward"][:, 0]).square().mean()
+    assert error < 0.5 * test["next", "reward"].var()
+
+
+def test_a_static_predictor_in_the_same_loop(make_buffer):
+    space = spaces("gymnasium")
+    predictor = StaticPredictor(
+        model=make_ensemble(*space),
+        val_func=known_value,
+        rew_func=known_reward,
+        encoder=IdentityEncoder((D,)),
+        latent_state_dim=D,
+        context_dim=0,
+    )
+    loss, loss_info = predictor.learn(make_buffer(obs_dim=D), 10, 8, 8, 100)
+    assert loss.item() == 0.0
+    assert loss_info["n_updates"] == 0.0

@@ -1,0 +1,304 @@
+"""Spaces and specs: every accepted kind, every refused one, and actions in all their forms."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchrl.data import (
+    Binary,
+    Bounded,
+    Categorical,
+    Composite,
+    MultiCategorical,
+    MultiOneHot,
+    OneHot,
+    Unbounded,
+)
+from torchrl.envs import GymEnv
+
+from layeredrl_torchrl import to_spec
+from layeredrl_torchrl.specs import action_features, canonical_action, is_discrete, width
+
+BATCHES = [(), (1,), (3,), (2, 3)]
+
+
+def float32(*values):
+    return np.array(values, dtype=np.float32)
+
+
+# -- to_spec ------------------------------------------------------------------------------
+
+
+def test_box_becomes_bounded_with_the_same_limits():
+    spec = to_spec(gym.spaces.Box(float32(-1, -2), float32(3, 4)))
+    assert isinstance(spec, Bounded)
+    assert spec.dtype == torch.float32
+    assert spec.shape == (2,)
+    assert spec.space.low.tolist() == [-1, -2]
+    assert spec.space.high.tolist() == [3, 4]
+
+
+def test_a_box_without_any_limit_becomes_unbounded():
+    spec = to_spec(gym.spaces.Box(-np.inf, np.inf, (3,), np.float64))
+    assert isinstance(spec, Unbounded)
+    assert not isinstance(spec, Bounded)
+    assert spec.dtype == torch.float32
+    assert spec.shape == (3,)
+
+
+def test_one_finite_limit_makes_a_box_bounded():
+    spec = to_spec(gym.spaces.Box(float32(-np.inf, -np.inf), float32(np.inf, 4)))
+    assert isinstance(spec, Bounded)
+    assert spec.space.low.tolist() == [-math.inf, -math.inf]
+    assert spec.space.high.tolist() == [math.inf, 4]
+
+
+def test_discrete_becomes_categorical():
+    spec = to_spec(gym.spaces.Discrete(4))
+    assert isinstance(spec, Categorical)
+    assert spec.shape == ()
+    assert spec.space.n == 4
+
+
+def test_none_is_the_empty_space():
+    spec = to_spec(None)
+    assert spec.shape == (0,)
+    assert width(spec) == 0
+    assert not is_discrete(spec)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Bounded(-1, 1, (2,)),
+        Bounded(-1, 1, (2,), dtype=torch.float64),
+        Unbounded((2,)),
+        OneHot(5),
+        OneHot(5, dtype=torch.float32),
+    ],
+    ids=["Bounded", "Bounded64", "Unbounded", "OneHot", "OneHotFloat"],
+)
+def test_a_spec_of_one_item_is_taken_as_it_is(spec):
+    assert to_spec(spec) == spec
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_categorical_loses_a_trailing_axis_and_keeps_its_dtype(shape, dtype):
+    spec = to_spec(Categorical(3, shape=shape, dtype=dtype))
+    assert isinstance(spec, Categorical)
+    assert spec.shape == ()
+    assert spec.dtype == dtype
+    assert spec.space.n == 3
+
+
+@pytest.mark.parametrize("one_hot", [True, False])
+def test_specs_of_real_environments(one_hot):
+    env = GymEnv("CartPole-v1", categorical_action_encoding=not one_hot)
+    spec = to_spec(env.action_spec)
+    assert isinstance(spec, OneHot if one_hot else Categorical)
+    assert width(spec) == env._env.action_space.n
+    assert width(to_spec(env.observation_spec["observation"])) == 4
+    assert width(to_spec(env._env.observation_space)) == 4
+
+
+@pytest.mark.parametrize(
+    ("space", "features", "discrete"),
+    [
+        (gym.spaces.Box(-1, 1, (3,)), 3, False),
+        (Unbounded((7,)), 7, False),
+        (gym.spaces.Discrete(4), 4, True),
+        (OneHot(5), 5, True),
+        (Categorical(6), 6, True),
+    ],
+    ids=["Box", "Unbounded", "Discrete", "OneHot", "Categorical"],
+)
+def test_width_and_kind(space, features, discrete):
+    spec = to_spec(space)
+    assert width(spec) == features
+    assert is_discrete(spec) is discrete
+
+
+@pytest.mark.parametrize(
+    ("space", "error", "message"),
+    [
+        (
+            gym.spaces.Discrete(3, start=1),
+            ValueError,
+            r"goal_space is Discrete\(3, start=1\).*at 0",
+        ),
+        (gym.spaces.Box(-1, 1, (2, 3)), ValueError, r"goal_space has shape \(2, 3\).*one axis"),
+        (gym.spaces.Box(-1, 1, ()), ValueError, r"goal_space has shape \(\).*one axis"),
+        (Unbounded((4, 2)), ValueError, r"goal_space has shape \(4, 2\).*no batch axis"),
+        (Bounded(-1, 1, (4, 2)), ValueError, r"goal_space has shape \(4, 2\)"),
+        (OneHot(3, shape=(2, 3)), ValueError, r"goal_space has shape \(2, 3\)"),
+        (Categorical(3, shape=(2,)), ValueError, r"Categorical of shape \(2,\).*\(1,\)"),
+        (Unbounded((2,), dtype=torch.int64), TypeError, r"torch\.int64.*Categorical/OneHot"),
+        (gym.spaces.MultiBinary(3), TypeError, r"MultiBinary\(3\).*expected a gymnasium Box"),
+        (gym.spaces.MultiDiscrete([2, 3]), TypeError, r"MultiDiscrete.*expected a gymnasium Box"),
+        (gym.spaces.Dict(a=gym.spaces.Discrete(2)), TypeError, r"Dict.*expected a gymnasium Box"),
+        (Composite(a=Unbounded((1,))), TypeError, r"Composite.*expected a gymnasium Box"),
+        (MultiOneHot([2, 3]), TypeError, r"MultiOneHot.*expected a gymnasium Box"),
+        (MultiCategorical([3]), TypeError, r"MultiCategorical.*expected a gymnasium Box"),
+        (Binary(3), (TypeError, ValueError), r"goal_space.*expected"),
+        (3, TypeError, r"goal_space is 3 \(int\).*expected a gymnasium Box"),
+        ((3,), TypeError, r"goal_space is \(3,\) \(tuple\)"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str | type | tuple) else "",
+)
+def test_other_spaces_are_refused_by_name(space, error, message):
+    with pytest.raises(error, match=r"(?s)" + message):
+        to_spec(space, name="goal_space")
+
+
+# -- canonical_action: continuous ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_actions_inside_their_space_pass_unchanged(batch, dtype):
+    spec = to_spec(gym.spaces.Box(float32(-1, -2), float32(1, 5)))
+    action = torch.rand(*batch, 2, dtype=dtype) * torch.tensor([2, 7]) - torch.tensor([1, 2])
+    out = canonical_action(spec, action, torch.Size(batch))
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, action, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("excess", "accepted"), [(0.0, True), (1e-6, True), (5e-5, True), (1e-3, False), (1.0, False)]
+)
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("limit", [0.1, 1.0, 100.0])
+def test_rounding_outside_the_limits_is_forgiven_and_more_is_not(excess, accepted, sign, limit):
+    spec = to_spec(gym.spaces.Box(-limit, limit, (2,)))
+    action = torch.tensor([[0.0, 0.0], [0.0, sign * (limit + excess * max(limit, 1.0))]])
+    if accepted:
+        assert canonical_action(spec, action, torch.Size((2,))) is action
+    else:
+        with pytest.raises(ValueError, match=r"at index \[1, 1\] is outside.*project"):
+            canonical_action(spec, action, torch.Size((2,)))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "space",
+    [
+        gym.spaces.Box(-1, 1, (2,)),
+        gym.spaces.Box(-np.inf, np.inf, (2,)),
+        gym.spaces.Box(float32(-1, -np.inf), float32(1, np.inf)),
+        gym.spaces.Box(-1, np.inf, (2,)),
+        gym.spaces.Box(-np.inf, 1, (2,)),
+    ],
+    ids=["bounded", "unbounded", "one-dimension-bounded", "half-bounded-below", "half-above"],
+)
+def test_an_action_that_is_not_finite_is_refused_whatever_the_limits(space, value):
+    action = torch.tensor([0.0, value])
+    with pytest.raises(ValueError, match="action"):
+        canonical_action(to_spec(space), action, torch.Size())
+
+
+@pytest.mark.parametrize(
+    ("shape", "batch"), [((2,), (3,)), ((3, 2), ()), ((3, 1), (3,)), ((4, 2), (3,)), ((), ())]
+)
+def test_a_continuous_action_of_another_shape_is_refused(shape, batch):
+    message = re.escape(f"action has shape {shape}, expected {(*batch, 2)}")
+    with pytest.raises(ValueError, match=message):
+        canonical_action(to_spec(Unbounded((2,))), torch.zeros(shape), torch.Size(batch))
+
+
+def test_an_action_that_is_no_tensor_is_refused():
+    with pytest.raises(TypeError, match=r"action must be a torch\.Tensor, got list"):
+        canonical_action(to_spec(Unbounded((2,))), [0.0, 0.0], torch.Size())
+
+
+# -- canonical_action: discrete ------------------------------------------------------------
+
+DISCRETE = {
+    "Discrete": gym.spaces.Discrete(4),
+    "Categorical": Categorical(4),
+    "Categorical32": Categorical(4, dtype=torch.int32),
+    "OneHot": OneHot(4),
+    "OneHotFloat": OneHot(4, dtype=torch.float32),
+}
+
+
+def one_hot_rows(index, n):
+    """One-hot rows by hand, in a loop."""
+    rows = torch.zeros(*index.shape, n)
+    for where in np.ndindex(*index.shape):
+        rows[where][index[where]] = 1.0
+    return rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(sorted(DISCRETE)),
+    batch=st.sampled_from(BATCHES),
+    form=st.sampled_from(["int", "int8", "column", "one-hot bool", "one-hot float", "one-hot int"]),
+    seed=st.integers(0, 2**31),
+)
+def test_every_form_of_a_choice_becomes_the_form_of_the_spec(kind, batch, form, seed):
+    spec = to_spec(DISCRETE[kind])
+    index = torch.randint(4, batch, generator=torch.Generator().manual_seed(seed))
+    rows = one_hot_rows(index, 4)
+    action = {
+        "int": index,
+        "int8": index.to(torch.int8),
+        "column": index.unsqueeze(-1),
+        "one-hot bool": rows.bool(),
+        "one-hot float": rows,
+        "one-hot int": rows.long(),
+    }[form]
+    out = canonical_action(spec, action, torch.Size(batch))
+    assert out.dtype == spec.dtype
+    assert out.tolist() == (rows if isinstance(spec, OneHot) else index).to(spec.dtype).tolist()
+    assert spec.is_in(out) if not batch else spec.expand(*batch, *spec.shape).is_in(out)
+
+    features = action_features(spec, out, torch.float64)
+    assert features.dtype == torch.float64
+    assert features.tolist() == rows.tolist()
+
+
+@pytest.mark.parametrize("spec", [OneHot(4), Categorical(4)], ids=["OneHot", "Categorical"])
+@pytest.mark.parametrize(
+    ("action", "error", "message"),
+    [
+        (torch.tensor([0, 4, 1]), ValueError, r"span \[0, 4\].*0 to 3"),
+        (torch.tensor([0, -1, 1]), ValueError, r"span \[-1, 1\].*0 to 3"),
+        (torch.tensor([0.0, 1.0, 2.0]), TypeError, r"dtype torch\.float32.*integers from 0 to 3"),
+        (torch.zeros(3, 4), ValueError, r"\(3, 4\) is not one-hot"),
+        (torch.full((3, 4), 0.25), ValueError, "not one-hot"),
+        (torch.tensor([[1, 1, 0, 0]] * 3), ValueError, "not one-hot"),
+        (torch.tensor([[2, -1, 0, 0]] * 3), ValueError, "not one-hot"),
+        (torch.tensor([[math.nan, 1, 0, 0]] * 3), ValueError, "not one-hot"),
+        (torch.zeros(3, 5), ValueError, r"\(3, 5\), expected \(3,\) or \(3, 1\).*\(3, 4\)"),
+        (torch.zeros(2, dtype=torch.long), ValueError, r"\(2,\), expected \(3,\)"),
+        (torch.zeros((), dtype=torch.long), ValueError, r"\(\), expected \(3,\)"),
+        (2, TypeError, r"torch\.Tensor, got int"),
+    ],
+)
+def test_choices_that_do_not_fit_are_refused(spec, action, error, message):
+    with pytest.raises(error, match=message):
+        canonical_action(to_spec(spec), action, torch.Size((3,)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_features_of_continuous_actions_are_the_actions(dtype):
+    action = torch.randn(3, 2)
+    features = action_features(to_spec(Unbounded((2,))), action, dtype)
+    assert features.dtype == dtype
+    assert features.tolist() == action.tolist()
+
+
+def test_features_of_choices_run_under_vmap():
+    index = torch.tensor([[0, 2, 1], [3, 3, 0]])
+    spec = to_spec(gym.spaces.Discrete(4))
+    features = torch.vmap(lambda a: action_features(spec, a, torch.float32))(index)
+    assert features.tolist() == one_hot_rows(index, 4).tolist()

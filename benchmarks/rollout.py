@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import gymnasium as gym
@@ -42,7 +43,7 @@ class Config:
 
 @dataclass
 class Case:
-    """One rollout: `batch` states, `n_models` members of `n_particles` particles, `horizon` steps."""
+    """One rollout of `batch` states by `n_models` members of `n_particles` particles each."""
 
     batch: int = 256
     n_models: int = 5
@@ -68,10 +69,7 @@ class Case:
         sizes = (STATE + ACTION, *self.hidden, self.n_modes * (2 * STATE + 1) + 1)
         rows = self.batch * self.n_particles
         inputs = [torch.randn(self.n_models, rows, size, device=device) for size in sizes[:-1]]
-        weights = [
-            torch.randn(self.n_models, *shape, device=device)
-            for shape in zip(sizes[:-1], sizes[1:], strict=True)
-        ]
+        weights = [torch.randn(self.n_models, *shape, device=device) for shape in pairwise(sizes)]
 
         def run() -> None:
             for _ in range(self.horizon):

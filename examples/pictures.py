@@ -24,15 +24,29 @@ def _finish(figure, path: Path) -> None:
     plt.close(figure)
 
 
-def learning_curve(rows: list[dict[str, float]], path: Path, title: str) -> None:
-    """Return of the episodes that ended, and the model's fit, against real steps."""
+def learning_curve(rows: list[dict[str, float]], evaluation: float, path: Path, title: str) -> None:
+    """Returns of episodes that ended and that go on, and the model's fit, against real steps."""
     steps = np.array([row["env_steps"] for row in rows])
     ended = np.array([row["episodes"] for row in rows]) > 0
     returns = np.array([row["return"] for row in rows])
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 5.5), sharex=True, height_ratios=(2, 1))
-    top.plot(steps[ended], returns[ended], "o-", color=BLUE, markersize=4)
-    top.set_ylabel("return of ended episodes")
-    top.set_title(f"{title}: learned from scratch, planned in the learned model")
+    so_far = [row["return_so_far"] for row in rows]
+    top.plot(steps, so_far, color=GREY, lw=1.2, label="episodes under way, return so far")
+    top.plot(
+        steps[ended], returns[ended], "o", color=BLUE, markersize=5, label="episodes that ended"
+    )
+    top.plot(
+        steps[-1],
+        evaluation,
+        "*",
+        color=ORANGE,
+        markersize=14,
+        clip_on=False,
+        label=f"final evaluation: {evaluation:.0f}",
+    )
+    top.set_ylabel("return")
+    top.set_title(f"{title}: planned in a model learned from scratch", fontsize=11)
+    top.legend(fontsize=8, frameon=False)
     bottom.plot(steps, [row["nll"] for row in rows], color=ORANGE)
     bottom.set_ylabel("model's NLL\n[nats per dimension]")
     bottom.set_xlabel("real environment steps")

@@ -190,13 +190,16 @@ def learn(config: Config, predictor: RewardPredictor) -> list[dict[str, float]]:
                 _, info = predictor.learn(buffer, max(n_updates, 1), 256, 256, steps)
             returns = finished_returns(data)
             last = sum(returns) / len(returns) if returns else last
+            so_far = data["next", "episode_reward"][:, -1].mean().item()
             rows.append(
                 {"env_steps": steps, "seconds": time.monotonic() - start, "return": last}
-                | {"episodes": len(returns)}
+                | {"episodes": len(returns), "return_so_far": so_far}
                 | {name: info.get(name, float("nan")) for name in ("nll", "loss_reward")}
                 | {name: info.get(name, float("nan")) for name in ("loss_value", "value_mean")}
             )
-            bar.set_postfix(episode_return=f"{last:.1f}", nll=f"{rows[-1]['nll']:.2f}")
+            bar.set_postfix(
+                ended=f"{last:.1f}", so_far=f"{so_far:.1f}", nll=f"{rows[-1]['nll']:.2f}"
+            )
             bar.update(data.numel())
     collector.shutdown()
     return rows
@@ -252,6 +255,7 @@ def main(config: Config) -> None:
     checkpoint = Checkpoint(predictor=predictor, optim=predictor.optim)
     if config.checkpoint is not None:
         checkpoint.load(config.checkpoint)
+    rows: list[dict[str, float]] = []
     if not config.eval_only:
         rows = learn(config, predictor)
         write_csv(config.output / "metrics.csv", rows)
@@ -260,8 +264,11 @@ def main(config: Config) -> None:
         }
         metadata["checkpoint"] = None
         checkpoint.save(config.output / "checkpoint", metadata=metadata)
-        pictures.learning_curve(rows, config.output / "learning_curve.png", config.env)
     returns, played = evaluate(config, predictor)
+    if rows:
+        pictures.learning_curve(
+            rows, returns.mean().item(), config.output / "learning_curve.png", config.env
+        )
     print(
         f"{config.env}, seed {config.seed}: mean return {returns.mean():.1f} over "
         f"{len(returns)} episodes (lowest {returns.min():.1f}, highest {returns.max():.1f})"

@@ -12,7 +12,15 @@ import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
-from torchrl.data import Bounded, Categorical, OneHot, TensorSpec, Unbounded
+from torchrl.data import (
+    Bounded,
+    Categorical,
+    MultiCategorical,
+    MultiOneHot,
+    OneHot,
+    TensorSpec,
+    Unbounded,
+)
 
 __all__ = ["Space", "action_features", "canonical_action", "is_discrete", "to_spec", "width"]
 
@@ -65,6 +73,11 @@ def to_spec(space: Space | None, *, name: str = "space") -> TensorSpec:
                 "Categorical/OneHot for discrete values"
             )
         return space
+    if isinstance(space, MultiCategorical | MultiOneHot):
+        raise TypeError(
+            f"{name} is a {type(space).__name__}, several choices at once; expected a gymnasium "
+            "Box or Discrete, or a TorchRL spec of one choice: flatten them into one Categorical"
+        )
     if isinstance(space, OneHot):
         _check_one_axis(name, tuple(space.shape))
         return space
@@ -137,7 +150,7 @@ def _check_bounds(spec: TensorSpec, action: Tensor) -> None:
     low = low - _BOUND_TOLERANCE * low.abs().clamp_min(1.0)
     high = high + _BOUND_TOLERANCE * high.abs().clamp_min(1.0)
     # Written so that NaN counts as outside.
-    inside = (action >= low) & (action <= high)
+    inside = (action >= low) & (action <= high) & action.isfinite()
     if not bool(inside.all()):
         where = (~inside).nonzero()[0].tolist()
         raise ValueError(

@@ -11,8 +11,7 @@ from torchrl.data import Binary, Bounded, Composite, TensorSpec, Unbounded
 from torchrl.envs.model_based import ModelBasedEnvBase
 
 from layeredrl_torchrl.predictors import Predictor
-from layeredrl_torchrl.predictors.predictor import RewardFunction
-from layeredrl_torchrl.specs import Space, to_spec
+from layeredrl_torchrl.specs import Space, is_discrete, to_spec, width
 
 __all__ = ["PredictorEnv"]
 
@@ -69,16 +68,20 @@ class PredictorEnv(ModelBasedEnvBase):
         device = torch.device("cpu") if parameter is None else parameter.device
         super().__init__(predictor, device=device)
         self.use_value_func = use_value_func
-        self._reward: RewardFunction = predictor.rew_func
-        self._value: RewardFunction | None = predictor.terminal_value if use_value_func else None
         self.discount = 0.99 if discount is None else discount
         spec = predictor.model.action_spec
         if action_spec is not None:
             spec = to_spec(action_spec, name="action_spec")
-            if spec.shape != predictor.model.action_spec.shape:
+            own = predictor.model.action_spec
+            if (
+                spec.shape != own.shape
+                or is_discrete(spec) != is_discrete(own)
+                or (is_discrete(spec) and type(spec) is not type(own))
+                or width(spec) != width(own)
+            ):
                 raise ValueError(
-                    f"action_spec has shape {tuple(spec.shape)}, the predictor's model was built "
-                    f"for {tuple(predictor.model.action_spec.shape)}"
+                    f"action_spec is {spec}, the predictor's model was built for {own}; give a "
+                    "spec of the same kind and size"
                 )
         self._keys: tuple[Any, ...] = tuple(predictor.model.in_keys)
         state, context, action = self._keys
@@ -109,14 +112,15 @@ class PredictorEnv(ModelBasedEnvBase):
         state, context = tensordict.get(state_key), tensordict.get(context_key)
         action = tensordict.get(action_key)
         next_state, term_prob = self._expect(state, context, action)
-        reward = self._reward(state, context, action)
+        reward = self.predictor.need("rew_func")(state, context, action)
         out: dict[Any, Tensor] = {}
-        if self._value is not None:
+        if self.use_value_func:
+            value = self.predictor.need("terminal_value")
             so_far = tensordict.get(_DISCOUNT, None)
             so_far = torch.ones_like(reward) if so_far is None else so_far.squeeze(-1)
             survival = self.discount * (1.0 - term_prob)
-            gain = survival * self._value(next_state, context, action)
-            reward = so_far * (reward + gain - self._value(state, context, action))
+            gain = survival * value(next_state, context, action)
+            reward = so_far * (reward + gain - value(state, context, action))
             out[_DISCOUNT] = (so_far * survival).unsqueeze(-1)
         terminated = (term_prob > 0.5).unsqueeze(-1)
         out |= {

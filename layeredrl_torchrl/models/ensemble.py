@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layeredrl_torchrl._checks import check_finite
 from layeredrl_torchrl.models.calibration import StdCalibration
 from layeredrl_torchrl.models.members import stack_members
 from layeredrl_torchrl.models.model import Model
@@ -165,7 +166,20 @@ class ProbabilisticEnsemble(Model):
     def fit_statistics(
         self, state: Tensor, context: Tensor, action: Tensor, next_state: Tensor
     ) -> None:
-        """Set the statistics of inputs and targets from transitions ``[N, ...]``."""
+        """Set the statistics of inputs and targets from transitions ``[N, ...]``.
+
+        Raises:
+            ValueError: No transitions, or values that are not finite; nothing is changed.
+        """
+        named = {"state": state, "context": context, "next_state": next_state}
+        if not is_discrete(self.action_spec):
+            named["action"] = action
+        for name, value in named.items():
+            if not len(value):
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)}: give at least one transition"
+                )
+            check_finite(name, value, hint="repair the data first")
         if self.normalize_inputs:
             self.state_normalizer.fit(state)
             self.context_normalizer.fit(context)
@@ -188,17 +202,16 @@ class ProbabilisticEnsemble(Model):
         The decay is ``min(ema_decay, (1 + t) / (10 + t))`` at update ``t``, so that a young
         average forgets its untrained start.
         """
-        if self.ema_decay is None:
+        ours: list[Tensor] = []
+        if self.ema_decay is not None:
+            ours = list(self.averaged_members.parameters())
+        if self.ema_decay is None or not ours:
             return
         t = int(self.n_averaged)
         share = 1.0 - min(self.ema_decay, (1 + t) / (10 + t))
-        torch._foreach_lerp_(
-            list(self.averaged_members.parameters()), list(self.members.parameters()), share
-        )
-        for ours, theirs in zip(
-            self.averaged_members.buffers(), self.members.buffers(), strict=True
-        ):
-            ours.copy_(theirs)
+        torch._foreach_lerp_(ours, list(self.members.parameters()), share)
+        for old, new in zip(self.averaged_members.buffers(), self.members.buffers(), strict=True):
+            old.copy_(new)
         self.n_averaged += 1
         self._averaging = True
 
@@ -211,7 +224,9 @@ class ProbabilisticEnsemble(Model):
         action = self.action_spec.zero((2,))
         if not is_discrete(self.action_spec):
             action = action.to(torch.get_default_dtype())
-        return torch.zeros(2, self.state_dim), torch.zeros(2, self.context_dim), action
+        generator = torch.Generator().manual_seed(0)
+        state = torch.randn(2, self.state_dim, generator=generator)
+        return state, torch.randn(2, self.context_dim, generator=generator), action
 
     def _check_net(self, member: int, net: nn.Module, probe: tuple[Tensor, Tensor, Tensor]) -> None:
         """Run a new network once, so that a wrong one fails here and says why."""
@@ -245,9 +260,10 @@ class ProbabilisticEnsemble(Model):
             ("weights", weights, (2, self.n_modes)),
             ("term_prob", term_prob, (2,)),
         ):
-            if tuple(value.shape) != shape:
+            if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+                what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(
-                    f"member {member} returned {name} of shape {tuple(value.shape)} for a batch "
+                    f"member {member} returned {name} of shape {what} for a batch "
                     f"of 2, expected {shape} (batch, n_modes={self.n_modes}, "
                     f"state={self.state_dim} as they apply)"
                 )

@@ -72,9 +72,9 @@ def _shapes(net: nn.Module) -> list[tuple[str, torch.Size]]:
 def stack_members(nets: Sequence[nn.Module], probe: tuple[Tensor, Tensor, Tensor]) -> nn.Module:
     """Put members together in the fastest way that fits them.
 
-    A class with a static method ``stack(nets)`` decides itself (the built-in network does);
-    other modules of one structure go through :class:`VmapMembers`, the rest through
-    :class:`LoopMembers`.
+    A class with a static method ``stack(nets)`` decides itself (the built-in network does), and
+    may return ``None`` for nets that it cannot stack; other modules that differ in their
+    parameters only go through :class:`VmapMembers`, the rest through :class:`LoopMembers`.
 
     Args:
         nets: The members.
@@ -82,16 +82,25 @@ def stack_members(nets: Sequence[nn.Module], probe: tuple[Tensor, Tensor, Tensor
             out whether the members can run under ``vmap`` at all.
     """
     first = nets[0]
-    stack: Callable[..., nn.Module] | None = getattr(type(first), "stack", None)
-    if stack is not None and all(type(net) is type(first) for net in nets):
-        return stack(nets)
+    stack: Callable[..., nn.Module | None] | None = getattr(type(first), "stack", None)
+    if stack is not None and (stacked := stack(nets)) is not None:
+        return stacked
     same = all(type(n) is type(first) and _shapes(n) == _shapes(first) for n in nets)
-    if not same or not any(True for _ in first.parameters()):
+    parameter = next(first.parameters(), None)
+    if not same or parameter is None:
         return LoopMembers(nets)
     members = VmapMembers(nets).eval()
+    given = [
+        x.to(parameter.device, parameter.dtype if x.is_floating_point() else x.dtype).expand(
+            len(nets), *x.shape
+        )
+        for x in probe
+    ]
+    training = [net.training for net in nets]
     try:
-        with torch.no_grad():
-            members(*(x.expand(len(nets), *x.shape) for x in probe))
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            ours = members(*given)
+            theirs = LoopMembers(nets).eval()(*given)
     except RuntimeError as error:
         warnings.warn(
             f"{type(first).__name__} cannot run under torch.vmap ({str(error).splitlines()[0]}); "
@@ -99,4 +108,15 @@ def stack_members(nets: Sequence[nn.Module], probe: tuple[Tensor, Tensor, Tensor
             stacklevel=3,
         )
         return LoopMembers(nets)
-    return members.train()
+    finally:
+        for net, mode in zip(nets, training, strict=True):
+            net.train(mode)
+    # Members may differ in more than parameters: an activation, a number, a function.
+    pairs = zip(_flat(ours), _flat(theirs), strict=True)
+    if all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in pairs):
+        return members.train()
+    return LoopMembers(nets)
+
+
+def _flat(out: MemberOutput) -> tuple[Tensor, ...]:
+    return (*out[0], *out[1:])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
@@ -22,14 +24,26 @@ class GaussianMixture(MixtureSameFamily):
     """
 
     def __init__(self, loc: Tensor, scale: Tensor, weights: Tensor) -> None:
-        # log(0) = -inf is what a weight of 0 means to logsumexp, but its gradient is NaN; the
-        # smallest normal number instead gives -87 in float32 and a finite gradient.
-        logits = weights.clamp_min(torch.finfo(weights.dtype).tiny).log()
+        # A weight of 0 is a component that is not there: -inf, by selection rather than by log(0),
+        # whose gradient would be NaN.
+        present = weights > 0
+        logits = torch.where(present, torch.where(present, weights, 1.0).log(), -torch.inf)
         self.modes = Normal(loc, scale, validate_args=False)
         super().__init__(
             Categorical(logits=logits, validate_args=False),
             Independent(self.modes, 1, validate_args=False),
             validate_args=False,
+        )
+
+    def expand(
+        self, batch_shape: torch.Size | list[int] | tuple[int, ...], _instance: Any = None
+    ) -> GaussianMixture:
+        """The same mixture over a larger batch shape."""
+        batch = torch.Size(batch_shape)
+        shape = (*batch, *self.modes.loc.shape[-2:])
+        weights = self.mixture_distribution.probs.expand(*batch, -1)
+        return GaussianMixture(
+            self.modes.loc.expand(shape), self.modes.scale.expand(shape), weights
         )
 
     def cdf(self, value: Tensor) -> Tensor:

@@ -17,6 +17,10 @@ from layeredrl_torchrl.specs import Space, canonical_action, is_discrete, to_spe
 
 __all__ = ["Model"]
 
+_NO_DENSITY = (
+    "the model predicts a standard deviation of 0, so the next state has no density; use predict() "
+    "or rollout(), or give get_log_prob() a fixed std"
+)
 _IN_KEYS: tuple[NestedKey, ...] = ("state", "context", "action")
 _OUT_KEYS: tuple[NestedKey, ...] = (
     ("next", "loc"),
@@ -78,6 +82,8 @@ class Model(TensorDictModuleBase):
                 raise TypeError(f"{name} is discrete ({spec}); expected a Box or a continuous spec")
         self.state_dim = width(self.state_spec)
         self.context_dim = width(self.context_spec)
+        if self.state_dim == 0:
+            raise ValueError("state_space has no dimension; give at least one")
         if len(in_keys) != len(_IN_KEYS) or len(out_keys) != len(_OUT_KEYS):
             raise ValueError(
                 f"expected {len(_IN_KEYS)} in_keys like {list(_IN_KEYS)} and {len(_OUT_KEYS)} "
@@ -155,10 +161,7 @@ class Model(TensorDictModuleBase):
         """
         loc, weights, scale, _ = self.predict(*self._read(tensordict))
         if not bool((scale > 0).all()):
-            raise ValueError(
-                "the model predicts a standard deviation of 0, so the next state has no density; "
-                "use predict() or rollout()"
-            )
+            raise ValueError(_NO_DENSITY)
         return GaussianMixture(
             loc.flatten(-3, -2), scale.flatten(-3, -2), weights.flatten(-2) / self.n_models
         )
@@ -195,21 +198,37 @@ class Model(TensorDictModuleBase):
         """
         loc, weights, scale, term_prob = self.predict(state, context, action)
         check_width("next_state", next_state, self.state_dim, hint="give the state after the step")
+        if next_state.shape != state.shape:
+            raise ValueError(
+                f"next_state has shape {tuple(next_state.shape)}, expected that of state, "
+                f"{tuple(state.shape)}"
+            )
         check_finite("next_state", next_state, hint="repair it first")
         difference = next_state.to(loc.dtype)[..., None, None, :] - loc
         if transform is not None:
             if std is None:
                 raise ValueError("transform needs a fixed std; pass std= as well")
-            difference = (
-                difference @ transform.to(loc.dtype).mT
-                if isinstance(transform, Tensor)
-                else transform(difference)
-            )
+            if isinstance(transform, Tensor):
+                if transform.ndim != 2 or transform.shape[1] != self.state_dim:
+                    raise ValueError(
+                        f"transform has shape {tuple(transform.shape)}, expected "
+                        f"[D', {self.state_dim}]"
+                    )
+                difference = difference @ transform.to(loc.dtype).mT
+            else:
+                difference = transform(difference)
         if std is not None:
             fixed = torch.as_tensor(std, dtype=loc.dtype, device=loc.device)
             if not bool((fixed > 0).all()):
                 raise ValueError(f"std must be positive, got {std}")
+            if fixed.ndim > 1 or fixed.numel() not in (1, difference.shape[-1]):
+                raise ValueError(
+                    f"std has shape {tuple(fixed.shape)}, expected a number or "
+                    f"[{difference.shape[-1]}]"
+                )
             scale = fixed.expand_as(difference)
+        elif not bool((scale > 0).all()):
+            raise ValueError(_NO_DENSITY)
         mixture = GaussianMixture(
             torch.zeros_like(difference).flatten(-3, -2),
             scale.flatten(-3, -2),
@@ -254,20 +273,30 @@ class Model(TensorDictModuleBase):
         n, n_models, n_part = state.shape[0], self.n_models, self.n_particles_per_model
         rows = (n_models, n * n_part)
         ctx_rows = ctx.repeat_interleave(n_part, 0).expand(*rows, -1)
-        states = state.new_empty((horizon + 1, n_models, n, n_part, self.state_dim))
-        term = state.new_empty((horizon, n_models, n, n_part))
-        states[0] = state[:, None]
+        particles = (n_models, n, n_part, self.state_dim)
+        # One tensor holds all steps; only where gradients are kept, which steps written in place
+        # would destroy, are the steps gathered at the end.
+        gathered = [state[:, None].expand(particles)] if torch.is_grad_enabled() else []
+        states = state.new_empty(() if gathered else (horizon + 1, *particles))
+        term = state.new_empty((horizon, *particles[:-1]))
+        if not gathered:
+            states[0] = state[:, None]
         for h in range(horizon):
             act = acts[:, h].repeat_interleave(n_part, 0)
             following, term_prob = self.step_members(
-                states[h].reshape(*rows, -1),
+                (gathered[h] if gathered else states[h]).reshape(*rows, -1),
                 ctx_rows,
                 act.expand(n_models, *act.shape),
                 deterministic=deterministic,
             )
-            states[h + 1] = following.view(n_models, n, n_part, -1)
-            term[h] = term_prob.view(n_models, n, n_part)
-        self._check_trajectory(states)
+            if gathered:
+                gathered.append(following.view(particles))
+            else:
+                states[h + 1] = following.view(particles)
+            term[h] = term_prob.view(particles[:-1])
+        if gathered:
+            states = torch.stack(gathered)
+        self._check_trajectory(states, term)
 
         def lay_out(x: Tensor) -> Tensor:
             """[H, M, N, P, *] -> [*B, M, P, H, *]."""
@@ -301,7 +330,12 @@ class Model(TensorDictModuleBase):
             particles), each ``[*B, H, D]``; the two sum to the variance over all particles. With
             one particle a member the aleatoric part is 0 by construction.
         """
-        state = traj.get(("next", self.in_keys[0]))
+        state = traj.get(("next", self.in_keys[0]), None)
+        if state is None or state.ndim < 4:
+            raise KeyError(
+                f"traj has no {('next', self.in_keys[0])!r} of shape [*B, M, P, H, D]; give what "
+                "rollout() returns"
+            )
         member_mean = state.mean(-3)  # [*B, M, H, D]
         return TensorDict(
             {
@@ -324,7 +358,9 @@ class Model(TensorDictModuleBase):
         Returns:
             Next state ``[M, N, D]`` and term_prob ``[M, N]``.
         """
-        (mean, std), weights, term_prob = self.predict_members(state, context, action)
+        out = self.predict_members(state, context, action)
+        self._check_output(out, sign=False)
+        (mean, std), weights, term_prob = out
         if deterministic:
             return (weights.unsqueeze(-1) * mean).sum(-2), term_prob
         if mean.shape[-2] == 1:
@@ -417,10 +453,13 @@ class Model(TensorDictModuleBase):
         self._check_output(out)
         return out
 
-    def _check_output(self, out: MemberOutput) -> None:
+    def _check_output(self, out: MemberOutput, *, sign: bool = True) -> None:
+        """Raise if a member says nonsense; a state that has diverged is not looked for here."""
         (mean, std), weights, term_prob = out
-        total = mean.sum() + std.sum() + weights.sum() + term_prob.sum()
-        if bool(torch.isfinite(total)) and bool((std >= 0).all()):
+        total = weights.sum() + term_prob.sum()
+        if sign:
+            total = total + mean.sum() + std.sum()
+        if bool(torch.isfinite(total)) and (not sign or bool((std >= 0).all())):
             return
         for name, value in (
             ("mean", mean),
@@ -439,11 +478,15 @@ class Model(TensorDictModuleBase):
                     "rate, or check the data it was trained on"
                 )
 
-    def _check_trajectory(self, states: Tensor) -> None:
-        """Raise if a rollout ``[H + 1, M, N, P, D]`` left the finite numbers."""
-        if bool(torch.isfinite(states.abs().amax())):
+    def _check_trajectory(self, states: Tensor, term_prob: Tensor) -> None:
+        """Raise if ``states [H + 1, M, N, P, D]`` or ``term_prob [H, M, N, P]`` are not finite."""
+        if bool(torch.isfinite(states.detach().abs().amax() + term_prob.detach().sum())):
             return
-        step, member = (~torch.isfinite(states)).flatten(2).any(2).nonzero()[0].tolist()
+        bad = (~torch.isfinite(states)).flatten(2).any(2)
+        bad[1:] |= (~torch.isfinite(term_prob)).flatten(2).any(2)
+        if not bool(bad.any()):
+            return
+        step, member = bad.nonzero()[0].tolist()
         raise ValueError(
             f"the rollout of member {member} diverged at step {step} of {states.shape[0] - 1}: "
             "shorten the horizon, or train the model on data like these states and actions"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -137,9 +137,24 @@ class ProbFCDynamics(nn.Module):
         return mixture_parameters(last(x), self.n_modes, self.state_dim, self.log_std_bounds)
 
     @staticmethod
-    def stack(nets: Sequence[ProbFCDynamics]) -> StackedProbFCDynamics:
-        """Combine equally built networks into one module that evaluates them together."""
-        return StackedProbFCDynamics(nets)
+    def stack(nets: Sequence[nn.Module]) -> StackedProbFCDynamics | None:
+        """Combine equally built networks into one module that evaluates them together.
+
+        ``None`` for networks that differ in more than their weights, or whose activation learns.
+        """
+        # A subclass may compute something else, so it has to say itself how it is stacked.
+        same = [net for net in nets if type(net) is ProbFCDynamics]
+        if len(same) != len(nets) or len({net._build() for net in same}) != 1:
+            return None
+        if any(True for _ in same[0].activation.parameters()):
+            return None
+        return StackedProbFCDynamics(same)
+
+    def _build(self) -> tuple[Any, ...]:
+        """All that has to agree for networks to be stacked."""
+        shapes = tuple(tuple(p.shape) for p in self.parameters())
+        how = (repr(self.activation), self.log_std_bounds, self.ignore_context, self.n_modes)
+        return (*how, repr(self.action_spec), shapes)
 
 
 class StackedProbFCDynamics(nn.Module):
@@ -218,5 +233,7 @@ class StackedProbFCDynamics(nn.Module):
             # In place where nothing has to be kept for a backward pass: half the memory traffic.
             in_place = None if y.requires_grad else _IN_PLACE.get(type(self.activation))
             y = self.activation(y) if in_place is None else in_place(y)
-            x = y.add_(x) if i > 0 and x.shape[-1] == y.shape[-1] else y
+            if i > 0 and x.shape[-1] == y.shape[-1]:
+                y = y + x if y.requires_grad else y.add_(x)
+            x = y
         return torch.baddbmm(last[1], x, last[0])

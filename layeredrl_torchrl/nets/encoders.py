@@ -76,7 +76,9 @@ class Encoder(TensorDictModuleBase):
             hint=f"this {type(self).__name__} was built for observations of {self.obs_dim} values",
         )
         check_finite("observation", observation, hint="repair it before it is encoded")
-        return self.split(observation.to(torch.get_default_dtype()))
+        parameter = next(self.parameters(), None)
+        dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
+        return self.split(observation.to(dtype))
 
     def forward(
         self, tensordict: TensorDictBase | Tensor

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from layeredrl_torchrl._checks import check_finite
+
 __all__ = ["Normalizer"]
 
 
@@ -52,11 +54,20 @@ class Normalizer(nn.Module):
 
         A feature that does not vary (beyond float32 rounding) keeps ``scale = 1``, so that it is
         centred but not blown up.
+
+        Raises:
+            ValueError: A sample of another shape, without rows, or with NaN; nothing is changed.
         """
-        if not self.loc.numel():
+        dim = self.loc.numel()
+        if x.ndim != 2 or x.shape[1] != dim or not len(x):
+            raise ValueError(
+                f"expected a sample of shape [N, {dim}] with at least one row, got {tuple(x.shape)}"
+            )
+        check_finite("sample", x, hint="repair the data first")
+        if not dim:
             return
         std, mean = torch.std_mean(x.to(self.loc.dtype), dim=0, correction=0)
-        constant = std <= 1e-6 * (1.0 + mean.abs())
+        constant = std <= 1e-6 * x.abs().amax(0)
         self.loc.copy_(mean)
         self.scale.copy_(torch.where(constant, torch.ones_like(std), std))
         if self.clip:

@@ -75,6 +75,15 @@ class ModelLoss(LossModule):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Compute the losses of a batch ``[N]``, or ``[M, N]`` with ``per_member``."""
+        expected = 2 if self.per_member else 1
+        if tensordict.ndim != expected or (
+            self.per_member and tensordict.shape[0] != self.model.n_models
+        ):
+            shape = f"[{self.model.n_models}, N]" if self.per_member else "[N]"
+            raise ValueError(
+                f"ModelLoss(per_member={self.per_member}) takes a batch of shape {shape}, got "
+                f"{tuple(tensordict.shape)}"
+            )
         values = []
         for key in self.in_keys:
             value = tensordict.get(key, None)
@@ -87,7 +96,15 @@ class ModelLoss(LossModule):
                 value = value.expand(self.model.n_models, *value.shape)
             values.append(value)
         state, context, action, next_state, terminated = values
-        weight = self._weights(tensordict, state)
+        weight, masked = self._weights(tensordict, state)
+        if masked:
+            # What does not count may be anything, NaN too, which a weight of 0 would not stop.
+            keep = (weight > 0).unsqueeze(-1)
+            state, context, next_state = (
+                torch.where(keep, x, 0.0) for x in (state, context, next_state)
+            )
+            if action.is_floating_point():
+                action = torch.where(keep, action, 0.0)
 
         (mean, std), weights, term_prob = self.model.predict_normalized(state, context, action)
         target = self.model.target(state, next_state).unsqueeze(-2)
@@ -111,19 +128,24 @@ class ModelLoss(LossModule):
             }
         )
 
-    def _weights(self, tensordict: TensorDictBase, state: Tensor) -> Tensor:
-        """The share of each transition in its member's mean, ``[M, N]``; rows sum to 1."""
+    def _weights(self, tensordict: TensorDictBase, state: Tensor) -> tuple[Tensor, bool]:
+        """The share of each transition in its member's mean, ``[M, N]``, and whether any is less.
+
+        Rows sum to 1, but for members of which no transition counts.
+        """
         weight = state.new_ones(state.shape[:-1])
+        masked = False
         for key in (self.tensor_keys.valid, self.tensor_keys.weight):
             value = tensordict.get(key, None)
             if value is not None:
                 if value.ndim > tensordict.ndim:
                     value = value.squeeze(-1)
                 weight = weight * value.to(weight.dtype)
+                masked = True
         total = weight.sum(-1, keepdim=True)
-        if not bool((total > 0).all()):
+        if not bool((total > 0).any()):
             raise ValueError(
                 f"no transition of the batch counts: {self.tensor_keys.valid!r} and "
                 f"{self.tensor_keys.weight!r} leave nothing; check the mask"
             )
-        return weight / total
+        return weight / total.clamp_min(torch.finfo(weight.dtype).tiny), masked

@@ -11,11 +11,13 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
+from torchrl.data import TensorSpec
 from torchrl.objectives import LossModule
 
-from layeredrl_torchrl._checks import check_positive_int
+from layeredrl_torchrl._checks import check_finite, check_positive_int
 from layeredrl_torchrl.nets import Encoder
 from layeredrl_torchrl.objectives.targets import n_step_targets
+from layeredrl_torchrl.specs import canonical_action
 
 __all__ = ["PredictorLoss"]
 
@@ -40,6 +42,8 @@ class PredictorLoss(LossModule):
         learn_encoder: Whether the reward loss reaches the encoder.
         target_val_func: The target network; a copy of ``val_func`` if not given. Update it with
             TorchRL's ``SoftUpdate(loss, tau=...)``.
+        action_spec: Stored actions are brought into its form (a choice may be stored as an
+            integer or one-hot); as they are if not given.
 
     Reads (``set_keys`` renames) a batch ``[B, L]`` with ``L = k_steps + n_steps``, as
     :class:`~layeredrl_torchrl.objectives.slices.TransitionSlices` samples it: ``observation``,
@@ -86,6 +90,7 @@ class PredictorLoss(LossModule):
         n_steps: int = 1,
         learn_encoder: bool = True,
         target_val_func: nn.Module | None = None,
+        action_spec: TensorSpec | None = None,
     ) -> None:
         super().__init__()
         if not 0.0 <= gamma <= 1.0:
@@ -97,14 +102,30 @@ class PredictorLoss(LossModule):
         self.k_steps = check_positive_int("k_steps", k_steps)
         self.n_steps = check_positive_int("n_steps", n_steps)
         self.learn_encoder = learn_encoder
+        self.action_spec = action_spec
         if isinstance(val_func, nn.Module):
             if target_val_func is None:
                 target_val_func = copy.deepcopy(val_func)
             self.target_val_func = target_val_func.requires_grad_(False)
-            # Views of both networks' parameters under the names that SoftUpdate looks for.
-            self.value_params = TensorDict.from_module(val_func, as_module=True)
-            self.target_value_params = TensorDict.from_module(target_val_func, as_module=True)
+            self._view_parameters()
             self._has_update_associated["value"] = False
+
+    def _view_parameters(self) -> None:
+        """Show both value networks' parameters under the names that SoftUpdate looks for."""
+        self.value_params = TensorDict.from_module(self.val_func, as_module=True)
+        self.target_value_params = TensorDict.from_module(self.target_val_func, as_module=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: without the views, which would be copied into parameters of their own."""
+        views = ("value_params", "target_value_params")
+        modules = {k: v for k, v in self._modules.items() if k not in views}
+        return {**self.__dict__, "_modules": modules}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy and view its parameters."""
+        super().__setstate__(state)
+        if isinstance(self.val_func, nn.Module):
+            self._view_parameters()
 
     @property
     def functional(self) -> bool:
@@ -131,13 +152,26 @@ class PredictorLoss(LossModule):
         observation, action = data[keys.observation][:, :k], data[keys.action][:, :k]
         valid = data[keys.valid][:, :k]
         count = valid.sum()
+        if not bool(count):
+            raise ValueError(f"no step of the slices is valid; check {keys.valid!r}")
+        stored_reward = data[keys.reward]
+        if stored_reward.shape != (*tensordict.shape, 1):
+            raise ValueError(
+                f"{keys.reward!r} has shape {tuple(stored_reward.shape)}, expected "
+                f"{(*tensordict.shape, 1)} (TorchRL's layout)"
+            )
+        reward = stored_reward[:, :k].squeeze(-1)
+        check_finite(str(keys.reward), torch.where(valid, reward, 0.0), hint="repair the rewards")
+        # What is not valid may be anything, NaN too: the slice's first step stands in.
+        observation = torch.where(valid.unsqueeze(-1), observation, observation[:, :1])
+        action = self._action(action, valid)
         with torch.set_grad_enabled(self.learn_encoder and torch.is_grad_enabled()):
             state, context = self.encoder(observation)
             context = context[:, :1].expand_as(context)
 
+        reward = torch.where(valid, reward, 0.0)
         out: dict[str, Any] = {}
         if isinstance(self.rew_func, nn.Module):
-            reward = data[keys.reward][:, :k].squeeze(-1)
             error = self.rew_func(state, context, action) - reward
             out["loss_reward"] = torch.where(valid, error.square(), 0.0).sum() / count
         if isinstance(self.val_func, nn.Module):
@@ -174,10 +208,20 @@ class PredictorLoss(LossModule):
         # An action-value function is bootstrapped with the action that was taken there; the slice
         # repeats its last valid step, so at its end with the last action taken.
         action = self._get(tensordict, keys.action)[rows, index + 1]
+        if self.action_spec is not None:
+            action = canonical_action(self.action_spec, action, index.shape)
         state, context = self.encoder(observation)
         value = self.target_val_func(state, context, action)
         target = targets.returns + targets.bootstrap_discount * value
         return target, counts[:, : self.k_steps]
+
+    def _action(self, action: Tensor, valid: Tensor) -> Tensor:
+        """Actions ``[B, k]`` in the form of the spec, the first one where not valid."""
+        mask = valid.reshape(*valid.shape, *[1] * (action.ndim - 2))
+        action = torch.where(mask, action, action[:, :1])
+        if self.action_spec is None:
+            return action
+        return canonical_action(self.action_spec, action, valid.shape)
 
     @staticmethod
     def _get(tensordict: TensorDictBase, key: NestedKey) -> Tensor:

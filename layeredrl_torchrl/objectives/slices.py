@@ -76,6 +76,19 @@ class TransitionSlices:
         """Number of stored transitions, each of which may start a slice."""
         return len(self._buffer.storage)
 
+    @property
+    def n_written(self) -> int:
+        """Number of transitions ever written, overwritten ones included.
+
+        What another process or an earlier run wrote counts as far as it is still stored.
+        """
+        storage = _check_storage(self._buffer.storage)
+        stored = len(storage)
+        # TorchRL counts what is written along time; of each, a storage of several dimensions
+        # holds one for every lane.
+        lanes = stored // max(storage.shape[0], 1) if stored and storage.ndim > 1 else 1
+        return max(int(self._buffer.write_count) * lanes, stored)
+
     def sample(
         self, batch_size: int, length: int, generator: torch.Generator | None = None
     ) -> TensorDictBase:

@@ -136,7 +136,7 @@ class Predictor(TensorDictModuleBase):
         state, context = self.encode(obs)
         if act is not None:
             act = canonical_action(self.model.action_spec, act, state.shape[:-1])
-        return self._need("val_func")(state, context, act)
+        return self.need("val_func")(state, context, act)
 
     @property
     def terminal_value(self) -> RewardFunction | None:
@@ -146,7 +146,7 @@ class Predictor(TensorDictModuleBase):
     def _reward(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
         """Reward ``[*B]``, with the action checked and in the form of its spec."""
         action = canonical_action(self.model.action_spec, action, state.shape[:-1])
-        return self._need("rew_func")(state, context, action)
+        return self.need("rew_func")(state, context, action)
 
     def rollout(self, obs: Tensor, act: Tensor, deterministic: bool = False) -> TensorDict:
         """Roll out ``act [*B, H, A]`` from ``obs [*B, obs]``.
@@ -232,8 +232,9 @@ class Predictor(TensorDictModuleBase):
             keys.append(("next", "reward"))
         return [*keys, ("next", "terminated"), ("next", "done")]
 
-    def _need(self, name: str) -> RewardFunction:
-        func = getattr(self, name)
+    def need(self, name: str) -> RewardFunction:
+        """The part called ``name``; ``ValueError`` if this predictor was built without it."""
+        func: RewardFunction | None = getattr(self, name)
         if func is None:
             raise ValueError(f"this predictor was built with {name}=None; give it one")
         return func

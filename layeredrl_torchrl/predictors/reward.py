@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torchrl.data import ReplayBuffer
 from torchrl.objectives import SoftUpdate
 
-from layeredrl_torchrl._checks import check_finite, check_positive_int
+from layeredrl_torchrl._checks import check_positive_int
 from layeredrl_torchrl.models import ProbabilisticEnsemble
-from layeredrl_torchrl.nets import Encoder, EncoderNet, ScalarHead
+from layeredrl_torchrl.nets import Encoder
 from layeredrl_torchrl.objectives import (
     MemberBatches,
     ModelLoss,
@@ -22,20 +22,14 @@ from layeredrl_torchrl.objectives import (
     PredictorLoss,
     TransitionSlices,
 )
-from layeredrl_torchrl.objectives.batches import fingerprint, hashed_uniform
+from layeredrl_torchrl.objectives.batches import fingerprint
+from layeredrl_torchrl.predictors import upkeep
 from layeredrl_torchrl.predictors.predictor import Predictor, RewardFunction
 from layeredrl_torchrl.specs import canonical_action
 
 __all__ = ["RewardPredictor"]
 
 LearningRate: TypeAlias = float | Callable[[int], float]
-
-# Statistics are taken from this many transitions, and again whenever the buffer was written to
-# by another tenth of what had been written at the last time.
-_N_STATISTICS = 10_000
-_REFRESH = 1.1
-# Updates between two calibrations, at least.
-_CALIBRATE_EVERY = 200
 
 
 class RewardPredictor(Predictor):
@@ -133,6 +127,7 @@ class RewardPredictor(Predictor):
             k_steps=k_steps,
             n_steps=n_steps,
             learn_encoder=learn_encoder,
+            action_spec=model.action_spec,
         )
         # The losses share this module's parameters, so they are not registered a second time;
         # the target network is the one thing that they add to the state.
@@ -140,12 +135,11 @@ class RewardPredictor(Predictor):
         self.member_batches = OwnBatches() if member_batches is None else member_batches
         self.__dict__["predictor_loss"] = loss
         self.target_val_func = loss.target_val_func if isinstance(val_func, nn.Module) else None
-        self.__dict__["_target_update"] = (
-            SoftUpdate(loss, tau=tau) if self.target_val_func is not None else None
-        )
+        self.tau = tau
+        self._link_target()
         self.register_buffer("n_learn_updates", torch.zeros((), dtype=torch.long))
-        self.register_buffer("_n_since_calibration", torch.zeros((), dtype=torch.long))
-        self.register_buffer("_n_written_at_statistics", torch.zeros((), dtype=torch.long))
+        self.register_buffer("n_since_calibration", torch.zeros((), dtype=torch.long))
+        self.register_buffer("n_written_at_statistics", torch.zeros((), dtype=torch.long))
         self._learning_rates = {
             "model": model_lr,
             "reward": reward_lr,
@@ -172,6 +166,25 @@ class RewardPredictor(Predictor):
                 groups.append({"params": parameters, "name": name, "lr": 0.0})
         return torch.optim.Adam(groups, lr=0.0, fused=True)
 
+    def _link_target(self) -> None:
+        """Let TorchRL's ``SoftUpdate`` move the target network from where it is."""
+        self.__dict__["_target_update"] = None
+        if self.target_val_func is None:
+            return
+        # SoftUpdate begins by overwriting the target with its source.
+        before = copy.deepcopy(self.target_val_func.state_dict())
+        self.__dict__["_target_update"] = SoftUpdate(self.predictor_loss, tau=self.tau)
+        self.target_val_func.load_state_dict(before)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and worker processes: the updater points into the original, so without."""
+        return {**self.__dict__, "_target_update": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy and give it an updater of its own."""
+        super().__setstate__(state)
+        self._link_target()
+
     @property
     def terminal_value(self) -> RewardFunction | None:
         """The target network: an average over recent updates, so steadier than ``val_func``."""
@@ -195,34 +208,72 @@ class RewardPredictor(Predictor):
         Raises:
             TypeError: Not a TorchRL replay buffer, or counts that are not integers.
             ValueError: An empty buffer, or one shorter than ``k_steps + n_steps``; NaN
-                observations or rewards; actions outside their space; a loss that is not finite
-                (before it reaches any parameter).
+                observations or rewards; actions outside their space; a loss that is not finite.
             KeyError: A buffer without one of the keys read; the message names it.
+
+        After an error the predictor is as it was before the call.
         """
         check_positive_int("n_updates", n_updates)
         check_positive_int("batch_size", batch_size)
         check_positive_int("model_batch_size", model_batch_size)
         keys = self.predictor_loss.tensor_keys
         slices = TransitionSlices(
-            buffer, observation_key=keys.observation, terminated_key=keys.terminated
+            buffer,
+            observation_key=keys.observation,
+            terminated_key=keys.terminated,
+            valid_key=keys.valid,
         )
-        length = self.predictor_loss.k_steps + self.predictor_loss.n_steps
-        self._update_statistics(buffer, slices, length)
         rates = self._current_rates(n_total_env_steps)
-        totals: dict[str, Tensor] = {}
+        before = {name: value.clone() for name, value in self.state_dict().items()}
+        moments = copy.deepcopy(self.optim.state_dict())
+        try:
+            upkeep.update_statistics(self, slices)
+            totals = self._run(slices, n_updates, batch_size, model_batch_size, rates)
+            upkeep.calibrate(self, slices, n_updates)
+        except (TypeError, ValueError, KeyError):
+            self.load_state_dict(before)
+            self.optim.load_state_dict(moments)
+            raise
+        info = {name: float(value) / n_updates for name, value in totals.items()}
+        info["n_updates"] = float(n_updates)
+        return totals["loss"] / n_updates, info
+
+    def _run(
+        self,
+        slices: TransitionSlices,
+        n_updates: int,
+        batch_size: int,
+        model_batch_size: int,
+        rates: dict[str, float],
+    ) -> dict[str, Tensor]:
+        """The updates of one call; returns the sums of their terms."""
+        length = self.predictor_loss.k_steps + self.predictor_loss.n_steps
         n_rows = self.member_batches.n_rows(model_batch_size, self.model.n_models)
+        totals: dict[str, Tensor] = {}
         for i in range(n_updates):
             for group in self.optim.param_groups:
                 group["lr"] = rates[group["name"]]
                 if group["name"] == "model":
                     group["lr"] *= self._annealing(i, n_updates)
-            terms = self._update(slices.sample(batch_size, length), slices.sample(n_rows, 1)[:, 0])
+            batch = slices.sample(batch_size, length)
+            terms = self._update(batch, self._sample_model_batch(slices, n_rows))
             for name, value in terms.items():
                 totals[name] = totals[name] + value if name in totals else value
-        self._calibrate(slices, n_updates)
-        info = {name: float(value) / n_updates for name, value in totals.items()}
-        info["n_updates"] = float(n_updates)
-        return totals["loss"] / n_updates, info
+        return totals
+
+    def _sample_model_batch(self, slices: TransitionSlices, n_rows: int) -> TensorDict:
+        """Transitions ``[R]`` of which at least one is not held out."""
+        for _ in range(100):
+            data = self.encode_transitions(slices.sample(n_rows, 1)[:, 0])
+            if not self.holdout_share:
+                return data
+            valid = ~upkeep.held_out(self, data.get("fingerprint"))
+            if bool(valid.any()):
+                return data.set("valid", valid)
+        raise ValueError(
+            f"all transitions sampled are held out with holdout_share={self.holdout_share}; lower "
+            "it, or collect more data"
+        )
 
     def _current_rates(self, n_total_env_steps: int) -> dict[str, float]:
         rates = {
@@ -241,11 +292,8 @@ class RewardPredictor(Predictor):
             min(1.0, 0.1 + 0.9 * left / self.model_lr_annealing) if self.model_lr_annealing else 1.0
         )
 
-    def _update(self, batch: TensorDictBase, model_batch: TensorDictBase) -> dict[str, Tensor]:
+    def _update(self, batch: TensorDictBase, transitions: TensorDict) -> dict[str, Tensor]:
         """One gradient step; returns the detached terms."""
-        transitions = self._encode_transitions(model_batch)
-        if self.holdout_share:
-            transitions.set("valid", ~self._held_out(transitions.get("fingerprint")))
         model_terms = self.model_loss(self.member_batches.assign(transitions, self.model.n_models))
         terms = self.predictor_loss(batch)
         loss = self.consistency_loss_weight * (
@@ -262,7 +310,7 @@ class RewardPredictor(Predictor):
             raise ValueError(
                 f"the loss is {loss.item()} "
                 f"({ {k: v.item() for td in (model_terms, terms) for k, v in td.items()} }); "
-                "nothing was updated. Lower the learning rate or check the data's scale"
+                "it reached no parameter. Lower the learning rate or check the data's scale"
             )
         self.optim.zero_grad()
         loss.backward()
@@ -278,8 +326,8 @@ class RewardPredictor(Predictor):
         return {"loss": loss.detach(), **detached}
 
     @torch.no_grad()
-    def _encode_transitions(self, batch: TensorDictBase) -> TensorDict:
-        """The model's training batch ``[N]`` from stored transitions."""
+    def encode_transitions(self, batch: TensorDictBase) -> TensorDict:
+        """The model's training batch ``[N]`` from stored transitions ``[N]``."""
         keys = self.predictor_loss.tensor_keys
         state, context = self.encoder(batch.get(keys.observation))
         next_state, _ = self.encoder(batch.get(keys.next_observation))
@@ -300,74 +348,8 @@ class RewardPredictor(Predictor):
 
     def _action(self, batch: TensorDictBase) -> Tensor:
         key: NestedKey = self.predictor_loss.tensor_keys.action
-        return canonical_action(self.model.action_spec, batch.get(key), batch.batch_size)
-
-    # -- calibration ------------------------------------------------------------------------
-
-    def _held_out(self, fingerprints: Tensor) -> Tensor:
-        """Which transitions the model is not trained on: a fixed share, by their content."""
-        return hashed_uniform(fingerprints, salt=-2) < self.holdout_share
-
-    @torch.no_grad()
-    def _calibrate(self, slices: TransitionSlices, n_updates: int) -> None:
-        """Fit the model's calibration if it was updated often enough since the last time."""
-        self._n_since_calibration += n_updates
-        if not self.holdout_share or int(self._n_since_calibration) < _CALIBRATE_EVERY:
-            return
-        data = self._encode_transitions(slices.sample(_N_STATISTICS, 1)[:, 0])
-        data = data[self._held_out(data.get("fingerprint"))]
-        # Drawn with replacement: each transition counts once.
-        _, first = np.unique(data.get("fingerprint").cpu().numpy(), return_index=True)
-        data = data[torch.from_numpy(first)]
-        if not len(data):
-            return
-        keys = ("state", "context", "action", ("next", "state"))
-        self.model.calibrate(*(data.get(key) for key in keys))
-        self._n_since_calibration.zero_()
-
-    # -- statistics -------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _update_statistics(
-        self, buffer: ReplayBuffer, slices: TransitionSlices, length: int
-    ) -> None:
-        """Refit normalisers, output scales and the encoder's mask if the data has grown."""
-        # A buffer that was loaded or filled by another process counts what it holds.
-        n_written = max(int(buffer.write_count), len(slices))
-        last = int(self._n_written_at_statistics)
-        if last and last <= n_written < _REFRESH * last:
-            return
-        n = min(max(len(slices), 1), _N_STATISTICS)
-        batch = slices.sample(n, length)
-        keys = self.predictor_loss.tensor_keys
-        for key in (keys.action, keys.reward):
-            if batch.get(key, None) is None:
-                names = sorted(map(str, batch.keys(True, True)))
-                raise KeyError(f"the buffer has no entry {key!r}; it has {names}")
-        first = batch[:, 0]
-        observation = first.get(keys.observation)
-        next_observation = first.get(keys.next_observation)
-        check_finite("observation", observation, hint="repair the environment's observations")
-        check_finite("next observation", next_observation, hint="repair the observations")
-        reward = first.get(keys.reward)
-        check_finite("reward", reward, hint="repair the environment's rewards")
-        if isinstance(self.encoder, EncoderNet) and self.learn_encoder:
-            self.encoder.update_mask(observation, next_observation)
-        transitions = self._encode_transitions(first)
-        state, context, action = (transitions.get(key) for key in ("state", "context", "action"))
-        self.model.fit_statistics(state, context, action, transitions.get(("next", "state")))
-        std, mean = torch.std_mean(reward.float(), correction=0)
-        rms = reward.float().square().mean().sqrt()
-        rms_reward = torch.where(rms > 0, rms, torch.ones_like(rms))
-        if isinstance(self.rew_func, ScalarHead):
-            self.rew_func.fit_inputs(state, context, action)
-            self.rew_func.rescale(mean, torch.where(std > 1e-3 * rms, std, rms_reward))
-        if isinstance(self.val_func, ScalarHead):
-            # Returns are many rewards large, but a value function that starts at 0 and is told the
-            # size of one reward grows up to them from below, and so stays modest where there is
-            # no data; planners seek out states whose value is overrated.
-            target = cast(ScalarHead, self.target_val_func)
-            for head in (self.val_func, target):
-                head.fit_inputs(state, context, action)
-                head.rescale(0.0, rms_reward)
-        self._n_written_at_statistics.fill_(n_written)
+        action = batch.get(key, None)
+        if action is None:
+            names = sorted(map(str, batch.keys(True, True)))
+            raise KeyError(f"the buffer has no entry {key!r}; it has {names}")
+        return canonical_action(self.model.action_spec, action, batch.batch_size)

@@ -113,7 +113,7 @@ def prediction(predictor, played: TensorDict, path: Path, title: str, horizon: i
 
 
 @torch.no_grad()
-def animation(name: str, policy, path: Path, seed: int, max_steps: int = 250) -> None:
+def animation(name: str, policy, path: Path, seed: int, max_steps: int = 150) -> None:
     """An animated picture of one episode; says in one line why where MuJoCo cannot render."""
     import imageio
 

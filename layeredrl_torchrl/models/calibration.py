@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 __all__ = ["StdCalibration"]
 
-# Standard deviations of the Gaussian prior on shift, slope and spread: with no data the
-# calibration is the identity, with 50 rows it moves little, with 500 it follows the data.
+# Standard deviations of the Gaussian prior on shift, slope and spread: it keeps the calibration
+# at the identity without data and finite with little; a few dozen rows outweigh it.
 _PRIOR = (0.5, 0.25, 0.5)
 
 

@@ -40,12 +40,16 @@ class ProbabilisticEnsemble(Model):
         normalize_inputs: Whether state, context and continuous actions are standardised before
             they reach the networks.
         clip_inputs: Whether standardised inputs are also kept within the range of the data that
-            the statistics are from (:class:`~layeredrl_torchrl.Normalizer`).
+            the statistics are from (:class:`~layeredrl_torchrl.Normalizer`); by default where
+            there are such inputs.
         ema_decay: Predictions come from an exponential moving average of the members' weights
             with this decay, ``None`` for the weights themselves. The average starts with the
             first :meth:`update_average`, which a predictor's ``learn`` calls after each gradient
             step (and your own training loop has to).
         **keys: ``in_keys`` and ``out_keys`` of :class:`~layeredrl_torchrl.Model`.
+
+    Once there is an average, :meth:`predict` sends no gradient to the trained weights; the losses
+    use :meth:`predict_normalized`, which does.
 
     The statistics are buffers that only :meth:`fit_statistics` changes, which a predictor's
     ``learn`` calls.
@@ -68,7 +72,7 @@ class ProbabilisticEnsemble(Model):
         predict_delta: bool = True,
         normalize_targets: bool = True,
         normalize_inputs: bool = True,
-        clip_inputs: bool = True,
+        clip_inputs: bool | None = None,
         ema_decay: float | None = 0.99,
         **keys: Sequence[Any],
     ) -> None:
@@ -84,6 +88,9 @@ class ProbabilisticEnsemble(Model):
         self.predict_delta = predict_delta
         self.normalize_targets = normalize_targets
         self.normalize_inputs = normalize_inputs
+        if clip_inputs and not normalize_inputs:
+            raise ValueError("clip_inputs=True has no effect without normalize_inputs=True")
+        clip_inputs = normalize_inputs if clip_inputs is None else clip_inputs
         if ema_decay is not None and not 0.0 <= ema_decay < 1.0:
             raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}; None for no average")
         self.ema_decay = ema_decay

@@ -218,7 +218,7 @@ class StackedProbFCDynamics(nn.Module):
         else:
             # Inversion of the weights' cumulative sum; clamped because it may end below 1.
             edges = logits.softmax(-1).cumsum(-1)
-            mode = (torch.rand_like(edges[..., :1]) > edges).sum(-1, keepdim=True)
+            mode = (torch.rand_like(edges[..., :1]) >= edges).sum(-1, keepdim=True)
             mode = mode.clamp_max(self.n_modes - 1).unsqueeze(-1)
             mean = mean.take_along_dim(mode, -2).squeeze(-2)
             raw = raw.take_along_dim(mode, -2).squeeze(-2)

@@ -53,8 +53,9 @@ class Case:
     n_modes: int = 1
 
     def ensemble(self, device: str) -> ProbabilisticEnsemble:
+        """An ensemble with the statistics of smooth dynamics: changes a tenth of the states."""
         box = partial(gym.spaces.Box, -float("inf"), float("inf"))
-        return ProbabilisticEnsemble(
+        model = ProbabilisticEnsemble(
             state_space=box((STATE,)),
             context_space=None,
             action_space=gym.spaces.Box(-1, 1, (ACTION,)),
@@ -62,7 +63,10 @@ class Case:
             n_models=self.n_models,
             n_modes=self.n_modes,
             n_particles_per_model=self.n_particles,
-        ).to(device)
+        )
+        state, action = torch.randn(1000, STATE), 2 * torch.rand(1000, ACTION) - 1
+        model.fit_statistics(state, state[:, :0], action, state + 0.1 * torch.randn(1000, STATE))
+        return model.to(device)
 
     def products(self, device: str) -> Callable[[], None]:
         """The same chain of batched products, without anything between them."""

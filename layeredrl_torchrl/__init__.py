@@ -9,7 +9,16 @@ if not (_here / "envs").is_dir() and (_here.parent / "envs" / "__init__.py").is_
     __path__.append(str(_here.parent))
 
 from layeredrl_torchrl.imagination import PredictorEnv  # noqa: E402
-from layeredrl_torchrl.models import GaussianMixture, Model, ProbabilisticEnsemble  # noqa: E402
+from layeredrl_torchrl.models import (  # noqa: E402
+    TS1,
+    EnsembleDisagreement,
+    Expectation,
+    GaussianMixture,
+    Model,
+    ProbabilisticEnsemble,
+    Propagation,
+    TSInfinity,
+)
 from layeredrl_torchrl.nets import (  # noqa: E402
     Encoder,
     EncoderNet,
@@ -32,15 +41,28 @@ from layeredrl_torchrl.objectives import (  # noqa: E402
     TransitionSlices,
     n_step_targets,
 )
-from layeredrl_torchrl.predictors import Predictor, RewardPredictor, StaticPredictor  # noqa: E402
+from layeredrl_torchrl.predictors import (  # noqa: E402
+    DeltaStandardizer,
+    EarlyStopping,
+    Predictor,
+    PredictorFactory,
+    RewardPredictor,
+    StaticPredictor,
+    get_default_predictor_factory,
+)
 from layeredrl_torchrl.specs import to_spec  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "TS1",
     "BootstrappedBatches",
+    "DeltaStandardizer",
+    "EarlyStopping",
     "Encoder",
     "EncoderNet",
+    "EnsembleDisagreement",
+    "Expectation",
     "FixedEncoderNet",
     "GaussianMixture",
     "IdentityEncoder",
@@ -52,16 +74,20 @@ __all__ = [
     "PartitionedBatch",
     "Predictor",
     "PredictorEnv",
+    "PredictorFactory",
     "PredictorLoss",
     "ProbFCDynamics",
     "ProbabilisticEnsemble",
+    "Propagation",
     "RewardNet",
     "RewardPredictor",
     "ScalarHead",
     "SharedBatch",
     "StaticPredictor",
+    "TSInfinity",
     "TransitionSlices",
     "ValueNet",
+    "get_default_predictor_factory",
     "n_step_targets",
     "to_spec",
 ]

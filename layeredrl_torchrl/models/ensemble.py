@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from layeredrl_torchrl._checks import check_finite
-from layeredrl_torchrl.models.calibration import StdCalibration
+from layeredrl_torchrl.models.calibration import Calibration
 from layeredrl_torchrl.models.members import stack_members
 from layeredrl_torchrl.models.model import Model
+from layeredrl_torchrl.models.propagation import Step
+from layeredrl_torchrl.models.stepping import EnsembleStep, excess_std
 from layeredrl_torchrl.nets import MemberOutput, Normalizer, ProbFCDynamics, StackedProbFCDynamics
 from layeredrl_torchrl.specs import Space, is_discrete, width
 
@@ -41,7 +43,9 @@ class ProbabilisticEnsemble(Model):
             they reach the networks.
         clip_inputs: Whether standardised inputs are also kept within the range of the data that
             the statistics are from (:class:`~layeredrl_torchrl.Normalizer`); by default where
-            there are such inputs.
+            there are such inputs. What a prediction's inputs lie beyond that range adds to its
+            std, up to the spread of all that was seen
+            (:func:`~layeredrl_torchrl.models.stepping.excess_std`).
         ema_decay: Predictions come from an exponential moving average of the members' weights
             with this decay, ``None`` for the weights themselves. The average starts with the
             first :meth:`update_average`, which a predictor's ``learn`` calls after each gradient
@@ -101,6 +105,7 @@ class ProbabilisticEnsemble(Model):
         for member, net in enumerate(nets):
             self._check_net(member, net, probe)
         self.members = stack_members(nets, probe)
+        self._ignores_context = all(getattr(net, "ignore_context", False) for net in nets)
         if ema_decay is not None:
             self.averaged_members = copy.deepcopy(self.members).requires_grad_(False)
         self.register_buffer("n_averaged", torch.zeros((), dtype=torch.long))
@@ -113,7 +118,7 @@ class ProbabilisticEnsemble(Model):
         n_action = 0 if is_discrete(self.action_spec) else width(self.action_spec)
         self.action_normalizer = Normalizer(n_action, clip=clip_inputs)
         self.target_normalizer = Normalizer(self.state_dim)
-        self.calibration = StdCalibration(n_models, self.state_dim)
+        self.calibration = Calibration(n_models, self.state_dim)
 
     # -- prediction -----------------------------------------------------------------------
 
@@ -145,23 +150,31 @@ class ProbabilisticEnsemble(Model):
         (mean, std), weights, term_prob = self.predicting_members(*inputs)
         loc, scale = self.target_normalizer.loc, self.target_normalizer.scale
         offset = loc + state if self.predict_delta else loc.expand_as(state)
-        return (
-            (torch.addcmul(offset.unsqueeze(-2), mean, scale), self.calibration(std) * scale),
-            weights,
-            term_prob,
-        )
+        std = self.calibration(std)
+        if self.state_normalizer.clip:
+            std = std + excess_std(self._excess(state, context, action)).unsqueeze(-2)
+        mean = torch.addcmul(offset.unsqueeze(-2), mean, scale)
+        return (mean, std * scale), weights, term_prob
 
-    def step_members(
-        self, state: Tensor, context: Tensor, action: Tensor, *, deterministic: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """As the base class has it; the built-in members sample without the modes not drawn."""
+    def reconcile_members(self, mean: Tensor, weights: Tensor) -> Tensor:
+        """As the base class has it: by :class:`Calibration`."""
+        return self.calibration.reconcile(mean, weights)
+
+    def _excess(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
+        """How far each input lies beyond the range of the data, ``[M, N, in]``."""
+        parts = [self.state_normalizer.excess(state)]
+        if self.context_dim and not self._ignores_context:
+            parts.append(self.context_normalizer.excess(context))
+        if not is_discrete(self.action_spec):
+            parts.append(self.action_normalizer.excess(action))
+        return torch.cat(parts, -1)
+
+    def make_step(self, *, deterministic: bool = False) -> Step:
+        """As the base class has it; the built-in members are stepped in a faster way."""
         members = self.predicting_members
-        if deterministic or not isinstance(members, StackedProbFCDynamics):
-            return super().step_members(state, context, action, deterministic=deterministic)
-        inputs = self._normalize(state, context, action)
-        target, term_prob = members.sample(*inputs, calibration=self.calibration)
-        target = self.target_normalizer.inverse(target)
-        return (state + target if self.predict_delta else target), term_prob
+        if torch.is_grad_enabled() or not isinstance(members, StackedProbFCDynamics):
+            return super().make_step(deterministic=deterministic)
+        return EnsembleStep(self, members, deterministic=deterministic)
 
     # -- learning -------------------------------------------------------------------------
 
@@ -197,7 +210,7 @@ class ProbabilisticEnsemble(Model):
 
     @torch.no_grad()
     def calibrate(self, state: Tensor, context: Tensor, action: Tensor, next_state: Tensor) -> None:
-        """Fit :class:`StdCalibration` to transitions ``[N, ...]`` that were not trained on."""
+        """Fit :class:`Calibration` to transitions ``[N, ...]`` that were not trained on."""
         rows = (x.expand(self.n_models, *x.shape) for x in (state, context, action))
         (mean, std), weights, _ = self.predicting_members(*self._normalize(*rows))
         self.calibration.fit(mean, std, weights, self.target(state, next_state))

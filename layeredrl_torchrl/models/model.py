@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -11,16 +12,16 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from layeredrl_torchrl._checks import check_finite, check_positive_int, check_width
+from layeredrl_torchrl.models.log_prob import NO_DENSITY, mixture_log_prob
 from layeredrl_torchrl.models.mixture import GaussianMixture
+from layeredrl_torchrl.models.output_checks import check_output
+from layeredrl_torchrl.models.propagation import Propagation, Step, TSInfinity
+from layeredrl_torchrl.models.rollouts import trajectory, uncertainty
 from layeredrl_torchrl.nets import MemberOutput
 from layeredrl_torchrl.specs import Space, canonical_action, is_discrete, to_spec, width
 
 __all__ = ["Model"]
 
-_NO_DENSITY = (
-    "the model predicts a standard deviation of 0, so the next state has no density; use predict() "
-    "or rollout(), or give get_log_prob() a fixed std"
-)
 _IN_KEYS: tuple[NestedKey, ...] = ("state", "context", "action")
 _OUT_KEYS: tuple[NestedKey, ...] = (
     ("next", "loc"),
@@ -108,6 +109,18 @@ class Model(TensorDictModuleBase):
             and std of the next state itself.
         """
 
+    def reconcile_members(self, mean: Tensor, weights: Tensor) -> Tensor:
+        """What the ensemble makes of its members' means where all are asked about the same rows.
+
+        A hook for :meth:`predict` and what builds on it; the members' own means by default. A
+        rollout propagates members as they are, since their particles part.
+
+        Args:
+            mean: ``[M, N, K, D]``.
+            weights: ``[M, N, K]``.
+        """
+        return mean
+
     # -- predictions ----------------------------------------------------------------------
 
     def predict(
@@ -128,8 +141,9 @@ class Model(TensorDictModuleBase):
             TypeError, ValueError: Inputs of another shape or kind, NaN, actions outside their
                 space; a member that predicts NaN or a negative std (named in the message).
         """
-        batch, flat = self._prepare(state, context, action)
+        batch, flat = self.prepare(state, context, action)
         (mean, std), weights, term_prob = self._predict_flat(*flat)
+        mean = self.reconcile_members(mean, weights)
         return (
             mean.movedim(0, 1).reshape(*batch, *mean.shape[:1], *mean.shape[2:]),
             weights.movedim(0, 1).reshape(*batch, self.n_models, self.n_modes),
@@ -139,7 +153,7 @@ class Model(TensorDictModuleBase):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the prediction for a TensorDict ``[*B]``; keys in the class docstring."""
-        loc, weights, scale, term_prob = self.predict(*self._read(tensordict))
+        loc, weights, scale, term_prob = self.predict(*self.read(tensordict))
         mean = (weights.unsqueeze(-1) * loc).sum(-2).mean(-2)
         values = (loc, weights, scale, term_prob.unsqueeze(-1), mean)
         for key, value in zip(self.out_keys, values, strict=True):
@@ -159,9 +173,9 @@ class Model(TensorDictModuleBase):
             ValueError: A model that predicts a std of 0 (it has no density), and as
                 :meth:`predict`.
         """
-        loc, weights, scale, _ = self.predict(*self._read(tensordict))
+        loc, weights, scale, _ = self.predict(*self.read(tensordict))
         if not bool((scale > 0).all()):
-            raise ValueError(_NO_DENSITY)
+            raise ValueError(NO_DENSITY)
         return GaussianMixture(
             loc.flatten(-3, -2), scale.flatten(-3, -2), weights.flatten(-2) / self.n_models
         )
@@ -205,40 +219,8 @@ class Model(TensorDictModuleBase):
             )
         check_finite("next_state", next_state, hint="repair it first")
         difference = next_state.to(loc.dtype)[..., None, None, :] - loc
-        if transform is not None:
-            if std is None:
-                raise ValueError("transform needs a fixed std; pass std= as well")
-            if isinstance(transform, Tensor):
-                if transform.ndim != 2 or transform.shape[1] != self.state_dim:
-                    raise ValueError(
-                        f"transform has shape {tuple(transform.shape)}, expected "
-                        f"[D', {self.state_dim}]"
-                    )
-                difference = difference @ transform.to(loc.dtype).mT
-            else:
-                difference = transform(difference)
-        if std is not None:
-            fixed = torch.as_tensor(std, dtype=loc.dtype, device=loc.device)
-            if not bool((fixed > 0).all()):
-                raise ValueError(f"std must be positive, got {std}")
-            if fixed.ndim > 1 or fixed.numel() not in (1, difference.shape[-1]):
-                raise ValueError(
-                    f"std has shape {tuple(fixed.shape)}, expected a number or "
-                    f"[{difference.shape[-1]}]"
-                )
-            scale = fixed.expand_as(difference)
-        elif not bool((scale > 0).all()):
-            raise ValueError(_NO_DENSITY)
-        mixture = GaussianMixture(
-            torch.zeros_like(difference).flatten(-3, -2),
-            scale.flatten(-3, -2),
-            weights.flatten(-2) / self.n_models,
-        )
-        # Each component has its own difference, so the mixture is evaluated term by term.
-        log_prob = mixture.modes.log_prob(difference.flatten(-3, -2)).sum(-1)
-        log_prob = (log_prob + mixture.mixture_distribution.logits).logsumexp(-1)
-        means = (weights.unsqueeze(-1) * loc).sum(-2)
-        return log_prob, term_prob, {"means": means}
+        log_prob = mixture_log_prob(difference, weights, scale, std, transform)
+        return log_prob, term_prob, {"means": (weights.unsqueeze(-1) * loc).sum(-2)}
 
     # -- rollouts -------------------------------------------------------------------------
 
@@ -248,75 +230,31 @@ class Model(TensorDictModuleBase):
         context: Tensor | None,
         actions: Tensor,
         deterministic: bool = False,
+        *,
+        propagation: Propagation | None = None,
     ) -> TensorDict:
         """Roll out action sequences open loop, ``P`` particles in each of ``M`` members.
-
-        Particles stay within their member (TS-infinity, arXiv 1805.12114, section 5.1).
 
         Args:
             initial_state: ``[*B, D]``.
             context: ``[*B, C]`` or ``None``; constant over the rollout.
             actions: ``[*B, H, A]``, or discrete ``[*B, H]``, ``[*B, H, 1]``, ``[*B, H, n]``.
             deterministic: Follow each member's mean instead of sampling from it.
+            propagation: Which member moves which particle; :class:`TSInfinity` by default.
 
         Returns:
-            A TensorDict ``[*B, M, P, H]`` laid out as a TorchRL rollout: state, context, action,
-            ``("next", state)``, ``("next", "term_prob") [..., 1]``. State and next state are
-            views of one tensor; context and actions are expanded, not copied.
+            A TensorDict ``[*B, M, P, H]`` (``[*B, 1, 1, H]`` with :class:`Expectation`) laid out
+            as a TorchRL rollout: state, context, action, ``("next", state)``,
+            ``("next", "term_prob") [..., 1]``. State and next state are views of one tensor;
+            context and actions are expanded, not copied.
 
         Raises:
             ValueError: ``H`` of 0; a state that leaves the finite numbers (the message says which
                 member at which step); and as :meth:`predict`.
         """
-        batch, horizon, flat = self._prepare_rollout(initial_state, context, actions)
-        state, ctx, acts = flat
-        n, n_models, n_part = state.shape[0], self.n_models, self.n_particles_per_model
-        rows = (n_models, n * n_part)
-        ctx_rows = ctx.repeat_interleave(n_part, 0).expand(*rows, -1)
-        particles = (n_models, n, n_part, self.state_dim)
-        # One tensor holds all steps; only where gradients are kept, which steps written in place
-        # would destroy, are the steps gathered at the end.
-        gathered = [state[:, None].expand(particles)] if torch.is_grad_enabled() else []
-        states = state.new_empty(() if gathered else (horizon + 1, *particles))
-        term = state.new_empty((horizon, *particles[:-1]))
-        if not gathered:
-            states[0] = state[:, None]
-        for h in range(horizon):
-            act = acts[:, h].repeat_interleave(n_part, 0)
-            following, term_prob = self.step_members(
-                (gathered[h] if gathered else states[h]).reshape(*rows, -1),
-                ctx_rows,
-                act.expand(n_models, *act.shape),
-                deterministic=deterministic,
-            )
-            if gathered:
-                gathered.append(following.view(particles))
-            else:
-                states[h + 1] = following.view(particles)
-            term[h] = term_prob.view(particles[:-1])
-        if gathered:
-            states = torch.stack(gathered)
-        self._check_trajectory(states, term)
-
-        def lay_out(x: Tensor) -> Tensor:
-            """[H, M, N, P, *] -> [*B, M, P, H, *]."""
-            return x.permute(2, 1, 3, 0, *range(4, x.ndim)).unflatten(0, batch or (1,))
-
-        shape = (*batch, n_models, n_part, horizon)
-        acts = acts[:, None, None].expand(n, n_models, n_part, *acts.shape[1:])
-        ctx = ctx[:, None, None, None].expand(n, n_models, n_part, horizon, -1)
-        state_key, context_key, action_key = self.in_keys
-        data = TensorDict(
-            {
-                state_key: lay_out(states[:-1]).reshape(*shape, -1),
-                context_key: ctx.reshape(*shape, self.context_dim),
-                action_key: acts.reshape(*shape, *acts.shape[4:]),
-                "next": {"term_prob": lay_out(term.unsqueeze(-1)).reshape(*shape, 1)},
-            },
-            batch_size=shape,
-        )
-        data.set(("next", state_key), lay_out(states[1:]).reshape(*shape, -1))
-        return data
+        batch, flat = self.prepare_rollout(initial_state, context, actions)
+        propagation = TSInfinity() if propagation is None else propagation
+        return trajectory(self, batch, *flat, propagation, deterministic=deterministic)
 
     def uncertainty(self, traj: TensorDictBase) -> TensorDict:
         """Split the spread of a rollout's particles by the law of total variance.
@@ -328,7 +266,8 @@ class Model(TensorDictModuleBase):
             TensorDict ``[*B, H]`` with ``"mean"``, ``"epistemic_var"`` (variance over members of
             their means) and ``"aleatoric_var"`` (mean over members of the variance of their
             particles), each ``[*B, H, D]``; the two sum to the variance over all particles. With
-            one particle a member the aleatoric part is 0 by construction.
+            one particle a member the aleatoric part is 0 by construction. Rollouts with
+            :class:`TS1` mix members, so that there the split says nothing.
         """
         state = traj.get(("next", self.in_keys[0]), None)
         if state is None or state.ndim < 4:
@@ -336,30 +275,29 @@ class Model(TensorDictModuleBase):
                 f"traj has no {('next', self.in_keys[0])!r} of shape [*B, M, P, H, D]; give what "
                 "rollout() returns"
             )
-        member_mean = state.mean(-3)  # [*B, M, H, D]
-        return TensorDict(
-            {
-                "mean": member_mean.mean(-3),
-                "epistemic_var": member_mean.var(-3, correction=0),
-                "aleatoric_var": state.var(-3, correction=0).mean(-3),
-            },
-            batch_size=(*state.shape[:-4], state.shape[-2]),
-        )
+        return uncertainty(state)
 
     # -- shared steps ---------------------------------------------------------------------
 
-    def step_members(
-        self, state: Tensor, context: Tensor, action: Tensor, *, deterministic: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Step member ``m``'s rows ``[M, N, ...]`` to its mean, or to a sample of its mixture.
+    def make_step(self, *, deterministic: bool = False) -> Step:
+        """What steps members in a rollout: made once, called once for each step.
 
         A hook: a model that can sample faster than by way of :meth:`predict_members` has its own.
 
+        Args:
+            deterministic: Step to the members' means instead of samples of their mixtures.
+
         Returns:
-            Next state ``[M, N, D]`` and term_prob ``[M, N]``.
+            A callable of state ``[M, R, D]``, context ``[M, R, C]`` and action ``[M, R, *]`` that
+            returns the next state ``[M, R, D]`` and term_prob ``[M, R]``.
         """
+        return partial(self._step_by_mixture, deterministic=deterministic)
+
+    def _step_by_mixture(
+        self, state: Tensor, context: Tensor, action: Tensor, *, deterministic: bool
+    ) -> tuple[Tensor, Tensor]:
         out = self.predict_members(state, context, action)
-        self._check_output(out, sign=False)
+        check_output(out, sign=False)
         (mean, std), weights, term_prob = out
         if deterministic:
             return (weights.unsqueeze(-1) * mean).sum(-2), term_prob
@@ -371,7 +309,8 @@ class Model(TensorDictModuleBase):
             mean, std = mean.gather(-2, index).squeeze(-2), std.gather(-2, index).squeeze(-2)
         return torch.addcmul(mean, std, torch.randn_like(mean)), term_prob
 
-    def _read(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None, Tensor]:
+    def read(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None, Tensor]:
+        """State, context and action of a TensorDict; ``KeyError`` names what is missing."""
         state_key, context_key, action_key = self.in_keys
         found = {key: tensordict.get(key, None) for key in self.in_keys}
         missing = [k for k in (state_key, action_key) if found[k] is None]
@@ -384,17 +323,22 @@ class Model(TensorDictModuleBase):
             )
         return found[state_key], found[context_key], found[action_key]
 
-    def _prepare(
+    def prepare(
         self, state: Tensor, context: Tensor | None, action: Tensor
     ) -> tuple[torch.Size, tuple[Tensor, Tensor, Tensor]]:
-        """Check inputs ``[*B, ...]`` and flatten them to ``[N, ...]``."""
+        """Check inputs ``[*B, ...]`` and flatten them to ``[N, ...]``; returns ``*B`` first."""
         batch, state, context = self._prepare_state(state, context)
         action = canonical_action(self.action_spec, action, batch)
         return batch, (state, context, self._flatten_action(action, batch))
 
-    def _prepare_rollout(
+    def prepare_rollout(
         self, state: Tensor, context: Tensor | None, actions: Tensor
-    ) -> tuple[torch.Size, int, tuple[Tensor, Tensor, Tensor]]:
+    ) -> tuple[torch.Size, tuple[Tensor, Tensor, Tensor]]:
+        """Check the inputs of :meth:`rollout` and flatten them to ``[N, ...]``.
+
+        Returns:
+            ``*B``, and state ``[N, D]``, context ``[N, C]``, actions ``[N, H, *]``.
+        """
         batch, state, context = self._prepare_state(state, context)
         if not isinstance(actions, Tensor) or actions.ndim <= len(batch):
             raise ValueError(
@@ -407,7 +351,7 @@ class Model(TensorDictModuleBase):
         steps = torch.Size((*batch, horizon))
         actions = canonical_action(self.action_spec, actions, steps)
         actions = self._flatten_action(actions, steps)
-        return batch, horizon, (state, context, actions.unflatten(0, (-1, horizon)))
+        return batch, (state, context, actions.unflatten(0, (-1, horizon)))
 
     def _prepare_state(
         self, state: Tensor, context: Tensor | None
@@ -450,44 +394,5 @@ class Model(TensorDictModuleBase):
         out = self.predict_members(
             *(x.expand(self.n_models, *x.shape) for x in (state, context, action))
         )
-        self._check_output(out)
+        check_output(out)
         return out
-
-    def _check_output(self, out: MemberOutput, *, sign: bool = True) -> None:
-        """Raise if a member says nonsense; a state that has diverged is not looked for here."""
-        (mean, std), weights, term_prob = out
-        total = weights.sum() + term_prob.sum()
-        if sign:
-            total = total + mean.sum() + std.sum()
-        if bool(torch.isfinite(total)) and (not sign or bool((std >= 0).all())):
-            return
-        for name, value in (
-            ("mean", mean),
-            ("std", std),
-            ("weights", weights),
-            ("term_prob", term_prob),
-        ):
-            bad = ~torch.isfinite(value)
-            if name == "std":
-                bad = bad | (value < 0)
-            members = bad.flatten(1).any(1).nonzero().flatten().tolist()
-            if members:
-                raise ValueError(
-                    f"member(s) {members} of {self.n_models} predict a {name} that is not "
-                    "finite (or negative, for std); the model has diverged: lower its learning "
-                    "rate, or check the data it was trained on"
-                )
-
-    def _check_trajectory(self, states: Tensor, term_prob: Tensor) -> None:
-        """Raise if ``states [H + 1, M, N, P, D]`` or ``term_prob [H, M, N, P]`` are not finite."""
-        if bool(torch.isfinite(states.detach().abs().amax() + term_prob.detach().sum())):
-            return
-        bad = (~torch.isfinite(states)).flatten(2).any(2)
-        bad[1:] |= (~torch.isfinite(term_prob)).flatten(2).any(2)
-        if not bool(bad.any()):
-            return
-        step, member = bad.nonzero()[0].tolist()
-        raise ValueError(
-            f"the rollout of member {member} diverged at step {step} of {states.shape[0] - 1}: "
-            "shorten the horizon, or train the model on data like these states and actions"
-        )

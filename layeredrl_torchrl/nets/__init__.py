@@ -1,9 +1,11 @@
 """Networks and encoders."""
 
-from layeredrl_torchrl.nets.dynamics import MemberOutput, ProbFCDynamics, StackedProbFCDynamics
+from layeredrl_torchrl.nets.dynamics import ProbFCDynamics
 from layeredrl_torchrl.nets.encoders import Encoder, EncoderNet, FixedEncoderNet, IdentityEncoder
+from layeredrl_torchrl.nets.gaussians import MemberOutput
 from layeredrl_torchrl.nets.heads import RewardNet, ScalarHead, ValueNet
 from layeredrl_torchrl.nets.normalizer import Normalizer
+from layeredrl_torchrl.nets.stacked import StackedProbFCDynamics, StackedSampler
 
 __all__ = [
     "Encoder",
@@ -16,5 +18,6 @@ __all__ = [
     "RewardNet",
     "ScalarHead",
     "StackedProbFCDynamics",
+    "StackedSampler",
     "ValueNet",
 ]

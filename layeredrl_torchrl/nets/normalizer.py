@@ -44,6 +44,11 @@ class Normalizer(nn.Module):
         x = (x - self.loc) / self.scale
         return torch.clamp(x, self.low, self.high) if self.clip else x
 
+    def excess(self, x: Tensor) -> Tensor:
+        """How far ``x [..., n]`` lies beyond the range it is kept within, in units of ``scale``."""
+        x = (x - self.loc) / self.scale
+        return x - torch.clamp(x, self.low, self.high) if self.clip else torch.zeros_like(x)
+
     def inverse(self, x: Tensor) -> Tensor:
         """Undo :meth:`forward`, but for what it clipped."""
         return x * self.scale + self.loc

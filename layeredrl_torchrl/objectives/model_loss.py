@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,24 @@ from torchrl.objectives import LossModule
 
 from layeredrl_torchrl.models import ProbabilisticEnsemble
 
-__all__ = ["ModelLoss"]
+__all__ = ["ModelInputs", "ModelLoss"]
 
 _LOG_2PI = math.log(2 * math.pi)
+
+
+class ModelInputs(NamedTuple):
+    """What :class:`ModelLoss` learns from, with no NaN in what does not count."""
+
+    state: Tensor  # [M, N, D]
+    context: Tensor  # [M, N, C]
+    action: Tensor  # [M, N, A] or as the spec says
+    next_state: Tensor  # [M, N, D]
+    terminated: Tensor  # [M, N], bool or float
+    weight: Tensor  # [M, N]: how much each transition counts
+
+    def split(self, size: int) -> list[ModelInputs]:
+        """Batches of ``size`` transitions for each member."""
+        return [ModelInputs(*x) for x in zip(*(y.split(size, 1) for y in self), strict=True)]
 
 
 class ModelLoss(LossModule):
@@ -30,16 +46,25 @@ class ModelLoss(LossModule):
         model: The ensemble.
         per_member: Whether batches come with a leading member axis, ``[M, N]``, so that each
             member learns from transitions of its own; else all learn from the same ``[N]``.
+        beta: In [0, 1]. Each dimension's part of the gradient is multiplied by ``std ** (2 *
+            beta)``, its predicted std in the units of the target: beta-NLL (arXiv 2203.09168,
+            section 3). Plain likelihood (0) attends to what is already predicted well and
+            neglects the rest; squared errors (1) attend to what is predicted badly. Of several
+            modes, each is weighted by its own std, at the responsibilities that the unweighted
+            likelihood gives (the gradient of a mixture's likelihood is that of its modes'
+            log-densities, averaged so).
 
     Reads (``set_keys`` renames): ``state``, ``context``, ``action``, ``next_state``
     (``("next", "state")``), ``terminated`` (``("next", "terminated")``), and where present
     ``valid`` (bool ``[N]`` or ``[N, 1]``) and ``weight`` (float, same shape).
 
     Writes ``loss_dynamics`` and ``loss_termination`` (sums over members), and for the log
-    ``nll`` (nats per dimension, averaged over members) and ``termination_bce``.
+    ``nll`` (nats per dimension, averaged over members, whatever ``beta`` is) and
+    ``termination_bce``.
 
     Raises:
-        KeyError: A missing entry. ValueError: no valid transition in the batch.
+        KeyError: A missing entry. ValueError: no valid transition in the batch; ``beta`` outside
+            its range.
     """
 
     @dataclass
@@ -57,8 +82,13 @@ class ModelLoss(LossModule):
     default_keys = _AcceptedKeys
     out_keys = ["loss_dynamics", "loss_termination", "nll", "termination_bce"]
 
-    def __init__(self, model: ProbabilisticEnsemble, *, per_member: bool = False) -> None:
+    def __init__(
+        self, model: ProbabilisticEnsemble, *, per_member: bool = False, beta: float = 0.0
+    ) -> None:
         super().__init__()
+        if not 0.0 <= beta <= 1.0:
+            raise ValueError(f"beta must lie in [0, 1], got {beta}")
+        self.beta = beta
         self.model = model
         self.per_member = per_member
 
@@ -75,6 +105,14 @@ class ModelLoss(LossModule):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Compute the losses of a batch ``[N]``, or ``[M, N]`` with ``per_member``."""
+        return TensorDict(self.terms(self.prepare(tensordict)))
+
+    def prepare(self, tensordict: TensorDictBase) -> ModelInputs:
+        """Check and mask a batch, or several in one, which :meth:`ModelInputs.split` cuts.
+
+        Raises:
+            KeyError, ValueError: As the class says.
+        """
         expected = 2 if self.per_member else 1
         if tensordict.ndim != expected or (
             self.per_member and tensordict.shape[0] != self.model.n_models
@@ -96,6 +134,7 @@ class ModelLoss(LossModule):
                 value = value.expand(self.model.n_models, *value.shape)
             values.append(value)
         state, context, action, next_state, terminated = values
+        terminated = terminated.squeeze(-1)
         weight, masked = self._weights(tensordict, state)
         if masked:
             # What does not count may be anything, NaN too, which a weight of 0 would not stop.
@@ -105,34 +144,56 @@ class ModelLoss(LossModule):
             )
             if action.is_floating_point():
                 action = torch.where(keep, action, 0.0)
+        return ModelInputs(state, context, action, next_state, terminated, weight)
 
+    def terms(self, inputs: ModelInputs) -> dict[str, Tensor]:
+        """The losses of a prepared batch, as :meth:`forward` writes them."""
+        state, context, action, next_state, terminated, weight = inputs
+        # A share of its member's mean; that of a member of which no transition counts is 0.
+        weight = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
         (mean, std), weights, term_prob = self.model.predict_normalized(state, context, action)
         target = self.model.target(state, next_state).unsqueeze(-2)
-        # [M, N, K]: log-density of each mode
-        log_prob = -0.5 * (((target - mean) / std).square() + _LOG_2PI) - std.log()
-        log_prob = log_prob.sum(-1)
+        # [M, N, K, D]: each dimension's density under each mode, as -log and without its constant,
+        # so that few operations run over the largest tensors of the whole update.
+        surprise = torch.add(std.log(), ((target - mean) / std).square(), alpha=0.5)
+        constant = 0.5 * _LOG_2PI
+        log_prob = -surprise.sum(-1) - constant * self.model.state_dim
+        log_weights = torch.zeros_like(weights)
         if self.model.n_modes > 1:
             log_weights = weights.clamp_min(torch.finfo(weights.dtype).tiny).log()
             log_prob = (log_prob + log_weights).logsumexp(-1, keepdim=True)
         nll = -(log_prob.squeeze(-1) * weight).sum(-1)  # [M]
-        bce = F.binary_cross_entropy(
-            term_prob, terminated.squeeze(-1).to(term_prob.dtype), reduction="none"
-        )
+        dynamics = nll
+        if self.beta:
+            weighted = self._beta_weighted(-surprise - constant, std, log_weights)
+            dynamics = -(weighted * weight).sum(-1)
+        bce = F.binary_cross_entropy(term_prob, terminated.to(term_prob.dtype), reduction="none")
         bce = (bce * weight).sum(-1)  # [M]
-        return TensorDict(
-            {
-                "loss_dynamics": nll.sum(),
-                "loss_termination": bce.sum(),
-                "nll": nll.detach().mean() / self.model.state_dim,
-                "termination_bce": bce.detach().mean(),
-            }
-        )
+        return {
+            "loss_dynamics": dynamics.sum(),
+            "loss_termination": bce.sum(),
+            "nll": nll.detach().mean() / self.model.state_dim,
+            "termination_bce": bce.detach().mean(),
+        }
+
+    def _beta_weighted(self, densities: Tensor, std: Tensor, log_weights: Tensor) -> Tensor:
+        """What takes the log-likelihood's place, ``[M, N]``.
+
+        With responsibilities ``r`` and weights ``v = std ** (2 beta)``, both without gradient:
+        ``sum_k r_k (log w_k - log r_k + sum_d v_kd log p_kd)``; with ``beta = 0`` it is the
+        log-likelihood, in value and in gradient.
+
+        Args:
+            densities: ``log p [M, N, K, D]``.
+            std: ``[M, N, K, D]``.
+            log_weights: ``log w [M, N, K]``.
+        """
+        log_r = (densities.detach().sum(-1) + log_weights.detach()).log_softmax(-1)
+        weighted = (std.detach().pow(2 * self.beta) * densities).sum(-1)
+        return (log_r.exp() * (log_weights - log_r + weighted)).sum(-1)
 
     def _weights(self, tensordict: TensorDictBase, state: Tensor) -> tuple[Tensor, bool]:
-        """The share of each transition in its member's mean, ``[M, N]``, and whether any is less.
-
-        Rows sum to 1, but for members of which no transition counts.
-        """
+        """How much each transition counts, ``[M, N]``, and whether some may not count at all."""
         weight = state.new_ones(state.shape[:-1])
         masked = False
         for key in (self.tensor_keys.valid, self.tensor_keys.weight):
@@ -142,10 +203,9 @@ class ModelLoss(LossModule):
                     value = value.squeeze(-1)
                 weight = weight * value.to(weight.dtype)
                 masked = True
-        total = weight.sum(-1, keepdim=True)
-        if not bool((total > 0).any()):
+        if not bool((weight > 0).any()):
             raise ValueError(
                 f"no transition of the batch counts: {self.tensor_keys.valid!r} and "
                 f"{self.tensor_keys.weight!r} leave nothing; check the mask"
             )
-        return weight / total.clamp_min(torch.finfo(weight.dtype).tiny), masked
+        return weight, masked

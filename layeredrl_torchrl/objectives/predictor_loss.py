@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -19,7 +19,38 @@ from layeredrl_torchrl.nets import Encoder
 from layeredrl_torchrl.objectives.targets import n_step_targets
 from layeredrl_torchrl.specs import canonical_action
 
-__all__ = ["PredictorLoss"]
+__all__ = ["PredictorLoss", "PreparedSlices", "PreparedValue"]
+
+
+class PreparedValue(NamedTuple):
+    """What value targets are made of: ``returns + discount * V(observation, action)``."""
+
+    observation: Tensor  # [B, k, obs]: where the target network is asked
+    action: Tensor  # [B, k, A] or as the spec says
+    returns: Tensor  # [B, k]
+    discount: Tensor  # [B, k]
+    counts: Tensor  # [B, k], bool: whether the step has a target
+
+
+class PreparedSlices(NamedTuple):
+    """What :class:`PredictorLoss` learns from, checked, with no NaN in what is not valid."""
+
+    observation: Tensor  # [B, k, obs]
+    action: Tensor  # [B, k, A] or as the spec says
+    reward: Tensor  # [B, k]
+    valid: Tensor  # [B, k], bool
+    value: PreparedValue | None = None
+
+    def split(self, size: int) -> list[PreparedSlices]:
+        """Batches of ``size`` slices each."""
+        parts = zip(*(x.split(size) for x in self[:4]), strict=True)
+        if self.value is None:
+            return [PreparedSlices(*part) for part in parts]
+        values = zip(*(x.split(size) for x in self.value), strict=True)
+        return [
+            PreparedSlices(*part)._replace(value=PreparedValue(*value))
+            for part, value in zip(parts, values, strict=True)
+        ]
 
 
 class PredictorLoss(LossModule):
@@ -140,6 +171,17 @@ class PredictorLoss(LossModule):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Compute the losses of slices ``[B, L]``."""
+        return TensorDict(self.terms(self.prepare(tensordict)))
+
+    @torch.no_grad()
+    def prepare(self, tensordict: TensorDictBase) -> PreparedSlices:
+        """Check slices ``[B, L]``, and work out all that no parameter has a part in.
+
+        For many batches at once it takes hardly longer than for one (:meth:`PreparedSlices.split`).
+
+        Raises:
+            KeyError, ValueError: As the class says.
+        """
         keys = self.tensor_keys
         data = {key: self._get(tensordict, key) for key in self.in_keys}
         length = self.k_steps + self.n_steps
@@ -151,8 +193,7 @@ class PredictorLoss(LossModule):
         k = self.k_steps
         observation, action = data[keys.observation][:, :k], data[keys.action][:, :k]
         valid = data[keys.valid][:, :k]
-        count = valid.sum()
-        if not bool(count):
+        if not bool(valid.any()):
             raise ValueError(f"no step of the slices is valid; check {keys.valid!r}")
         stored_reward = data[keys.reward]
         if stored_reward.shape != (*tensordict.shape, 1):
@@ -160,32 +201,48 @@ class PredictorLoss(LossModule):
                 f"{keys.reward!r} has shape {tuple(stored_reward.shape)}, expected "
                 f"{(*tensordict.shape, 1)} (TorchRL's layout)"
             )
-        reward = stored_reward[:, :k].squeeze(-1)
-        check_finite(str(keys.reward), torch.where(valid, reward, 0.0), hint="repair the rewards")
+        reward = torch.where(valid, stored_reward[:, :k].squeeze(-1), 0.0)
+        check_finite(str(keys.reward), reward, hint="repair the rewards")
         # What is not valid may be anything, NaN too: the slice's first step stands in.
-        observation = torch.where(valid.unsqueeze(-1), observation, observation[:, :1])
-        action = self._action(action, valid)
-        with torch.set_grad_enabled(self.learn_encoder and torch.is_grad_enabled()):
-            state, context = self.encoder(observation)
-            context = context[:, :1].expand_as(context)
+        mask = valid.reshape(*valid.shape, *[1] * (action.ndim - 2))
+        prepared = PreparedSlices(
+            observation=torch.where(valid.unsqueeze(-1), observation, observation[:, :1]),
+            action=self._canonical(torch.where(mask, action, action[:, :1])),
+            reward=reward,
+            valid=valid,
+        )
+        if not isinstance(self.val_func, nn.Module):
+            return prepared
+        return prepared._replace(value=self._prepare_value(tensordict))
 
-        reward = torch.where(valid, reward, 0.0)
-        out: dict[str, Any] = {}
+    def terms(self, prepared: PreparedSlices) -> dict[str, Tensor]:
+        """The losses of prepared slices, as :meth:`forward` writes them."""
+        valid, action = prepared.valid, prepared.action
+        with torch.set_grad_enabled(self.learn_encoder and torch.is_grad_enabled()):
+            state, context = self.encoder(prepared.observation)
+            context = context[:, :1].expand_as(context)
+        out: dict[str, Tensor] = {}
         if isinstance(self.rew_func, nn.Module):
-            error = self.rew_func(state, context, action) - reward
-            out["loss_reward"] = torch.where(valid, error.square(), 0.0).sum() / count
-        if isinstance(self.val_func, nn.Module):
-            target, counts = self.value_target(tensordict)
+            error = self.rew_func(state, context, action) - prepared.reward
+            error = torch.where(valid, error.square(), 0.0)
+            out["loss_reward"] = error.sum() / valid.sum().clamp_min(1)
+        if isinstance(self.val_func, nn.Module) and prepared.value is not None:
+            target, counts = self._targets(prepared.value), prepared.value.counts
             value = self.val_func(state.detach(), context.detach(), action)
             error = (value - target) / getattr(self.val_func, "out_scale", 1.0)
             error = torch.where(counts, error, 0.0)
             out["loss_value"] = error.square().sum() / counts.sum().clamp_min(1)
             out["value_mean"] = value.detach().mean()
-        return TensorDict(out)
+        return out
 
     @torch.no_grad()
     def value_target(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
         """The n-step value targets ``[B, k]`` of slices ``[B, L]``, and where there is one."""
+        prepared = self._prepare_value(tensordict)
+        return self._targets(prepared), prepared.counts
+
+    def _prepare_value(self, tensordict: TensorDictBase) -> PreparedValue:
+        """What the value targets of slices ``[B, L]`` are made of."""
         keys = self.tensor_keys
         length = self.k_steps + self.n_steps - 1
         elapsed = tensordict.get(keys.elapsed_steps, None)
@@ -204,24 +261,28 @@ class PredictorLoss(LossModule):
         )
         index = targets.bootstrap_index
         rows = torch.arange(index.shape[0], device=index.device).unsqueeze(1)
-        observation = self._get(tensordict, keys.next_observation)[rows, index]
         # An action-value function is bootstrapped with the action that was taken there; the slice
         # repeats its last valid step, so at its end with the last action taken.
         action = self._get(tensordict, keys.action)[rows, index + 1]
-        if self.action_spec is not None:
-            action = canonical_action(self.action_spec, action, index.shape)
-        state, context = self.encoder(observation)
-        value = self.target_val_func(state, context, action)
-        target = targets.returns + targets.bootstrap_discount * value
-        return target, counts[:, : self.k_steps]
+        return PreparedValue(
+            observation=self._get(tensordict, keys.next_observation)[rows, index],
+            action=self._canonical(action),
+            returns=targets.returns,
+            discount=targets.bootstrap_discount,
+            counts=counts[:, : self.k_steps],
+        )
 
-    def _action(self, action: Tensor, valid: Tensor) -> Tensor:
-        """Actions ``[B, k]`` in the form of the spec, the first one where not valid."""
-        mask = valid.reshape(*valid.shape, *[1] * (action.ndim - 2))
-        action = torch.where(mask, action, action[:, :1])
+    @torch.no_grad()
+    def _targets(self, prepared: PreparedValue) -> Tensor:
+        state, context = self.encoder(prepared.observation)
+        value = self.target_val_func(state, context, prepared.action)
+        return prepared.returns + prepared.discount * value
+
+    def _canonical(self, action: Tensor) -> Tensor:
+        """Actions ``[B, k, ...]`` in the form of the spec."""
         if self.action_spec is None:
             return action
-        return canonical_action(self.action_spec, action, valid.shape)
+        return canonical_action(self.action_spec, action, action.shape[:2])
 
     @staticmethod
     def _get(tensordict: TensorDictBase, key: NestedKey) -> Tensor:

@@ -150,6 +150,8 @@ class TransitionSlices:
         n_stored = n_rows * n_lanes
         start = torch.randint(n_stored, (batch_size, 1), generator=generator, device=steps.device)
         index = (start + n_lanes * steps) % n_stored
+        if length == 1:  # nothing is continued
+            return _copy(contents, index, index[:, 1:].bool())
 
         newest = _newest_row(self._buffer, n_rows, capacity=contents.batch_size[0])
         until_newest = (newest - start.div(n_lanes, rounding_mode="floor")) % n_rows  # [B, 1]

@@ -10,9 +10,11 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer
+from torchrl.record.loggers import Logger
 
-from layeredrl_torchrl.models import Model
+from layeredrl_torchrl.models import Model, Propagation
 from layeredrl_torchrl.nets import Encoder
+from layeredrl_torchrl.predictors.returns import imagined_returns
 from layeredrl_torchrl.specs import canonical_action
 
 __all__ = ["Predictor"]
@@ -26,6 +28,8 @@ class Predictor(TensorDictModuleBase):
     Called with a TensorDict that holds observation and action, it writes state and context and
     then everything :meth:`step` writes. It answers as TorchRL's ``WorldModel`` does
     (:meth:`encode`, :meth:`step`, :attr:`step_module`).
+
+    ``name`` is what it is called in logs: its class's name, until you set another.
 
     Args:
         model: The dynamics and termination model.
@@ -75,6 +79,7 @@ class Predictor(TensorDictModuleBase):
         self.encoder = encoder
         self.latent_state_dim = latent_state_dim
         self.context_dim = context_dim
+        self.name = type(self).__name__
         state, context, action = model.in_keys
         if list(encoder.out_keys) != [state, context]:
             raise ValueError(
@@ -92,6 +97,9 @@ class Predictor(TensorDictModuleBase):
         batch_size: int,
         model_batch_size: int,
         n_total_env_steps: int,
+        *,
+        logger: Logger | None = None,
+        progress: bool = False,
     ) -> tuple[Tensor, dict[str, float]]:
         """Learn from a replay buffer of one-step transitions in the collectors' layout.
 
@@ -100,7 +108,10 @@ class Predictor(TensorDictModuleBase):
             n_updates: Number of gradient steps.
             batch_size: Slices in a batch for reward, value and encoder.
             model_batch_size: Transitions in a batch for the dynamics model.
-            n_total_env_steps: Environment steps taken so far, for learning-rate schedules.
+            n_total_env_steps: Environment steps taken so far, for learning-rate schedules and
+                as the step that the terms are logged at.
+            logger: Gets every term as the scalar ``"<name>/<term>"``.
+            progress: Whether a bar on stderr counts the updates and shows the terms.
 
         Returns:
             The total loss and its terms, averaged over the updates.
@@ -148,7 +159,14 @@ class Predictor(TensorDictModuleBase):
         action = canonical_action(self.model.action_spec, action, state.shape[:-1])
         return self.need("rew_func")(state, context, action)
 
-    def rollout(self, obs: Tensor, act: Tensor, deterministic: bool = False) -> TensorDict:
+    def rollout(
+        self,
+        obs: Tensor,
+        act: Tensor,
+        deterministic: bool = False,
+        *,
+        propagation: Propagation | None = None,
+    ) -> TensorDict:
         """Roll out ``act [*B, H, A]`` from ``obs [*B, obs]``.
 
         Returns:
@@ -156,11 +174,62 @@ class Predictor(TensorDictModuleBase):
             reward function.
         """
         state, context = self.encode(obs)
-        traj = self.model.rollout(state, context, act, deterministic=deterministic)
+        traj = self.model.rollout(state, context, act, deterministic, propagation=propagation)
         if self.rew_func is not None:
             inputs = (traj.get(key) for key in self.model.in_keys)
             traj.set(("next", "reward"), self.rew_func(*inputs).unsqueeze(-1))
         return traj
+
+    def returns(
+        self,
+        state: Tensor,
+        context: Tensor | None,
+        actions: Tensor,
+        *,
+        discount: float = 1.0,
+        use_value_func: bool = False,
+        use_term_prob: bool = True,
+        exploration_bonus: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        propagation: Propagation | None = None,
+        deterministic: bool = False,
+    ) -> Tensor:
+        """The return of each imagined particle; the memory it takes does not grow with ``H``.
+
+        ``sum_h c_h * r_h + c_H * V(s_H)`` with ``c_0 = 1`` and
+        ``c_{h+1} = c_h * discount * (1 - p_h)``: rewards count as far as the particle is alive.
+
+        Args:
+            state: ``[*B, D]``.
+            context: ``[*B, C]`` or ``None``.
+            actions: ``[*B, H, A]`` or discrete.
+            discount: Over one step of the model, in ``(0, 1]``.
+            use_value_func: Whether the value of the last state counts; needs a ``val_func``.
+            use_term_prob: Whether ``p_h`` is the predicted termination probability, or 0.
+            exploration_bonus: Callable of state, context and action as a reward function is, for
+                example :class:`~layeredrl_torchrl.EnsembleDisagreement`; added to the reward,
+                evaluated at the mean over particles.
+            propagation: As for ``Model.rollout``.
+            deterministic: Likewise.
+
+        Returns:
+            ``[*B, M, P]`` (``[*B, 1, 1]`` with ``Expectation``), in reward units.
+
+        Raises:
+            ValueError: No reward or value function; returns that are not finite (the message
+                names the members); and as ``Model.rollout``.
+        """
+        return imagined_returns(
+            self,
+            state,
+            context,
+            actions,
+            discount=discount,
+            use_value_func=use_value_func,
+            use_term_prob=use_term_prob,
+            exploration_bonus=exploration_bonus,
+            propagation=propagation,
+            deterministic=deterministic,
+        )
 
     # -- as TorchRL's WorldModel ------------------------------------------------------------
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torchrl.data import ReplayBuffer
-from torchrl.objectives import SoftUpdate
+from torchrl.record.loggers import Logger
 
 from layeredrl_torchrl._checks import check_positive_int
 from layeredrl_torchrl.models import ProbabilisticEnsemble
@@ -22,14 +20,15 @@ from layeredrl_torchrl.objectives import (
     PredictorLoss,
     TransitionSlices,
 )
-from layeredrl_torchrl.objectives.batches import fingerprint
-from layeredrl_torchrl.predictors import upkeep
+from layeredrl_torchrl.predictors import reporting, upkeep
+from layeredrl_torchrl.predictors.early_stopping import EarlyStopping
+from layeredrl_torchrl.predictors.moments import refuse_other_shapes
+from layeredrl_torchrl.predictors.optim import LearningRate, current_rates, make_optimizer
 from layeredrl_torchrl.predictors.predictor import Predictor, RewardFunction
-from layeredrl_torchrl.specs import canonical_action
+from layeredrl_torchrl.predictors.standardizer import DeltaStandardizer
+from layeredrl_torchrl.predictors.updates import check_schedule, run_updates
 
 __all__ = ["RewardPredictor"]
-
-LearningRate: TypeAlias = float | Callable[[int], float]
 
 
 class RewardPredictor(Predictor):
@@ -68,10 +67,25 @@ class RewardPredictor(Predictor):
             content. 0 for no calibration.
         clip_grad_max_norm: Gradient norm of each of the four parts is clipped to it; ``None``
             for no clipping.
+        delta_standardizer: Whether to keep the statistics that
+            :meth:`get_standardized_log_prob` needs.
+        encoder_warm_up: Number of first updates, counted over all calls, in which only reward
+            function and encoder learn. The model and the value function would chase a state
+            that still moves, and have to forget what they learned of it.
+        beta_nll: ``beta`` of :class:`~layeredrl_torchrl.ModelLoss`.
+        model_weight_decay: Decoupled weight decay (arXiv 1711.05101) of all the model's
+            parameters: each update shrinks them by this share of the learning rate.
+        early_stopping: When the model stops learning within a call; ``None`` for never.
 
     The parameters are updated by :meth:`learn` only; so are the statistics that normalise
     inputs and outputs, and the encoder's mask, at the start of a call whenever the buffer has
-    grown by a tenth.
+    grown by a tenth (and once more when the encoder's warm-up is over).
+
+    Raises:
+        TypeError, ValueError: As :class:`Predictor`; a model that is no ensemble; numbers
+            outside their range; an ``encoder_warm_up`` with nothing to learn in it;
+            ``early_stopping`` without held-out transitions, or with an encoder that learns (the
+            best model seen would be one of states that are no more).
     """
 
     def __init__(
@@ -100,6 +114,11 @@ class RewardPredictor(Predictor):
         member_batches: MemberBatches | None = None,
         holdout_share: float = 0.05,
         clip_grad_max_norm: float | None = 200.0,
+        delta_standardizer: bool = True,
+        encoder_warm_up: int = 0,
+        beta_nll: float = 0.0,
+        model_weight_decay: float = 0.0,
+        early_stopping: EarlyStopping | None = None,
     ) -> None:
         super().__init__(model, val_func, rew_func, encoder, latent_state_dim, context_dim)
         if not isinstance(model, ProbabilisticEnsemble):
@@ -119,6 +138,9 @@ class RewardPredictor(Predictor):
             raise ValueError(f"holdout_share must lie in [0, 1), got {holdout_share}")
         self.model_lr_annealing = model_lr_annealing
         self.holdout_share = holdout_share
+        self.encoder_warm_up = check_positive_int("encoder_warm_up", encoder_warm_up, minimum=0)
+        self.early_stopping = early_stopping
+        check_schedule(self)
         loss = PredictorLoss(
             encoder,
             rew_func,
@@ -131,59 +153,50 @@ class RewardPredictor(Predictor):
         )
         # The losses share this module's parameters, so they are not registered a second time;
         # the target network is the one thing that they add to the state.
-        self.__dict__["model_loss"] = ModelLoss(model, per_member=True)
+        self.__dict__["model_loss"] = ModelLoss(model, per_member=True, beta=beta_nll)
         self.member_batches = OwnBatches() if member_batches is None else member_batches
         self.__dict__["predictor_loss"] = loss
         self.target_val_func = loss.target_val_func if isinstance(val_func, nn.Module) else None
+        if not 0.0 <= tau <= 1.0:
+            raise ValueError(f"tau must lie in [0, 1], got {tau}")
         self.tau = tau
-        self._link_target()
         self.register_buffer("n_learn_updates", torch.zeros((), dtype=torch.long))
         self.register_buffer("n_since_calibration", torch.zeros((), dtype=torch.long))
         self.register_buffer("n_written_at_statistics", torch.zeros((), dtype=torch.long))
-        self._learning_rates = {
+        self.delta_standardizer = (
+            DeltaStandardizer(latent_state_dim) if delta_standardizer else None
+        )
+        self._learning_rates: dict[str, LearningRate] = {
             "model": model_lr,
             "reward": reward_lr,
             "value": value_lr,
             "encoder": encoder_lr,
         }
-        self.optim = self._make_optimizer()
-
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        parts: dict[str, object] = {
-            "model": self.model,
-            "reward": self.rew_func,
-            "value": self.val_func,
-            "encoder": self.encoder if self.learn_encoder else None,
+        parts = {
+            "model": model,
+            "reward": rew_func,
+            "value": val_func,
+            "encoder": encoder if learn_encoder else None,
         }
-        groups = []
-        for name, part in parts.items():
-            parameters = (
-                [p for p in part.parameters() if p.requires_grad]
-                if isinstance(part, nn.Module)
-                else []
-            )
-            if parameters:
-                groups.append({"params": parameters, "name": name, "lr": 0.0})
-        return torch.optim.Adam(groups, lr=0.0, fused=True)
-
-    def _link_target(self) -> None:
-        """Let TorchRL's ``SoftUpdate`` move the target network from where it is."""
-        self.__dict__["_target_update"] = None
-        if self.target_val_func is None:
-            return
-        # SoftUpdate begins by overwriting the target with its source.
-        before = copy.deepcopy(self.target_val_func.state_dict())
-        self.__dict__["_target_update"] = SoftUpdate(self.predictor_loss, tau=self.tau)
-        self.target_val_func.load_state_dict(before)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and worker processes: the updater points into the original, so without."""
-        return {**self.__dict__, "_target_update": None}
+        self.optim = make_optimizer(parts, model_weight_decay)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy and give it an updater of its own."""
+        """Restore a copy; its optimizer has lost its check."""
         super().__setstate__(state)
-        self._link_target()
+        refuse_other_shapes(self.optim)
+
+    @torch.no_grad()
+    def update_target(self) -> None:
+        """Move the target network towards the value function by a share of ``tau``.
+
+        What TorchRL's ``SoftUpdate`` does, in one call for all parameters.
+        """
+        target, source = self.target_val_func, self.val_func
+        if target is None or not isinstance(source, nn.Module):
+            return
+        torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), self.tau)
+        for old, new in zip(target.buffers(), source.buffers(), strict=True):
+            old.copy_(new)
 
     @property
     def terminal_value(self) -> RewardFunction | None:
@@ -199,14 +212,35 @@ class RewardPredictor(Predictor):
         batch_size: int,
         model_batch_size: int,
         n_total_env_steps: int,
+        *,
+        logger: Logger | None = None,
+        progress: bool = False,
     ) -> tuple[Tensor, dict[str, float]]:
         """Sample batches and update all parts; arguments as :meth:`Predictor.learn`.
 
         Transitions and the starts of slices are drawn uniformly over the buffer, and no slice
         crosses an episode's end.
 
+        The terms, each averaged over those updates of this call that have it, unless it says
+        otherwise:
+
+        ====================  ================================================================
+        ``loss``              what is minimised: the weighted sum of the four losses below
+        ``loss_dynamics``     nats, summed over dimensions (normalised) and members
+        ``loss_termination``  nats, summed over members
+        ``loss_reward``       reward units squared
+        ``loss_value``        in squares of the value head's scale (the rewards' root mean square)
+        ``nll``               nats per dimension (normalised) and member
+        ``termination_bce``   nats per member
+        ``value_mean``        reward units
+        ``n_updates``         updates of this call, not averaged
+        ``model_updates``     those that the model took part in, likewise
+        ``holdout_nll``       as ``nll``, but of all members as one mixture, on the held-out
+                              transitions, of the model as it is left; with early stopping only
+        ====================  ================================================================
+
         Raises:
-            TypeError: Not a TorchRL replay buffer, or counts that are not integers.
+            TypeError: Not a TorchRL replay buffer, no logger, or counts that are not integers.
             ValueError: An empty buffer, or one shorter than ``k_steps + n_steps``; NaN
                 observations or rewards; actions outside their space; a loss that is not finite.
             KeyError: A buffer without one of the keys read; the message names it.
@@ -216,6 +250,7 @@ class RewardPredictor(Predictor):
         check_positive_int("n_updates", n_updates)
         check_positive_int("batch_size", batch_size)
         check_positive_int("model_batch_size", model_batch_size)
+        reporting.check_logger(logger)
         keys = self.predictor_loss.tensor_keys
         slices = TransitionSlices(
             buffer,
@@ -223,133 +258,56 @@ class RewardPredictor(Predictor):
             terminated_key=keys.terminated,
             valid_key=keys.valid,
         )
-        rates = self._current_rates(n_total_env_steps)
+        rates = current_rates(self._learning_rates, n_total_env_steps)
         before = {name: value.clone() for name, value in self.state_dict().items()}
         moments = copy.deepcopy(self.optim.state_dict())
         try:
             upkeep.update_statistics(self, slices)
-            totals = self._run(slices, n_updates, batch_size, model_batch_size, rates)
-            upkeep.calibrate(self, slices, n_updates)
+            bar = self.name if progress else None
+            loss, info = run_updates(
+                self, slices, n_updates, batch_size, model_batch_size, rates, bar
+            )
+            upkeep.calibrate(self, slices, int(info["model_updates"]))
         except (TypeError, ValueError, KeyError):
             self.load_state_dict(before)
             self.optim.load_state_dict(moments)
             raise
-        info = {name: float(value) / n_updates for name, value in totals.items()}
-        info["n_updates"] = float(n_updates)
-        return totals["loss"] / n_updates, info
+        reporting.log_terms(logger, self.name, info, n_total_env_steps)
+        return loss, info
 
-    def _run(
-        self,
-        slices: TransitionSlices,
-        n_updates: int,
-        batch_size: int,
-        model_batch_size: int,
-        rates: dict[str, float],
-    ) -> dict[str, Tensor]:
-        """The updates of one call; returns the sums of their terms."""
-        length = self.predictor_loss.k_steps + self.predictor_loss.n_steps
-        n_rows = self.member_batches.n_rows(model_batch_size, self.model.n_models)
-        totals: dict[str, Tensor] = {}
-        for i in range(n_updates):
-            for group in self.optim.param_groups:
-                group["lr"] = rates[group["name"]]
-                if group["name"] == "model":
-                    group["lr"] *= self._annealing(i, n_updates)
-            batch = slices.sample(batch_size, length)
-            terms = self._update(batch, self._sample_model_batch(slices, n_rows))
-            for name, value in terms.items():
-                totals[name] = totals[name] + value if name in totals else value
-        return totals
+    def get_standardized_log_prob(
+        self, obs: Tensor, action: Tensor, next_obs: Tensor, std: Tensor | float = 1.0
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Log-density of the standardised change of the state under the whole ensemble.
 
-    def _sample_model_batch(self, slices: TransitionSlices, n_rows: int) -> TensorDict:
-        """Transitions ``[R]`` of which at least one is not held out."""
-        for _ in range(100):
-            data = self.encode_transitions(slices.sample(n_rows, 1)[:, 0])
-            if not self.holdout_share:
-                return data
-            valid = ~upkeep.held_out(self, data.get("fingerprint"))
-            if bool(valid.any()):
-                return data.set("valid", valid)
-        raise ValueError(
-            f"all transitions sampled are held out with holdout_share={self.holdout_share}; lower "
-            "it, or collect more data"
-        )
+        The change and the members' predictions of it go through ``delta_standardizer``, and each
+        prediction is taken as a Gaussian of a fixed std there. So every dimension counts alike,
+        whatever its unit, and what the model is unsure of is no cheaper than the rest: what skills
+        are told apart by (arXiv 1907.01657).
 
-    def _current_rates(self, n_total_env_steps: int) -> dict[str, float]:
-        rates = {
-            name: float(rate(n_total_env_steps) if callable(rate) else rate)
-            for name, rate in self._learning_rates.items()
-        }
-        for name, rate in rates.items():
-            if not 0.0 <= rate < float("inf"):
-                raise ValueError(f"{name}_lr is {rate}, expected a finite number of at least 0")
-        return rates
+        Args:
+            obs: ``[*B, obs]``.
+            action: ``[*B, A]`` or discrete.
+            next_obs: ``[*B, obs]``.
+            std: A number, or ``[D]``, in units of the standardised change.
 
-    def _annealing(self, update: int, n_updates: int) -> float:
-        """Factor of the model's learning rate at one update of a call."""
-        left = 1.0 - (update + 0.5) / n_updates
-        return (
-            min(1.0, 0.1 + 0.9 * left / self.model_lr_annealing) if self.model_lr_annealing else 1.0
-        )
+        Returns:
+            As :meth:`~layeredrl_torchrl.Model.get_log_prob`: ``log_prob [*B]`` in nats, density
+            over the standardised change; ``term_prob [*B]``; ``{"means": [*B, M, D]}``, next
+            states that are not standardised.
 
-    def _update(self, batch: TensorDictBase, transitions: TensorDict) -> dict[str, Tensor]:
-        """One gradient step; returns the detached terms."""
-        model_terms = self.model_loss(self.member_batches.assign(transitions, self.model.n_models))
-        terms = self.predictor_loss(batch)
-        loss = self.consistency_loss_weight * (
-            model_terms["loss_dynamics"]
-            + self.termination_loss_weight * model_terms["loss_termination"]
-        )
-        for name, weight in (
-            ("loss_reward", self.rew_loss_weight),
-            ("loss_value", self.value_loss_weight),
-        ):
-            if name in terms.keys():
-                loss = loss + weight * terms[name]
-        if not bool(torch.isfinite(loss)):
+        Raises:
+            ValueError: A predictor built with ``delta_standardizer=False``; and as
+                :meth:`~layeredrl_torchrl.Model.get_log_prob`.
+        """
+        if self.delta_standardizer is None:
             raise ValueError(
-                f"the loss is {loss.item()} "
-                f"({ {k: v.item() for td in (model_terms, terms) for k, v in td.items()} }); "
-                "it reached no parameter. Lower the learning rate or check the data's scale"
+                "this predictor was built with delta_standardizer=False and keeps no statistics "
+                "of state changes; build it with True, or use model.get_log_prob()"
             )
-        self.optim.zero_grad()
-        loss.backward()
-        if self.clip_grad_max_norm is not None:
-            for group in self.optim.param_groups:
-                nn.utils.clip_grad_norm_(group["params"], self.clip_grad_max_norm)
-        self.optim.step()
-        self.model.update_average()
-        if self._target_update is not None:
-            self._target_update.step()
-        self.n_learn_updates += 1
-        detached = {k: v.detach() for td in (model_terms, terms) for k, v in td.items()}
-        return {"loss": loss.detach(), **detached}
-
-    @torch.no_grad()
-    def encode_transitions(self, batch: TensorDictBase) -> TensorDict:
-        """The model's training batch ``[N]`` from stored transitions ``[N]``."""
-        keys = self.predictor_loss.tensor_keys
-        state, context = self.encoder(batch.get(keys.observation))
-        next_state, _ = self.encoder(batch.get(keys.next_observation))
-        return TensorDict(
-            {
-                "state": state,
-                "context": context,
-                "action": self._action(batch),
-                "fingerprint": fingerprint(
-                    batch.get(keys.observation),
-                    batch.get(keys.action),
-                    batch.get(keys.next_observation),
-                ),
-                "next": {"state": next_state, "terminated": batch.get(keys.terminated)},
-            },
-            batch_size=batch.batch_size,
+        state, context = self.encode(obs)
+        next_state, _ = self.encode(next_obs)
+        whitening = self.delta_standardizer.whitening
+        return self.model.get_log_prob(
+            state, context, action, next_state, std=std, transform=whitening
         )
-
-    def _action(self, batch: TensorDictBase) -> Tensor:
-        key: NestedKey = self.predictor_loss.tensor_keys.action
-        action = batch.get(key, None)
-        if action is None:
-            names = sorted(map(str, batch.keys(True, True)))
-            raise KeyError(f"the buffer has no entry {key!r}; it has {names}")
-        return canonical_action(self.model.action_spec, action, batch.batch_size)

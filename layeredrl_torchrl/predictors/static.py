@@ -7,8 +7,10 @@ import logging
 import torch
 from torch import Tensor
 from torchrl.data import ReplayBuffer
+from torchrl.record.loggers import Logger
 
 from layeredrl_torchrl.predictors.predictor import Predictor
+from layeredrl_torchrl.predictors.reporting import check_logger, log_terms
 
 __all__ = ["StaticPredictor"]
 
@@ -25,7 +27,16 @@ class StaticPredictor(Predictor):
         batch_size: int = 0,
         model_batch_size: int = 0,
         n_total_env_steps: int = 0,
+        *,
+        logger: Logger | None = None,
+        progress: bool = False,
     ) -> tuple[Tensor, dict[str, float]]:
-        """Return at once: a loss of 0 and ``{"n_updates": 0.0}``; the log says so at INFO."""
+        """Return at once: a loss of 0 and ``{"n_updates": 0.0}``; the log says so at INFO.
+
+        ``logger`` gets that term; there is no update that ``progress`` could show.
+        """
+        check_logger(logger)
         _log.info("StaticPredictor.learn: nothing to learn, its parts are given")
-        return torch.zeros(()), {"n_updates": 0.0}
+        info = {"n_updates": 0.0}
+        log_terms(logger, self.name, info, n_total_env_steps)
+        return torch.zeros(()), info

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
@@ -12,7 +11,11 @@ from torch import Tensor
 from layeredrl_torchrl._checks import check_finite
 from layeredrl_torchrl.nets import EncoderNet, ScalarHead
 from layeredrl_torchrl.objectives import TransitionSlices
-from layeredrl_torchrl.objectives.batches import hashed_uniform
+from layeredrl_torchrl.predictors.transitions import (
+    encode_transitions,
+    entry,
+    held_out_transitions,
+)
 
 if TYPE_CHECKING:
     from layeredrl_torchrl.predictors.reward import RewardPredictor
@@ -24,22 +27,19 @@ N_STATISTICS = 10_000
 CALIBRATE_EVERY = 200
 
 
-def held_out(predictor: RewardPredictor, fingerprints: Tensor) -> Tensor:
-    """Which transitions the model is not trained on: a fixed share, by their content."""
-    return hashed_uniform(fingerprints, salt=-2) < predictor.holdout_share
-
-
 @torch.no_grad()
 def calibrate(predictor: RewardPredictor, slices: TransitionSlices, n_updates: int) -> None:
-    """Fit the model's calibration if it was updated often enough since the last time."""
+    """Fit the model's calibration if it was updated often enough since the last time.
+
+    Args:
+        predictor: Whose model is calibrated.
+        slices: The buffer.
+        n_updates: How often the model was updated since the last call of this function.
+    """
     predictor.n_since_calibration += n_updates
     if not predictor.holdout_share or int(predictor.n_since_calibration) < CALIBRATE_EVERY:
         return
-    data = predictor.encode_transitions(slices.sample(N_STATISTICS, 1)[:, 0])
-    data = data[held_out(predictor, data.get("fingerprint"))]
-    # Drawn with replacement: each transition counts once.
-    _, first = np.unique(data.get("fingerprint").cpu().numpy(), return_index=True)
-    data = data[torch.from_numpy(first)]
+    data = held_out_transitions(predictor, slices, N_STATISTICS)
     if not len(data):
         return
     keys = ("state", "context", "action", ("next", "state"))
@@ -48,22 +48,33 @@ def calibrate(predictor: RewardPredictor, slices: TransitionSlices, n_updates: i
 
 
 @torch.no_grad()
-def update_statistics(predictor: RewardPredictor, slices: TransitionSlices) -> None:
-    """Refit normalisers, output scales and the encoder's mask if the data has grown."""
+def update_statistics(
+    predictor: RewardPredictor, slices: TransitionSlices, *, anew: bool = False
+) -> None:
+    """Refit normalisers, output scales and the encoder's mask if the data has grown.
+
+    Args:
+        predictor: Whose statistics they are.
+        slices: The buffer.
+        anew: Whether to do it in any case.
+    """
     n_written = slices.n_written
-    last = int(predictor.n_written_at_statistics)
+    last = 0 if anew else int(predictor.n_written_at_statistics)
     if last and last <= n_written and 10 * n_written < 11 * last:
         return
     batch = slices.sample(min(max(len(slices), 1), N_STATISTICS), 1)[:, 0]
     reward = _rewards(predictor, batch)
     keys = predictor.predictor_loss.tensor_keys
     encoder = predictor.encoder
-    predictor.encode_transitions(batch)  # raises for bad data before anything is changed
+    encode_transitions(predictor, batch)  # raises for bad data before anything is changed
     if isinstance(encoder, EncoderNet) and predictor.learn_encoder:
         encoder.update_mask(batch.get(keys.observation), batch.get(keys.next_observation))
-    data = predictor.encode_transitions(batch)
+    data = encode_transitions(predictor, batch)
     state, context, action = (data.get(key) for key in ("state", "context", "action"))
-    predictor.model.fit_statistics(state, context, action, data.get(("next", "state")))
+    next_state = data.get(("next", "state"))
+    predictor.model.fit_statistics(state, context, action, next_state)
+    if predictor.delta_standardizer is not None:
+        predictor.delta_standardizer.fit(next_state - state)
     std, mean = torch.std_mean(reward, correction=0)
     rms = reward.square().mean().sqrt()
     unit = torch.where(rms > 0, rms, torch.ones_like(rms))
@@ -82,10 +93,7 @@ def update_statistics(predictor: RewardPredictor, slices: TransitionSlices) -> N
 
 def _rewards(predictor: RewardPredictor, batch: TensorDictBase) -> Tensor:
     key = predictor.predictor_loss.tensor_keys.reward
-    reward = batch.get(key, None)
-    if reward is None:
-        names = sorted(map(str, batch.keys(True, True)))
-        raise KeyError(f"the buffer has no entry {key!r}; it has {names}")
+    reward = entry(batch, key)
     if reward.shape != (len(batch), 1):
         raise ValueError(
             f"{key!r} has shape {tuple(reward.shape[1:])} in the buffer, expected (1,) for each "

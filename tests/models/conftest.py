@@ -133,6 +133,18 @@ def recorded():
     return build
 
 
+@pytest.fixture
+def bf16_units(monkeypatch):
+    """Pretend that this CPU multiplies bfloat16 faster, so that autocast is followed on any."""
+    monkeypatch.setattr("layeredrl_torchrl._precision._has_bf16_units", lambda: True)
+
+
+@pytest.fixture
+def no_bf16_units(monkeypatch):
+    """Pretend that it does not."""
+    monkeypatch.setattr("layeredrl_torchrl._precision._has_bf16_units", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def tables():
     """``tables([net, ...])``: an ensemble of the given members, all of one K and D."""
@@ -200,6 +212,7 @@ def slow_predict():
         clip_inputs=False,
     ):
         inputs = [state, context, action]
+        beyond = 0.0  # squared distance from the range of the data, in input stds
         for i, x in enumerate(inputs):
             if sample is None or not (normalize_inputs and x.is_floating_point()):
                 continue
@@ -208,7 +221,11 @@ def slow_predict():
                 margin = 0.1 * (high - low)
                 bounds = zip((low - margin).tolist(), (high + margin).tolist(), strict=True)
                 pairs = zip(x.tolist(), bounds, strict=True)
-                x = torch.tensor([min(max(value, lo), hi) for value, (lo, hi) in pairs])
+                kept = torch.tensor([min(max(value, lo), hi) for value, (lo, hi) in pairs])
+                if i != 1 or not getattr(net, "ignore_context", False):
+                    _, scale = column_stats(sample[i])
+                    beyond += sum(((x - kept) / scale).square().tolist())
+                x = kept
             loc, scale = column_stats(sample[i])
             inputs[i] = ((x - loc) / scale).to(state.dtype)
         loc, scale = torch.zeros(len(state)), torch.ones(len(state))
@@ -224,7 +241,7 @@ def slow_predict():
             for d in range(len(state)):
                 value = of_mean[d] * scale[d] + loc[d]
                 means[-1].append(value + (start[d] if predict_delta else 0.0))
-                stds[-1].append(of_std[d] * scale[d])
+                stds[-1].append((of_std[d] + min(beyond**0.5, 1.0)) * scale[d])
         return means, stds, weights.tolist(), term_prob.item()
 
     return predict

@@ -7,8 +7,10 @@ import math
 
 import pytest
 import torch
+from tensordict import TensorDict
 
-from layeredrl_torchrl.models.calibration import StdCalibration
+from layeredrl_torchrl import GaussianMixture
+from layeredrl_torchrl.models.calibration import Calibration
 
 
 def set_to(calibration, shift, slope, spread):
@@ -25,13 +27,13 @@ def corrected(std, shift, slope, spread, member, n_models):
 
 def test_before_it_is_fitted_it_changes_nothing():
     std = torch.rand(3, 4, 2, 5) + 0.1
-    torch.testing.assert_close(StdCalibration(3, 5)(std), std)
+    torch.testing.assert_close(Calibration(3, 5)(std), std)
 
 
 @pytest.mark.parametrize("n_models", [1, 2, 5])
 @pytest.mark.parametrize("shape", [(4, 2), (4, 3, 2)])
 def test_the_formula(n_models, shape):
-    calibration = StdCalibration(n_models, 2)
+    calibration = Calibration(n_models, 2)
     set_to(calibration, [0.3, -0.8], [0.7, 1.2], 0.4)
     std = torch.rand(n_models, *shape) + 0.1
     out = calibration(std)
@@ -59,9 +61,64 @@ def test_predictions_use_it_in_units_of_the_target(kind, fc, tanh_net, recorded,
         assert after[2][b, m, k, d].item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_means_move_towards_the_mean_of_all():
+    calibration = Calibration(3, 2)
+    mean, weights = torch.randn(3, 4, 2, 2), torch.rand(3, 4, 2)
+    weights = weights / weights.sum(-1, keepdim=True)
+    torch.testing.assert_close(calibration.reconcile(mean, weights), mean)
+    calibration.disagreement.fill_(0.3)
+    out = calibration.reconcile(mean, weights)
+    for i, d in itertools.product(range(4), range(2)):
+        of_member = [
+            sum(weights[m, i, k].item() * mean[m, i, k, d].item() for k in range(2))
+            for m in range(3)
+        ]
+        center = sum(of_member) / 3
+        for m, k in itertools.product(range(3), range(2)):
+            expected = mean[m, i, k, d].item() - 0.7 * (of_member[m] - center)
+            assert out[m, i, k, d].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_predictions_of_all_members_are_reconciled_and_rollouts_are_not(fc, recorded, transitions):
+    ensemble, _ = recorded(fc, d=2, n_models=3)
+    ensemble.fit_statistics(*transitions(d=2))
+    state, context, action = torch.randn(4, 2), torch.randn(4, 2), torch.randn(4, 2)
+    before = ensemble.predict(state, context, action)
+    rolled = ensemble.rollout(state, context, action.unsqueeze(1), deterministic=True)
+    ensemble.calibration.disagreement.fill_(0.3)
+    after = ensemble.predict(state, context, action)
+    center = (before[1].unsqueeze(-1) * before[0]).sum(-2).mean(1)
+    torch.testing.assert_close((after[1].unsqueeze(-1) * after[0]).sum(-2).mean(1), center)
+    for i in (1, 2, 3):
+        assert torch.equal(after[i], before[i])
+    td = TensorDict(state=state, context=context, action=action, batch_size=4)
+    torch.testing.assert_close(ensemble.dist(td).mean, center)
+    assert (ensemble.dist(td).variance < GaussianMixture(
+        before[0].flatten(1, 2), before[2].flatten(1, 2), before[1].flatten(1) / 3
+    ).variance).all()  # fmt: skip
+    again = ensemble.rollout(state, context, action.unsqueeze(1), deterministic=True)
+    assert torch.equal(again["next", "state"], rolled["next", "state"])
+
+
+def test_fit_finds_how_far_members_lie_apart():
+    """Targets around the center of members whose means differ by much more than the noise."""
+    generator = torch.Generator().manual_seed(0)
+    apart = torch.randn(5, 2000, 1, 2, generator=generator)
+    mean = apart - apart.mean(0)
+    std = torch.full_like(mean, 0.3)
+    for share in (0.0, 1.0):
+        member = torch.randint(5, (2000,), generator=generator)
+        target = share * mean[member, torch.arange(2000), 0]
+        target = target + 0.3 * torch.randn(2000, 2, generator=generator)
+        calibration = Calibration(5, 2)
+        calibration.fit(mean, std, torch.ones(5, 2000, 1), target)
+        assert calibration.disagreement.item() == pytest.approx(share, abs=0.2)
+
+
 def mean_nll(std, calibration, mean, weights, target):
     """Of the marginal mixture over members and modes, averaged over rows and dimensions."""
     scale = calibration(std)
+    mean = calibration.reconcile(mean, weights)
     n_models, n, n_modes, dim = mean.shape
     total = 0.0
     for i, d in itertools.product(range(n), range(dim)):
@@ -86,7 +143,7 @@ def test_fit_finds_a_minimum_of_the_held_out_nll():
     # residuals half as large as predicted in one dimension, twice as large in the other
     true = std[0, :, 0] * torch.tensor([0.5, 2.0])
     target = mean[0, :, 0] + true * torch.randn(n, dim, generator=generator)
-    calibration = StdCalibration(n_models, dim)
+    calibration = Calibration(n_models, dim)
     before = mean_nll(std, calibration, mean, weights, target)
     calibration.fit(mean, std, weights, target)
     best = mean_nll(std, calibration, mean, weights, target)
@@ -109,7 +166,7 @@ def test_a_std_that_is_right_stays_and_few_rows_move_it_little():
         std = std[:1].expand(3, -1, -1, -1)
         mean = torch.zeros_like(std)
         target = factor * std[0, :, 0] * torch.randn(n, 2, generator=generator)
-        calibration = StdCalibration(3, 2)
+        calibration = Calibration(3, 2)
         calibration.fit(mean, std, torch.ones(3, n, 1), target)
         return calibration
 
@@ -119,7 +176,7 @@ def test_a_std_that_is_right_stays_and_few_rows_move_it_little():
     assert right.spread.abs() < 0.3
     many = fitted(4000, 3.0)
     assert many.shift.mean().item() == pytest.approx(math.log(3.0), abs=0.1)
-    few = StdCalibration(1, 2)
+    few = Calibration(1, 2)
     ones = torch.ones(1, 1, 1, 2)
     few.fit(0 * ones, ones, ones[..., 0], 3 * ones[0, 0])
     # one residual of three std: the prior, worth four rows of shift, holds back
@@ -140,14 +197,17 @@ def test_calibrate_makes_held_out_data_likelier_and_changes_nothing_else(fc, rec
         new = ensemble.get_log_prob(state, context, action, next_state)[0].mean()
     assert new > old + 0.1
     changed = {n for n, x in ensemble.state_dict().items() if not torch.equal(x, before[n])}
-    assert changed == {"calibration.shift", "calibration.slope", "calibration.spread"}
+    parts = ("shift", "slope", "spread", "disagreement")
+    assert changed == {f"calibration.{part}" for part in parts}
     assert all(p.grad is None for p in ensemble.parameters())
 
 
 def test_it_is_saved(fc, recorded):
     ensemble, _ = recorded(fc)
     set_to(ensemble.calibration, [0.3, -0.8, 0.1], [0.7, 1.2, 1.0], 0.4)
+    ensemble.calibration.disagreement.fill_(0.3)
     other, _ = recorded(fc)
     other.load_state_dict(ensemble.state_dict())
     given = torch.randn(4, 3), torch.randn(4, 2), torch.randn(4, 2)
-    assert torch.equal(other.predict(*given)[2], ensemble.predict(*given)[2])
+    for ours, theirs in zip(other.predict(*given), ensemble.predict(*given), strict=True):
+        assert torch.equal(ours, theirs)

@@ -433,6 +433,7 @@ def test_a_float64_ensemble_computes_in_float64(kind, fc, tanh_net, recorded, tr
 
 
 @pytest.mark.parametrize("kind", ["fc", "tanh"])
+@pytest.mark.usefixtures("bf16_units")
 def test_autocast_runs_the_products_in_bfloat16_and_keeps_states_in_float32(
     kind, fc, tanh_net, recorded, transitions
 ):
@@ -446,6 +447,15 @@ def test_autocast_runs_the_products_in_bfloat16_and_keeps_states_in_float32(
     assert not torch.equal(half[0], full[0])
     scale = ensemble.target_normalizer.scale
     assert ((half[0] - full[0]).abs() < 0.1 * scale).all()
+
+
+@pytest.mark.usefixtures("no_bf16_units")
+def test_autocast_changes_nothing_where_bfloat16_is_slower(fc, recorded, transitions):
+    ensemble, _ = recorded(fc)
+    given = transitions(seed=4)[:3]
+    full = ensemble.predict(*given)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ensemble.predict(*given)[0], full[0])
 
 
 # -- gradients -----------------------------------------------------------------------------

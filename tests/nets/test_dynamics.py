@@ -14,7 +14,7 @@ from torchrl.data import Categorical, OneHot, Unbounded
 
 from layeredrl_torchrl import ProbFCDynamics
 from layeredrl_torchrl.nets import StackedProbFCDynamics
-from layeredrl_torchrl.nets.dynamics import mixture_parameters
+from layeredrl_torchrl.nets.gaussians import LogStdBounds, mixture_parameters
 
 BATCHES = [(), (1,), (4,), (2, 3)]
 
@@ -29,10 +29,6 @@ def make(n_modes=2, d=3, c=2, a=2, **options):
     for layer in net.layers:
         nn.init.normal_(layer.bias, std=0.3)
     return net
-
-
-def softplus(x):
-    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
 # -- reading the last layer ----------------------------------------------------------------
@@ -54,7 +50,7 @@ def test_the_mixture_is_read_as_the_closed_form_says(
     generator = torch.Generator().manual_seed(seed)
     size = 2 * n_modes * dim + n_modes + 1
     out = spread * torch.randn(*batch, size, generator=generator, dtype=dtype)
-    (mean, std), weights, term_prob = mixture_parameters(out, n_modes, dim, bounds)
+    (mean, std), weights, term_prob = mixture_parameters(out, n_modes, dim, LogStdBounds(*bounds))
     assert mean.shape == std.shape == (*batch, n_modes, dim)
     assert weights.shape == (*batch, n_modes)
     assert term_prob.shape == batch
@@ -69,8 +65,9 @@ def test_the_mixture_is_read_as_the_closed_form_says(
         for k in range(n_modes):
             for d in range(dim):
                 assert mean.reshape(-1, n_modes, dim)[i, k, d] == row[k * dim + d]
-                log_std = high - softplus(high - row[n_modes * dim + k * dim + d])
-                log_std = low + softplus(log_std - low)
+                middle, half = (low + high) / 2, (high - low) / 2
+                raw = row[n_modes * dim + k * dim + d]
+                log_std = middle + half * math.tanh((raw - middle) / half)
                 got = float(std.reshape(-1, n_modes, dim)[i, k, d])
                 assert got == pytest.approx(math.exp(log_std), **close)
             expected = math.exp(logits[k] - max(logits)) / total
@@ -83,7 +80,9 @@ def test_the_mixture_is_read_as_the_closed_form_says(
 @pytest.mark.parametrize("raw", [-1e6, -50.0, 0.0, 50.0, 1e6])
 def test_extreme_outputs_keep_a_positive_bounded_std_and_finite_weights(raw):
     low, high = -7.0, 2.0
-    (_, std), weights, term_prob = mixture_parameters(torch.full((5, 11), raw), 2, 2, (low, high))
+    (_, std), weights, term_prob = mixture_parameters(
+        torch.full((5, 11), raw), 2, 2, LogStdBounds(low, high)
+    )
     assert (std >= math.exp(low) * (1 - 1e-6)).all()
     assert (std <= math.exp(high) * 1.001).all()
     torch.testing.assert_close(weights, torch.full((5, 2), 0.5))
@@ -98,8 +97,8 @@ def test_one_mode_has_weight_one():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_read_in_float32(dtype):
     out = torch.randn(4, 11).to(dtype)
-    half = mixture_parameters(out, 2, 2, (-7.0, 2.0))
-    full = mixture_parameters(out.float(), 2, 2, (-7.0, 2.0))
+    half = mixture_parameters(out, 2, 2, LogStdBounds(-7.0, 2.0))
+    full = mixture_parameters(out.float(), 2, 2, LogStdBounds(-7.0, 2.0))
     for got, expected in zip((*half[0], *half[1:]), (*full[0], *full[1:]), strict=True):
         assert got.dtype == torch.float32
         assert torch.equal(got, expected)
@@ -117,14 +116,14 @@ def test_log_std_bounds_are_used():
 
 
 def by_hand(net, features):
-    """The last layer of a SiLU network for one row, from its weights, in Python floats."""
+    """The last layer of a default network for one row, from its weights, in Python floats."""
     x = features
     for i, layer in enumerate(net.layers):
         rows = zip(layer.weight.tolist(), layer.bias.tolist(), strict=True)
         y = [sum(w * v for w, v in zip(weights, x, strict=True)) + bias for weights, bias in rows]
         if i == len(net.layers) - 1:
             return y
-        y = [v / (1 + math.exp(-v)) for v in y]
+        y = [v * min(max(v + 3, 0), 6) / 6 for v in y]  # hardswish
         skip = i > 0 and len(x) == len(y)
         x = [v + u for v, u in zip(x, y, strict=True)] if skip else y
     return x

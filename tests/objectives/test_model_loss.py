@@ -326,3 +326,94 @@ def test_descends_to_the_noise_of_the_data(make_ensemble):
     # per dimension: the entropy of the noise
     assert out["nll"].item() == pytest.approx(0.5 * math.log(2 * math.pi * math.e * 0.04), abs=0.2)
     assert out["termination_bce"].item() < 0.2
+
+
+# -- beta-NLL -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_beta_weights_each_dimensions_gradient_by_its_variance(make_ensemble, beta):
+    """One Gaussian: the derivatives of the mean are ``std ** (2 beta - 2) (mean - y)``, averaged;
+    with 1 those of squared errors."""
+    mean, std = torch.tensor([0.5, -1.0]), torch.tensor([0.2, 3.0])
+    model = make_ensemble(
+        n_models=1,
+        partial_net=lambda *spaces: Constant(mean, std, 0.2),
+        predict_delta=False,
+        normalize_targets=False,
+    )
+    batch = make_batch(model, weight=True)
+
+    out = ModelLoss(model, beta=beta)(batch)
+    out["loss_dynamics"].backward()
+
+    share = (batch["weight"] / batch["weight"].sum()).unsqueeze(-1)
+    error = mean - batch["next", "state"]
+    grads = {name.split(".")[-1]: p.grad for name, p in model.members.named_parameters()}
+    expected = (share * error).sum(0) * std ** (2 * beta - 2)
+    torch.testing.assert_close(grads["mean"].flatten(), expected)
+    expected = (share * (1 / std - error**2 / std**3)).sum(0) * std ** (2 * beta)
+    torch.testing.assert_close(grads["std"].flatten(), expected)
+    log_prob = torch.distributions.Normal(mean, std).log_prob(batch["next", "state"])
+    value = -(share * std ** (2 * beta) * log_prob).sum()
+    assert out["loss_dynamics"].item() == pytest.approx(value.item(), rel=1e-4)
+    # what is logged stays the likelihood
+    assert out["nll"].item() == pytest.approx(-(share * log_prob).sum().item() / D, rel=1e-4)
+
+
+def gradients(model, batch, beta):
+    model.zero_grad()
+    out = ModelLoss(model, beta=beta)(batch)
+    out["loss_dynamics"].backward()
+    return out["loss_dynamics"].detach(), [p.grad.clone() for p in model.members.parameters()]
+
+
+@pytest.mark.parametrize("n_modes", [1, 3])
+def test_with_beta_near_zero_it_is_the_likelihood(make_ensemble, n_modes):
+    """In value and in gradient, though it is computed from the modes' responsibilities."""
+    model = fit(make_ensemble(n_modes=n_modes))
+    batch = make_batch(model, valid=True, weight=True)
+    torch.testing.assert_close(
+        gradients(model, batch, 1e-9), gradients(model, batch, 0.0), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_each_mode_is_weighted_by_its_own_std(make_ensemble):
+    """Against a loop over rows, members and modes."""
+    model, beta = fit(make_ensemble(n_modes=3)), 0.5
+    batch = make_batch(model)
+    value, grads = gradients(model, batch, beta)
+
+    model.zero_grad()
+    inputs = (batch[key].expand(model.n_models, N, -1) for key in ("state", "context", "action"))
+    (mean, std), weights, _ = model.predict_normalized(*inputs)
+    target = model.target(batch["state"], batch["next", "state"])
+    total = 0.0
+    for m in range(model.n_models):
+        for i in range(N):
+            log_p = torch.distributions.Normal(mean[m, i], std[m, i]).log_prob(target[i])  # [K, D]
+            share = (weights[m, i] * log_p.sum(-1).exp()).detach()
+            share = share / share.sum()
+            for k in range(3):
+                scaled = sum(std[m, i, k, d].item() ** (2 * beta) * log_p[k, d] for d in range(D))
+                total = total - share[k] * (weights[m, i, k].log() + scaled - share[k].log()) / N
+    total.backward()
+    torch.testing.assert_close(value, total.detach(), rtol=1e-4, atol=1e-4)
+    expected = [
+        p.grad if p.grad is not None else torch.zeros_like(p) for p in model.members.parameters()
+    ]
+    torch.testing.assert_close(grads, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_rows_that_are_not_valid_have_no_influence_with_beta(make_ensemble):
+    model = make_ensemble(n_modes=2)
+    batch = make_batch(model, valid=True)
+    kept = batch[batch["valid"]].exclude("valid")
+    batch["next", "state"][~batch["valid"]] = float("nan")
+    torch.testing.assert_close(gradients(model, batch, 0.5), gradients(model, kept, 0.5))
+
+
+@pytest.mark.parametrize("beta", [-0.1, 1.1, float("nan")])
+def test_a_beta_out_of_range_is_refused(make_ensemble, beta):
+    with pytest.raises(ValueError, match="beta"):
+        ModelLoss(make_ensemble(), beta=beta)

@@ -18,7 +18,7 @@ from torchrl.data import (
     TensorDictReplayBuffer,
 )
 
-from layeredrl_torchrl import EncoderNet, ProbFCDynamics
+from layeredrl_torchrl import BootstrappedBatches, EncoderNet, ProbFCDynamics, SharedBatch
 
 LEARN = {"n_updates": 3, "batch_size": 8, "model_batch_size": 8, "n_total_env_steps": 60}
 
@@ -322,9 +322,10 @@ def test_another_scale_of_rewards_does_not_change_the_value(make_predictor, make
     torch.testing.assert_close(layer.bias * head.out_scale + head.out_loc, bias)
 
 
-def test_small_batches_are_enough(make_predictor, make_buffer):
+@pytest.mark.parametrize("member_batches", [None, SharedBatch(), BootstrappedBatches()])
+def test_small_batches_are_enough(make_predictor, make_buffer, member_batches):
     """Whatever share of them is kept from the model, or from a member."""
-    predictor = make_predictor()
+    predictor = make_predictor(member_batches=member_batches)
     _, info = predictor.learn(make_buffer(), 100, 1, 1, 0)
     assert info["n_updates"] == 100.0
 
@@ -430,7 +431,7 @@ def test_it_learns_a_linear_system_its_reward_and_its_end(
         (reward.unsqueeze(-1), test["next", "reward"]),
     ):
         error = (predicted - true).square().mean(0) / true.var(0)
-        assert (error < 2e-2).all()
+        assert (error < 1e-2).all()
     ended = test["next", "terminated"].squeeze(-1)
     clear = (obs[:, 0] - 0.5).abs() > 0.2  # not on the border
     assert term_prob[ended & clear].mean() > 0.4
@@ -463,7 +464,7 @@ def test_it_learns_the_value_of_a_chain(make_predictor, make_buffer, n_steps):
     predictor.learn(make_buffer(data), 150, 32, 8, 0)
     expected = [(1 - gamma ** (n - i)) / (1 - gamma) for i in range(n)]
     value = predictor.value(states[:n])
-    torch.testing.assert_close(value, torch.tensor(expected), atol=0.2, rtol=0)
+    torch.testing.assert_close(value, torch.tensor(expected), atol=0.1, rtol=0)
 
 
 def test_the_encoder_finds_a_context_in_the_observation(make_predictor, make_buffer):

@@ -1,0 +1,136 @@
+"""How good a learned reward and value function are on episodes that were not learned from.
+
+    python benchmarks/predictor_quality.py                    # HalfCheetah-v5, 3 seeds
+    python benchmarks/predictor_quality.py --seeds 1 --n-updates 2000
+
+20,000 transitions of a random policy that keeps its last action with probability 1/2; the last
+fifth of the episodes is held out. A `RewardPredictor` with its default settings learns from the
+rest, in one call of `learn`.
+
+- reward R2: 1 - squared error / variance, over all held-out steps;
+- value correlation: of the value function with the discounted return that followed, over the
+  held-out steps with at least 300 steps left in their episode, of which all that is left counts: at
+  a discount of 0.99, what is cut off has a weight of 0.05 at most. The policy is random, so most of
+  a return is noise that no function of the state can know; beside it stands the same correlation on
+  the episodes that were learned from.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import gymnasium as gym
+import torch
+import tyro
+from model_quality import collect
+from tensordict import TensorDict
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+
+from layeredrl_torchrl import (
+    IdentityEncoder,
+    ProbabilisticEnsemble,
+    RewardNet,
+    RewardPredictor,
+    ValueNet,
+)
+
+GAMMA = 0.99
+
+
+@dataclass
+class Config:
+    """Options of the benchmark."""
+
+    env: str = "HalfCheetah-v5"
+    """Task to learn; episodes of 1,000 steps."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of data and training."""
+    n_steps: int = 20_000
+    """Transitions, held-out ones included."""
+    n_updates: int = 5_000
+    """Gradient steps."""
+    steps_left: int = 300
+    """Steps that must be left in the episode for a return to be compared."""
+    threads: int = 2
+    """Threads that torch may use."""
+    progress: bool = False
+    """Show a bar while learning."""
+
+
+def returns(data: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
+    """The discounted return from each step to its episode's end, and the steps left until then."""
+    value, left, n_left = 0.0, [], 0
+    out = []
+    rewards, ends = data["next", "reward"][:, 0].tolist(), data["next", "done"][:, 0].tolist()
+    for reward, end in zip(reversed(rewards), reversed(ends), strict=True):
+        value, n_left = (reward, 1) if end else (reward + GAMMA * value, n_left + 1)
+        out.append(value)
+        left.append(n_left)
+    return torch.tensor(out[::-1]), torch.tensor(left[::-1])
+
+
+def split(data: TensorDict) -> tuple[TensorDict, TensorDict]:
+    """All but the last fifth of the episodes, and that fifth."""
+    ends = data["next", "done"][:, 0].nonzero()[:, 0] + 1
+    if len(ends) < 5:
+        raise SystemExit(f"{len(data)} steps hold {len(ends)} whole episodes; collect at least 5")
+    cut, last = int(ends[len(ends) - len(ends) // 5 - 1]), int(ends[-1])
+    return data[:cut], data[cut:last]
+
+
+def make_predictor(data: TensorDict, action_space: gym.Space) -> RewardPredictor:
+    dim = data["observation"].shape[-1]
+    return RewardPredictor(
+        model=ProbabilisticEnsemble(
+            gym.spaces.Box(-math.inf, math.inf, (dim,)), None, action_space
+        ),
+        val_func=ValueNet(dim, 0),
+        rew_func=RewardNet(dim, 0, action_space),
+        encoder=IdentityEncoder((dim,)),
+        latent_state_dim=dim,
+        gamma=GAMMA,
+    )
+
+
+@torch.no_grad()
+def correlation(predictor: RewardPredictor, data: TensorDict, steps_left: int) -> float:
+    """Of values and returns, where enough of the episode is left."""
+    after, left = returns(data)
+    enough = left >= steps_left
+    value = predictor.value(data["observation"][enough])
+    return torch.corrcoef(torch.stack([value, after[enough]]))[0, 1].item()
+
+
+@torch.no_grad()
+def reward_r2(predictor: RewardPredictor, data: TensorDict) -> float:
+    reward = data["next", "reward"].squeeze(-1)
+    error = predictor.predict_reward(data["observation"], data["action"]) - reward
+    return 1.0 - (error.square().mean() / reward.var(correction=0)).item()
+
+
+def main(config: Config) -> None:
+    """Print one row for each seed."""
+    torch.set_num_threads(config.threads)
+    print(f"{'seed':>4} {'reward R2':>10} {'value corr':>11} {'(learned)':>10} {'ms/update':>10}")
+    for seed in config.seeds:
+        train, test = split(collect(config.env, config.n_steps, seed))
+        torch.manual_seed(seed)
+        predictor = make_predictor(train, gym.make(config.env).action_space)
+        buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(len(train)))
+        buffer.extend(train)
+        start = time.perf_counter()
+        predictor.learn(buffer, config.n_updates, 256, 256, len(train), progress=config.progress)
+        ms = (time.perf_counter() - start) / config.n_updates * 1e3
+        predictor.eval()
+        print(
+            f"{seed:4} {reward_r2(predictor, test):10.4f} "
+            f"{correlation(predictor, test, config.steps_left):11.3f} "
+            f"{correlation(predictor, train, config.steps_left):10.3f} {ms:10.1f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

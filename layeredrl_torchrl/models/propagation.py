@@ -1,0 +1,121 @@
+"""How a rollout carries the particles of an ensemble from step to step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = ["TS1", "Expectation", "Propagation", "TSInfinity"]
+
+# (state [M, R, D], context [M, R, C], action [M, R, *]) -> next state [M, R, D], term_prob [M, R]
+Step: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Propagation(ABC):
+    """Which member moves which particle (arXiv 1805.12114, section 5.1).
+
+    Particles lie in ``[M', N, P', *]`` for ``N`` starts; most keep ``M' = M`` and ``P' = P``.
+    """
+
+    # Whether members follow their mean rather than a sample of it.
+    deterministic = False
+
+    def particles(self, n_models: int, n_particles_per_model: int) -> tuple[int, int]:
+        """``M'`` and ``P'`` of an ensemble with ``M`` and ``P``."""
+        return n_models, n_particles_per_model
+
+    @abstractmethod
+    def advance(
+        self, step: Step, n_models: int, state: Tensor, context: Tensor, action: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Move particles by one step.
+
+        Args:
+            step: Steps row block ``m`` with member ``m``.
+            n_models: ``M``.
+            state: ``[M', N, P', D]``.
+            context: ``[N, C]``, the same for all particles of a start.
+            action: ``[N, *]``, likewise.
+
+        Returns:
+            Next state ``[M', N, P', D]`` and term_prob ``[M', N, P']``.
+        """
+
+
+class TSInfinity(Propagation):
+    """Particles stay within their member: what the members disagree on adds up over a rollout."""
+
+    def advance(
+        self, step: Step, n_models: int, state: Tensor, context: Tensor, action: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As the base class has it."""
+        n_part = state.shape[2]
+        following, term_prob = step(
+            state.flatten(1, 2),
+            _rows(context, n_models, n_part),
+            _rows(action, n_models, n_part),
+        )
+        return following.view(state.shape), term_prob.view(state.shape[:-1])
+
+
+class TS1(Propagation):
+    """Each particle is moved by a newly drawn member at every step.
+
+    The ``M * P`` particles of a start are dealt out to the members anew, ``P`` to each, so that
+    every particle has every member with probability ``1 / M``. The axes ``[M, P]`` of a rollout
+    then only count particles: which member moved one is different at each step.
+    """
+
+    def advance(
+        self, step: Step, n_models: int, state: Tensor, context: Tensor, action: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As the base class has it."""
+        _, n, n_part, dim = state.shape
+        count = n_models * n_part
+        order = torch.rand(n, count, device=state.device).argsort(-1)  # particle in each seat
+        back = order.argsort(-1)  # seat of each particle
+        seated = _deal(state, order).reshape(n_models, n * n_part, dim)
+        following, term_prob = step(
+            seated, _rows(context, n_models, n_part), _rows(action, n_models, n_part)
+        )
+        return (
+            _deal(following.view(state.shape), back),
+            _deal(term_prob.view(n_models, n, n_part, 1), back).squeeze(-1),
+        )
+
+
+class Expectation(Propagation):
+    """One particle follows the mean over members and modes; ``M' = P' = 1``."""
+
+    deterministic = True
+
+    def particles(self, n_models: int, n_particles_per_model: int) -> tuple[int, int]:
+        """One and one."""
+        return 1, 1
+
+    def advance(
+        self, step: Step, n_models: int, state: Tensor, context: Tensor, action: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As the base class has it."""
+        flat = state[0, :, 0].expand(n_models, -1, -1)
+        following, term_prob = step(flat, _rows(context, n_models, 1), _rows(action, n_models, 1))
+        return following.mean(0)[None, :, None], term_prob.mean(0)[None, :, None]
+
+
+def _rows(x: Tensor, n_models: int, n_particles: int) -> Tensor:
+    """``[N, *]`` of the starts as ``[M, N * P, *]`` of their particles."""
+    if n_particles > 1:
+        x = x.repeat_interleave(n_particles, 0)
+    return x.expand(n_models, *x.shape)
+
+
+def _deal(x: Tensor, order: Tensor) -> Tensor:
+    """Put particle ``order[n, i]`` of ``x [M, N, P, F]`` on place ``i`` of start ``n``."""
+    n_models, n, n_part, width = x.shape
+    flat = x.transpose(0, 1).reshape(n, n_models * n_part, width)
+    flat = flat.take_along_dim(order.unsqueeze(-1), 1)
+    return flat.view(n, n_models, n_part, width).transpose(0, 1)

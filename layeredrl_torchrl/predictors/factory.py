@@ -1,0 +1,248 @@
+"""Building a predictor for the spaces of an environment or of a level."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeAlias
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torchrl.data import Composite, TensorSpec, Unbounded
+from torchrl.envs import CatTensors, EnvBase, Transform, TransformedEnv
+
+from layeredrl_torchrl.models import ProbabilisticEnsemble
+from layeredrl_torchrl.nets import (
+    Encoder,
+    FixedEncoderNet,
+    IdentityEncoder,
+    ProbFCDynamics,
+    RewardNet,
+    ValueNet,
+)
+from layeredrl_torchrl.predictors.reward import RewardPredictor
+from layeredrl_torchrl.specs import Space, to_spec, width
+
+__all__ = ["PredictorFactory", "get_default_predictor_factory"]
+
+# The entries of a goal-based observation, in the order in which they are joined.
+_GOAL_KEYS = ("observation", "achieved_goal", "desired_goal")
+_JOIN = f'CatTensors(in_keys={list(_GOAL_KEYS)}, out_key="observation", sort=False)'
+
+ObservationSpace: TypeAlias = gym.Space[Any] | TensorSpec
+Environment: TypeAlias = gym.Env[Any, Any] | gym.vector.VectorEnv[Any, Any, Any] | EnvBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictorFactory:
+    """Builds a :class:`~layeredrl_torchrl.RewardPredictor` for given spaces.
+
+    Observations are flat vectors ``[obs]``. Those of goal-based environments (a ``Dict`` or
+    ``Composite`` of observation, achieved_goal and desired_goal) are joined in this order, with
+    the desired goal as the context and the rest as the state. In TorchRL, join them by
+    ``CatTensors(in_keys=["observation", "achieved_goal", "desired_goal"],
+    out_key="observation", sort=False)``; without ``sort=False`` it sorts the keys.
+
+    Args:
+        hidden_sizes: Width of each hidden layer of the dynamics, reward and value networks.
+        n_models: ``M``.
+        n_modes: ``K``.
+        n_particles_per_model: ``P``.
+        gamma: Discount over one step.
+        context_dims: Dimensions of the observation that are the context; the others are the
+            state. Goal-based spaces have theirs.
+        partial_encoder: Builds another encoder from the shape ``(obs,)`` of an observation, for
+            example ``partial(EncoderNet, latent_state_dim=8, context_dim=2)``.
+        model_options: Further arguments of :class:`~layeredrl_torchrl.ProbabilisticEnsemble`.
+        predictor_options: Further arguments of :class:`~layeredrl_torchrl.RewardPredictor`.
+
+    Raises:
+        ValueError: Both ``context_dims`` and ``partial_encoder``.
+    """
+
+    hidden_sizes: Sequence[int] = (128, 128)
+    n_models: int = 5
+    n_modes: int = 1
+    n_particles_per_model: int = 1
+    gamma: float = 0.99
+    context_dims: Sequence[int] = ()
+    partial_encoder: Callable[[tuple[int]], Encoder] | None = None
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    predictor_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.context_dims and self.partial_encoder is not None:
+            raise ValueError(
+                f"context_dims={list(self.context_dims)} has no effect with a partial_encoder; "
+                "give one of them"
+            )
+
+    def __call__(
+        self,
+        observation_space: ObservationSpace,
+        action_space: Space,
+        device: torch.device | str | None = None,
+    ) -> RewardPredictor:
+        """Build a predictor; its parts are new and not trained.
+
+        Args:
+            observation_space: ``Box`` or TorchRL spec of one observation ``[obs]``; a goal-based
+                ``Dict``; or a ``Composite`` that has an ``"observation"``.
+            action_space: Box or Discrete, or a TorchRL spec.
+            device: Where the parameters are put; torch's default if ``None``.
+
+        Raises:
+            TypeError, ValueError: Spaces of another kind; the message says what to do.
+        """
+        dim, goal_dims = _layout(observation_space)
+        if goal_dims and self.context_dims and list(self.context_dims) != goal_dims:
+            raise ValueError(
+                f"context_dims is {list(self.context_dims)}, but the desired goal of the "
+                f"observation space has the dimensions {goal_dims}; leave context_dims out"
+            )
+        encoder = self._encoder(dim, list(self.context_dims) or goal_dims)
+        state_dim, context_dim = encoder.latent_state_dim, encoder.context_dim
+        model = ProbabilisticEnsemble(
+            state_space=Unbounded((state_dim,)),
+            context_space=Unbounded((context_dim,)) if context_dim else None,
+            action_space=action_space,
+            n_models=self.n_models,
+            n_modes=self.n_modes,
+            n_particles_per_model=self.n_particles_per_model,
+            **{"partial_net": partial(ProbFCDynamics, hidden_sizes=self.hidden_sizes)}
+            | dict(self.model_options),
+        )
+        predictor = RewardPredictor(
+            model,
+            ValueNet(state_dim, context_dim, self.hidden_sizes),
+            RewardNet(state_dim, context_dim, model.action_spec, self.hidden_sizes),
+            encoder,
+            state_dim,
+            context_dim,
+            gamma=self.gamma,
+            **self.predictor_options,
+        )
+        return predictor if device is None else predictor.to(device)
+
+    def _encoder(self, dim: int, context_dims: list[int]) -> Encoder:
+        if self.partial_encoder is not None:
+            return self.partial_encoder((dim,))
+        if not context_dims:
+            return IdentityEncoder((dim,))
+        state_dims = [d for d in range(dim) if d not in context_dims]
+        return FixedEncoderNet((dim,), latent_state_dims=state_dims, context_dims=context_dims)
+
+
+def get_default_predictor_factory(env: Environment, **options: Any) -> PredictorFactory:
+    """The factory for an environment's observations, whose spaces it is then called with.
+
+    Of a goal-based environment it remembers where the goal lies in the joined observation, so it
+    can be called with the joined space as well. A TorchRL environment may be passed before or
+    after it is transformed; what is transformed inside the workers of a ``SerialEnv`` or
+    ``ParallelEnv`` cannot be seen, so pass a single environment instead, or ``context_dims``.
+
+    Args:
+        env: A gymnasium environment or vector environment, or a TorchRL environment.
+        **options: Of :class:`PredictorFactory`.
+
+    Raises:
+        TypeError: Not an environment; an option that the factory does not have.
+        ValueError: Goals joined in another order; and as the factory, for the observation space.
+    """
+    factory = PredictorFactory(**options)
+    given = bool(factory.context_dims) or factory.partial_encoder is not None
+    if isinstance(env, gym.vector.VectorEnv):
+        space: ObservationSpace = env.single_observation_space
+    elif isinstance(env, gym.Env):
+        space = env.observation_space
+    elif isinstance(env, EnvBase):
+        space = env.observation_spec_unbatched if given else _untransformed_goals(env)
+    else:
+        raise TypeError(
+            f"env must be a gymnasium or TorchRL environment, got {type(env).__name__}; without "
+            "one, call PredictorFactory() with spaces"
+        )
+    _, goal_dims = _layout(space)
+    return factory if given else replace(factory, context_dims=tuple(goal_dims))
+
+
+def _layout(space: ObservationSpace) -> tuple[int, list[int]]:
+    """The width of (joined) observations, and the dimensions of the desired goal in them."""
+    if isinstance(space, gym.spaces.Dict | Composite):
+        parts = dict(space.items())
+        names = sorted(map(str, parts))
+        if all(key in parts for key in _GOAL_KEYS) and (
+            isinstance(space, Composite) or len(parts) == len(_GOAL_KEYS)
+        ):
+            widths = [_width(key, parts[key]) for key in _GOAL_KEYS]
+            return sum(widths), list(range(sum(widths[:2]), sum(widths)))
+        # A TorchRL environment may carry more beside it: step counters, pixels to be recorded.
+        if isinstance(space, Composite) and "observation" in parts:
+            return _width("observation", parts["observation"]), []
+        raise ValueError(
+            f"the observation space has the entries {names}, expected one flat observation, or "
+            f"{list(_GOAL_KEYS)}; join them by TorchRL's CatTensors(in_keys=..., "
+            'out_key="observation"), or gymnasium\'s FlattenObservation'
+        )
+    return _width("observation_space", space), []
+
+
+def _width(name: str, space: ObservationSpace) -> int:
+    """The width of one flat observation of floats."""
+    shape = tuple(space.shape or ())
+    if isinstance(space, gym.spaces.Box | TensorSpec) and len(shape) > 1:
+        raise ValueError(
+            f"{name} has shape {shape}, expected one axis [obs]; turn images into features by an "
+            "environment transform, flatten other arrays (TorchRL's FlattenObservation), and pass "
+            "the space of a single environment (no batch axis)"
+        )
+    if isinstance(space, gym.spaces.Box):
+        floats = bool(np.issubdtype(space.dtype, np.floating))
+    else:
+        floats = isinstance(space, TensorSpec) and space.dtype.is_floating_point
+    if not floats:
+        raise TypeError(
+            f"{name} is {space}, expected a Box (or TorchRL spec) of floats; turn choices into "
+            "one-hot rows (TorchRL's GymEnv does) and cast them to float (DTypeCastTransform)"
+        )
+    return width(to_spec(space, name=name))
+
+
+def _untransformed_goals(env: EnvBase) -> Composite:
+    """The observation space of ``env``, or what it was before its transforms joined goals.
+
+    Raises:
+        ValueError: Goals that are left out, or joined in another order.
+    """
+    space = before = env.observation_spec_unbatched
+    while isinstance(env, TransformedEnv):
+        for transform in getattr(env.transform, "transforms", [env.transform]):
+            _check_join(transform)
+        env = env.base_env
+        before = env.observation_spec_unbatched
+    if not all(key in before.keys() for key in _GOAL_KEYS):
+        return space
+    n_joined, _ = _layout(before)
+    n_now = space["observation"].shape[-1] if "observation" in space.keys() else 0
+    as_it_was = n_now == before["observation"].shape[-1]
+    if n_now != n_joined and not (as_it_was and all(key in space.keys() for key in _GOAL_KEYS)):
+        raise ValueError(
+            f"the environment's observation, achieved and desired goal have {n_joined} values, but "
+            f"after its transforms the observation has {n_now}; join them by {_JOIN}, or pass "
+            "context_dims="
+        )
+    return before
+
+
+def _check_join(transform: Transform) -> None:
+    """Raise if a transform joins the entries of goal-based observations in another order."""
+    if not isinstance(transform, CatTensors) or "desired_goal" not in transform.in_keys:
+        return
+    if list(transform.in_keys) != list(_GOAL_KEYS) or transform.out_keys != ["observation"]:
+        raise ValueError(
+            f"the environment joins {list(transform.in_keys)} into {transform.out_keys}, but the "
+            f"desired goal is expected at the end of {list(_GOAL_KEYS)}; use {_JOIN}, or pass "
+            "context_dims="
+        )

@@ -1,0 +1,66 @@
+"""What a predictor's ``learn`` tells its user: scalars for a logger, and a bar on the screen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+from torchrl.record.loggers import Logger
+from tqdm import tqdm
+
+__all__ = ["check_logger", "log_terms", "updates"]
+
+# Seconds between two looks at the terms: reading one waits for a GPU to catch up.
+_EVERY = 1.0
+
+
+def check_logger(logger: Logger | None) -> None:
+    """Raise ``TypeError`` unless ``logger`` can log, or is ``None``.
+
+    Loggers that run in another process share no base class with TorchRL's ``Logger``, so what
+    counts is the method.
+    """
+    if logger is not None and not callable(getattr(logger, "log_metrics", None)):
+        raise TypeError(
+            f"logger must be a torchrl.record.loggers.Logger or None, got {type(logger).__name__}; "
+            'for example CSVLogger("my_experiment")'
+        )
+
+
+def log_terms(logger: Logger | None, name: str, info: Mapping[str, float], step: int) -> None:
+    """Log every term of ``info`` as the scalar ``"<name>/<term>"`` at ``step``."""
+    if logger is not None:
+        logger.log_metrics({f"{name}/{term}": value for term, value in info.items()}, step=step)
+
+
+def updates(
+    n_updates: int, totals: Mapping[str, Tensor], counts: Mapping[str, int], *, bar: str | None
+) -> Iterator[int]:
+    """Count from 0 to ``n_updates - 1``, with a bar called ``bar`` on stderr unless it is ``None``.
+
+    Args:
+        n_updates: How often the caller's loop runs.
+        totals: Sums of the terms so far, scalars, which the caller's loop fills. About once a
+            second the bar shows each term's mean since it last did.
+        counts: How many updates each sum is over, likewise.
+        bar: What the bar is called.
+    """
+    if bar is None:
+        yield from range(n_updates)
+        return
+    before: dict[str, tuple[float, int]] = {}
+    looked = time.monotonic()
+    with tqdm(total=n_updates, desc=bar, unit="update") as display:
+        for i in range(n_updates):
+            yield i
+            if i + 1 == n_updates or time.monotonic() - looked > _EVERY:
+                now = {name: (float(total), counts[name]) for name, total in totals.items()}
+                means = {}
+                for name, (total, n) in now.items():
+                    total_before, n_before = before.get(name, (0.0, 0))
+                    if n > n_before:
+                        means[name] = f"{(total - total_before) / (n - n_before):.3g}"
+                display.set_postfix(means, refresh=False)
+                before, looked = now, time.monotonic()
+            display.update()

@@ -1,0 +1,312 @@
+"""Factories: predictors that fit the spaces of real environments, and errors for the others."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import gymnasium as gym
+import pytest
+import torch
+from torch import nn
+from torchrl.collectors import Collector
+from torchrl.data import (
+    Bounded,
+    Categorical,
+    Composite,
+    LazyTensorStorage,
+    OneHot,
+    TensorDictReplayBuffer,
+    Unbounded,
+)
+from torchrl.envs import (
+    CatTensors,
+    Compose,
+    DoubleToFloat,
+    ExcludeTransform,
+    GymEnv,
+    SerialEnv,
+    StepCounter,
+    TransformedEnv,
+)
+
+from layeredrl_torchrl import (
+    EarlyStopping,
+    EncoderNet,
+    FixedEncoderNet,
+    IdentityEncoder,
+    PredictorFactory,
+    RewardPredictor,
+    get_default_predictor_factory,
+)
+
+SMALL = {"hidden_sizes": (8,), "n_models": 2}
+KEYS = ["observation", "achieved_goal", "desired_goal"]
+JOIN = {"in_keys": KEYS, "out_key": "observation", "sort": False}
+BOX = gym.spaces.Box(-1.0, 1.0, (3,))
+ACTION = gym.spaces.Box(-2.0, 2.0, (1,))
+
+
+def learn_from(env, predictor, n_steps=100):
+    """Random actions of a TorchRL environment, through a collector, into ``learn``."""
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(1000))
+    collector = Collector(env, None, frames_per_batch=n_steps, total_frames=n_steps)
+    for data in collector:
+        buffer.extend(data.reshape(-1))
+    collector.shutdown()
+    return data, predictor.learn(buffer, 2, 8, 8, n_steps)[1]
+
+
+# -- environments -------------------------------------------------------------------------------
+
+PENDULUM = {
+    "gym": lambda: gym.make("Pendulum-v1"),
+    "vector": lambda: gym.make_vec("Pendulum-v1", num_envs=2, vectorization_mode="sync"),
+    "torchrl": lambda: GymEnv("Pendulum-v1"),
+    "counted": lambda: TransformedEnv(GymEnv("Pendulum-v1"), StepCounter(50)),
+    "serial": lambda: SerialEnv(2, lambda: GymEnv("Pendulum-v1")),
+}
+
+
+@pytest.mark.parametrize("kind", PENDULUM)
+def test_an_environment_of_any_kind_gives_a_predictor_of_its_sizes(kind):
+    env = PENDULUM[kind]()
+    factory = get_default_predictor_factory(env, **SMALL)
+    assert factory == PredictorFactory(**SMALL)
+    if kind in ("torchrl", "counted", "serial"):
+        spaces = env.observation_spec_unbatched, env.action_spec_unbatched
+    elif kind == "vector":
+        spaces = env.single_observation_space, env.single_action_space
+    else:
+        spaces = env.observation_space, env.action_space
+    predictor = factory(*spaces)
+    assert isinstance(predictor.encoder, IdentityEncoder)
+    assert (predictor.latent_state_dim, predictor.context_dim) == (3, 0)
+    mean, *_ = predictor.predict(torch.randn(4, 3), torch.rand(4, 1))
+    assert mean.shape == (4, 2, 1, 3)
+    with pytest.raises(ValueError, match="outside"):  # the bounds came along
+        predictor.predict(torch.randn(4, 3), torch.full((4, 1), 2.5))
+
+
+@pytest.mark.parametrize("categorical", [False, True])
+def test_discrete_actions_are_learned(categorical):
+    env = GymEnv("CartPole-v1", categorical_action_encoding=categorical)
+    factory = get_default_predictor_factory(env, **SMALL)
+    predictor = factory(env.observation_spec, env.action_spec)
+    _, info = learn_from(env, predictor)
+    assert info["n_updates"] == 2.0
+    assert predictor.predict_reward(torch.zeros(2, 4), torch.tensor([0, 1])).shape == (2,)
+
+
+@pytest.fixture(scope="module")
+def maze():
+    """A point maze of gymnasium-robotics: observation 4, achieved and desired goal 2 each."""
+    robotics = pytest.importorskip("gymnasium_robotics")
+    gym.register_envs(robotics)
+    env = GymEnv("PointMaze_UMaze-v3")
+    yield env
+    env.close()
+
+
+def test_a_desired_goal_is_the_context(maze):
+    env = TransformedEnv(maze, Compose(CatTensors(**JOIN, del_keys=False), DoubleToFloat()))
+    factory = get_default_predictor_factory(env, **SMALL)
+    assert list(factory.context_dims) == [6, 7]
+    predictor = factory(Unbounded((8,)), env.action_spec)
+    data, info = learn_from(env, predictor)
+    assert info["n_updates"] == 2.0
+    state, context = predictor.encode(data["observation"])
+    assert torch.equal(context, data["desired_goal"])
+    assert torch.equal(state[..., 4:], data["achieved_goal"])
+    assert torch.equal(state[..., :2], data["achieved_goal"])  # in a maze, the position
+
+
+def spaces_of_maze(kind, maze):
+    gym_env = maze._env
+    return {
+        "gym": lambda: gym_env,
+        "torchrl": lambda: maze,
+        "joined": lambda: TransformedEnv(maze, CatTensors(**JOIN)),
+        "joined twice over": lambda: TransformedEnv(
+            TransformedEnv(maze, CatTensors(**JOIN)), DoubleToFloat()
+        ),
+        "kept": lambda: TransformedEnv(maze, CatTensors(**JOIN, del_keys=False)),
+        "counted": lambda: TransformedEnv(maze, StepCounter(50)),
+    }[kind]()
+
+
+@pytest.mark.parametrize(
+    "kind", ["gym", "torchrl", "joined", "joined twice over", "kept", "counted"]
+)
+def test_goals_are_found_before_and_after_they_are_joined(maze, kind):
+    factory = get_default_predictor_factory(spaces_of_maze(kind, maze), **SMALL)
+    assert factory == PredictorFactory(**SMALL, context_dims=(6, 7))
+    by_dict = factory(maze._env.observation_space, maze._env.action_space)
+    by_spec = factory(maze.observation_spec, maze.action_spec)
+    for predictor in (by_dict, by_spec):
+        assert isinstance(predictor.encoder, FixedEncoderNet)
+        assert predictor.encoder.latent_state_dims.tolist() == [0, 1, 2, 3, 4, 5]
+        assert predictor.encoder.context_dims.tolist() == [6, 7]
+    # a goal-based space says itself where its goal is
+    plain = PredictorFactory(**SMALL)(maze._env.observation_space, ACTION)
+    assert plain.encoder.context_dims.tolist() == [6, 7]
+
+
+def test_goals_joined_in_another_order_are_refused(maze):
+    """TorchRL sorts the keys unless told otherwise, which puts the observation last."""
+    join = {"in_keys": KEYS, "out_key": "observation"}
+    with pytest.raises(ValueError, match=r"achieved_goal.*sort=False"):
+        get_default_predictor_factory(TransformedEnv(maze, CatTensors(**join)))
+    elsewhere = CatTensors(in_keys=KEYS, out_key="all", sort=False)
+    with pytest.raises(ValueError, match=r"'all'"):
+        get_default_predictor_factory(TransformedEnv(maze, elsewhere))
+    env = TransformedEnv(maze, CatTensors(**join))
+    assert env.observation_spec["observation"].shape == (8,)
+    factory = get_default_predictor_factory(env, **SMALL, context_dims=(2, 3))
+    assert list(factory.context_dims) == [2, 3]
+
+
+def test_goals_that_are_left_out_are_refused(maze):
+    env = TransformedEnv(maze, ExcludeTransform("achieved_goal", "desired_goal"))
+    with pytest.raises(ValueError, match=r"8 values.*has 4.*CatTensors"):
+        get_default_predictor_factory(env)
+
+
+# -- options ------------------------------------------------------------------------------------
+
+
+def test_every_option_reaches_its_part():
+    factory = PredictorFactory(
+        hidden_sizes=(5, 6),
+        n_models=3,
+        n_modes=2,
+        n_particles_per_model=4,
+        gamma=0.5,
+        context_dims=(0,),
+        model_options={"predict_delta": False},
+        predictor_options={"k_steps": 2, "early_stopping": EarlyStopping()},
+    )
+    predictor = factory(BOX, ACTION)
+    assert predictor.rollout(torch.randn(3), torch.rand(2, 1)).shape == (3, 4, 2)
+    assert predictor.model.n_modes == 2
+    assert not predictor.model.predict_delta
+    assert (predictor.predictor_loss.gamma, predictor.predictor_loss.k_steps) == (0.5, 2)
+    assert predictor.early_stopping == EarlyStopping()
+    assert predictor.encoder.latent_state_dims.tolist() == [1, 2]
+    for head in (predictor.val_func, predictor.rew_func):
+        layers = [layer for layer in head.net if isinstance(layer, nn.Linear)]
+        assert [layer.out_features for layer in layers] == [5, 6, 1]
+    members = PredictorFactory(hidden_sizes=(5, 6))(BOX, ACTION).model.members.state_dict()
+    assert {5, 6} < {n for p in members.values() for n in p.shape}
+
+
+def test_a_learned_encoder():
+    make = partial(EncoderNet, latent_state_dim=4, context_dim=2)
+    predictor = PredictorFactory(**SMALL, partial_encoder=make)(BOX, ACTION)
+    assert isinstance(predictor.encoder, EncoderNet)
+    assert (predictor.model.state_dim, predictor.model.context_dim) == (4, 2)
+    with pytest.raises(ValueError, match="context_dims"):
+        PredictorFactory(partial_encoder=make, context_dims=(1,))
+
+
+def test_predictors_share_nothing():
+    factory = PredictorFactory(**SMALL)
+    first, second = factory(BOX, ACTION), factory(BOX, ACTION)
+    assert not {id(p) for p in first.parameters()} & {id(p) for p in second.parameters()}
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        None,
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"),
+            ],
+        ),
+    ],
+)
+def test_a_device_is_where_the_parameters_are(device):
+    predictor = PredictorFactory(**SMALL)(BOX, ACTION, device=device)
+    assert isinstance(predictor, RewardPredictor)
+    tensors = [v for v in predictor.state_dict().values() if isinstance(v, torch.Tensor)]
+    assert {v.device.type for v in tensors} == {device or "cpu"}
+    # The optimizer still has the parameters that the predictor computes with.
+    trained = {id(p) for group in predictor.optim.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in predictor.parameters() if p.requires_grad}
+
+
+def test_an_unknown_option_is_refused():
+    with pytest.raises(TypeError, match="n_members"):
+        get_default_predictor_factory(gym.make("Pendulum-v1"), n_members=3)
+
+
+# -- spaces that do not fit ---------------------------------------------------------------------
+
+BAD = {
+    "dict": (gym.spaces.Dict({"a": BOX, "b": BOX}), ValueError, r"\['a', 'b'\].*CatTensors"),
+    "goals and more": (
+        gym.spaces.Dict(dict.fromkeys([*KEYS, "pixels"], BOX)),
+        ValueError,
+        "pixels",
+    ),
+    "composite": (Composite(position=Unbounded((3,))), ValueError, "position.*CatTensors"),
+    "image": (gym.spaces.Box(0, 255, (64, 64, 3), dtype="uint8"), ValueError, "images"),
+    "image spec": (Bounded(0, 1, (3, 64, 64)), ValueError, "images"),
+    "image goal": (
+        gym.spaces.Dict(
+            {"observation": gym.spaces.Box(0, 1, (8, 8)), "achieved_goal": BOX, "desired_goal": BOX}
+        ),
+        ValueError,
+        r"observation has shape \(8, 8\)",
+    ),
+    "bytes": (gym.spaces.Box(0, 255, (128,), dtype="uint8"), TypeError, "floats.*cast"),
+    "choice": (gym.spaces.Discrete(16), TypeError, "one-hot"),
+    "choice spec": (Categorical(16), TypeError, "one-hot"),
+    "one-hot spec": (OneHot(16), TypeError, "cast"),
+    "choices": (gym.spaces.MultiDiscrete([2, 3]), TypeError, "one-hot"),
+    "tuple": (gym.spaces.Tuple([BOX, BOX]), TypeError, "expected a Box"),
+}
+
+
+class Env(gym.Env):
+    """An environment with whatever observations."""
+
+    action_space = ACTION
+
+    def __init__(self, observation_space):
+        self.observation_space = observation_space
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_other_observations_are_refused(name):
+    space, error, match = BAD[name]
+    with pytest.raises(error, match=match):
+        PredictorFactory(**SMALL)(space, ACTION)
+    if isinstance(space, gym.Space):
+        with pytest.raises(error, match=match):
+            get_default_predictor_factory(Env(space))
+
+
+@pytest.mark.parametrize(
+    ("action_space", "error"),
+    [(gym.spaces.MultiDiscrete([2, 2]), TypeError), (gym.spaces.Box(0, 1, (2, 2)), ValueError)],
+)
+def test_other_actions_are_refused(action_space, error):
+    with pytest.raises(error, match="action_space"):
+        PredictorFactory(**SMALL)(BOX, action_space)
+
+
+def test_what_is_no_environment_is_refused():
+    with pytest.raises(TypeError, match=r"Box.*PredictorFactory"):
+        get_default_predictor_factory(BOX)
+
+
+def test_a_context_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"\[3\].*observation"):
+        PredictorFactory(context_dims=(3,))(BOX, ACTION)
+    goals = gym.spaces.Dict(dict.fromkeys(KEYS, BOX))
+    with pytest.raises(ValueError, match=r"\[0\].*desired goal.*\[6, 7, 8\]"):
+        PredictorFactory(context_dims=(0,))(goals, ACTION)

@@ -1,0 +1,174 @@
+"""Imagined returns against a loop over a rollout's trajectory, and their memory."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layeredrl_torchrl import TS1, EnsembleDisagreement, Expectation, StaticPredictor, TSInfinity
+
+
+def start(predictor, batch, horizon, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(*batch, predictor.latent_state_dim, generator=generator),
+        torch.randn(*batch, predictor.context_dim, generator=generator),
+        torch.randn(
+            *batch, horizon, predictor.model.action_spec.shape[-1], generator=generator
+        ).clamp(-1, 1),
+    )
+
+
+@pytest.fixture
+def predictor(make_predictor):
+    torch.manual_seed(3)
+    predictor = make_predictor()
+    with torch.no_grad():
+        for head in (predictor.rew_func, predictor.target_val_func):
+            torch.nn.init.normal_(head.net[-1].weight)
+    return predictor
+
+
+@pytest.mark.parametrize("propagation", [TSInfinity(), TS1(), Expectation()], ids=repr)
+@pytest.mark.parametrize("batch", [(), (3,), (2, 2)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"discount": 0.9},
+        {"use_term_prob": False},
+        {"use_value_func": True},
+        {"discount": 0.8, "use_value_func": True, "use_term_prob": False},
+        {"bonus": True},
+    ],
+    ids=str,
+)
+def test_returns_are_those_of_the_trajectory(predictor, propagation, batch, options):
+    options = dict(options)
+    bonus = EnsembleDisagreement(predictor.model, 0.7) if options.pop("bonus", False) else None
+    state, context, actions = start(predictor, batch, 4)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        got = predictor.returns(
+            state, context, actions, propagation=propagation, exploration_bonus=bonus, **options
+        )
+        torch.manual_seed(0)
+        traj = predictor.model.rollout(state, context, actions, propagation=propagation)
+    assert got.shape == traj.batch_size[:-1]
+    discount = options.get("discount", 1.0)
+    for index in itertools.product(*map(range, batch)):
+        for m, p in itertools.product(*map(range, got.shape[-2:])):
+            one = traj[(*index, m, p)]
+            total, alive = 0.0, 1.0
+            for h in range(4):
+                inputs = (one["state"][h], one["context"][h], one["action"][h])
+                gain = float(predictor.rew_func(*inputs))
+                if bonus is not None:
+                    mean = traj[index]["state"][..., h, :].mean((0, 1))
+                    gain += float(bonus(mean, *inputs[1:]))
+                total += alive * gain
+                alive *= discount
+                if options.get("use_term_prob", True):
+                    alive *= 1.0 - float(one["next", "term_prob"][h])
+            if options.get("use_value_func"):
+                last = one["next", "state"][-1]
+                total += alive * float(predictor.terminal_value(last, *inputs[1:]))
+            assert float(got[(*index, m, p)]) == pytest.approx(total, rel=1e-4, abs=1e-4)
+
+
+@settings(max_examples=15, deadline=None)
+@given(horizon=st.integers(1, 6), n=st.integers(1, 5))
+def test_a_batch_is_what_its_items_are(horizon, n):
+    """For followed means, which draw no numbers."""
+    model = _still(3)
+    predictor = StaticPredictor(model, None, lambda s, c, a: s.sum(-1) + a.sum(-1), _identity(3), 3)
+    state, _, actions = torch.randn(n, 3), None, torch.randn(n, horizon, 2)
+    together = predictor.returns(state, None, actions, deterministic=True)
+    for i in range(n):
+        alone = predictor.returns(state[i], None, actions[i], deterministic=True)
+        torch.testing.assert_close(together[i], alone)
+        expected = horizon * state[i].sum() + actions[i].sum()
+        torch.testing.assert_close(alone.squeeze(), expected, rtol=1e-4, atol=1e-4)
+
+
+def _still(dim):
+    import gymnasium as gym
+
+    from layeredrl_torchrl import Model
+
+    class Still(Model):
+        def predict_members(self, state, context, action):
+            mean = state.unsqueeze(-2)
+            return (mean, torch.zeros_like(mean)), torch.ones_like(mean[..., 0]), state[..., 0] * 0
+
+    inf = float("inf")
+    return Still(gym.spaces.Box(-inf, inf, (dim,)), None, gym.spaces.Box(-inf, inf, (2,)))
+
+
+def _identity(dim):
+    from layeredrl_torchrl import IdentityEncoder
+
+    return IdentityEncoder((dim,))
+
+
+def test_the_memory_does_not_grow_with_the_horizon(predictor):
+    """Peak of live allocations, from torch's own profiler."""
+
+    def peak(horizon):
+        state, context, actions = start(predictor, (64,), horizon)
+        with (
+            torch.no_grad(),
+            torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+            ) as profile,
+        ):
+            predictor.returns(state, context, actions)
+        live = highest = 0
+        for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+            if event.name() == "[memory]":
+                live += event.nbytes()
+                highest = max(highest, live)
+        return highest
+
+    peak(2)
+    assert 0 < peak(40) < 1.2 * peak(5)
+
+
+def test_what_is_missing_is_named(make_predictor, predictor):
+    state, context, actions = start(predictor, (2,), 3)
+    with pytest.raises(ValueError, match="discount must lie in"):
+        predictor.returns(state, context, actions, discount=1.5)
+    with pytest.raises(ValueError, match="horizon 0"):
+        predictor.returns(state, context, actions[:, :0])
+    for part in ("rew_func", "val_func"):
+        lacking = StaticPredictor(
+            predictor.model,
+            None if part == "val_func" else predictor.val_func,
+            None if part == "rew_func" else predictor.rew_func,
+            predictor.encoder,
+            predictor.latent_state_dim,
+            predictor.context_dim,
+        )
+        with pytest.raises(ValueError, match="None; give it one"):
+            lacking.returns(state, context, actions, use_value_func=True)
+
+
+def test_returns_that_are_not_finite_name_the_member(predictor):
+    state, context, actions = start(predictor, (2,), 3)
+    seen = []
+
+    def reward(state, context, action):
+        seen.append(state)
+        out = torch.zeros(state.shape[:-1])
+        out[1] = torch.nan
+        return out
+
+    broken = StaticPredictor(
+        predictor.model, None, reward, predictor.encoder,
+        predictor.latent_state_dim, predictor.context_dim,
+    )  # fmt: skip
+    with torch.no_grad(), pytest.raises(ValueError, match=r"member\(s\) \[1\]"):
+        broken.returns(state, context, actions)
+    assert seen

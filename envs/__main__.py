@@ -1,0 +1,36 @@
+"""Prints a table of the tasks: ``python -m layeredrl_torchrl.envs``."""
+
+from __future__ import annotations
+
+import sys
+
+from layeredrl_torchrl.envs.registry import TASKS
+from layeredrl_torchrl.envs.task import Task
+
+_HEAD = ("task", "state", "context", "action", "horizon", "budget", "solved at", "known reward")
+
+
+def _row(task: Task) -> tuple[str, ...]:
+    if task.reward is None:
+        known = "no"
+    else:
+        known = "needs next state" if task.reward_needs_next_state else "yes"
+    sizes = (len(task.state_dims), len(task.context_dims), task.action_dim, task.horizon)
+    solved = "" if task.solved_at is None else f"{task.solved_at:g}"
+    return (task.name, *map(str, sizes), f"{task.budget:,}", solved, known)
+
+
+def table() -> str:
+    """All tasks in a Markdown table: sizes ``D``, ``C`` and ``A``, steps, and what is known."""
+    rows = [_HEAD, *map(_row, TASKS.values())]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table())

@@ -1,0 +1,40 @@
+"""Many environments as one."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from torchrl.envs import EnvBase
+
+from layeredrl_torchrl.envs.registry import get_task
+from layeredrl_torchrl.envs.task import Task
+
+__all__ = ["make_batched"]
+
+
+def make_batched(task: Task | str, n: int, *, seed: int | None = None, **kwargs: Any) -> EnvBase:
+    """``n`` environments of a task as one TorchRL environment of batch size ``[n]``.
+
+    The observation at the end of an episode is the true final one. (``GymEnv(num_envs=n)`` gives
+    zeros there and a step that never happened, because gymnasium's vectorised environments reset
+    themselves by default: here that is switched off, and TorchRL resets them, one by one.) All run
+    in this process, which for MuJoCo's small tasks is faster than worker processes.
+
+    Args:
+        task: A task, or the name of one in the registry.
+        n: Number of environments, at least 1.
+        seed: Environment ``i`` behaves as ``task.make(seed=seed + i)`` does.
+        **kwargs: As ``Task.make`` takes them.
+
+    Raises:
+        KeyError: A name that is not in the registry.
+        ValueError: ``n`` below 1.
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"n must be an int of at least 1, got {n!r}")
+    if isinstance(task, str):
+        task = get_task(task)
+    makers = [partial(task.make_gym, **kwargs)] * n
+    return task.wrap(SyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED), seed)

@@ -1,0 +1,137 @@
+"""What a task is: how to make its environment, and what is known about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import gymnasium as gym
+from tensordict import TensorDictBase
+from torch import Tensor
+from torchrl.envs import CatTensors, Compose, DoubleToFloat, EnvBase, GymWrapper, TransformedEnv
+
+from layeredrl_torchrl.envs.success import SuccessReader
+
+__all__ = ["StepFunction", "Task"]
+
+StepFunction: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""``(state [*B, D], context [*B, C], action [*B, A], next_state [*B, D]) -> [*B]``."""
+
+
+class _GymWrapper(GymWrapper):
+    """TorchRL's, whose vectorised environments also take ``env.reset(tensordict)``.
+
+    TorchRL 0.14 looks there for the mask of a partial reset without asking whether there is one.
+    """
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
+        if tensordict is not None and "_reset" not in tensordict.keys():
+            tensordict = None
+        return super()._reset(tensordict, **kwargs)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A control task, ready for planning: its environment and what is known in closed form.
+
+    ``state = observation[state_dims]`` and ``context = observation[context_dims]`` are what
+    ``FixedEncoderNet((task.observation_dim,), task.state_dims, task.context_dims)`` gives, and
+    what ``reward`` and ``termination`` read, batched, in any float dtype.
+
+    Args:
+        name: Name in the registry.
+        make_gym: Makes one gymnasium environment, time limit included; keyword arguments go to
+            the environment's constructor, ``max_episode_steps`` to its time limit.
+        observation_dim: Values in ``"observation"``.
+        state_dims: Which of them are the state, ``D`` indices.
+        context_dims: Which of them are the context, ``C`` indices: constant in an episode.
+        action_dim: ``A``.
+        horizon: Steps after which an episode is truncated.
+        budget: Real steps that the benchmark allows for learning the task from scratch.
+        solved_at: Undiscounted return of an episode from which the task counts as solved; ``None``
+            where no such score is agreed on.
+        reward: Reward of a step. ``None``: the standard observation does not determine it.
+        reward_needs_next_state: Whether ``reward`` reads its fourth argument.
+        termination: Whether a step terminates the episode, ``[*B]`` bool.
+        joined: Keys of a dictionary observation, joined into ``"observation"`` in this order.
+        reports_success: Whether the environment says in ``info["success"]`` that its goal is
+            reached; then it is read into ``"success" [*B, 1]``.
+    """
+
+    name: str
+    make_gym: Callable[..., gym.Env[Any, Any]]
+    observation_dim: int
+    state_dims: tuple[int, ...]
+    context_dims: tuple[int, ...]
+    action_dim: int
+    horizon: int
+    budget: int
+    solved_at: float | None = None
+    reward: StepFunction | None = None
+    reward_needs_next_state: bool = True
+    termination: StepFunction | None = None
+    joined: tuple[str, ...] = ()
+    reports_success: bool = False
+
+    def make(self, seed: int | None = None, **kwargs: Any) -> EnvBase:
+        """One TorchRL environment: flat float32 ``"observation" [obs]``, batch size ``[]``.
+
+        More transforms are added with ``env.append_transform(...)``.
+
+        Args:
+            seed: Seed of the environment; drawn by the operating system by default.
+            **kwargs: As ``make_gym`` takes them, for instance ``render_mode="rgb_array"``.
+        """
+        return self.wrap(self.make_gym(**kwargs), seed)
+
+    def wrap(
+        self, env: gym.Env[Any, Any] | gym.vector.VectorEnv[Any, Any, Any], seed: int | None = None
+    ) -> EnvBase:
+        """Turn gymnasium's environment, single or vectorised, into TorchRL's, and seed it."""
+        wrapped = _GymWrapper(env)
+        if self.reports_success:
+            wrapped.set_info_dict_reader(SuccessReader(batch_size=wrapped.batch_size))
+        transforms = [DoubleToFloat()]
+        if self.joined:
+            joined = CatTensors(list(self.joined), "observation", sort=False)
+            transforms.insert(0, joined)
+        out = TransformedEnv(wrapped, Compose(*transforms))
+        if seed is not None:
+            out.set_seed(seed)
+        return out
+
+    def rew_func(
+        self, dynamics: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The known reward as predictors want it: ``(state, context, action) -> [*B]``.
+
+        Args:
+            dynamics: ``(state, context, action) -> next_state [*B, D]``, for rewards that need the
+                next state: most MuJoCo tasks reward where a step led to.
+
+        Raises:
+            ValueError: The reward is not known, or needs ``dynamics``; or ``dynamics`` would have
+                no effect.
+        """
+        reward = self.reward
+        if reward is None:
+            raise ValueError(
+                f"the reward of {self.name} is not a function of its observations; learn it "
+                "(RewardNet), or use a task whose name ends in '/x'"
+            )
+        if not self.reward_needs_next_state:
+            if dynamics is not None:
+                raise ValueError(
+                    f"the reward of {self.name} does not depend on the next state: dynamics= has "
+                    "no effect, leave it out"
+                )
+            return lambda state, context, action: reward(state, context, action, state)
+        if dynamics is None:
+            raise ValueError(
+                f"the reward of {self.name} depends on the next state; pass "
+                "dynamics=(state, context, action) -> next_state"
+            )
+        return lambda state, context, action: reward(
+            state, context, action, dynamics(state, context, action)
+        )

@@ -1,0 +1,257 @@
+"""What is searched: families of distributions over sequences, and the values they range over.
+
+Shapes here have one flat batch axis ``b``; ``*E`` is the shape of one step of a sequence. Every
+family turns standard normal noise ``[b, N, H, *E]`` into candidates, so that noise correlated in
+time works with all of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
+
+from layeredrl_torchrl._checks import check_positive_int
+from layeredrl_torchrl.specs import Space, is_discrete, to_spec, width
+
+__all__ = ["CategoricalSearch", "GaussianSearch", "Search", "make_search"]
+
+Parameters = tuple[Tensor, ...]
+
+
+class Search(nn.Module, ABC):
+    """A family of distributions over sequences ``[H, *E]``, independent over steps.
+
+    Args:
+        event_shape: ``*E``.
+    """
+
+    def __init__(self, event_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.event_shape = event_shape
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Dtype of noise and parameters."""
+
+    @property
+    @abstractmethod
+    def candidate_dtype(self) -> torch.dtype:
+        """Dtype of candidates."""
+
+    @abstractmethod
+    def memory_spec(self, horizon: int) -> Composite:
+        """Spec of what a search hands on to the next one."""
+
+    @abstractmethod
+    def start(self, memory: dict[str, Tensor], warm: Tensor) -> Parameters:
+        """Parameters to start from.
+
+        Args:
+            memory: Entries ``[b, ...]`` as :meth:`memory_spec` has them.
+            warm: ``[b]`` bool; where it is false the memory does not count.
+        """
+
+    @abstractmethod
+    def sample(self, parameters: Parameters, noise: Tensor) -> Tensor:
+        """Candidates ``[b, N, H, *E]`` from standard normal noise of this shape."""
+
+    @abstractmethod
+    def fit(self, candidates: Tensor, weights: Tensor) -> Parameters:
+        """Parameters of the best fit to candidates with weights ``[b, N]`` that sum to 1."""
+
+    @abstractmethod
+    def mode(self, parameters: Parameters) -> Tensor:
+        """The sequence ``[b, H, *E]`` in the middle of the distribution."""
+
+    @abstractmethod
+    def remember(self, parameters: Parameters) -> dict[str, Tensor]:
+        """The entries of :meth:`memory_spec`."""
+
+    @abstractmethod
+    def project(self, candidates: Tensor) -> Tensor:
+        """The nearest candidates that are allowed."""
+
+
+class GaussianSearch(Search):
+    """Independent Gaussians, clipped to bounds; the mean is remembered.
+
+    Args:
+        low: Lower bounds ``[A]``, finite.
+        high: Upper bounds ``[A]``, not below the lower ones.
+        sigma: Standard deviation every search starts with, a number or ``[A]``, in the units of
+            the bounds; a quarter of their distance by default (0.5 for -1 to 1).
+
+    Raises:
+        ValueError: Bounds that are missing, infinite or crossed; a sigma that is not positive.
+    """
+
+    low: Tensor
+    high: Tensor
+    sigma: Tensor
+
+    def __init__(self, low: Tensor, high: Tensor, sigma: Tensor | float | None = None) -> None:
+        low, high = torch.as_tensor(low), torch.as_tensor(high)
+        if low.ndim != 1 or low.shape != high.shape or not low.is_floating_point():
+            raise ValueError(
+                f"low and high must be float tensors of one shape [A], got {tuple(low.shape)} "
+                f"({low.dtype}) and {tuple(high.shape)}"
+            )
+        unbounded = (~(low.isfinite() & high.isfinite())).nonzero().flatten().tolist()
+        if unbounded:
+            raise ValueError(
+                f"dimension(s) {unbounded} have no finite bounds (low {low.tolist()}, high "
+                f"{high.tolist()}); samples need a range: give finite bounds for every dimension"
+            )
+        if bool((low > high).any()):
+            raise ValueError(f"low {low.tolist()} exceeds high {high.tolist()}")
+        super().__init__(tuple(low.shape))
+        if sigma is None:
+            sigma = (high - low) / 4
+        else:
+            sigma = torch.as_tensor(sigma, dtype=low.dtype, device=low.device)
+            if sigma.ndim > 1 or sigma.numel() not in (1, len(low)):
+                raise ValueError(f"sigma has shape {tuple(sigma.shape)}, expected [{len(low)}]")
+            if not bool((sigma.isfinite() & (sigma > 0)).all()):
+                raise ValueError(f"sigma must be positive and finite, got {sigma.tolist()}")
+        # Not part of the state dict: they follow from the arguments.
+        self.register_buffer("low", low.clone(), persistent=False)
+        self.register_buffer("high", high.clone(), persistent=False)
+        self.register_buffer("sigma", sigma.expand_as(low).clone(), persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the bounds."""
+        return self.low.dtype
+
+    @property
+    def candidate_dtype(self) -> torch.dtype:
+        """That of the bounds."""
+        return self.low.dtype
+
+    def memory_spec(self, horizon: int) -> Composite:
+        """``"mean" [H, A]``."""
+        # Unbounded: the zeros of a fresh memory need not lie within the bounds.
+        return Composite(mean=Unbounded((horizon, *self.event_shape), dtype=self.dtype))
+
+    def start(self, memory: dict[str, Tensor], warm: Tensor) -> Parameters:
+        """The remembered mean, or the middle of the bounds; always the first sigma."""
+        mean = torch.where(warm[:, None, None], memory["mean"], 0.5 * (self.low + self.high))
+        return self.project(mean), self.sigma.expand_as(mean)
+
+    def sample(self, parameters: Parameters, noise: Tensor) -> Tensor:
+        """Samples, moved to the bounds where they leave them."""
+        mean, std = (x.unsqueeze(1) for x in parameters)
+        return self.project(torch.addcmul(mean, std, noise))
+
+    def fit(self, candidates: Tensor, weights: Tensor) -> Parameters:
+        """Weighted mean and (population) standard deviation, each ``[b, H, A]``."""
+        # Sums rather than products of matrices, which autocast would round.
+        weights = weights.to(candidates.dtype)[..., None, None]
+        mean = (weights * candidates).sum(1)
+        var = (weights * (candidates - mean.unsqueeze(1)).square()).sum(1)
+        return mean, var.sqrt()
+
+    def mode(self, parameters: Parameters) -> Tensor:
+        """The mean, within the bounds."""
+        return self.project(parameters[0])
+
+    def remember(self, parameters: Parameters) -> dict[str, Tensor]:
+        """The mean."""
+        return {"mean": self.mode(parameters)}
+
+    def project(self, candidates: Tensor) -> Tensor:
+        """Clamp to the bounds."""
+        return candidates.clamp(self.low, self.high)
+
+
+class CategoricalSearch(Search):
+    """Independent choices among ``n``; their probabilities are remembered.
+
+    A choice is the quantile of the noise, so noise that is correlated in time makes choices that
+    last.
+
+    Args:
+        n: Number of choices; candidates are integers from 0 to ``n - 1``, with ``*E = ()``.
+        uniform: Share of the uniform distribution mixed into remembered probabilities, which
+            otherwise could never leave 0.
+
+    Raises:
+        ValueError: ``n`` below 1, ``uniform`` outside (0, 1].
+    """
+
+    def __init__(self, n: int, uniform: float = 0.5) -> None:
+        if not 0.0 < uniform <= 1.0:
+            raise ValueError(f"uniform must lie in (0, 1], got {uniform}")
+        super().__init__(())
+        self.n = check_positive_int("n", n)
+        self.uniform = uniform
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Float32: probabilities need no more."""
+        return torch.float32
+
+    @property
+    def candidate_dtype(self) -> torch.dtype:
+        """Integers."""
+        return torch.long
+
+    def memory_spec(self, horizon: int) -> Composite:
+        """``"probs" [H, n]``."""
+        return Composite(probs=Unbounded((horizon, self.n), dtype=self.dtype))
+
+    def start(self, memory: dict[str, Tensor], warm: Tensor) -> Parameters:
+        """The remembered probabilities mixed with uniform ones, or uniform ones."""
+        mixed = (1.0 - self.uniform) * memory["probs"] + self.uniform / self.n
+        return (torch.where(warm[:, None, None], mixed, 1.0 / self.n),)
+
+    def sample(self, parameters: Parameters, noise: Tensor) -> Tensor:
+        """The choices at the noise's quantiles, ``[b, N, H]`` integers."""
+        (probs,) = parameters
+        borders = probs.cumsum(-1)[..., :-1].unsqueeze(1)
+        return (torch.special.ndtr(noise).unsqueeze(-1) > borders).sum(-1)
+
+    def fit(self, candidates: Tensor, weights: Tensor) -> Parameters:
+        """Weighted shares of the choices, ``[b, H, n]``."""
+        chosen = nn.functional.one_hot(candidates, self.n)
+        return ((weights.to(self.dtype)[..., None, None] * chosen).sum(1),)
+
+    def mode(self, parameters: Parameters) -> Tensor:
+        """The most probable choices ``[b, H]``."""
+        return parameters[0].argmax(-1)
+
+    def remember(self, parameters: Parameters) -> dict[str, Tensor]:
+        """The probabilities."""
+        return {"probs": parameters[0]}
+
+    def project(self, candidates: Tensor) -> Tensor:
+        """Clamp to the range of choices."""
+        return candidates.clamp(0, self.n - 1)
+
+
+def make_search(space: Space | TensorSpec, sigma: Tensor | float | None = None) -> Search:
+    """The search that fits a space: Gaussian in a bounded box, categorical among choices.
+
+    Args:
+        space: A gymnasium ``Box`` or ``Discrete``, or a TorchRL spec of one item.
+        sigma: As :class:`GaussianSearch`.
+
+    Raises:
+        TypeError: Other spaces. ValueError: A box without bounds, a sigma for choices, and as
+            :class:`GaussianSearch`.
+    """
+    spec = to_spec(space)
+    if is_discrete(spec):
+        if sigma is not None:
+            raise ValueError(f"sigma is {sigma}, but {spec} is discrete: it has none; leave it out")
+        return CategoricalSearch(width(spec))
+    if not isinstance(spec, Bounded):
+        raise ValueError(
+            f"{spec} has no bounds; samples need a range: give a Bounded spec, or a gymnasium Box "
+            "with finite bounds"
+        )
+    return GaussianSearch(spec.space.low, spec.space.high, sigma)

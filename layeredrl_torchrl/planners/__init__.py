@@ -1,0 +1,26 @@
+"""Planners: policies that search for actions in what a predictor imagines."""
+
+from layeredrl_torchrl.planners.planner import PredictorPlanner
+from layeredrl_torchrl.planners.return_modes import (
+    ReturnMode,
+    best_plan,
+    mean_plan,
+    random_plan,
+)
+from layeredrl_torchrl.planners.risk import CVaR, Mean, RiskMeasure, WorstCase
+from layeredrl_torchrl.planners.sampling import CEMPlanner, ICEMPlanner, MPPIPlanner
+
+__all__ = [
+    "CEMPlanner",
+    "CVaR",
+    "ICEMPlanner",
+    "MPPIPlanner",
+    "Mean",
+    "PredictorPlanner",
+    "ReturnMode",
+    "RiskMeasure",
+    "WorstCase",
+    "best_plan",
+    "mean_plan",
+    "random_plan",
+]

@@ -1,0 +1,47 @@
+"""Which of the sequences that an optimizer found is the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TypeAlias
+
+from torch import Tensor
+
+from layeredrl_torchrl.optimizers import Solution
+
+__all__ = ["ReturnMode", "best_plan", "find_return_mode", "mean_plan", "random_plan"]
+
+ReturnMode: TypeAlias = Callable[[Solution], Tensor]
+
+
+def mean_plan(solution: Solution) -> Tensor:
+    """The middle of the final distribution, which is evaluated by nobody but seldom odd."""
+    return solution.mean
+
+
+def best_plan(solution: Solution) -> Tensor:
+    """The best of all candidates."""
+    return solution.best
+
+
+def random_plan(solution: Solution) -> Tensor:
+    """A sample of the final distribution, to explore."""
+    return solution.random
+
+
+_BY_NAME: Mapping[str, ReturnMode] = MappingProxyType(
+    {"mean": mean_plan, "best": best_plan, "random": random_plan}
+)
+
+
+def find_return_mode(given: ReturnMode | str) -> ReturnMode:
+    """A return mode by LayeredRL's name for it; a function is returned as it is."""
+    if callable(given):
+        return given
+    if given not in _BY_NAME:
+        raise ValueError(
+            f"return_mode is {given!r}, expected one of {sorted(_BY_NAME)} or a function from a "
+            "Solution to a sequence"
+        )
+    return _BY_NAME[given]

@@ -1,0 +1,66 @@
+"""Risk measures: what the returns of many imagined particles are worth as one number."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["CVaR", "Mean", "RiskMeasure", "WorstCase"]
+
+
+class RiskMeasure(ABC):
+    """Maps the returns ``[*B, M, P]`` of members and their particles to scores ``[*B]``."""
+
+    @abstractmethod
+    def __call__(self, returns: Tensor) -> Tensor:
+        """Score plans; shapes in the class docstring."""
+
+
+@dataclass(frozen=True)
+class Mean(RiskMeasure):
+    """The expected return: risk does not matter."""
+
+    def __call__(self, returns: Tensor) -> Tensor:
+        """The mean over members and particles."""
+        return returns.mean((-2, -1))
+
+
+@dataclass(frozen=True)
+class CVaR(RiskMeasure):
+    """Conditional value at risk: the mean of the worst share ``alpha`` of the particles.
+
+    Of a particle on the border of that share, only the part within it counts, so that the value
+    is continuous in ``alpha``; 1 gives the mean (Rockafellar and Uryasev 2002, section 2).
+
+    Args:
+        alpha: In ``(0, 1]``.
+
+    Raises:
+        ValueError: Another ``alpha``.
+    """
+
+    alpha: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.alpha <= 1.0:
+            raise ValueError(f"alpha must lie in (0, 1], got {self.alpha}")
+
+    def __call__(self, returns: Tensor) -> Tensor:
+        """The mean of the worst."""
+        returns = returns.flatten(-2)
+        mass = self.alpha * returns.shape[-1]
+        rank = torch.arange(returns.shape[-1], device=returns.device, dtype=returns.dtype)
+        share = (mass - rank).clamp(0.0, 1.0) / mass
+        return (returns.sort(-1).values * share).sum(-1)
+
+
+@dataclass(frozen=True)
+class WorstCase(RiskMeasure):
+    """The return of the worst particle."""
+
+    def __call__(self, returns: Tensor) -> Tensor:
+        """The minimum over members and particles."""
+        return returns.amin((-2, -1))

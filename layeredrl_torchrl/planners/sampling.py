@@ -1,0 +1,142 @@
+"""Planners by the optimizer that they search with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torchrl.data import TensorSpec
+
+from layeredrl_torchrl.optimizers import CEM, ICEM, MPPI, Search, make_search
+from layeredrl_torchrl.planners.planner import PredictorPlanner
+from layeredrl_torchrl.planners.return_modes import ReturnMode, best_plan, mean_plan
+from layeredrl_torchrl.predictors import Predictor
+from layeredrl_torchrl.specs import Space
+
+__all__ = ["CEMPlanner", "ICEMPlanner", "MPPIPlanner"]
+
+
+class CEMPlanner(PredictorPlanner):
+    """Plans with :class:`~layeredrl_torchrl.CEM`.
+
+    Args:
+        predictor: What is imagined.
+        action_spec: Actions of one environment; the predictor's by default. Continuous ones need
+            finite bounds.
+        initial_sigma: Standard deviation of the first samples, as
+            :class:`~layeredrl_torchrl.GaussianSearch` has it; none for discrete actions.
+        horizon, n_samples, n_iterations, elite_ratio, momentum: As the optimizer.
+        return_mode: Which sequence is the plan.
+        **options: Those of :class:`~layeredrl_torchrl.PredictorPlanner`.
+
+    Raises:
+        TypeError, ValueError: As the optimizer, its search, and the base class.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        *,
+        action_spec: TensorSpec | Space | None = None,
+        horizon: int = 15,
+        n_samples: int = 256,
+        n_iterations: int = 6,
+        elite_ratio: float = 0.1,
+        momentum: float = 0.1,
+        initial_sigma: Tensor | float | None = None,
+        return_mode: ReturnMode | str = mean_plan,
+        **options: Any,
+    ) -> None:
+        optimizer = CEM(
+            _search(predictor, action_spec, initial_sigma),
+            horizon,
+            n_samples=n_samples,
+            n_iterations=n_iterations,
+            elite_ratio=elite_ratio,
+            momentum=momentum,
+        )
+        super().__init__(
+            predictor, optimizer, action_spec=action_spec, return_mode=return_mode, **options
+        )
+
+
+class ICEMPlanner(PredictorPlanner):
+    """Plans with :class:`~layeredrl_torchrl.ICEM`.
+
+    Args:
+        beta, decay, keep_ratio: As the optimizer; all others as :class:`CEMPlanner`.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        *,
+        action_spec: TensorSpec | Space | None = None,
+        horizon: int = 15,
+        n_samples: int = 256,
+        n_iterations: int = 6,
+        elite_ratio: float = 0.1,
+        momentum: float = 0.1,
+        initial_sigma: Tensor | float | None = None,
+        beta: float = 1.0,
+        decay: float = 1.25,
+        keep_ratio: float = 0.3,
+        return_mode: ReturnMode | str = best_plan,
+        **options: Any,
+    ) -> None:
+        optimizer = ICEM(
+            _search(predictor, action_spec, initial_sigma),
+            horizon,
+            n_samples=n_samples,
+            n_iterations=n_iterations,
+            elite_ratio=elite_ratio,
+            momentum=momentum,
+            beta=beta,
+            decay=decay,
+            keep_ratio=keep_ratio,
+        )
+        super().__init__(
+            predictor, optimizer, action_spec=action_spec, return_mode=return_mode, **options
+        )
+
+
+class MPPIPlanner(PredictorPlanner):
+    """Plans with :class:`~layeredrl_torchrl.MPPI`.
+
+    Args:
+        temperature: As the optimizer; all others as :class:`CEMPlanner`.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        *,
+        action_spec: TensorSpec | Space | None = None,
+        horizon: int = 15,
+        n_samples: int = 256,
+        n_iterations: int = 6,
+        elite_ratio: float = 0.1,
+        temperature: float = 1.0,
+        momentum: float = 0.1,
+        initial_sigma: Tensor | float | None = None,
+        return_mode: ReturnMode | str = mean_plan,
+        **options: Any,
+    ) -> None:
+        optimizer = MPPI(
+            _search(predictor, action_spec, initial_sigma),
+            horizon,
+            n_samples=n_samples,
+            n_iterations=n_iterations,
+            elite_ratio=elite_ratio,
+            temperature=temperature,
+            momentum=momentum,
+        )
+        super().__init__(
+            predictor, optimizer, action_spec=action_spec, return_mode=return_mode, **options
+        )
+
+
+def _search(
+    predictor: Predictor, action_spec: TensorSpec | Space | None, sigma: Tensor | float | None
+) -> Search:
+    return make_search(predictor.model.action_spec if action_spec is None else action_spec, sigma)

@@ -1,0 +1,16 @@
+"""Transforms of environments that TorchRL does not have."""
+
+from layeredrl_torchrl.transforms.flips import Angle, FlipTermination, QuaternionTilt
+from layeredrl_torchrl.transforms.goals import JoinGoals
+from layeredrl_torchrl.transforms.rewards import AffineReward, LogReward
+from layeredrl_torchrl.transforms.success import SuccessRate
+
+__all__ = [
+    "AffineReward",
+    "Angle",
+    "FlipTermination",
+    "JoinGoals",
+    "LogReward",
+    "QuaternionTilt",
+    "SuccessRate",
+]

@@ -1,0 +1,90 @@
+"""Ends episodes of walkers that have flipped over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+from torchrl.envs import TerminateTransform
+
+__all__ = ["Angle", "FlipTermination", "QuaternionTilt"]
+
+
+@dataclass(frozen=True)
+class Angle:
+    """The tilt of a walker in a plane: one angle of its observation.
+
+    Args:
+        index: Where the angle stands in the observation (1 for gymnasium's Hopper, Walker2d and
+            HalfCheetah).
+    """
+
+    index: int
+
+    def __call__(self, observation: Tensor) -> Tensor:
+        """``[*B, obs] -> [*B]`` rad."""
+        return observation[..., self.index]
+
+
+@dataclass(frozen=True)
+class QuaternionTilt:
+    """The angle between a body's z axis and the world's, from its orientation quaternion.
+
+    Args:
+        first: Where the four values ``w, x, y, z`` begin in the observation (1 for gymnasium's
+            Ant).
+    """
+
+    first: int
+
+    def __call__(self, observation: Tensor) -> Tensor:
+        """``[*B, obs] -> [*B]`` rad, in ``[0, pi]``."""
+        w, x, y, z = observation[..., self.first : self.first + 4].unbind(-1)
+        # The turned z axis is (.., .., w² - x² - y² + z²) for a quaternion of length 1; with its
+        # horizontal part, atan2 is exact near both ends and needs no normalisation.
+        horizontal = 2.0 * torch.hypot(x * z + w * y, y * z - w * x)
+        return torch.atan2(horizontal, w**2 - x**2 - y**2 + z**2)
+
+
+@dataclass(frozen=True)
+class _Flipped:
+    """The predicate, as an object so that environments with it can be pickled."""
+
+    tilt: Callable[[Tensor], Tensor]
+    limit: float
+    key: NestedKey
+
+    def __call__(self, next_tensordict: TensorDictBase) -> Tensor:
+        # Written so that NaN counts as flipped.
+        return ~(self.tilt(next_tensordict.get(self.key)).abs() <= self.limit)
+
+
+class FlipTermination(TerminateTransform):
+    """Terminates the episode (``terminated`` and ``done``) where the tilt exceeds a limit.
+
+    It is TorchRL's ``TerminateTransform`` with the question it asks. For a task without flips:
+    ``TransformedEnv(GymEnv("HalfCheetah-v5"), FlipTermination(Angle(1)))``.
+
+    Args:
+        tilt: ``observation [*B, obs] -> [*B]`` rad: an :class:`Angle`, a
+            :class:`QuaternionTilt`, or any such function.
+        limit: Largest size of the tilt that is not a flip, above 0; a quarter turn by default.
+        key: Key of the observation.
+
+    Raises:
+        ValueError: A limit that is not above 0.
+    """
+
+    def __init__(
+        self,
+        tilt: Callable[[Tensor], Tensor],
+        limit: float = math.pi / 2,
+        key: NestedKey = "observation",
+    ) -> None:
+        if not limit > 0.0:
+            raise ValueError(f"limit must be above 0 rad, got {limit}")
+        super().__init__(_Flipped(tilt, float(limit), key))

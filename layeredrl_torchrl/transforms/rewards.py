@@ -1,0 +1,131 @@
+"""Rewards on another scale."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from tensordict import NestedKey
+from torch import Tensor
+from torchrl.data import Bounded, Composite, TensorSpec
+from torchrl.envs import Transform
+
+__all__ = ["AffineReward", "LogReward"]
+
+
+class _MappedReward(Transform):
+    """Applies a monotone function to the reward, and to the bounds of its spec."""
+
+    def __init__(
+        self, in_keys: Sequence[NestedKey] | None, out_keys: Sequence[NestedKey] | None
+    ) -> None:
+        in_keys = ["reward"] if in_keys is None else list(in_keys)
+        super().__init__(in_keys=in_keys, out_keys=in_keys if out_keys is None else out_keys)
+
+    @abstractmethod
+    def _map(self, reward: Tensor) -> Tensor:
+        """The function."""
+
+    def _apply_transform(self, reward: Tensor) -> Tensor:
+        return self._map(reward)
+
+    def transform_reward_spec(self, reward_spec: Composite) -> Composite:
+        """Map the bounds of bounded rewards; other rewards stay unbounded."""
+        for in_key, out_key in zip(self.in_keys, self.out_keys, strict=True):
+            reward_spec[out_key] = self._map_spec(reward_spec[in_key].clone())
+        return reward_spec
+
+    def _map_spec(self, spec: TensorSpec) -> TensorSpec:
+        if not isinstance(spec, Bounded):
+            return spec
+        ends = self._map(spec.space.low), self._map(spec.space.high)
+        low, high = torch.minimum(*ends), torch.maximum(*ends)
+        return Bounded(low, high, spec.shape, dtype=low.dtype, device=spec.device)
+
+
+class AffineReward(_MappedReward):
+    """``reward -> scale * reward + offset``.
+
+    TorchRL's ``RewardScaling`` raises a scale that is below 1e-6 to 1e-6, so that costs cannot be
+    turned into rewards with it, and refuses bounded rewards.
+
+    Args:
+        scale: Any number but 0; negative to turn a cost into a reward.
+        offset: What is added after scaling.
+        in_keys: Keys of the rewards, ``["reward"]`` by default; ``[("next", "reward")]`` in a
+            replay buffer.
+        out_keys: Where the result is written, ``in_keys`` by default.
+
+    Raises:
+        ValueError: A scale of 0, or numbers that are not finite.
+    """
+
+    def __init__(
+        self,
+        scale: float = 1.0,
+        offset: float = 0.0,
+        *,
+        in_keys: Sequence[NestedKey] | None = None,
+        out_keys: Sequence[NestedKey] | None = None,
+    ) -> None:
+        _check_affine(scale, offset)
+        super().__init__(in_keys, out_keys)
+        self.scale, self.offset = float(scale), float(offset)
+
+    def _map(self, reward: Tensor) -> Tensor:
+        return self.scale * reward + self.offset
+
+
+class LogReward(_MappedReward):
+    """``reward -> scale * log(max(reward, floor)) + offset``, for rewards of at least 0.
+
+    A reward ``exp(-distance)`` becomes ``-distance`` again, which still tells far from farther.
+
+    Args:
+        floor: Smaller rewards count as this one: the logarithm of 0 is no reward. Choose it below
+            the rewards that shall still be told apart.
+        scale: What the logarithm is multiplied with; not 0.
+        offset: What is added then. ``LogReward(math.exp(-30), scale=1 / 50, offset=0.6)`` maps
+            ``exp(-30)`` to 0 and ``exp(20)`` to 1.
+        in_keys: As for :class:`AffineReward`.
+        out_keys: Likewise.
+
+    Raises:
+        ValueError: A floor that is not above 0, or a scale or offset as for
+            :class:`AffineReward`; when it is called: a negative reward.
+    """
+
+    def __init__(
+        self,
+        floor: float,
+        scale: float = 1.0,
+        offset: float = 0.0,
+        *,
+        in_keys: Sequence[NestedKey] | None = None,
+        out_keys: Sequence[NestedKey] | None = None,
+    ) -> None:
+        if not 0.0 < floor < math.inf:
+            raise ValueError(f"floor must be a finite number above 0, got {floor}")
+        _check_affine(scale, offset)
+        super().__init__(in_keys, out_keys)
+        self.floor, self.scale, self.offset = float(floor), float(scale), float(offset)
+
+    def _map(self, reward: Tensor) -> Tensor:
+        return self.scale * reward.clamp_min(self.floor).log() + self.offset
+
+    def _apply_transform(self, reward: Tensor) -> Tensor:
+        if bool((reward < 0.0).any()):
+            raise ValueError(
+                f"LogReward got a reward of {reward.min().item():.6g}; the logarithm needs rewards "
+                "of at least 0: shift them first with AffineReward(offset=...)"
+            )
+        return self._map(reward)
+
+
+def _check_affine(scale: float, offset: float) -> None:
+    if not (math.isfinite(scale) and math.isfinite(offset)) or scale == 0.0:
+        raise ValueError(
+            f"scale must be finite and not 0, and offset finite; got {scale} and {offset}"
+        )

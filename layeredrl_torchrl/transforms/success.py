@@ -1,0 +1,125 @@
+"""How often episodes succeed."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+from torchrl.data import Binary, Bounded, Composite, Unbounded
+from torchrl.envs import Transform
+
+__all__ = ["SuccessRate"]
+
+_EPISODE, _RATE, _COUNT = "episode_success", "success_rate", "episode_count"
+
+
+class SuccessRate(Transform):
+    """Whether an episode has succeeded so far, and the share of those that did.
+
+    ====================  ======================================================================
+    written               ``[*B, 1]`` each, at resets and steps
+    ====================  ======================================================================
+    ``episode_success``   bool: ``success_key`` held at a step of this episode
+    ``success_rate``      share of the last ``window`` finished episodes, of all instances, that
+                          succeeded; 0 before the first has finished
+    ``episode_count``     int64: how many have finished, of all instances
+    ====================  ======================================================================
+
+    ``episode_success`` travels in the TensorDict. The other two outlast episodes, which nothing in
+    a TensorDict does: TorchRL's resets clear what they do not write. So they are statistics of
+    this object, as ``VecNormV2``'s are, saved in its ``state_dict``, and each worker process has
+    its own; :meth:`clear` starts them over (after ``check_env_specs``, for instance).
+
+    An episode counts where ``done`` becomes true, so this transform comes after those that end
+    episodes (``StepCounter``, ``FlipTermination``).
+
+    Args:
+        success_key: What says that the goal is reached, ``[*B, 1]``; anything but 0 is success.
+        window: Episodes over which the rate runs.
+
+    Raises:
+        ValueError: A window below 1.
+        KeyError: An environment that does not give ``success_key``.
+    """
+
+    outcomes: Tensor  # [window] bool, a ring: episode e is at e % window
+    count: Tensor  # [] int64
+
+    def __init__(self, success_key: NestedKey = "success", window: int = 100) -> None:
+        if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+            raise ValueError(f"window must be an int of at least 1, got {window!r}")
+        super().__init__(in_keys=[success_key], out_keys=[_EPISODE, _RATE, _COUNT])
+        self.register_buffer("outcomes", torch.zeros(window, dtype=torch.bool))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def clear(self) -> None:
+        """Forget all finished episodes."""
+        self.outcomes.zero_()
+        self.count.zero_()
+
+    @property
+    def rate(self) -> Tensor:
+        """The success rate over the window, ``[]``; 0 before the first episode has finished."""
+        n = min(int(self.count), len(self.outcomes))
+        return self.outcomes[:n].sum() / max(n, 1)
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        success = next_tensordict.get(self.in_keys[0]).bool() | tensordict.get(_EPISODE)
+        finished = success[next_tensordict.get("done")].to(self.outcomes.device)
+        if finished.numel():
+            # More instances than the window may finish at once: the last ones stay.
+            self.count += len(finished)
+            finished = finished[-len(self.outcomes) :]
+            first = self.count - len(finished)
+            places = first + torch.arange(len(finished), device=first.device)
+            self.outcomes[places % len(self.outcomes)] = finished
+        return self._write(next_tensordict.set(_EPISODE, success))
+
+    def _reset(
+        self, tensordict: TensorDictBase | None, tensordict_reset: TensorDictBase
+    ) -> TensorDictBase:
+        # For all instances; where one is not reset, TorchRL keeps what it had.
+        self._check_key(tensordict_reset)
+        like = tensordict_reset.get(self.in_keys[0])
+        tensordict_reset.set(_EPISODE, torch.zeros_like(like, dtype=torch.bool))
+        return self._write(tensordict_reset)
+
+    def _write(self, tensordict: TensorDictBase) -> TensorDictBase:
+        like = tensordict.get(_EPISODE)
+        tensordict.set(_RATE, self.rate.to(like.device).expand(like.shape).clone())
+        return tensordict.set(_COUNT, self.count.to(like.device).expand(like.shape).clone())
+
+    def _check_key(self, found: Composite | TensorDictBase) -> None:
+        if self.in_keys[0] not in found.keys(True, True):
+            raise KeyError(
+                f"SuccessRate reads {self.in_keys[0]!r}, but the environment gives "
+                f"{sorted(map(str, found.keys(True, True)))}; read it with SuccessReader, or name "
+                "another key with success_key="
+            )
+
+    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        """Add what is written."""
+        self._check_key(observation_spec)
+        success = observation_spec[self.in_keys[0]]
+        shape, device = success.shape, success.device
+        observation_spec[_EPISODE] = Binary(1, shape, dtype=torch.bool, device=device)
+        observation_spec[_RATE] = Bounded(0.0, 1.0, shape, dtype=torch.float32, device=device)
+        observation_spec[_COUNT] = Unbounded(shape, dtype=torch.int64, device=device)
+        return observation_spec
+
+    def transform_input_spec(self, input_spec: Composite) -> Composite:
+        """Ask for ``episode_success`` of the step before: batched environments pass on no more."""
+        parent = self.parent.observation_spec
+        self._check_key(parent)
+        success = parent[self.in_keys[0]]
+        spec = Binary(1, success.shape, dtype=torch.bool, device=success.device)
+        state_spec = input_spec["full_state_spec"]
+        if state_spec is None:
+            state_spec = Composite(shape=input_spec.shape, device=input_spec.device)
+        state_spec[_EPISODE] = spec
+        input_spec["full_state_spec"] = state_spec
+        return input_spec
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Only environments have episodes; raises ``RuntimeError``."""
+        raise RuntimeError("SuccessRate works in an environment only, not on sampled data")

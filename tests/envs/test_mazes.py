@@ -1,0 +1,134 @@
+"""Mazes as data, point mazes as tasks, and what happens without gymnasium-robotics."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from layeredrl_torchrl.envs import make_batched, point_maze
+from layeredrl_torchrl.envs.mazes import MEDIUM, OPEN, U, parse_maze
+
+needs_robotics = pytest.mark.skipif(
+    importlib.util.find_spec("gymnasium_robotics") is None, reason="needs gymnasium-robotics"
+)
+
+
+@needs_robotics
+@pytest.mark.parametrize(
+    ("rows", "theirs"), [(OPEN, "OPEN"), (U, "U_MAZE"), (MEDIUM, "MEDIUM_MAZE")]
+)
+def test_the_mazes_are_those_of_gymnasium_robotics(rows, theirs):
+    from gymnasium_robotics.envs.maze import maps
+
+    assert parse_maze(rows) == getattr(maps, theirs)
+
+
+def test_cells():
+    assert parse_maze(["#####", "#r.g#", "#c..#", "#####"])[1:3] == [
+        [1, "r", 0, "g", 1],
+        [1, "c", 0, 0, 1],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "at least 3 rows"),
+        (["###", "#.#"], "at least 3 rows"),
+        (["####", "#..#", "###"], r"lengths \[3, 4\]"),
+        (["####", "#.x#", "####"], r"got \['x'\]"),
+        (["####", "#...", "####"], "gap"),
+        (["###", "#.#", "###"], "1 starts and 1 goals"),
+        (["####", "#cg#", "####"], "1 starts and 2 goals"),
+        (["####", "#rr#", "####"], "2 starts and 0 goals"),
+        (["####", "####", "####"], "0 starts and 0 goals"),
+    ],
+)
+def test_bad_mazes(rows, message):
+    with pytest.raises(ValueError, match=message):
+        parse_maze(rows)
+    with pytest.raises(ValueError, match=message):
+        point_maze("mine", rows)
+
+
+@needs_robotics
+@pytest.mark.parametrize("rows", [["####", "#rg#", "####"], ["####", "#.g#", "####"], OPEN])
+def test_starts_and_goals_lie_where_the_maze_says(rows):
+    env = point_maze("mine", rows).make(seed=0)
+    starts, goals = (
+        torch.stack([env.reset()["observation"][dims] for _ in range(10)])
+        for dims in (slice(0, 2), slice(6, 8))
+    )
+    if rows is OPEN:
+        assert len({tuple(goal) for goal in goals.round().tolist()}) > 3
+        assert len({tuple(start) for start in starts.round().tolist()}) > 3
+    else:  # one cell each, half a metre to the left and right of the middle, up to noise
+        assert (starts - torch.tensor([-0.5, 0.0])).abs().max() <= 0.25 + 1e-6
+        assert (goals - torch.tensor([0.5, 0.0])).abs().max() <= 0.25 + 1e-6
+
+
+@needs_robotics
+def test_the_goal_is_the_context_and_changes_between_episodes():
+    task = point_maze("mine", OPEN, horizon=10)
+    data = make_batched(task, 2, seed=0).rollout(30, break_when_any_done=False)
+    goals = data["observation"][..., list(task.context_dims)].reshape(2, 3, 10, 2)
+    assert (goals == goals[:, :, :1]).all()
+    episodes = goals[:, :, 0].reshape(6, 2)
+    assert len({tuple(goal) for goal in episodes.tolist()}) == 6
+    obs = data["next", "observation"]
+    assert torch.equal(obs[..., 4:6], obs[..., :2])  # achieved is where it is
+
+
+@needs_robotics
+def test_success_is_within_the_goals_radius():
+    env = make_batched("PointMaze-Open", 4, seed=0)
+
+    def to_the_goal(td):
+        obs = td["observation"]
+        td["action"] = (2.0 * (obs[:, 6:8] - obs[:, :2]) - 0.5 * obs[:, 2:4]).clamp(-1, 1)
+        return td
+
+    data = env.rollout(300, to_the_goal)
+    obs, success = data["next", "observation"], data["next", "success"]
+    near = (obs[..., :2] - obs[..., 6:8]).norm(dim=-1, keepdim=True) <= 0.45
+    assert torch.equal(success, near)
+    assert success[:, -1].all()
+    assert not success[:, 0].all()
+    assert not data["next", "terminated"].any()
+    assert data["next", "truncated"][:, -1].all()
+
+
+@needs_robotics
+def test_options_of_the_maze_have_their_effect():
+    sparse = point_maze("mine", OPEN, sparse=True, horizon=7, budget=11)
+    assert (sparse.horizon, sparse.budget) == (7, 11)
+    data = sparse.make(seed=0).rollout(50)
+    assert data.shape == (7,)
+    assert set(data["next", "reward"].flatten().tolist()) <= {0.0, 1.0}
+    dense = point_maze("mine", OPEN).make(seed=0).rollout(2)["next", "reward"]
+    assert ((dense > 0) & (dense < 1)).all()
+
+
+@needs_robotics
+def test_no_file_stays_behind(monkeypatch, tmp_path):
+    (tmp_path / "inner").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "inner"))
+    env = point_maze("mine", U).make(seed=0)
+    env.rollout(3)
+    assert [p for p in Path(tmp_path).rglob("*") if p.is_file()] == []
+
+
+def test_without_gymnasium_robotics_the_error_says_how_to_get_it(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *args: None if name == "gymnasium_robotics" else find_spec(name, *args),
+    )
+    task = point_maze("mine", U)
+    with pytest.raises(ImportError, match=r"pip install 'layeredrl-torchrl\[robotics\]'"):
+        task.make()

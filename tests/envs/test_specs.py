@@ -1,0 +1,44 @@
+"""TorchRL's own check of every task, and that the registry says what the environments are."""
+
+from __future__ import annotations
+
+import runpy
+
+import pytest
+import torch
+from torchrl.data import Bounded
+from torchrl.envs.utils import check_env_specs
+
+from layeredrl_torchrl.envs import TASKS
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_check_env_specs(name):
+    task = TASKS[name]
+    if task.joined:
+        pytest.importorskip("gymnasium_robotics")
+    env = task.make(seed=0)
+    check_env_specs(env, seed=None)
+    obs = env.observation_spec["observation"]
+    assert obs.shape == (task.observation_dim,)
+    assert obs.dtype == torch.float32
+    assert env.action_spec.shape == (task.action_dim,)
+    assert isinstance(env.action_spec, Bounded)
+    extra = {"success"} if task.reports_success else set()
+    assert set(env.observation_spec.keys()) == {"observation"} | extra
+    assert set(task.state_dims).isdisjoint(task.context_dims)
+    env.close()
+
+
+def test_the_table_lists_every_task(capsys):
+    runpy.run_module("layeredrl_torchrl.envs", run_name="__main__")  # python -m
+    shown = capsys.readouterr().out
+    head, rule, *rows = shown.splitlines()
+    assert len(rows) == len(TASKS)
+    assert set(rule) == {"|", "-"}
+    assert {len(line) for line in shown.splitlines()} == {len(head)}
+    cells = [cell.strip() for cell in rows[list(TASKS).index("Reacher-v5")].strip("|").split("|")]
+    assert cells == ["Reacher-v5", "8", "2", "2", "50", "5,000", "-5", "needs next state"]
+    knowledge = {row.split("|")[1].strip(): row.split("|")[-2].strip() for row in rows}
+    assert knowledge["CartPoleSwingUp"] == "yes"
+    assert knowledge["Ant-v5"] == "no"

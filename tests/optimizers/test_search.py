@@ -1,0 +1,162 @@
+"""The families of distributions: samples, fits and memories against plain arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchrl.data import Bounded, Categorical, OneHot, Unbounded
+
+from layeredrl_torchrl.optimizers import CategoricalSearch, GaussianSearch, make_search
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    bounds=st.lists(
+        st.tuples(st.floats(-50, 50, width=32), st.floats(0, 30, width=32)), min_size=1, max_size=4
+    ),
+    scale=st.floats(0.01, 1e6),
+    seed=st.integers(0, 1000),
+)
+def test_samples_never_leave_the_bounds(bounds, scale, seed):
+    low = torch.tensor([start for start, _ in bounds])
+    high = low + torch.tensor([size for _, size in bounds])
+    generator = torch.Generator().manual_seed(seed)
+    mean, std = (scale * torch.randn(2, 3, len(bounds), generator=generator) for _ in range(2))
+    search = GaussianSearch(low, high)
+    noise = torch.randn(2, 9, 3, len(bounds), generator=generator)
+    samples = search.sample((mean, std.abs()), noise)
+    for x in (samples, search.mode((mean, std)), search.remember((mean, std))["mean"]):
+        assert (x >= low).all()
+        assert (x <= high).all()
+
+
+def test_inside_the_bounds_a_sample_is_mean_plus_std_times_noise(make_gaussian):
+    mean, std, noise = torch.randn(2, 3, 2), torch.rand(2, 3, 2), torch.randn(2, 5, 3, 2)
+    samples = make_gaussian(low=-100.0, high=100.0).sample((mean, std), noise)
+    for b in range(2):
+        for n in range(5):
+            torch.testing.assert_close(samples[b, n], mean[b] + std[b] * noise[b, n])
+
+
+def test_the_gaussian_fit_is_the_weighted_mean_and_std(make_gaussian):
+    candidates = torch.randn(2, 6, 3, 2, dtype=torch.float64)
+    weights = torch.rand(2, 6).softmax(1)
+    mean, std = make_gaussian(dtype=torch.float64).fit(candidates, weights)
+    for b in range(2):
+        w, x = weights[b].double().numpy(), candidates[b].numpy()
+        expected = np.average(x, axis=0, weights=w)
+        spread = np.sqrt(np.average((x - expected) ** 2, axis=0, weights=w))
+        np.testing.assert_allclose(mean[b], expected, rtol=1e-6)
+        np.testing.assert_allclose(std[b], spread, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("sigma", "expected"), [(None, [0.5, 1.0]), (0.3, [0.3, 0.3]), ([0.1, 0.2], [0.1, 0.2])]
+)
+def test_a_search_starts_from_the_memory_or_the_middle_and_always_from_sigma(sigma, expected):
+    search = GaussianSearch(torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 4.0]), sigma)
+    memory = {"mean": torch.tensor([[[0.5, 9.0]], [[torch.nan, torch.inf]]])}
+    mean, std = search.start(memory, torch.tensor([True, False]))
+    assert mean.tolist() == [[[0.5, 4.0]], [[0.0, 2.0]]]
+    torch.testing.assert_close(std, torch.tensor(expected).expand(2, 1, 2))
+
+
+def test_choices_come_as_often_as_their_probability():
+    probs = torch.tensor([[[0.5, 0.0, 0.3, 0.2], [0.0, 1.0, 0.0, 0.0]]])
+    drawn = CategoricalSearch(4).sample((probs,), torch.randn(1, 40_000, 2))
+    assert drawn.dtype == torch.long
+    for h in range(2):
+        shares = torch.bincount(drawn[0, :, h], minlength=4) / 40_000
+        torch.testing.assert_close(shares, probs[0, h], atol=0.01, rtol=0)
+
+
+def test_choices_are_the_quantiles_of_the_noise():
+    """The normal quantiles of 0.2 and 0.7 are -0.8416 and 0.5244."""
+    probs = torch.tensor([0.2, 0.5, 0.3]).expand(1, 1, 3)
+    noise = torch.tensor([-9.0, -0.85, -0.83, 0.52, 0.53, 9.0]).view(1, 6, 1)
+    assert CategoricalSearch(3).sample((probs,), noise).flatten().tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_the_categorical_fit_is_the_weighted_count():
+    candidates = torch.tensor([[[0, 2], [1, 2], [0, 1]]])
+    (probs,) = CategoricalSearch(3).fit(candidates, torch.tensor([[0.5, 0.3, 0.2]]))
+    expected = torch.tensor([[[0.7, 0.3, 0.0], [0.0, 0.2, 0.8]]])
+    torch.testing.assert_close(probs, expected)
+    assert CategoricalSearch(3).mode((probs,)).tolist() == [[0, 2]]
+
+
+@pytest.mark.parametrize("uniform", [0.1, 0.5, 1.0])
+def test_remembered_probabilities_are_mixed_with_uniform_ones(uniform):
+    memory = {"probs": torch.tensor([[[1.0, 0.0]], [[torch.nan, torch.nan]]])}
+    (probs,) = CategoricalSearch(2, uniform).start(memory, torch.tensor([True, False]))
+    expected = torch.tensor([[[1 - uniform / 2, uniform / 2]], [[0.5, 0.5]]])
+    torch.testing.assert_close(probs, expected)
+
+
+def test_correlated_noise_makes_choices_that_last():
+    (probs,) = CategoricalSearch(3).start({"probs": torch.zeros(1, 8, 3)}, torch.tensor([False]))
+    white = torch.randn(1, 500, 8)
+    changes = [
+        (CategoricalSearch(3).sample((probs,), x).diff(dim=-1) != 0).float().mean()
+        for x in (white, white[..., :1].expand_as(white))
+    ]
+    assert changes[0].item() == pytest.approx(2 / 3, abs=0.05)
+    assert changes[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("space", "kind"),
+    [
+        (Bounded(-1, 2, (3,)), GaussianSearch),
+        (gym.spaces.Box(-1, 2, (3,), dtype=np.float64), GaussianSearch),
+        (OneHot(3), CategoricalSearch),
+        (Categorical(3), CategoricalSearch),
+        (gym.spaces.Discrete(3), CategoricalSearch),
+    ],
+)
+def test_every_space_gets_its_search(space, kind):
+    search = make_search(space)
+    assert type(search) is kind
+    if kind is GaussianSearch:
+        assert search.event_shape == (3,)
+        assert search.low.tolist() == [-1] * 3
+        assert search.high.tolist() == [2] * 3
+    else:
+        assert search.event_shape == ()
+        assert search.n == 3
+
+
+@pytest.mark.parametrize(
+    ("space", "sigma", "error", "match"),
+    [
+        (Unbounded((2,)), None, ValueError, "bounds"),
+        (gym.spaces.Box(-math.inf, math.inf, (2,)), None, ValueError, "bounds"),
+        (Bounded(torch.tensor([-1.0, -torch.inf]), torch.ones(2)), None, ValueError, r"\[1\]"),
+        (Bounded(-1, 1, (2,)), 0.0, ValueError, "sigma"),
+        (Bounded(-1, 1, (2,)), math.nan, ValueError, "sigma"),
+        (Bounded(-1, 1, (2,)), [0.1, 0.2, 0.3], ValueError, "sigma"),
+        (Bounded(-1, 1, (2, 2)), None, ValueError, "one axis"),
+        (Categorical(3), 0.5, ValueError, "sigma"),
+        (gym.spaces.MultiBinary(3), None, TypeError, "Box"),
+    ],
+)
+def test_spaces_that_cannot_be_searched_are_refused(space, sigma, error, match):
+    with pytest.raises(error, match=match):
+        make_search(space, sigma)
+
+
+def test_crossed_bounds_and_empty_choices_are_refused():
+    with pytest.raises(ValueError, match="exceeds"):
+        GaussianSearch(torch.ones(2), torch.tensor([2.0, 0.5]))
+    with pytest.raises(ValueError, match="shape"):
+        GaussianSearch(torch.ones(2), torch.ones(3))
+    with pytest.raises(ValueError, match="n must be"):
+        CategoricalSearch(0)
+    with pytest.raises(ValueError, match="uniform"):
+        CategoricalSearch(2, uniform=0.0)

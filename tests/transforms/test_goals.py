@@ -1,0 +1,95 @@
+"""Joined goal observations: where each entry goes, through resets of single instances."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchrl.collectors import Collector
+from torchrl.envs import Compose, DoubleToFloat, TransformedEnv
+from torchrl.envs.utils import check_env_specs
+
+from layeredrl_torchrl import FixedEncoderNet, JoinGoals, get_task
+
+
+def expected(t, episode):
+    """What ``Walk`` observes at step ``t``: observation, achieved goal, desired goal."""
+    rows = [[k, 0.25 * k, 10.0 + k, *[100.0 + e] * 3] for k, e in zip(t, episode, strict=True)]
+    return torch.tensor(rows)
+
+
+def test_in_environments_and_collectors(build):
+    walks = [{"length": 3, "turn": 0.25}, {"length": 5, "turn": 0.25}]
+    env = build(lambda: Compose(JoinGoals(), DoubleToFloat()), walks)
+    check_env_specs(env)
+    steps = 9
+    n = max(env.batch_size.numel(), 1)
+    collector = Collector(env, None, frames_per_batch=n * steps, total_frames=n * steps)
+    (data,) = collector
+    assert not {"achieved_goal", "desired_goal"} & set(data.keys())
+    rows = data["observation"].reshape(n, steps, 6)
+    following = data["next", "observation"].reshape(n, steps, 6)
+    for i, length in enumerate((3, 5)[:n]):
+        start = int(rows[i, 0, 3].item()) - 100  # episodes that the specs and the check have used
+        episode = [start + k // length for k in range(steps)]
+        assert torch.equal(rows[i], expected([k % length for k in range(steps)], episode))
+        assert torch.equal(following[i], expected([k % length + 1 for k in range(steps)], episode))
+
+
+def test_ranges_lead_the_encoder_to_its_parts(build):
+    join = JoinGoals()
+    env = build(lambda: join, [{"turn": 0.25}])
+    if env.batch_size == (1,) and not isinstance(env, TransformedEnv):
+        pytest.skip("inside worker environments the transform has no outside")
+    assert join.index_ranges == {
+        "observation": range(2),
+        "achieved_goal": range(2, 3),
+        "desired_goal": range(3, 6),
+    }
+    assert (join.state_dims, join.context_dims) == ([0, 1, 2], [3, 4, 5])
+    obs = env.rollout(3)["next", "observation"].float()
+    state, context = FixedEncoderNet((6,), join.state_dims, join.context_dims)(obs)
+    assert state.reshape(3, 3)[1].tolist() == [2.0, 0.5, 12.0]
+    assert (context == context.flatten()[0]).all()
+
+
+def test_which_keys_and_in_which_order(build):
+    make = lambda: JoinGoals(["achieved_goal"], ["desired_goal"], "joined", del_keys=False)  # noqa: E731
+    env = build(make, [{}, {}])
+    check_env_specs(env)
+    data = env.rollout(2)
+    assert {"joined", "observation", "achieved_goal", "desired_goal"} <= set(data.keys())
+    cat = torch.cat([data["achieved_goal"], data["desired_goal"]], -1)
+    assert torch.equal(data["joined"], cat)
+    swapped = build(lambda: JoinGoals(["achieved_goal", "observation"], []), [{}, {}]).rollout(2)
+    assert torch.equal(swapped["observation"][..., 0] - 10, swapped["observation"][..., 1])
+    assert swapped["observation"].shape[-1] == 3
+    assert "desired_goal" in swapped.keys()
+
+
+def test_it_finds_the_dims_of_the_point_maze():
+    pytest.importorskip("gymnasium_robotics")
+    from torchrl.envs import GymWrapper
+
+    task = get_task("PointMaze-U")
+    env = TransformedEnv(GymWrapper(task.make_gym()), join := JoinGoals())
+    assert env.observation_spec["observation"].shape == (task.observation_dim,)
+    assert join.context_dims == list(task.context_dims)
+    assert join.state_dims == [*task.state_dims, 4, 5]  # and the place once more
+
+
+def test_errors():
+    with pytest.raises(RuntimeError, match="part of an environment"):
+        JoinGoals().index_ranges  # noqa: B018
+    for keys in (([], ["goal"]), (["a", "b"], ["a"])):
+        with pytest.raises(ValueError, match="each key once"):
+            JoinGoals(*keys)
+
+
+def test_a_missing_entry_is_named():
+    from layeredrl_torchrl import TASKS
+
+    env = TASKS["Reacher-v5"].make()
+    env.append_transform(join := JoinGoals())
+    with pytest.raises(KeyError, match=r"observes \['observation'\], but JoinGoals joins"):
+        join.index_ranges  # noqa: B018
+    env.close()

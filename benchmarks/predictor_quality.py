@@ -7,7 +7,8 @@
 fifth of the episodes is held out. A `RewardPredictor` with its default settings learns from the
 rest, in one call of `learn`.
 
-- reward R2: 1 - squared error / variance, over all held-out steps;
+- reward R2: 1 - squared error / variance, over all held-out steps, and over those whose
+  observation lies within the range that was learned from (a held-out episode may lead elsewhere);
 - value correlation: of the value function with the discounted return that followed, over the
   held-out steps with at least 300 steps left in their episode, of which all that is left counts: at
   a discount of 0.99, what is cut off has a weight of 0.05 at most. The policy is random, so most of
@@ -105,15 +106,25 @@ def correlation(predictor: RewardPredictor, data: TensorDict, steps_left: int) -
 
 @torch.no_grad()
 def reward_r2(predictor: RewardPredictor, data: TensorDict) -> float:
+    """The share of the reward's variance that is predicted."""
     reward = data["next", "reward"].squeeze(-1)
     error = predictor.predict_reward(data["observation"], data["action"]) - reward
     return 1.0 - (error.square().mean() / reward.var(correction=0)).item()
 
 
+def covered(train: TensorDict, test: TensorDict) -> torch.Tensor:
+    """Which test steps lie, in every dimension, within the range of the training data."""
+    low, high = train["observation"].amin(0), train["observation"].amax(0)
+    return ((test["observation"] >= low) & (test["observation"] <= high)).all(-1)
+
+
 def main(config: Config) -> None:
     """Print one row for each seed."""
     torch.set_num_threads(config.threads)
-    print(f"{'seed':>4} {'reward R2':>10} {'value corr':>11} {'(learned)':>10} {'ms/update':>10}")
+    print(
+        f"{'seed':>4} {'reward R2':>10} {'in range':>9} {'(share)':>8} {'value corr':>11} "
+        f"{'(learned)':>10} {'ms/update':>10}"
+    )
     for seed in config.seeds:
         train, test = split(collect(config.env, config.n_steps, seed))
         torch.manual_seed(seed)
@@ -124,8 +135,10 @@ def main(config: Config) -> None:
         predictor.learn(buffer, config.n_updates, 256, 256, len(train), progress=config.progress)
         ms = (time.perf_counter() - start) / config.n_updates * 1e3
         predictor.eval()
+        inside = covered(train, test)
         print(
             f"{seed:4} {reward_r2(predictor, test):10.4f} "
+            f"{reward_r2(predictor, test[inside]):9.4f} {inside.float().mean():8.2f} "
             f"{correlation(predictor, test, config.steps_left):11.3f} "
             f"{correlation(predictor, train, config.steps_left):10.3f} {ms:10.1f}",
             flush=True,

@@ -21,8 +21,16 @@ import gymnasium as gym
 import torch
 import tyro
 from tensordict import TensorDict
+from torch.profiler import ProfilerActivity, profile
 
-from layeredrl_torchrl import ModelLoss, ProbabilisticEnsemble, ProbFCDynamics
+from layeredrl_torchrl import (
+    IdentityEncoder,
+    ModelLoss,
+    ProbabilisticEnsemble,
+    ProbFCDynamics,
+    RewardNet,
+    StaticPredictor,
+)
 
 STATE, ACTION = 17, 6
 
@@ -153,6 +161,46 @@ CASES = {
 }
 
 
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Highest sum of live allocations during a run on the CPU, from torch's profiler."""
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        kept = run()
+    live = peak = 0
+    for event in sorted(seen.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    del kept
+    return peak
+
+
+def memory() -> None:
+    """Print what a rollout allocates beside what it returns, and sums over growing horizons."""
+    box = partial(gym.spaces.Box, -float("inf"), float("inf"))
+    for name, case in CASES.items():
+        model = case.ensemble("cpu")
+        state = torch.randn(case.batch, STATE)
+        actions = torch.rand(case.batch, case.horizon, ACTION) * 2 - 1
+        with torch.no_grad():
+            traj = model.rollout(state, None, actions)
+        parts = (traj["state"], traj["next", "term_prob"])
+        returned = sum(part.untyped_storage().nbytes() for part in parts)
+        peak = peak_bytes(lambda: model.rollout(state, None, actions))  # noqa: B023
+        print(
+            f"{name:36} rollout: {peak / 2**20:.1f} MiB at most for {returned / 2**20:.1f} "
+            f"returned, {peak / returned:.2f} times"
+        )
+        predictor = StaticPredictor(
+            model, None, RewardNet(STATE, 0, ACTION), IdentityEncoder(box((STATE,)).shape), STATE
+        )
+        peaks = []
+        for horizon in (case.horizon, 2 * case.horizon, 4 * case.horizon):
+            actions = torch.rand(case.batch, horizon, ACTION) * 2 - 1
+            peaks.append(peak_bytes(lambda: predictor.returns(state, None, actions)))  # noqa: B023
+        shown = ", ".join(f"{peak / 2**20:.1f}" for peak in peaks)
+        print(f"{'':36} sums over 1, 2, 4 times the horizon: {shown} MiB at most")
+
+
 def scaling(config: Config) -> None:
     """Draw how the time grows with batch, members, particles and horizon."""
     import matplotlib as mpl
@@ -208,6 +256,8 @@ def main(config: Config) -> None:
     for name, hidden in (("2x128", (128, 128)), ("4x200", (200,) * 4)):
         ms = medians(4 * config.repeats, config.device, **training_run(hidden, config.device))
         print(f"{'training step, 5 members, 256, ' + name:36} {ms['step']:9.2f} ms")
+    if config.device == "cpu":
+        memory()
     scaling(config)
 
 

@@ -119,6 +119,7 @@ def animation(name: str, policy, path: Path, seed: int, max_steps: int = 150) ->
 
     try:
         env = TransformedEnv(GymEnv(name, from_pixels=True, pixels_only=False), DoubleToFloat())
+        env.append_transform(policy.make_tensordict_primer())
         env.set_seed(seed)
         data = env.reset()
     except Exception as error:  # noqa: BLE001 - each rendering backend fails in its own way

@@ -1,8 +1,8 @@
 """Learn a world model of a MuJoCo task from real experience, and plan in it.
 
 A TorchRL collector gathers experience into a TorchRL replay buffer; a `RewardPredictor` around a
-`ProbabilisticEnsemble` learns dynamics, reward, termination and value from it; TorchRL's own
-`CEMPlanner` plans in the learned model, wrapped as an environment by `PredictorEnv`.
+`ProbabilisticEnsemble` learns dynamics, reward, termination and value from it; an `ICEMPlanner`
+plans in the learned model, and is the collector's policy.
 
     python examples/planning_with_model.py --env InvertedPendulum-v5 --total-env-steps 5000
     python examples/planning_with_model.py --eval-only --checkpoint output/demo/checkpoint
@@ -32,7 +32,6 @@ if sys.platform == "linux" and not {"MUJOCO_GL", "DISPLAY"} & os.environ.keys():
 import pictures
 import torch
 import tyro
-from tensordict.nn import TensorDictSequential
 from torchrl.checkpoint import Checkpoint
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
@@ -46,12 +45,12 @@ from torchrl.envs import (
     StepCounter,
     TransformedEnv,
 )
-from torchrl.modules import CEMPlanner
 from tqdm import tqdm
 
 from layeredrl_torchrl import (
+    Expectation,
+    ICEMPlanner,
     IdentityEncoder,
-    PredictorEnv,
     ProbabilisticEnsemble,
     ProbFCDynamics,
     RewardNet,
@@ -98,8 +97,8 @@ class Config:
     """Candidate plans in each iteration."""
     n_iterations: int = 3
     """Iterations of the planner."""
-    elites: int = 10
-    """Candidates that the next iteration is fitted to."""
+    elite_ratio: float = 0.1
+    """Share of the candidates that the next iteration is fitted to."""
     output: Path = Path("output/planning_with_model")
     """Folder of the metrics, the checkpoint and the pictures."""
     checkpoint: Path | None = None
@@ -142,17 +141,18 @@ def make_predictor(config: Config, env: EnvBase) -> RewardPredictor:
     )
 
 
-def make_policy(config: Config, predictor: RewardPredictor) -> TensorDictSequential:
-    """TorchRL's planner on the predictor: observation in, action out."""
-    env = PredictorEnv(predictor, use_value_func=True, discount=config.gamma)
-    planner = CEMPlanner(
-        env,
-        planning_horizon=config.horizon,
-        optim_steps=config.n_iterations,
-        num_candidates=config.n_samples,
-        top_k=config.elites,
+def make_policy(config: Config, predictor: RewardPredictor) -> ICEMPlanner:
+    """A planner on the predictor: observation in, action out."""
+    return ICEMPlanner(
+        predictor,
+        horizon=config.horizon,
+        n_samples=config.n_samples,
+        n_iterations=config.n_iterations,
+        elite_ratio=config.elite_ratio,
+        discount=config.gamma,
+        use_value_func=True,
+        propagation=Expectation(),
     )
-    return TensorDictSequential(predictor.encoder, planner)
 
 
 def finished_returns(data) -> list[float]:
@@ -180,7 +180,7 @@ def learn(config: Config, predictor: RewardPredictor) -> list[dict[str, float]]:
             steps += data.numel()
             # The value function is that of the planner, so it has to know who acted.
             data["random_action"] = torch.full(data.shape, steps <= config.random_steps)
-            buffer.extend(data.exclude("state", "context"))
+            buffer.extend(data.exclude("planner", ("next", "planner")))
             info: dict[str, float] = {}
             if steps >= config.random_steps:
                 n_updates = round(config.updates_per_step * data.numel())
@@ -211,6 +211,7 @@ def evaluate(config: Config, predictor: RewardPredictor):
     env = make_env(config.env, config.eval_episodes)
     env.set_seed(config.seed + 10_000)
     policy = make_policy(config, predictor.eval())
+    env.append_transform(policy.make_tensordict_primer())
     data, returns = env.reset(), torch.full((config.eval_episodes,), float("nan"))
     steps = []
     with tqdm(unit="step", desc="evaluation") as bar:

@@ -16,7 +16,8 @@ from layeredrl_torchrl.envs import (  # noqa: E402
     make_batched,
     point_maze,
 )
-from layeredrl_torchrl.imagination import PredictorEnv  # noqa: E402
+from layeredrl_torchrl.imagination import FromBuffer, PredictorEnv  # noqa: E402
+from layeredrl_torchrl.levels import Level, PlannerLevel  # noqa: E402
 from layeredrl_torchrl.models import (  # noqa: E402
     TS1,
     EnsembleDisagreement,
@@ -117,11 +118,13 @@ __all__ = [
     "Expectation",
     "FixedEncoderNet",
     "FlipTermination",
+    "FromBuffer",
     "GaussianMixture",
     "GaussianSearch",
     "ICEMPlanner",
     "IdentityEncoder",
     "JoinGoals",
+    "Level",
     "LogReward",
     "MPPIPlanner",
     "Mean",
@@ -132,6 +135,7 @@ __all__ = [
     "Optimizer",
     "OwnBatches",
     "PartitionedBatch",
+    "PlannerLevel",
     "Predictor",
     "PredictorEnv",
     "PredictorFactory",

@@ -2,31 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import Binary, Bounded, Composite, TensorSpec, Unbounded
+from torchrl.data import Binary, Bounded, Categorical, Composite, TensorSpec, Unbounded
 from torchrl.envs.model_based import ModelBasedEnvBase
 
+from layeredrl_torchrl._checks import check_finite
+from layeredrl_torchrl.imagination.members import draw_members, step_by_mean, step_by_members
+from layeredrl_torchrl.imagination.starts import draw_starts
+from layeredrl_torchrl.models import TS1, Expectation, Propagation, TSInfinity
 from layeredrl_torchrl.predictors import Predictor
 from layeredrl_torchrl.specs import Space, is_discrete, to_spec, width
 
 __all__ = ["PredictorEnv"]
 
 _DISCOUNT = "imagined_discount"
+_MEMBER = "imagined_member"
+_DONE = ("done", "terminated")
 
 
 class PredictorEnv(ModelBasedEnvBase):
     """Steps a predictor in state space: TorchRL's planners and collectors run on it unmodified.
 
-    The next state is the expectation over members and modes, the context is carried unchanged,
-    and an episode ends where the termination probability exceeds 1/2. It has no batch size of its
-    own: TensorDicts of any batch shape are stepped, all instances at once.
+    The context is carried unchanged. How the next state comes about is up to ``propagation``:
 
-    Planning (``use_value_func=True``): TorchRL's planners sum rewards up to a horizon, so the
-    value beyond it is given to them as potential-based shaping. With survival ``1 - p_t`` and
+    - :class:`~layeredrl_torchrl.Expectation`: the mean over members and modes.
+    - :class:`~layeredrl_torchrl.TS1`: a sample of one member's mixture; each entry of a batch is
+      one particle, and the member is drawn anew at every step.
+    - :class:`~layeredrl_torchrl.TSInfinity`: likewise, but an entry keeps its member for an
+      episode. It is carried in the TensorDict under ``"imagined_member"``, int64 ``[*B, 1]``; where
+      it is absent, as in a plan, it is drawn at the first step.
+
+    For planning, leave ``batch_size`` and ``initial_states`` out: TensorDicts of any batch shape
+    are stepped, all instances at once, and nothing is reset within a plan. For imagined data, give
+    both: then this is an environment like any other, for ``env.rollout`` and TorchRL's collectors,
+    which reset single instances as they end; TorchRL's ``StepCounter`` limits the horizon. ::
+
+        import torch
+        from tensordict import TensorDict
+        from torchrl.collectors import Collector
+        from torchrl.data import Bounded, Unbounded
+        from torchrl.envs import StepCounter, TransformedEnv
+        from layeredrl_torchrl import (
+            IdentityEncoder,
+            PredictorEnv,
+            ProbabilisticEnsemble,
+            StaticPredictor,
+            TSInfinity,
+        )
+
+        model = ProbabilisticEnsemble(Unbounded((2,)), None, Bounded(-1.0, 1.0, (1,)), n_models=3)
+        cost = lambda state, context, action: -state.square().sum(-1)
+        predictor = StaticPredictor(model, None, cost, IdentityEncoder((2,)), 2)
+        env = PredictorEnv(
+            predictor,
+            propagation=TSInfinity(),
+            initial_states=lambda n: predictor.encoder(
+                TensorDict({"observation": torch.randn(n, 2)}, [n])
+            ),
+            batch_size=[8],
+        )
+        env = TransformedEnv(env, StepCounter(max_steps=5))
+        for data in Collector(env, frames_per_batch=80, total_frames=80):
+            print(data["state"].shape, data["imagined_member"].shape)  # [8, 10, 2], [8, 10, 1]
+
+    Planning with a value (``use_value_func=True``): TorchRL's planners sum rewards up to a
+    horizon, so the value beyond it is given to them as potential-based shaping. With survival
+    ``1 - p_t`` and
 
         reward_t = c_t * (r_t + gamma * (1 - p_t) * V(s_{t+1}) - V(s_t)),
         c_{t+1} = c_t * gamma * (1 - p_t),  c_0 = 1,
@@ -40,12 +86,26 @@ class PredictorEnv(ModelBasedEnvBase):
         predictor: What is imagined; needs a reward function.
         action_spec: Spec (or gymnasium space) of one environment's action; the predictor's by
             default.
+        propagation: As above; ``Expectation()`` by default.
+        sample_termination: Whether an episode ends with the predicted probability, instead of
+            where that exceeds 1/2. Not with ``use_value_func``, whose rewards count survival.
+        exploration_bonus: ``(state, context, action) -> [*B]``, added to the reward; for example
+            :class:`~layeredrl_torchrl.EnsembleDisagreement`.
+        initial_states: Called with a number ``n`` at resets, returns a TensorDict ``[n]`` with
+            state ``[n, D]`` and context ``[n, C]``; for example
+            :class:`~layeredrl_torchrl.FromBuffer`. Without it, resets give zeros, and instances
+            that have ended go on instead of starting over.
+        batch_size: Batch size of the environment; by default it has none of its own, which
+            TorchRL's planners need.
         use_value_func: Whether rewards are shaped as above; needs a value function.
         discount: ``gamma`` of the shaping; only with ``use_value_func``.
 
     Raises:
-        ValueError: Missing parts; a discount without ``use_value_func`` or outside ``(0, 1]``; an
-            action spec that does not fit the predictor's.
+        TypeError: A propagation of another kind; parts that are not callable.
+        ValueError: Missing parts; a discount without ``use_value_func`` or outside ``(0, 1]``;
+            ``sample_termination`` with ``use_value_func``; an action spec that does not fit the
+            predictor's. When stepped or reset: a prediction that is not finite (the message names
+            the member); a bonus, members or initial states of another shape.
     """
 
     def __init__(
@@ -53,54 +113,68 @@ class PredictorEnv(ModelBasedEnvBase):
         predictor: Predictor,
         action_spec: TensorSpec | Space | None = None,
         *,
+        propagation: Propagation | None = None,
+        sample_termination: bool = False,
+        exploration_bonus: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        initial_states: Callable[[int], TensorDictBase] | None = None,
+        batch_size: Sequence[int] = (),
         use_value_func: bool = False,
         discount: float | None = None,
     ) -> None:
+        propagation = Expectation() if propagation is None else propagation
+        if not isinstance(propagation, Expectation | TS1 | TSInfinity):
+            raise TypeError(
+                f"propagation must be Expectation(), TS1() or TSInfinity(), got {propagation!r}"
+            )
+        parts = {"exploration_bonus": exploration_bonus, "initial_states": initial_states}
+        for name, part in parts.items():
+            if part is not None and not callable(part):
+                raise TypeError(f"{name} must be callable or None, got {type(part).__name__}")
         if predictor.rew_func is None:
             raise ValueError("PredictorEnv needs a predictor with a rew_func, got None")
         if use_value_func and predictor.val_func is None:
             raise ValueError("use_value_func=True needs a predictor with a val_func, got None")
+        if use_value_func and sample_termination:
+            raise ValueError(
+                "sample_termination=True with use_value_func=True would count termination twice, "
+                "since shaped rewards are weighted by survival; leave one of them out"
+            )
         if discount is not None and not use_value_func:
             raise ValueError("discount= has no effect without use_value_func=True; leave it out")
         if discount is not None and not 0.0 < discount <= 1.0:
             raise ValueError(f"discount must lie in (0, 1], got {discount}")
         parameter = next(predictor.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
-        super().__init__(predictor, device=device)
+        super().__init__(predictor, device=device, batch_size=torch.Size(batch_size))
+        self.propagation = propagation
+        self.sample_termination = sample_termination
+        self.exploration_bonus = exploration_bonus
+        self.initial_states = initial_states
         self.use_value_func = use_value_func
         self.discount = 0.99 if discount is None else discount
-        spec = predictor.model.action_spec
-        if action_spec is not None:
-            spec = to_spec(action_spec, name="action_spec")
-            own = predictor.model.action_spec
-            if (
-                spec.shape != own.shape
-                or is_discrete(spec) != is_discrete(own)
-                or (is_discrete(spec) and type(spec) is not type(own))
-                or width(spec) != width(own)
-            ):
-                raise ValueError(
-                    f"action_spec is {spec}, the predictor's model was built for {own}; give a "
-                    "spec of the same kind and size"
-                )
         self._keys: tuple[Any, ...] = tuple(predictor.model.in_keys)
-        state, context, action = self._keys
         dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
+        self._set_specs(_action_spec(predictor, action_spec), dtype)
+
+    def _set_specs(self, action_spec: TensorSpec, dtype: torch.dtype) -> None:
+        state, context, action = self._keys
+        device = self.device
         observed = {
-            state: Unbounded((predictor.latent_state_dim,), dtype=dtype, device=device),
-            context: Unbounded((predictor.context_dim,), dtype=dtype, device=device),
+            state: Unbounded((self.predictor.latent_state_dim,), dtype=dtype, device=device),
+            context: Unbounded((self.predictor.context_dim,), dtype=dtype, device=device),
         }
-        if use_value_func:
+        if self.use_value_func:
             observed[_DISCOUNT] = Bounded(0.0, 1.0, (1,), dtype=dtype, device=device)
-        self.observation_spec = Composite(observed, device=device)
+        if isinstance(self.propagation, TSInfinity):
+            n_models = self.predictor.model.n_models
+            observed[_MEMBER] = Categorical(n_models, (1,), dtype=torch.int64, device=device)
+        done = {key: Binary(1, (1,), dtype=torch.bool, device=device) for key in _DONE}
+        batch = self.batch_size
+        self.observation_spec = Composite(observed, device=device).expand(batch)
         self.state_spec = self.observation_spec.clone()
-        self.action_spec = Composite({action: spec.to(device)}, device=device)
-        self.reward_spec = Unbounded((1,), dtype=dtype, device=device)
-        self.done_spec = Composite(
-            done=Binary(1, (1,), dtype=torch.bool, device=device),
-            terminated=Binary(1, (1,), dtype=torch.bool, device=device),
-            device=device,
-        )
+        self.action_spec = Composite({action: action_spec.to(device)}, device=device).expand(batch)
+        self.reward_spec = Unbounded((*batch, 1), dtype=dtype, device=device)
+        self.done_spec = Composite(done, device=device).expand(batch)
 
     @property
     def predictor(self) -> Predictor:
@@ -111,8 +185,13 @@ class PredictorEnv(ModelBasedEnvBase):
         state_key, context_key, action_key = self._keys
         state, context = tensordict.get(state_key), tensordict.get(context_key)
         action = tensordict.get(action_key)
-        next_state, term_prob = self._expect(state, context, action)
-        reward = self.predictor.need("rew_func")(state, context, action)
+        member = self._member(tensordict)
+        model = self.predictor.model
+        if member is None:
+            next_state, term_prob = step_by_mean(model, state, context, action)
+        else:
+            next_state, term_prob = step_by_members(model, member, state, context, action)
+        reward = self._reward(state, context, action)
         out: dict[Any, Tensor] = {}
         if self.use_value_func:
             value = self.predictor.need("terminal_value")
@@ -122,37 +201,87 @@ class PredictorEnv(ModelBasedEnvBase):
             gain = survival * value(next_state, context, action)
             reward = so_far * (reward + gain - value(state, context, action))
             out[_DISCOUNT] = (so_far * survival).unsqueeze(-1)
-        terminated = (term_prob > 0.5).unsqueeze(-1)
+        if member is not None and isinstance(self.propagation, TSInfinity):
+            out[_MEMBER] = member
+        limit = torch.rand_like(term_prob) if self.sample_termination else 0.5
+        terminated = (term_prob > limit).unsqueeze(-1)
+        hint = "shorten the episodes, or train the predictor on data like these states and actions"
+        check_finite("the imagined reward", reward, hint=hint)
         out |= {
             state_key: next_state,
             context_key: context,
             "reward": reward.unsqueeze(-1),
             "terminated": terminated,
-            "done": terminated,
+            "done": terminated.clone(),
         }
         return TensorDict(out, batch_size=tensordict.batch_size)
 
-    def _expect(self, state: Tensor, context: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """Expected next state ``[*B, D]`` and termination probability ``[*B]``.
+    def _member(self, tensordict: TensorDictBase) -> Tensor | None:
+        """Which member moves each entry, ``[*B, 1]``; ``None`` if all do together."""
+        if isinstance(self.propagation, Expectation):
+            return None
+        if isinstance(self.propagation, TSInfinity):
+            kept = tensordict.get(_MEMBER, None)
+            if kept is not None:
+                return kept
+        return draw_members(self.predictor.model, tensordict.batch_size, self.device)
 
-        Inputs are not checked here, once a step: planners project their actions.
-        """
-        model = self.predictor.model
-        batch = state.shape[:-1]
-        rows = (x.reshape(batch.numel(), *x.shape[len(batch) :]) for x in (state, context, action))
-        (mean, _), weights, term_prob = model.predict_members(
-            *(x.expand(model.n_models, *x.shape) for x in rows)
-        )
-        mean = (weights.unsqueeze(-1) * mean).sum(-2).mean(0)
-        return mean.reshape(state.shape), term_prob.mean(0).reshape(batch)
+    def _reward(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
+        """Reward and bonus, ``[*B]``."""
+        reward = self.predictor.need("rew_func")(state, context, action)
+        if self.exploration_bonus is None:
+            return reward
+        bonus = self.exploration_bonus(state, context, action)
+        if bonus.shape != reward.shape:
+            raise ValueError(
+                f"exploration_bonus gave a bonus of shape {tuple(bonus.shape)} for rewards of "
+                f"shape {tuple(reward.shape)}; it must return one number for each entry, [*B]"
+            )
+        return reward + bonus
 
     def _reset(self, tensordict: TensorDictBase | None, **kwargs: Any) -> TensorDictBase:
         batch = self.batch_size if tensordict is None else tensordict.batch_size
-        out = self.observation_spec.zero(batch)
+        # A spec that has the environment's batch size gives it; one that has none takes any.
+        out = self.observation_spec.zero(batch[self.observation_spec.ndim :])
         if self.use_value_func:
             out.set(_DISCOUNT, torch.ones_like(out.get(_DISCOUNT)))
+        if isinstance(self.propagation, TSInfinity):
+            out.set(_MEMBER, draw_members(self.predictor.model, batch, self.device))
+        if self.initial_states is None:
+            return out
+        chosen = None if tensordict is None else tensordict.get("_reset", None)
+        if chosen is None:
+            chosen = torch.ones(batch, dtype=torch.bool, device=self.device)
+        chosen = chosen.reshape(batch)
+        widths = {key: out.get(key).shape[-1] for key in self._keys[:2]}
+        # TorchRL keeps what the other instances have, whatever stands there.
+        for key, starts in draw_starts(self.initial_states, int(chosen.sum()), widths).items():
+            value = out.get(key).clone()
+            value[chosen] = starts.to(value)
+            out.set(key, value)
         return out
 
     def maybe_reset(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Leave instances as they are: a plan that has ended must not start over."""
-        return tensordict
+        """Start over where there are starts; a plan that has ended must not."""
+        if self.initial_states is None:
+            return tensordict
+        return super().maybe_reset(tensordict)
+
+
+def _action_spec(predictor: Predictor, given: TensorSpec | Space | None) -> TensorSpec:
+    """The given spec if it fits the predictor's own, which is the default."""
+    own = predictor.model.action_spec
+    if given is None:
+        return own
+    spec = to_spec(given, name="action_spec")
+    if (
+        spec.shape != own.shape
+        or is_discrete(spec) != is_discrete(own)
+        or (is_discrete(spec) and type(spec) is not type(own))
+        or width(spec) != width(own)
+    ):
+        raise ValueError(
+            f"action_spec is {spec}, the predictor's model was built for {own}; give a "
+            "spec of the same kind and size"
+        )
+    return spec

@@ -191,15 +191,7 @@ class ProbabilisticEnsemble(Model):
         Raises:
             ValueError: No transitions, or values that are not finite; nothing is changed.
         """
-        named = {"state": state, "context": context, "next_state": next_state}
-        if not is_discrete(self.action_spec):
-            named["action"] = action
-        for name, value in named.items():
-            if not len(value):
-                raise ValueError(
-                    f"{name} has shape {tuple(value.shape)}: give at least one transition"
-                )
-            check_finite(name, value, hint="repair the data first")
+        self._check_transitions(state, context, action, next_state)
         if self.normalize_inputs:
             self.state_normalizer.fit(state)
             self.context_normalizer.fit(context)
@@ -210,10 +202,28 @@ class ProbabilisticEnsemble(Model):
 
     @torch.no_grad()
     def calibrate(self, state: Tensor, context: Tensor, action: Tensor, next_state: Tensor) -> None:
-        """Fit :class:`Calibration` to transitions ``[N, ...]`` that were not trained on."""
+        """Fit :class:`Calibration` to transitions ``[N, ...]`` that were not trained on.
+
+        Raises:
+            ValueError: As :meth:`fit_statistics`.
+        """
+        self._check_transitions(state, context, action, next_state)
         rows = (x.expand(self.n_models, *x.shape) for x in (state, context, action))
         (mean, std), weights, _ = self.predicting_members(*self._normalize(*rows))
         self.calibration.fit(mean, std, weights, self.target(state, next_state))
+
+    def _check_transitions(
+        self, state: Tensor, context: Tensor, action: Tensor, next_state: Tensor
+    ) -> None:
+        named = {"state": state, "context": context, "next_state": next_state}
+        if not is_discrete(self.action_spec):
+            named["action"] = action
+        for name, value in named.items():
+            if not len(value):
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)}: give at least one transition"
+                )
+            check_finite(name, value, hint="repair the data first")
 
     @torch.no_grad()
     def update_average(self) -> None:
@@ -287,8 +297,22 @@ class ProbabilisticEnsemble(Model):
                     f"of 2, expected {shape} (batch, n_modes={self.n_modes}, "
                     f"state={self.state_dim} as they apply)"
                 )
-        if not bool((std > 0).all()):
-            raise ValueError(
-                f"member {member} returned a std of {std.min().item():.3g}; it must be positive "
-                "(exp or softplus of the network's output)"
-            )
+        for name, value, fine, remedy in (
+            ("mean", mean, torch.isfinite(mean), "it must be finite"),
+            ("std", std, std > 0, "it must be positive (exp or softplus of the network's output)"),
+            (
+                "weights",
+                weights,
+                (weights >= 0) & ((weights.sum(-1, keepdim=True) - 1.0).abs() < 1e-3),
+                "they must not be negative and sum to 1 (a softmax over modes)",
+            ),
+            (
+                "term_prob",
+                term_prob,
+                (term_prob >= 0) & (term_prob <= 1),
+                "it must lie in [0, 1] (a sigmoid)",
+            ),
+        ):
+            if not bool(fine.all()):
+                wrong = value[~fine][0].item()
+                raise ValueError(f"member {member} returned {name} of {wrong:.3g}; {remedy}")

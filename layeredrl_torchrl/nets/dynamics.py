@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layeredrl_torchrl._checks import check_positive_int
 from layeredrl_torchrl.nets.gaussians import LogStdBounds, MemberOutput, mixture_parameters
 from layeredrl_torchrl.nets.stacked import StackedProbFCDynamics
 from layeredrl_torchrl.specs import Space, action_features, to_spec, width
@@ -59,7 +60,7 @@ class ProbFCDynamics(nn.Module):
         self.action_spec = to_spec(action_space, name="action_space")
         self.state_dim = width(to_spec(state_space, name="state_space"))
         context_dim = width(to_spec(context_space, name="context_space"))
-        self.n_modes = n_modes
+        self.n_modes = check_positive_int("n_modes", n_modes)
         self.ignore_context = ignore_context
         self.log_std_bounds = LogStdBounds(*log_std_bounds)
         n_in = self.state_dim + (0 if ignore_context else context_dim) + width(self.action_spec)

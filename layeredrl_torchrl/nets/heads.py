@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchrl.modules import MLP
 
+from layeredrl_torchrl._precision import worthwhile_autocast
 from layeredrl_torchrl.nets.normalizer import Normalizer
 from layeredrl_torchrl.specs import Space, action_features, to_spec, width
 
@@ -63,7 +64,8 @@ class ScalarHead(nn.Module, ABC):
 
     def forward(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
         """Evaluate at state ``[*B, D]``, context ``[*B, C]`` and action; returns ``[*B]``."""
-        out = self.net(self.inputs(self.features(state, context, action)))
+        with worthwhile_autocast(state.device):
+            out = self.net(self.inputs(self.features(state, context, action)))
         if out.dtype in (torch.bfloat16, torch.float16):
             out = out.float()
         return out.squeeze(-1) * self.out_scale + self.out_loc

@@ -23,7 +23,7 @@ SMALL = (
     "--horizon=3",
     "--n-samples=8",
     "--n-iterations=2",
-    "--elites=3",
+    "--elite-ratio=0.3",
     "--threads=1",
 )
 

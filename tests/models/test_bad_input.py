@@ -107,9 +107,15 @@ def test_the_outputs_that_the_others_spoil_are_accepted(box):
         ({"weights": torch.ones(2, 3) / 3}, r"weights of shape \(2, 3\).*expected \(2, 2\)"),
         ({"term_prob": torch.zeros(2, 1)}, r"term_prob of shape \(2, 1\).*expected \(2,\)"),
         ({"term_prob": torch.zeros(())}, r"term_prob of shape \(\).*expected \(2,\)"),
-        ({"std": torch.zeros(2, N_MODES, D)}, r"a std of 0; it must be positive"),
-        ({"std": -torch.ones(2, N_MODES, D)}, r"a std of -1; it must be positive"),
-        ({"std": torch.full((2, N_MODES, D), math.nan)}, r"a std of nan; it must be positive"),
+        ({"std": torch.zeros(2, N_MODES, D)}, r"std of 0; it must be positive"),
+        ({"std": -torch.ones(2, N_MODES, D)}, r"std of -1; it must be positive"),
+        ({"std": torch.full((2, N_MODES, D), math.nan)}, r"std of nan; it must be positive"),
+        ({"mean": torch.full((2, N_MODES, D), math.inf)}, r"mean of inf; it must be finite"),
+        ({"weights": torch.full((2, N_MODES), 0.4)}, r"weights of 0.4; they must.*sum to 1"),
+        ({"weights": torch.tensor([[1.5, -0.5]] * 2)}, r"weights of -0.5; they must not be"),
+        ({"weights": torch.full((2, N_MODES), math.nan)}, r"weights of nan"),
+        ({"term_prob": torch.tensor([0.5, 1.5])}, r"term_prob of 1.5; it must lie in"),
+        ({"term_prob": torch.tensor([-0.1, 0.5])}, r"term_prob of -0.1; it must lie in"),
         ({"mean": None}, r"member 0.*mean"),
         ({"term_prob": None}, r"member 0.*term_prob"),
         ({"weights": [[0.5, 0.5]] * 2}, r"member 0.*weights"),
@@ -140,7 +146,7 @@ def test_a_partial_net_that_returns_something_else(out, box):
 
 def test_the_member_that_is_wrong_is_named(box):
     outs = iter([of(), of(), of(std=-torch.ones(2, N_MODES, D))])
-    with pytest.raises(ValueError, match="member 2 returned a std of -1"):
+    with pytest.raises(ValueError, match="member 2 returned std of -1"):
         ProbabilisticEnsemble(box(D), box(1), box(1), lambda *_: Returns(next(outs)), 3, N_MODES)
 
 
@@ -333,20 +339,22 @@ def test_a_member_that_has_diverged_is_named(call, name, value, box):
 
 @pytest.mark.parametrize("which", range(4), ids=["state", "context", "action", "next_state"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("call", ["fit_statistics", "calibrate"])
 def test_statistics_of_data_that_is_not_finite_are_refused(
-    which, value, fc, recorded, transitions, unchanged
+    call, which, value, fc, recorded, transitions, unchanged
 ):
     ensemble, _ = recorded(fc)
     sample = list(transitions())
     sample[which][3, 0] = value
     with unchanged(ensemble), pytest.raises(ValueError, match=r"finite|NaN"):
-        ensemble.fit_statistics(*sample)
+        getattr(ensemble, call)(*sample)
 
 
-def test_statistics_of_no_data_are_refused(fc, recorded, transitions, unchanged):
+@pytest.mark.parametrize("call", ["fit_statistics", "calibrate"])
+def test_statistics_of_no_data_are_refused(call, fc, recorded, transitions, unchanged):
     ensemble, _ = recorded(fc)
     with unchanged(ensemble), pytest.raises(ValueError, match=r"empty|at least one"):
-        ensemble.fit_statistics(*(x[:0] for x in transitions()))
+        getattr(ensemble, call)(*(x[:0] for x in transitions()))
 
 
 # -- checkpoints ---------------------------------------------------------------------------

@@ -278,3 +278,14 @@ def test_the_stack_holds_every_parameter_once_and_its_own_copy():
                 parameter.zero_()
     (after, _), _, _ = stacked(*given)
     assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize(("n_modes", "error"), [(0, ValueError), (1.5, TypeError)])
+def test_a_number_of_modes_that_is_none_is_refused(n_modes, error):
+    with pytest.raises(error, match="n_modes must be"):
+        make(n_modes=n_modes)
+
+
+def test_bounds_in_the_wrong_order_are_refused():
+    with pytest.raises(ValueError, match=r"log_std_bounds are \(1.0, -6.0\)"):
+        make(log_std_bounds=(1.0, -6.0))

@@ -1,0 +1,106 @@
+"""Where imagined episodes start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import ReplayBuffer
+
+from layeredrl_torchrl._checks import check_finite, check_width
+from layeredrl_torchrl.objectives import TransitionSlices
+from layeredrl_torchrl.predictors import Predictor
+
+__all__ = ["FromBuffer", "draw_starts"]
+
+
+class FromBuffer:
+    """Imagined episodes branch off from stored observations (arXiv 1906.08253, algorithm 2).
+
+    Called with ``n``, it draws ``n`` transitions, uniformly and with replacement, and encodes the
+    observations that they start from. What is written to the buffer later is drawn too, and the
+    buffer's sampler and priorities are left alone.
+
+    Args:
+        buffer: Real transitions, as :class:`~layeredrl_torchrl.TransitionSlices` reads them.
+        predictor: Whose encoder turns observations into state and context.
+        observation_key: Key of the observation in the buffer; the encoder's by default.
+
+    Raises:
+        TypeError, ValueError: As :class:`~layeredrl_torchrl.TransitionSlices`, and as the encoder.
+        KeyError: When called: a buffer without the observation.
+    """
+
+    def __init__(
+        self,
+        buffer: ReplayBuffer,
+        predictor: Predictor,
+        *,
+        observation_key: NestedKey | None = None,
+    ) -> None:
+        self.predictor = predictor
+        if observation_key is None:
+            observation_key = predictor.encoder.in_keys[0]
+        self.observation_key = observation_key
+        self._slices = TransitionSlices(buffer, observation_key=observation_key)
+
+    @torch.no_grad()
+    def __call__(self, n: int) -> TensorDict:
+        """``n`` starts: a TensorDict ``[n]`` with state ``[n, D]`` and context ``[n, C]``."""
+        obs = self._slices.sample(n, 1)[:, 0].get(self.observation_key)
+        parameter = next(self.predictor.parameters(), None)
+        if parameter is not None:
+            obs = obs.to(parameter.device)
+        values = self.predictor.encode(obs)
+        return TensorDict(
+            dict(zip(self.predictor.encoder.out_keys, values, strict=True)), batch_size=[n]
+        )
+
+
+def draw_starts(
+    initial_states: Callable[[int], TensorDictBase], n: int, widths: dict[Any, int]
+) -> dict[Any, Tensor]:
+    """Draw ``n`` starts and check them.
+
+    Args:
+        initial_states: As ``PredictorEnv`` has it.
+        n: How many; nothing is drawn for 0.
+        widths: Dimensions of what is expected; a key of 0 dimensions may be missing.
+
+    Returns:
+        ``[n, width]`` for each key that was given.
+
+    Raises:
+        ValueError: Another batch size, a missing key, another width, values that are not finite.
+    """
+    if n == 0:
+        return {}
+    starts = initial_states(n)
+    if not isinstance(starts, TensorDictBase) or starts.batch_size != (n,):
+        what = (
+            f"a TensorDict of batch size {list(starts.batch_size)}"
+            if isinstance(starts, TensorDictBase)
+            else type(starts).__name__
+        )
+        raise ValueError(
+            f"initial_states({n}) returned {what}, expected a TensorDict of batch size [{n}]"
+        )
+    found: dict[Any, Tensor] = {}
+    for key, width in widths.items():
+        value = starts.get(key, None)
+        if value is None and width:
+            raise ValueError(
+                f"initial_states({n}) returned no {key!r}, only "
+                f"{sorted(map(str, starts.keys(True, True)))}; give state and context"
+            )
+        if value is None:
+            continue
+        name = f"initial {key!r}"
+        hint = "initial_states must return what the predictor's encoder does"
+        check_width(name, value, width, hint=hint)
+        check_finite(name, value, hint="repair it first")
+        found[key] = value
+    return found

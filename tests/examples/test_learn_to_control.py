@@ -1,0 +1,117 @@
+"""The example as a user runs it: a subprocess, real MuJoCo, small numbers."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "learn_to_control.py"
+SMALL = (
+    "--task=InvertedPendulum-v5",
+    "--total-env-steps=160",
+    "--random-steps=60",
+    "--n-envs=2",
+    "--steps-per-batch=20",
+    "--steps-per-checkpoint=80",
+    "--eval-episodes=2",
+    "--updates-per-step=0.2",
+    "--batch-size=16",
+    "--n-models=2",
+    "--hidden-size=8",
+    "--horizon=3",
+    "--n-samples=20",
+    "--n-iterations=2",
+    "--threads=1",
+)
+
+
+def run(*options: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *options],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=280,
+        check=False,
+    )
+
+
+def curve(folder: Path) -> list[dict[str, str]]:
+    with (folder / "curve.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder and the output of a short run."""
+    folder = tmp_path_factory.mktemp("control")
+    done = run(*SMALL, f"--output={folder}")
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+@pytest.mark.slow
+def test_leaves_curve_picture_and_checkpoints(trained):
+    folder, out = trained
+    rows = curve(folder)
+    assert [float(row["env_steps"]) for row in rows] == list(range(20, 161, 20))
+    # Learning and planning start when the random phase ends.
+    assert [row["nll"] == "nan" for row in rows] == [True, True] + [False] * 6
+    assert [float(row["random"]) for row in rows] == [1.0] * 3 + [0.0] * 5
+    assert (folder / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(list((folder / "checkpoints").iterdir())) == 2
+    assert "160 steps: mean return" in out
+    assert "solved from 1000" in out
+
+
+@pytest.mark.slow
+def test_goes_on_from_the_last_checkpoint(trained, tmp_path):
+    """More steps on top of a finished run; without --resume its folder is left alone."""
+    folder = tmp_path / "copy"
+    shutil.copytree(trained[0], folder)
+    before = curve(folder)
+    refused = run(*SMALL, f"--output={folder}")
+    assert refused.returncode != 0
+    assert "add --resume" in refused.stderr
+    assert curve(folder) == before
+    done = run(*SMALL, f"--output={folder}", "--resume", "--total-env-steps=200")
+    assert done.returncode == 0, done.stderr
+    rows = curve(folder)
+    assert rows[:8] == before
+    assert [float(row["env_steps"]) for row in rows[8:]] == [180, 200]
+    assert all(float(row["random"]) == 0.0 for row in rows[8:])
+    assert float(rows[8]["seconds"]) > float(before[-1]["seconds"])
+    other = run(*SMALL, f"--output={folder}", "--resume", "--hidden-size=9")
+    assert "was made with {'hidden_size': 8}" in other.stderr
+
+
+@pytest.mark.slow
+def test_mazes_report_their_success(tmp_path):
+    pytest.importorskip("gymnasium_robotics")
+    done = run(*SMALL, "--task=PointMaze-Open", f"--output={tmp_path / 'maze'}")
+    assert done.returncode == 0, done.stderr
+    assert "success rate 0." in done.stdout or "success rate 1." in done.stdout
+    assert "success_rate" in curve(tmp_path / "maze")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--task=Pendulum"], "no task is called 'Pendulum'"),
+        (["--random-steps=500"], "random_steps is 500 of 160"),
+        (["--resume"], "has no checkpoint"),
+    ],
+)
+def test_bad_options_say_what_to_do(options, message, tmp_path):
+    done = run(*SMALL, *options, f"--output={tmp_path / 'run'}")
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert not (tmp_path / "run" / "curve.csv").exists()

@@ -1,0 +1,214 @@
+"""A PlannerLevel as a policy: plans, random actions, and what it carries from step to step."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torchrl.data import Bounded, OneHot, Unbounded
+from torchrl.envs.utils import ExplorationType, set_exploration_type, step_mdp
+
+from layeredrl_torchrl import ICEMPlanner, PlannerLevel, PredictorFactory
+
+
+def far_goals(n, seed=0):
+    """Observations ``[n, 2]`` with the goal far to the right: the best action is 1."""
+    place = torch.rand(n, 1, generator=torch.Generator().manual_seed(seed))
+    return torch.cat([place, place + 5.0], -1)
+
+
+def steps(level, td, n):
+    """``n`` steps in which nothing but what is carried changes; the random flags ``[n, *B]``."""
+    flags = []
+    for _ in range(n):
+        level(td)
+        flags.append(td["random_action"].squeeze(-1).clone())
+        td["next", "observation"] = td["observation"]
+        td = step_mdp(td)
+    return torch.stack(flags)
+
+
+def test_without_random_steps_it_is_its_planner(make_level, observe):
+    level = make_level()
+    td = observe(level, torch.randn(3, 2))
+    alone = level.planner
+    for step in range(3):
+        torch.manual_seed(step)
+        ours = level(td.clone())
+        torch.manual_seed(step)
+        expected = alone(td.clone())
+        assert torch.equal(ours["action"], expected["action"])
+        assert (ours["next", "planner"] == expected["next", "planner"]).all()
+        assert not ours["random_action"].any()
+        ours["next", "observation"] = torch.randn(3, 2)
+        td = step_mdp(ours)
+        assert td["planner", "warm"].all()
+
+
+@pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
+def test_initial_random_steps(make_level, observe, batch):
+    level = make_level(n_initial_random_steps=1)
+    out = level(observe(level, torch.randn(*batch, 2)))
+    assert out["random_action"].shape == (*batch, 1)
+    assert out["random_action"].all()
+    assert out["action"].shape == (*batch, 1)
+    assert not out["next", "planner", "warm"].any()
+    level.n_env_steps += 1
+    out = level(observe(level, torch.randn(*batch, 2)))
+    assert not out["random_action"].any()
+    assert out["next", "planner", "warm"].all()
+
+
+def test_random_actions_are_uniform(make_level, observe):
+    level = make_level(n_initial_random_steps=1)
+    action = level(observe(level, far_goals(5000)))["action"]
+    assert action.abs().max() <= 1.0
+    # Mean 0 and variance 1/3 (whose own is 4/45), within four standard errors.
+    assert abs(action.mean()) < 4 * (1 / 3 / 5000) ** 0.5
+    assert abs(action.var() - 1 / 3) < 4 * (4 / 45 / 5000) ** 0.5
+
+
+def test_in_a_mixed_batch_only_the_others_plan(make_level, observe):
+    level = make_level(random_prob=0.5)
+    out = level(observe(level, far_goals(400)))
+    random = out["random_action"].squeeze(-1)
+    assert 140 < random.sum() < 260
+    # The best of some forty plans is never one that goes the wrong way.
+    assert (out["action"][~random] > 0.0).all()
+    assert out["action"][~random].mean() > 0.8
+    assert abs(out["action"][random].mean()) < 0.25
+    assert torch.equal(out["next", "planner", "warm"].squeeze(-1), ~random)
+    assert not out["next", "planner", "elites"][random].any()
+    assert out["next", "planner", "elites"][~random].any()
+
+
+def test_random_phases_last_as_long_as_told(make_level, observe):
+    """Lengths are exact, and how often is what the Markov chain of the phases says."""
+    prob, duration, n_steps, n = 0.2, 4, 30, 400
+    level = make_level(random_prob=prob, random_duration=duration)
+    flags = steps(level, observe(level, far_goals(n)), n_steps)
+    for row in flags.T.tolist():
+        length = 0
+        for flag in row:
+            if not flag:
+                # One phase may follow another at once.
+                assert length % duration == 0
+                length = 0
+            else:
+                length += 1
+    # State: random steps that are left; from 0 a phase begins with probability `prob`.
+    chain = torch.zeros(duration, duration, dtype=torch.float64)
+    chain[0, 0], chain[0, duration - 1] = 1 - prob, prob
+    for left in range(1, duration):
+        chain[left, left - 1] = 1.0
+    at, expected = torch.eye(duration, dtype=torch.float64)[0], []
+    for _ in range(n_steps):
+        expected.append(float(1.0 - at[0] * (1 - prob)))
+        at = at @ chain
+    share = flags.double().mean(-1)
+    assert (share - torch.tensor(expected)).abs().max() < 4 * (0.25 / n) ** 0.5
+
+
+def test_a_phase_of_one_step_and_one_of_all_steps(make_level, observe):
+    always = make_level(random_prob=1.0, random_duration=1)
+    assert steps(always, observe(always, far_goals(3)), 4).all()
+    never = make_level(random_prob=0.0, random_duration=7)
+    assert not steps(never, observe(never, far_goals(3)), 4).any()
+
+
+def test_evaluation_is_never_random(make_level, observe):
+    level = make_level(n_initial_random_steps=100, random_prob=1.0)
+    td = observe(level, far_goals(3))
+    td["random_steps_left"] += 5
+    assert level(td.clone())["random_action"].all()
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        assert not level(td.clone())["random_action"].any()
+    level.eval()
+    out = level(td.clone())
+    assert not out["random_action"].any()
+    assert not out["next", "random_steps_left"].any()
+    assert level.train()(td)["random_action"].all()
+
+
+@pytest.mark.parametrize("options", [{"n_initial_random_steps": 5}, {"random_prob": 0.5}])
+def test_acting_changes_nothing_in_the_level(make_learner, observe, unchanged, options):
+    level = make_learner(**options)
+    td = observe(level, far_goals(8))
+    names = set(level.__dict__)
+    with unchanged(level):
+        for _ in range(3):
+            level(td.clone())
+    assert set(level.__dict__) == names
+    assert not len(level.buffer)
+
+
+@pytest.mark.parametrize("spec", [OneHot(3), Bounded(-2.0, 3.0, (2,))], ids=["skill", "torque"])
+def test_what_the_actions_are_does_not_matter(make_learner, observe, spec):
+    level = make_learner(action_space=spec, n_initial_random_steps=0, random_prob=0.5)
+    out = level(observe(level, torch.randn(20, 2)))
+    assert 0 < out["random_action"].sum() < 20
+    assert spec.is_in(out["action"])
+    assert out["action"].dtype == spec.dtype
+
+
+def test_keys_can_be_renamed(make_level, observe):
+    level = make_level(
+        random_prob=1.0, random_action_key=("upper", "random"), state_key=("upper", "left")
+    )
+    out = level(observe(level, far_goals(3)))
+    assert set(level.out_keys) <= set(out.keys(True, True))
+    assert out["upper", "random"].all()
+    assert (out["next", "upper", "left"] == 9).all()
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_act_and_do_not_learn(make_learner, make_transitions, observe, duplicate):
+    level = make_learner(random_prob=0.3)
+    level.learn(make_transitions())
+    other = duplicate(level)
+    td = observe(level, torch.randn(6, 2))
+    torch.manual_seed(3)
+    expected = level(td.clone())
+    torch.manual_seed(3)
+    got = other(td.clone())
+    assert torch.equal(got["action"], expected["action"])
+    with pytest.raises(RuntimeError, match="copies come without a buffer"):
+        other.learn(make_transitions())
+    other.buffer = level.buffer
+    assert other.learn(make_transitions())["n_updates"] == 60
+
+
+def test_what_is_missing_is_named(make_level, observe):
+    level = make_level()
+    td = observe(level, far_goals(3))
+    with pytest.raises(KeyError, match=r"carries 'random_steps_left'.*make_tensordict_primer"):
+        level(td.exclude("random_steps_left"))
+    with pytest.raises(KeyError, match=r"memory 'planner' is missing"):
+        level(td.exclude("planner"))
+    with pytest.raises(KeyError, match="reads the observation"):
+        level(td.exclude("observation"))
+
+
+def test_factories_see_what_they_should():
+    seen = {}
+    spaces = Unbounded((2,)), Bounded(-1.0, 1.0, (1,))
+    own = PredictorFactory(hidden_sizes=(4,))
+
+    def predictor_factory(observation_space, action_space):
+        seen["spaces"] = observation_space, action_space
+        return own(observation_space, action_space)
+
+    def planner_factory(predictor, *, action_spec):
+        seen["predictor"], seen["action_spec"] = predictor, action_spec
+        return ICEMPlanner(predictor, action_spec=action_spec, horizon=3)
+
+    level = PlannerLevel(
+        *spaces, predictor_factory=predictor_factory, planner_factory=planner_factory
+    )
+    assert seen["spaces"] == spaces
+    assert seen["predictor"] is level.predictor
+    assert seen["action_spec"] == spaces[1]
+    assert level.planner.optimizer.horizon == 3
+    assert level.optimizer is level.predictor.optim

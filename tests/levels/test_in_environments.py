@@ -1,0 +1,115 @@
+"""A PlannerLevel in TorchRL's collectors and over batched environments."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torchrl.collectors import Collector
+from torchrl.envs import StepCounter, TransformedEnv
+from torchrl.envs.utils import check_env_specs
+
+from layeredrl_torchrl import (
+    ICEMPlanner,
+    PlannerLevel,
+    PredictorFactory,
+    TransitionSlices,
+    get_task,
+    make_batched,
+)
+
+PENDULUM = "InvertedPendulum-v5"
+
+
+def make_env(n):
+    env = get_task(PENDULUM).make(seed=0) if n is None else make_batched(PENDULUM, n, seed=0)
+    return env.append_transform(StepCounter(9))
+
+
+def make(env, **options):
+    small = {"n_initial_random_steps": 40, "updates_per_step": 0.1, "random_duration": 3}
+    return PlannerLevel(
+        env=env,
+        predictor_factory=PredictorFactory(hidden_sizes=(8,), n_models=2),
+        planner_factory=partial(ICEMPlanner, horizon=3, n_samples=24, n_iterations=2),
+        **small | {"batch_size": 8, "model_batch_size": 8} | options,
+    )
+
+
+def run(n, **options):
+    """Collect and learn five times; returns the level and all data, ``[*b, T]``."""
+    torch.manual_seed(0)
+    env = make_env(n)
+    level = make(env, **options)
+    collector = Collector(
+        env,
+        level,
+        frames_per_batch=20,
+        total_frames=100,
+        auto_register_policy_transforms=True,
+    )
+    batches, infos = [], []
+    for data in collector:
+        batches.append(data.clone())
+        infos.append(level.learn(data))
+    collector.shutdown()
+    return level, torch.cat(batches, -1), infos
+
+
+@pytest.mark.parametrize("n", [None, 2])
+def test_collects_and_learns(n):
+    level, data, infos = run(n)
+    assert data.batch_size == ((100,) if n is None else (n, 50))
+    assert level.n_env_steps == len(level.buffer) == 100
+    # The updates of the random phase are made up for at its end.
+    assert [info["n_updates"] for info in infos] == [0, 4, 2, 2, 2]
+    random = data["random_action"].flatten()
+    time = torch.arange(data.shape[-1]).expand(data.shape).flatten()
+    assert torch.equal(random, time < 40 // (n or 1))
+    assert make_env(n).action_spec_unbatched.is_in(data["action"])
+    assert torch.equal(
+        data["next", "planner", "warm"].squeeze(-1), ~data["random_action"].squeeze(-1)
+    )
+    # What is stored can be cut into slices: time goes on from batch to batch.
+    slices = TransitionSlices(level.buffer).sample(200, 5)
+    assert slices["valid"].all(1).any()
+    follows = slices["valid"][:, 1:]
+    reached, started = slices["next", "observation"][:, :-1], slices["observation"][:, 1:]
+    assert torch.equal(reached[follows], started[follows])
+
+
+def test_random_phases_end_with_their_episode():
+    """Each instance has its own phases; a reset clears them, and what is carried is in step."""
+    _, data, _ = run(3, n_initial_random_steps=0, random_prob=0.15, random_duration=4)
+    assert data["next", "done"].any()
+    both = 0
+    for row in data:
+        left, onward = row["random_steps_left"][:, 0], row["next", "random_steps_left"][:, 0]
+        random, ended = row["random_action"][:, 0], row["next", "done"][:, 0]
+        assert left[0] == 0
+        assert torch.equal(left[1:], torch.where(ended[:-1], 0, onward[:-1]))
+        assert random[left > 0].all()
+        # A phase that begins has all its steps before it.
+        assert (onward[random & (left == 0)] == 3).all()
+        assert torch.equal(onward[left > 0], left[left > 0] - 1)
+        both += int((ended & (onward > 0)).sum())
+    assert both  # some phase was cut short
+    assert 0.1 < data["random_action"].float().mean() < 0.8
+
+
+def test_the_same_seed_gives_the_same_run():
+    (_, first, infos), (_, second, others) = run(2), run(2)
+    assert torch.equal(first["action"], second["action"])
+    assert infos == others
+
+
+def test_in_a_rollout_with_its_primer():
+    env = make_env(2)
+    level = make(env, random_prob=0.3, n_initial_random_steps=0)
+    env = TransformedEnv(env, level.make_tensordict_primer())
+    check_env_specs(env)
+    data = env.rollout(12, level, break_when_any_done=False)
+    assert data.batch_size == (2, 12)
+    assert data["planner", "warm"].any()
+    assert level.learn(data)["n_updates"] == 2

@@ -233,7 +233,10 @@ def scaling(config: Config) -> None:
             values, [line * v / values[-1] for v in values], ":", color="black", label="linear"
         )
         axis.set(xscale="log", yscale="log", xlabel=name, title=f"against {name}")
-        axis.grid(alpha=0.3, which="both")
+        axis.set_xticks(values, [str(value) for value in values])
+        axis.minorticks_off()
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.grid(alpha=0.3)
     axes[0].set_ylabel("milliseconds a rollout")
     axes[0].legend(fontsize=8, frameon=False)
     figure.tight_layout()

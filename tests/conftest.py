@@ -143,6 +143,28 @@ def make_buffer(make_transitions):
     return build
 
 
+@pytest.fixture
+def peak_bytes():
+    """``peak_bytes(run)``: the highest sum of live allocations, from torch's own profiler."""
+
+    def measure(run):
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with (
+            torch.no_grad(),
+            torch.profiler.profile(activities=activities, profile_memory=True) as seen,
+        ):
+            kept = run()
+        live = highest = 0
+        for event in sorted(seen.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+            if event.name() == "[memory]":
+                live += event.nbytes()
+                highest = max(highest, live)
+        del kept  # alive until here, so that what it returns counts
+        return highest
+
+    return measure
+
+
 def _same(a, b):
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)

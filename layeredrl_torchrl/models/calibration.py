@@ -64,9 +64,7 @@ class Calibration(nn.Module):
 
         All modes of a member move together; ``weights [M, N, K]`` are theirs.
         """
-        of_member = (weights.unsqueeze(-1) * mean).sum(-2)
-        apart = (of_member - of_member.mean(0)).unsqueeze(-2)
-        return mean + (self.disagreement - 1.0) * apart
+        return mean + (self.disagreement - 1.0) * _apart(mean, weights)
 
     @torch.no_grad()
     def fit(self, mean: Tensor, std: Tensor, weights: Tensor, target: Tensor) -> None:
@@ -81,8 +79,7 @@ class Calibration(nn.Module):
             target: ``[N, D]``.
         """
         n_models, n, _, dim = mean.shape
-        of_member = (weights.unsqueeze(-1) * mean).sum(-2)
-        apart = (of_member - of_member.mean(0)).unsqueeze(-2)
+        apart = _apart(mean, weights)
         residual = target[None, :, None] - mean
         log_std = std.log()
         log_weights = weights.clamp_min(torch.finfo(weights.dtype).tiny).log().unsqueeze(-1)
@@ -125,3 +122,9 @@ class Calibration(nn.Module):
         self.slope.copy_(slope)
         self.spread.copy_(spread.squeeze())
         self.disagreement.copy_(log_share.exp().squeeze())
+
+
+def _apart(mean: Tensor, weights: Tensor) -> Tensor:
+    """Each member's mean minus that of all, ``[M, N, 1, D]``."""
+    of_member = (weights.unsqueeze(-1) * mean).sum(-2)
+    return (of_member - of_member.mean(0)).unsqueeze(-2)

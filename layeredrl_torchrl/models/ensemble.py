@@ -15,7 +15,13 @@ from layeredrl_torchrl.models.members import stack_members
 from layeredrl_torchrl.models.model import Model
 from layeredrl_torchrl.models.propagation import Step
 from layeredrl_torchrl.models.stepping import EnsembleStep, excess_std
-from layeredrl_torchrl.nets import MemberOutput, Normalizer, ProbFCDynamics, StackedProbFCDynamics
+from layeredrl_torchrl.nets import (
+    MemberOutput,
+    Normalizer,
+    ProbFCDynamics,
+    StackedProbFCDynamics,
+    move_towards,
+)
 from layeredrl_torchrl.specs import Space, is_discrete, width
 
 __all__ = ["ProbabilisticEnsemble"]
@@ -232,16 +238,11 @@ class ProbabilisticEnsemble(Model):
         The decay is ``min(ema_decay, (1 + t) / (10 + t))`` at update ``t``, so that a young
         average forgets its untrained start.
         """
-        ours: list[Tensor] = []
-        if self.ema_decay is not None:
-            ours = list(self.averaged_members.parameters())
-        if self.ema_decay is None or not ours:
+        if self.ema_decay is None or next(self.members.parameters(), None) is None:
             return
         t = int(self.n_averaged)
         share = 1.0 - min(self.ema_decay, (1 + t) / (10 + t))
-        torch._foreach_lerp_(ours, list(self.members.parameters()), share)
-        for old, new in zip(self.averaged_members.buffers(), self.members.buffers(), strict=True):
-            old.copy_(new)
+        move_towards(self.averaged_members, self.members, share)
         self.n_averaged += 1
         self._averaging = True
 

@@ -1,5 +1,6 @@
 """Networks and encoders."""
 
+from layeredrl_torchrl.nets.averaging import move_towards
 from layeredrl_torchrl.nets.dynamics import ProbFCDynamics
 from layeredrl_torchrl.nets.encoders import Encoder, EncoderNet, FixedEncoderNet, IdentityEncoder
 from layeredrl_torchrl.nets.gaussians import MemberOutput
@@ -20,4 +21,5 @@ __all__ = [
     "StackedProbFCDynamics",
     "StackedSampler",
     "ValueNet",
+    "move_towards",
 ]

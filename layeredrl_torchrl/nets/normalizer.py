@@ -41,13 +41,16 @@ class Normalizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Standardise ``x [..., n]``."""
-        x = (x - self.loc) / self.scale
+        x = self._standardize(x)
         return torch.clamp(x, self.low, self.high) if self.clip else x
 
     def excess(self, x: Tensor) -> Tensor:
         """How far ``x [..., n]`` lies beyond the range it is kept within, in units of ``scale``."""
-        x = (x - self.loc) / self.scale
+        x = self._standardize(x)
         return x - torch.clamp(x, self.low, self.high) if self.clip else torch.zeros_like(x)
+
+    def _standardize(self, x: Tensor) -> Tensor:
+        return (x - self.loc) / self.scale
 
     def inverse(self, x: Tensor) -> Tensor:
         """Undo :meth:`forward`, but for what it clipped."""

@@ -12,7 +12,7 @@ from torchrl.record.loggers import Logger
 
 from layeredrl_torchrl._checks import check_positive_int
 from layeredrl_torchrl.models import ProbabilisticEnsemble
-from layeredrl_torchrl.nets import Encoder
+from layeredrl_torchrl.nets import Encoder, move_towards
 from layeredrl_torchrl.objectives import (
     MemberBatches,
     ModelLoss,
@@ -185,18 +185,10 @@ class RewardPredictor(Predictor):
         super().__setstate__(state)
         refuse_other_shapes(self.optim)
 
-    @torch.no_grad()
     def update_target(self) -> None:
-        """Move the target network towards the value function by a share of ``tau``.
-
-        What TorchRL's ``SoftUpdate`` does, in one call for all parameters.
-        """
-        target, source = self.target_val_func, self.val_func
-        if target is None or not isinstance(source, nn.Module):
-            return
-        torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), self.tau)
-        for old, new in zip(target.buffers(), source.buffers(), strict=True):
-            old.copy_(new)
+        """Move the target network towards the value function by a share of ``tau``."""
+        if self.target_val_func is not None and isinstance(self.val_func, nn.Module):
+            move_towards(self.target_val_func, self.val_func, self.tau)
 
     @property
     def terminal_value(self) -> RewardFunction | None:

@@ -113,24 +113,10 @@ def _identity(dim):
     return IdentityEncoder((dim,))
 
 
-def test_the_memory_does_not_grow_with_the_horizon(predictor):
-    """Peak of live allocations, from torch's own profiler."""
-
+def test_the_memory_does_not_grow_with_the_horizon(predictor, peak_bytes):
     def peak(horizon):
-        state, context, actions = start(predictor, (64,), horizon)
-        with (
-            torch.no_grad(),
-            torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-            ) as profile,
-        ):
-            predictor.returns(state, context, actions)
-        live = highest = 0
-        for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-            if event.name() == "[memory]":
-                live += event.nbytes()
-                highest = max(highest, live)
-        return highest
+        given = start(predictor, (64,), horizon)
+        return peak_bytes(lambda: predictor.returns(*given))
 
     peak(2)
     assert 0 < peak(40) < 1.2 * peak(5)

@@ -58,7 +58,10 @@ class Config:
 
 
 def make_predictor(n_models: int, device: str) -> StaticPredictor:
-    """Networks of random weights, not trained: times do not depend on them."""
+    """Networks of random weights, not trained: times do not depend on them.
+
+    The model has statistics, as one that learned: without them it skips what it does to inputs.
+    """
     torch.manual_seed(0)
     model = ProbabilisticEnsemble(
         state_space=gym.spaces.Box(-float("inf"), float("inf"), (STATE,)),
@@ -67,6 +70,8 @@ def make_predictor(n_models: int, device: str) -> StaticPredictor:
         partial_net=partial(ProbFCDynamics, hidden_sizes=HIDDEN),
         n_models=n_models,
     )
+    state, action = torch.randn(1000, STATE), 2 * torch.rand(1000, ACTION) - 1
+    model.fit_statistics(state, state[:, :0], action, state + 0.1 * torch.randn(1000, STATE))
     reward = RewardNet(STATE, 0, ACTIONS, HIDDEN)
     torch.nn.init.normal_(reward.net[-1].weight)  # its last layer starts at 0
     encoder = IdentityEncoder((STATE,))

@@ -22,6 +22,9 @@ def make_batched(task: Task | str, n: int, *, seed: int | None = None, **kwargs:
     themselves by default: here that is switched off, and TorchRL resets them, one by one.) All run
     in this process, which for MuJoCo's small tasks is faster than worker processes.
 
+    >>> make_batched("InvertedPendulum-v5", 4, seed=0).rollout(3).shape
+    torch.Size([4, 3])
+
     Args:
         task: A task, or the name of one in the registry.
         n: Number of environments, at least 1.

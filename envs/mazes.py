@@ -123,6 +123,10 @@ def point_maze(
     desired goal. The action is a force along x and y, each in ``[-1, 1]``, held for 0.01 s.
     Episodes run to their time limit; ``"success"`` is true within 0.45 m of the goal.
 
+    >>> task = point_maze("Corridor", ["#######", "#r...g#", "#######"], sparse=True)
+    >>> task.context_dims  # the goal
+    (6, 7)
+
     Args:
         name: Name of the task.
         rows: The maze, for instance :data:`OPEN`; see this module for the characters.

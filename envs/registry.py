@@ -152,7 +152,11 @@ TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _ALL})
 
 
 def get_task(name: str) -> Task:
-    """The task called ``name``; ``KeyError`` with the nearest names if there is none."""
+    """The task called ``name``; ``KeyError`` with the nearest names if there is none.
+
+    >>> get_task("InvertedPendulum-v5").solved_at
+    1000.0
+    """
     if name in TASKS:
         return TASKS[name]
     near = difflib.get_close_matches(name, TASKS, n=3) or list(TASKS)

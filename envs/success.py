@@ -21,8 +21,10 @@ class SuccessReader(BaseInfoDictReader):
     a float of 0 or 1, as gymnasium-robotics' Fetch tasks do); a vectorised environment reports an
     array, and a mask that says which of its environments spoke.
 
-        env = GymWrapper(gym_env)
-        env.set_info_dict_reader(SuccessReader(batch_size=env.batch_size))
+    It goes into ``env.set_info_dict_reader(SuccessReader(batch_size=env.batch_size))``.
+
+    >>> SuccessReader()({"success": True}, TensorDict({"reward": torch.zeros(1)}))["success"]
+    tensor([True])
 
     Args:
         key: Where ``info`` holds it.

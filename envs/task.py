@@ -39,6 +39,12 @@ class Task:
     ``FixedEncoderNet((task.observation_dim,), task.state_dims, task.context_dims)`` gives, and
     what ``reward`` and ``termination`` read, batched, in any float dtype.
 
+    >>> task = get_task("Reacher-v5")
+    >>> task.state_dims, task.context_dims, task.horizon
+    ((0, 1, 2, 3, 6, 7, 8, 9), (4, 5), 50)
+    >>> task.make(seed=0).rollout(3)["observation"].shape
+    torch.Size([3, 10])
+
     Args:
         name: Name in the registry.
         make_gym: Makes one gymnasium environment, time limit included; keyword arguments go to

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-__all__ = ["product_dtype", "worthwhile_autocast"]
+__all__ = ["full_precision", "product_dtype", "worthwhile_autocast"]
 
 
 @cache
@@ -32,5 +32,12 @@ def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 def worthwhile_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Leaves ``torch.autocast`` as it is where it saves time, and switches it off elsewhere."""
     if torch.is_autocast_enabled(device.type) and device.type == "cpu" and not _has_bf16_units():
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Switches ``torch.autocast`` off; nothing where it is off, which takes no time."""
+    if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

@@ -34,6 +34,10 @@ _BOUND_TOLERANCE = 1e-4
 def to_spec(space: Space | None, *, name: str = "space") -> TensorSpec:
     """Turn a gymnasium space or a TorchRL spec into a TorchRL spec of one item.
 
+    >>> import gymnasium as gym
+    >>> to_spec(gym.spaces.Box(-1.0, 1.0, (2,))) == Bounded(-1.0, 1.0, (2,))
+    True
+
     Args:
         space: ``Box`` with one axis, ``Discrete`` that starts at 0, or a TorchRL ``Bounded``,
             ``Unbounded``, ``OneHot`` or ``Categorical``. ``None`` is the empty space ``[0]``.

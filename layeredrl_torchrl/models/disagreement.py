@@ -25,6 +25,11 @@ class EnsembleDisagreement(TensorDictModuleBase):
     ``PredictorEnv``; called with a TensorDict, as a module of an environment's or a loss's
     pipeline, it reads ``in_keys`` and writes ``out_keys``.
 
+    >>> model = ProbabilisticEnsemble(Unbounded((3,)), None, Bounded(-1.0, 1.0, (1,)))
+    >>> bonus = EnsembleDisagreement(model, scale=0.1)
+    >>> bonus(torch.zeros(7, 3), None, torch.zeros(7, 1)).shape
+    torch.Size([7])
+
     Args:
         model: The ensemble, of at least two members.
         scale: Reward units per unit of disagreement.

@@ -32,6 +32,11 @@ class ProbabilisticEnsemble(Model):
 
     What the members disagree on is what the data has not told them: see :meth:`uncertainty`.
 
+    >>> model = ProbabilisticEnsemble(Unbounded((3,)), None, Bounded(-1.0, 1.0, (1,)), n_models=5)
+    >>> mean, weights, std, term_prob = model.predict(torch.zeros(7, 3), None, torch.zeros(7, 1))
+    >>> mean.shape, term_prob.shape
+    (torch.Size([7, 5, 1, 3]), torch.Size([7]))
+
     Args:
         state_space: Box of the ``D`` state dimensions.
         context_space: Box of the ``C`` context dimensions, or ``None``.
@@ -134,7 +139,7 @@ class ProbabilisticEnsemble(Model):
 
     @property
     def predicting_members(self) -> nn.Module:
-        """The networks that predictions come from: the averaged ones, once there is an average."""
+        """The networks that predict, those of averaged weights once there is an average."""
         if self.ema_decay is None or not self._averaging:
             return self.members
         return self.averaged_members

@@ -14,6 +14,14 @@ __all__ = ["GaussianMixture"]
 class GaussianMixture(MixtureSameFamily):
     """A ``torch.distributions`` mixture of diagonal Gaussians with marginal ``cdf``.
 
+    >>> mixture = GaussianMixture(
+    ...     loc=torch.tensor([[0.0], [2.0]]),
+    ...     scale=torch.ones(2, 1),
+    ...     weights=torch.tensor([0.5, 0.5]),
+    ... )
+    >>> mixture.mean, mixture.cdf(torch.tensor([1.0]))
+    (tensor([1.]), tensor([0.5000]))
+
     Args:
         loc: Means ``[*B, J, D]`` of ``J`` components.
         scale: Standard deviations ``[*B, J, D]``, positive.

@@ -35,12 +35,18 @@ _OUT_KEYS: tuple[NestedKey, ...] = (
 class Model(TensorDictModuleBase):
     """A dynamics model: ``M`` members, each a mixture of ``K`` Gaussians over the next state.
 
-    A subclass implements :meth:`predict_members`; a hand-written physics model is a subclass
-    with one member and one mode (its std may be 0).
+    A subclass implements :meth:`predict_members`; in a hand-written one, the std may be 0.
 
     Called with a TensorDict, it reads ``in_keys`` (state, context, action; a missing context
     counts as empty) and writes ``out_keys``: loc, weights, scale, term_prob and the expected
     next state.
+
+    >>> class Still(Model):
+    ...     def predict_members(self, state, context, action):
+    ...         mean = state.unsqueeze(-2)
+    ...         return (mean, 0 * mean), 0 * mean[..., 0] + 1, 0 * state[..., 0]
+    >>> Still(*[Unbounded((1,))] * 3).rollout(*torch.zeros(2, 7, 1), torch.zeros(7, 5, 1)).shape
+    torch.Size([7, 1, 1, 5])
 
     Args:
         state_space: Box of the ``D`` state dimensions.
@@ -53,8 +59,7 @@ class Model(TensorDictModuleBase):
         out_keys: Keys written when called with a TensorDict, in the order above.
 
     Raises:
-        TypeError, ValueError: Spaces of another kind (:func:`~layeredrl_torchrl.specs.to_spec`);
-            counts below 1.
+        TypeError, ValueError: As :func:`~layeredrl_torchrl.specs.to_spec`; counts below 1.
     """
 
     def __init__(
@@ -170,8 +175,7 @@ class Model(TensorDictModuleBase):
             A mixture of ``M * K`` Gaussians, batch shape ``*B``, event shape ``[D]``.
 
         Raises:
-            ValueError: A model that predicts a std of 0 (it has no density), and as
-                :meth:`predict`.
+            ValueError: A predicted std of 0, which has no density; and as :meth:`predict`.
         """
         loc, weights, scale, _ = self.predict(*self.read(tensordict))
         if not bool((scale > 0).all()):
@@ -207,8 +211,7 @@ class Model(TensorDictModuleBase):
             member's mean next state.
 
         Raises:
-            ValueError: ``transform`` without ``std``; ``std`` not positive; and as
-                :meth:`predict`.
+            ValueError: ``transform`` without ``std``; ``std`` not positive; as :meth:`predict`.
         """
         loc, weights, scale, term_prob = self.predict(state, context, action)
         check_width("next_state", next_state, self.state_dim, hint="give the state after the step")
@@ -266,8 +269,7 @@ class Model(TensorDictModuleBase):
             TensorDict ``[*B, H]`` with ``"mean"``, ``"epistemic_var"`` (variance over members of
             their means) and ``"aleatoric_var"`` (mean over members of the variance of their
             particles), each ``[*B, H, D]``; the two sum to the variance over all particles. With
-            one particle a member the aleatoric part is 0 by construction. Rollouts with
-            :class:`TS1` mix members, so that there the split says nothing.
+            one particle a member the aleatoric part is 0; with :class:`TS1` the split says nothing.
         """
         state = traj.get(("next", self.in_keys[0]), None)
         if state is None or state.ndim < 4:

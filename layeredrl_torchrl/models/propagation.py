@@ -19,6 +19,12 @@ class Propagation(ABC):
     """Which member moves which particle (arXiv 1805.12114, section 5.1).
 
     Particles lie in ``[M', N, P', *]`` for ``N`` starts; most keep ``M' = M`` and ``P' = P``.
+
+    >>> spaces = Unbounded((3,)), None, Bounded(-1.0, 1.0, (1,))
+    >>> model = ProbabilisticEnsemble(*spaces, n_models=2, n_particles_per_model=4)
+    >>> state, actions = torch.zeros(3), torch.zeros(6, 1)
+    >>> model.rollout(state, None, actions, propagation=Expectation()).batch_size
+    torch.Size([1, 1, 6])
     """
 
     # Whether members follow their mean rather than a sample of it.
@@ -47,7 +53,11 @@ class Propagation(ABC):
 
 
 class TSInfinity(Propagation):
-    """Particles stay within their member: what the members disagree on adds up over a rollout."""
+    """Particles stay within their member: what the members disagree on adds up over a rollout.
+
+    >>> TSInfinity().particles(n_models=5, n_particles_per_model=4)
+    (5, 4)
+    """
 
     def advance(
         self, step: Step, n_models: int, state: Tensor, context: Tensor, action: Tensor
@@ -68,6 +78,11 @@ class TS1(Propagation):
     The ``M * P`` particles of a start are dealt out to the members anew, ``P`` to each, so that
     every particle has every member with probability ``1 / M``. The axes ``[M, P]`` of a rollout
     then only count particles: which member moved one is different at each step.
+
+    >>> spaces = Unbounded((3,)), None, Bounded(-1.0, 1.0, (1,))
+    >>> model = ProbabilisticEnsemble(*spaces, n_models=2, n_particles_per_model=4)
+    >>> model.rollout(torch.zeros(3), None, torch.zeros(6, 1), propagation=TS1()).batch_size
+    torch.Size([2, 4, 6])
     """
 
     def advance(
@@ -89,7 +104,11 @@ class TS1(Propagation):
 
 
 class Expectation(Propagation):
-    """One particle follows the mean over members and modes; ``M' = P' = 1``."""
+    """One particle follows the mean over members and modes; ``M' = P' = 1``.
+
+    >>> Expectation().particles(n_models=5, n_particles_per_model=4)
+    (1, 1)
+    """
 
     deterministic = True
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from layeredrl_torchrl._precision import product_dtype
+from layeredrl_torchrl._precision import full_precision, product_dtype
 from layeredrl_torchrl.nets import StackedProbFCDynamics, StackedSampler
-from layeredrl_torchrl.specs import is_discrete, width
+from layeredrl_torchrl.specs import action_features, is_discrete
 
 if TYPE_CHECKING:
     from layeredrl_torchrl.models.ensemble import ProbabilisticEnsemble
@@ -55,48 +56,53 @@ class EnsembleStep:
             dtype=product_dtype(weight.device, weight.dtype),
             deterministic=deterministic,
         )
-        self.target_scale = target.scale
-        self.normalizes, self.clips = ensemble.normalize_inputs, ensemble.state_normalizer.clip
+        self.inputs = weight.new_empty(0, 0, 0)
+        self.normalizes, self.clips = ensemble.normalize_inputs, False
         if not self.normalizes:
             return
         parts = [ensemble.state_normalizer]
         if not members.ignore_context:
             parts.append(ensemble.context_normalizer)
-        loc, scale = [p.loc for p in parts], [p.scale for p in parts]
-        low, high = ([p.low for p in parts], [p.high for p in parts]) if self.clips else ([], [])
-        if is_discrete(ensemble.action_spec):
-            one_hot = weight.new_ones(width(ensemble.action_spec))
-            loc.append(torch.zeros_like(one_hot))
-            scale.append(one_hot)
-            low.append(torch.full_like(one_hot, -torch.inf))
-            high.append(torch.full_like(one_hot, torch.inf))
-        else:
-            action = ensemble.action_normalizer
-            loc.append(action.loc)
-            scale.append(action.scale)
-            if self.clips:
-                low.append(action.low)
-                high.append(action.high)
-        self.factor = torch.cat(scale).reciprocal()
-        self.offset = -torch.cat(loc) * self.factor
-        if self.clips:
-            self.low, self.high = torch.cat(low), torch.cat(high)
+        if not is_discrete(ensemble.action_spec):
+            parts.append(ensemble.action_normalizer)
+        loc, scale = torch.cat([p.loc for p in parts]), torch.cat([p.scale for p in parts])
+        # Choices, and the 1 behind all inputs, stay as they are.
+        n_plain = members.weights[0].shape[1] + 1 - len(loc)
+        self.factor = F.pad(scale.reciprocal(), (0, n_plain), value=1.0)
+        self.offset = F.pad(-loc / scale, (0, n_plain))
+        if ensemble.state_normalizer.clip:
+            self.low = F.pad(torch.cat([p.low for p in parts]), (0, n_plain), value=-torch.inf)
+            self.high = F.pad(torch.cat([p.high for p in parts]), (0, n_plain), value=torch.inf)
+            # Before there are statistics, nothing lies outside.
+            self.clips = bool((self.low.isfinite() | self.high.isfinite()).any())
 
     @torch.no_grad()
     def __call__(self, state: Tensor, context: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Next state ``[M, R, D]`` and term_prob ``[M, R]``; inputs as ``Model.make_step`` says."""
-        with torch.autocast(state.device.type, enabled=False):
-            x = self.members.features(state, context, action)
+        with full_precision(state.device):
+            x = self._features(state, context, action)
             extra = None
             if self.normalizes:
                 x = torch.addcmul(self.offset, x, self.factor)
-            if self.normalizes and self.clips:
+            if self.clips:
                 clipped = torch.clamp(x, self.low, self.high)
                 if not self.sampler.deterministic:
-                    extra = excess_std(x - clipped) * self.target_scale
+                    extra = excess_std(x.sub_(clipped))
                 x = clipped
-            base = state if self.predict_delta else None
-            return self.sampler(x, base, extra)
+            return self.sampler(x, state if self.predict_delta else None, extra)
+
+    def _features(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
+        """All inputs and a 1, ``[M, R, in + 1]``; the next call overwrites them."""
+        members = self.members
+        action = action_features(members.action_spec, action, state.dtype)
+        parts = (state, action) if members.ignore_context else (state, context, action)
+        widths = [part.shape[-1] for part in parts]
+        if self.inputs.shape[:2] != state.shape[:2]:
+            self.inputs = state.new_ones(*state.shape[:2], sum(widths) + 1)
+        *targets, _ = self.inputs.split([*widths, 1], -1)
+        for target, part in zip(targets, parts, strict=True):
+            target.copy_(part)
+        return self.inputs
 
 
 def excess_std(excess: Tensor) -> Tensor:

@@ -24,6 +24,13 @@ class ProbFCDynamics(nn.Module):
     three spaces and ``n_modes``. What its mean and std refer to (state or delta, normalised or
     not) is the ensemble's business.
 
+    >>> net = ProbFCDynamics(Unbounded((3,)), None, Bounded(-1.0, 1.0, (1,)), n_modes=2)
+    >>> (mean, std), weights, term_prob = net(
+    ...     torch.zeros(7, 3), torch.zeros(7, 0), torch.zeros(7, 1)
+    ... )
+    >>> mean.shape, weights.shape, term_prob.shape
+    (torch.Size([7, 2, 3]), torch.Size([7, 2]), torch.Size([7]))
+
     Args:
         state_space: Box of the ``D`` state dimensions.
         context_space: Box of the ``C`` context dimensions, or ``None``.

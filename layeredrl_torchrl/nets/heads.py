@@ -23,6 +23,11 @@ class ScalarHead(nn.Module, ABC):
     ``learn`` sets (:meth:`fit_inputs`, :meth:`rescale`), so that learning rates mean the same
     whatever the units of the task. Without those calls it is a plain network.
 
+    >>> head = ValueNet(3, 0)
+    >>> head.rescale(loc=0.0, scale=100.0)  # the function stays what it is
+    >>> head(torch.zeros(7, 3), torch.zeros(7, 0), None).shape
+    torch.Size([7])
+
     Args:
         in_features: Number of input features.
         hidden_sizes: Width of each hidden layer.
@@ -99,6 +104,10 @@ class ScalarHead(nn.Module, ABC):
 class RewardNet(ScalarHead):
     """Predicts the reward of taking ``action`` in ``state`` under ``context``.
 
+    >>> reward = RewardNet(state_dim=3, context_dim=0, action_dim=1)
+    >>> reward(torch.zeros(7, 3), torch.zeros(7, 0), torch.zeros(7, 1)).shape
+    torch.Size([7])
+
     Args:
         state_dim: ``D``.
         context_dim: ``C``, may be 0.
@@ -135,6 +144,10 @@ class RewardNet(ScalarHead):
 
 class ValueNet(ScalarHead):
     """Predicts the value of ``state`` under ``context``; the action is ignored.
+
+    >>> value = ValueNet(state_dim=3, context_dim=2)
+    >>> value(torch.zeros(7, 3), torch.zeros(7, 2), None).shape
+    torch.Size([7])
 
     Args:
         state_dim: ``D``.

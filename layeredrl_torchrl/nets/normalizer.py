@@ -20,6 +20,11 @@ class Normalizer(nn.Module):
     TorchRL's ``ObservationNorm`` and ``VecNormV2`` normalise an environment's stream; this one
     sits inside a network, is invertible, and never changes while the network is evaluated.
 
+    >>> normalizer = Normalizer(1)
+    >>> normalizer.fit(torch.tensor([[1.0], [3.0]]))
+    >>> normalizer(torch.tensor([5.0]))
+    tensor([3.])
+
     Args:
         dim: Number of features ``n``.
         clip: Whether to keep results within the range of the data.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -102,6 +102,18 @@ def hidden_layers(
     return x
 
 
+class _Block(NamedTuple):
+    """Rows that go through all layers at once, and where each layer writes what it makes of them.
+
+    Attributes:
+        at: Members and rows, an index into ``[M, R]``.
+        layers: Weight, bias, output and whether there is a skip, of each hidden layer.
+    """
+
+    at: tuple[slice, slice]
+    layers: list[tuple[Tensor, Tensor | None, Tensor, bool]]
+
+
 class StackedSampler:
     """Draws next states from stacked members, again and again with the same weights.
 
@@ -110,6 +122,9 @@ class StackedSampler:
     target and the calibration of the std go into the last layer, and the weights are cast to the
     precision of the products. With several modes the mode is drawn first, so that nothing is
     computed for the others. No gradients.
+
+    What is computed for each dimension of the state lies in tensors ``[..., D]`` of their own:
+    on slices of a wider tensor the same operations take up to ten times as long.
 
     Args:
         members: The networks.
@@ -141,28 +156,37 @@ class StackedSampler:
         *weights, last = members.weights
         *biases, last_bias = members.biases
         size = self.n_modes * self.dim
-        sizes = [size, size, self.n_modes, 1]
-        mean, raw, logits, term = last.split(sizes, -1)
-        mean_bias, raw_bias, logits_bias, term_bias = last_bias.split(sizes, -1)
-        scale, loc = target_scale.repeat(self.n_modes), target_loc.repeat(self.n_modes)
+        of_states, logits, term = last.split([2 * size, self.n_modes, 1], -1)
+        states_bias, logits_bias, term_bias = last_bias.split([2 * size, self.n_modes, 1], -1)
         bounds = members.log_std_bounds
         self.std_slope = log_std_slope * bounds.half  # [D]
         self.std_shift = log_std_shift + log_std_slope * bounds.center  # [M, 1, D]
-        self.weights = [w.to(dtype) for w in weights]
-        self.biases = [b.to(dtype) for b in biases]
-        mean, mean_bias = mean * scale, mean_bias * scale + loc
-        raw, raw_bias = raw / bounds.half, (raw_bias - bounds.center) / bounds.half
-        if self.n_modes == 1:
-            self.last = _layer((mean, raw, term), (mean_bias, raw_bias, term_bias), dtype)
-        else:
-            # A mode's mean and raw log std side by side, so that one selection finds both.
-            pairs = [(x.unflatten(-1, (self.n_modes, self.dim))) for x in (mean, raw)]
-            pairs_bias = [x.unflatten(-1, (self.n_modes, self.dim)) for x in (mean_bias, raw_bias)]
-            self.last = _layer(
-                (torch.cat(pairs, -1).flatten(-2),), (torch.cat(pairs_bias, -1).flatten(-2),), dtype
-            )
-            self.choice = _layer((logits, term), (logits_bias, term_bias), dtype)
-            self.first_rows = torch.empty(0, dtype=torch.long, device=last.device)
+        self.target_scale = target_scale
+        # The inputs end with a 1, so that the first layer's bias is a row of its weights.
+        first = torch.cat((weights[0], biases[0]), 1)
+        self.weights = [w.to(dtype) for w in (first, *weights[1:])]
+        self.biases: list[Tensor | None] = [None, *(b.to(dtype) for b in biases[1:])]
+        # The tanh that bounds the log std is of what comes out; means alone need no std.
+        half = torch.full_like(target_scale, bounds.half)
+        n_kinds = 1 if deterministic else 2
+        factor = torch.stack((target_scale, 1 / half))[:n_kinds]
+        offset = torch.stack((target_loc, -bounds.center / half))[:n_kinds]
+
+        def rows_of_states(x: Tensor) -> Tensor:
+            """A mode's mean and raw log std side by side, scaled: rows of [D]."""
+            kinds = x.unflatten(-1, (2, self.n_modes, self.dim)).transpose(-3, -2)
+            return kinds[..., :n_kinds, :] * factor
+
+        self.last = (
+            rows_of_states(of_states).flatten(-3).to(dtype),
+            (rows_of_states(states_bias) + offset).flatten(-3),
+        )
+        # Transposed: what is done for each mode then runs along the rows.
+        self.choice = (
+            torch.cat((logits, term), -1).mT.contiguous().to(dtype),
+            torch.cat((logits_bias, term_bias), -1).mT.contiguous(),
+        )
+        self.last_out = last_bias.new_empty(0, 0, 0)
 
     def __call__(
         self, features: Tensor, base: Tensor | None, extra_std: Tensor | None = None
@@ -170,94 +194,94 @@ class StackedSampler:
         """Draw a target for each row and add it to ``base``.
 
         Args:
-            features: Normalised inputs ``[M, R, in]``.
+            features: Normalised inputs and a 1 behind them, ``[M, R, in + 1]``.
             base: ``[M, R, D]`` (the state, where its change is predicted), or ``None`` for 0.
-            extra_std: ``[M, R, D]``, added to the std.
+            extra_std: ``[M, R, 1]``, added to the std in units of the target's scale.
 
         Returns:
             Next state ``[M, R, D]`` and term_prob ``[M, R]``.
         """
-        n_models, rows, _ = features.shape
-        widest = max(bias.shape[-1] for bias in self.biases)
-        following = features.new_empty(n_models, rows, self.dim)
-        term_prob = features.new_empty(n_models, rows)
-        if not self.deterministic:
-            following.normal_()  # the noise is replaced by what it leads to
-        n_blocks = -(-rows * widest // _BLOCK)
-        if n_blocks == 1 or features.is_cuda:
-            self._draw(slice(None), features, base, extra_std, following, term_prob)
-            return following, term_prob
-        step = -(-rows // n_blocks)
-        for m in range(n_models):
-            for start in range(0, rows, step):
-                at = (slice(m, m + 1), slice(start, start + step))
-                self._draw(
-                    at[0],
-                    features[at],
-                    None if base is None else base[at],
-                    None if extra_std is None else extra_std[at],
-                    following[at],
-                    term_prob[at],
-                )
-        return following, term_prob
-
-    def _draw(
-        self,
-        member: slice,
-        features: Tensor,
-        base: Tensor | None,
-        extra_std: Tensor | None,
-        out: Tensor,
-        term_prob: Tensor,
-    ) -> None:
-        """Turn the noise in ``out`` into a draw, and write the termination probability."""
-        weights = [w[member] for w in self.weights]
-        biases = [b[member] for b in self.biases]
-        x = hidden_layers(features.to(self.dtype), weights, biases, self.activation)
-        last = self._product(x, self.last, member)
-        choice = last if self.n_modes == 1 else self._product(x, self.choice, member)
-        torch.sigmoid(choice[..., -1], out=term_prob)
-        if self.n_modes > 1:
-            if self.deterministic:
-                share = choice[..., :-1].softmax(-1).unsqueeze(-1)
-                last = (last.unflatten(-1, (self.n_modes, 2 * self.dim)) * share).sum(-2)
-            else:
-                index = self._draw_modes(choice[..., :-1])
-                last = last.view(-1, 2 * self.dim).index_select(0, index)
-                last = last.view(*out.shape[:-1], 2 * self.dim)
-        mean = last[..., : self.dim]
-        if base is not None:
-            mean = mean + base
+        if self.last_out.shape[:2] != features.shape[:2]:
+            self._make_room(*features.shape[:2])
+        features = features.to(self.dtype)
+        for block in self.blocks:
+            self._evaluate(block, features[block.at])
+        last, choice = self.last_out, self.choice_out
+        term_prob = choice[:, -1].sigmoid()
         if self.deterministic:
-            out.copy_(mean)
-            return
-        raw = last[..., self.dim : 2 * self.dim].tanh()
-        std = torch.addcmul(self.std_shift[member], self.std_slope, raw).exp_()
+            share = choice[:, :-1].softmax(1).mT.unsqueeze(-1)
+            mean = (last.unflatten(-1, (self.n_modes, self.dim)) * share).sum(-2)
+            return (mean if base is None else mean.add_(base)), term_prob
+        pairs = last.view(-1, self.dim).index_select(0, self._draw_modes(choice[:, :-1]))
+        mean, raw = pairs.view(2, *last.shape[:-1], self.dim)
+        std = torch.addcmul(self.std_shift, self.std_slope, raw.tanh_()).exp_()
         if extra_std is not None:
-            std += extra_std
-        torch.addcmul(mean, std, out, out=out)
+            std.addcmul_(extra_std, self.target_scale)
+        if base is not None:
+            mean.add_(base)
+        return mean.addcmul_(std, torch.randn_like(mean)), term_prob
 
-    def _product(self, x: Tensor, layer: tuple[Tensor, Tensor], member: slice) -> Tensor:
-        """``[M, R, out]`` in float32 or wider, whatever the precision of the product."""
-        weight, bias = layer[0][member], layer[1][member]
-        if self.dtype == bias.dtype:
-            return torch.baddbmm(bias, x, weight)
-        return torch.bmm(x, weight).to(bias.dtype).add_(bias)
+    def _make_room(self, n_models: int, rows: int) -> None:
+        """Cut the rows into blocks, and allot the memory that every call works in.
+
+        On a CPU memory that is used again stays in the caches, and is not asked of the system anew.
+        """
+        bias = self.last[1]
+        self.last_out = bias.new_empty(n_models, rows, bias.shape[-1])
+        self.choice_out = bias.new_empty(n_models, self.n_modes + 1, rows)
+        first = torch.arange(n_models * rows, device=bias.device) * 2 * self.n_modes
+        self.first_rows = torch.stack((first, first + 1))
+        widest = max(weight.shape[-1] for weight in self.weights)
+        n_blocks = 1 if bias.is_cuda else -(-rows * widest // _BLOCK)
+        members = [slice(None)] if n_blocks == 1 else [slice(m, m + 1) for m in range(n_models)]
+        step = -(-rows // n_blocks)
+        # Two suffice: each layer reads the one and writes the other.
+        rooms = bias.new_empty(2, n_models // len(members) * step * widest, dtype=self.dtype)
+        self.blocks: list[_Block] = []
+        for member in members:
+            for start in range(0, rows, step):
+                n_rows = min(step, rows - start)
+                layers, before = [], 0
+                for i, (weight, b) in enumerate(zip(self.weights, self.biases, strict=True)):
+                    weight = weight[member]
+                    out = rooms[i % 2, : len(weight) * n_rows * weight.shape[-1]]
+                    out = out.view(len(weight), n_rows, -1)
+                    skips = before == weight.shape[-1]
+                    layers.append((weight, None if b is None else b[member], out, skips))
+                    before = weight.shape[-1]
+                self.blocks.append(_Block((member, slice(start, start + step)), layers))
+
+    def _evaluate(self, block: _Block, x: Tensor) -> None:
+        """Run a block's features through all layers, into ``last_out`` and ``choice_out``."""
+        in_place = _IN_PLACE.get(type(self.activation), self.activation)
+        for weight, bias, out, skips in block.layers:
+            if bias is None:
+                y = torch.bmm(x, weight, out=out)
+            else:
+                y = torch.baddbmm(bias, x, weight, out=out)
+            y = in_place(y)
+            x = y.add_(x) if skips else y
+        member, rows = block.at
+        (weight, bias), out = self.last, self.last_out[block.at]
+        _product(x, weight[member], bias[member], out)
+        weight, bias = self.choice
+        _product(weight[member], x.mT, bias[member], self.choice_out[member, :, rows])
 
     def _draw_modes(self, logits: Tensor) -> Tensor:
-        """Rows of ``[M * R * K, ...]`` that belong to modes drawn with ``logits [M, R, K]``."""
-        # Inversion of the cumulative sum; softmax over so few numbers would cost ten times more.
-        edges = (logits - logits.amax(-1, keepdim=True)).exp_().cumsum(-1)
-        height = torch.rand_like(edges[..., :1]).mul_(edges[..., -1:])
+        """Rows of means, then of raw log std, of modes drawn with ``logits [M, K, R]``."""
+        if self.n_modes == 1:
+            return self.first_rows.flatten()
+        # Inversion of the cumulative sum, which takes half the time of a softmax over so few.
+        edges = (logits - logits.amax(1, keepdim=True)).exp_().cumsum(1)
+        height = torch.rand_like(edges[:, :1]).mul_(edges[:, -1:])
         # The last edge is not compared: rounding may put the height upon it.
-        mode = (height >= edges[..., :-1]).sum(-1).flatten()
-        if len(self.first_rows) != len(mode):
-            self.first_rows = torch.arange(len(mode), device=mode.device) * self.n_modes
-        return mode.add_(self.first_rows)
+        mode = (height >= edges[:, :-1]).sum(1)
+        return torch.add(self.first_rows, mode.flatten(), alpha=2).flatten()
 
 
-def _layer(
-    weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Layers ``[M, in, out]`` side by side: the weight for the product, the bias as it is."""
-    return torch.cat(list(weights), -1).to(dtype), torch.cat(list(biases), -1)
+def _product(left: Tensor, right: Tensor, bias: Tensor, out: Tensor) -> None:
+    """Write the batched product plus ``bias``, added in the precision of ``out``."""
+    if left.dtype == out.dtype:
+        torch.baddbmm(bias, left, right, out=out)
+    else:
+        out.copy_(torch.bmm(left, right)).add_(bias)

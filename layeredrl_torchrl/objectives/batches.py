@@ -21,7 +21,13 @@ __all__ = [
 
 
 class MemberBatches(ABC):
-    """Turns one sampled batch of transitions into a batch for each of ``M`` members."""
+    """Turns one sampled batch of transitions into a batch for each of ``M`` members.
+
+    >>> batches = SharedBatch()
+    >>> n_rows = batches.n_rows(batch_size=256, n_models=5)
+    >>> batches.assign(TensorDict({"state": torch.zeros(n_rows, 3)}, [n_rows]), n_models=5).shape
+    torch.Size([5, 256])
+    """
 
     @abstractmethod
     def n_rows(self, batch_size: int, n_models: int) -> int:
@@ -36,7 +42,11 @@ class MemberBatches(ABC):
 
 
 class OwnBatches(MemberBatches):
-    """Every member gets ``batch_size`` transitions of its own, drawn independently."""
+    """Every member gets ``batch_size`` transitions of its own, drawn independently.
+
+    >>> OwnBatches().n_rows(batch_size=256, n_models=5)
+    1280
+    """
 
     def n_rows(self, batch_size: int, n_models: int) -> int:
         """``batch_size`` for each member."""
@@ -48,7 +58,11 @@ class OwnBatches(MemberBatches):
 
 
 class SharedBatch(MemberBatches):
-    """All members learn from the same transitions and differ by their initial weights only."""
+    """All members learn from the same transitions and differ by their initial weights only.
+
+    >>> SharedBatch().assign(TensorDict({"state": torch.zeros(256, 3)}, [256]), n_models=5).shape
+    torch.Size([5, 256])
+    """
 
     def n_rows(self, batch_size: int, n_models: int) -> int:
         """One batch for all."""
@@ -61,6 +75,10 @@ class SharedBatch(MemberBatches):
 
 class PartitionedBatch(MemberBatches):
     """One batch is divided among the members (LayeredRL's ``partition_batch``).
+
+    >>> data = TensorDict({"state": torch.zeros(250, 3)}, [250])
+    >>> PartitionedBatch().assign(data, n_models=5).shape
+    torch.Size([5, 50])
 
     Raises:
         ValueError: A batch size that the number of members does not divide.
@@ -88,6 +106,11 @@ class BootstrappedBatches(OwnBatches):
     number is a fixed function of the transition's content and the member, so it needs no memory
     and stays what it is while the buffer grows. It is written as ``"weight"``, multiplied with the
     weight that is there.
+
+    >>> data = TensorDict({"fingerprint": torch.arange(20, 28)}, [8])
+    >>> BootstrappedBatches().assign(data, n_models=2)["weight"]
+    tensor([[1., 2., 0., 2.],
+            [1., 2., 1., 0.]])
 
     Args:
         seed: Another seed is another set of bootstrap samples.

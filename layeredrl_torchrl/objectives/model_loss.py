@@ -42,6 +42,14 @@ class ModelLoss(LossModule):
     equation 1, with a mixture and with its constants kept); the second is a binary cross
     entropy. Every member counts once, and transitions that are not ``valid`` not at all.
 
+    >>> spaces = Unbounded((3,)), None, Bounded(-1.0, 1.0, (1,))
+    >>> model = ProbabilisticEnsemble(*spaces, n_models=2)
+    >>> batch = TensorDict({"state": torch.zeros(7, 3), "action": torch.zeros(7, 1)}, [7])
+    >>> batch["context"] = batch["state"][:, :0]
+    >>> batch["next"] = {"state": torch.ones(7, 3), "terminated": torch.zeros(7, 1)}
+    >>> sorted(ModelLoss(model)(batch).keys())
+    ['loss_dynamics', 'loss_termination', 'nll', 'termination_bce']
+
     Args:
         model: The ensemble.
         per_member: Whether batches come with a leading member axis, ``[M, N]``, so that each

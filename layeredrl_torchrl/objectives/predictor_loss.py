@@ -62,6 +62,11 @@ class PredictorLoss(LossModule):
     are those of :func:`~layeredrl_torchrl.objectives.targets.n_step_targets`, bootstrapped from
     a target network. Steps that are not ``valid`` count in neither.
 
+    >>> loss = PredictorLoss(IdentityEncoder((3,)), RewardNet(3, 0, 1), ValueNet(3, 0), n_steps=2)
+    >>> loss.in_keys
+    ['observation', 'action', ('next', 'observation'), ('next', 'reward'), ('next', 'terminated'),
+     'valid']
+
     Args:
         encoder: Observation to state and context.
         rew_func: ``(state, context, action) -> [*B]``; a plain callable is taken as known and

@@ -35,6 +35,15 @@ class TransitionSlices:
     Sampling reads ``B * L`` rows, whatever the buffer holds, and changes neither the buffer nor its
     sampler and priorities. What is written later is seen: the buffer may still be empty here.
 
+    >>> from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+    >>> buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(100))
+    >>> obs, done = torch.arange(6.0).unsqueeze(-1), torch.zeros(6, 1, dtype=torch.bool)
+    >>> after = {"observation": obs + 1, "done": done, "terminated": done}
+    >>> _ = buffer.extend(TensorDict({"observation": obs, "next": after}, [6]))
+    >>> slices = TransitionSlices(buffer).sample(32, length=3)
+    >>> slices.shape, bool(slices["valid"].all())  # some begin too late for three steps
+    (torch.Size([32, 3]), False)
+
     Args:
         buffer: The buffer to read. Its transforms are applied to what is sampled, in a batch of
             shape ``[B * L]`` as in ``buffer.sample``; slices end where the stored rows say.

@@ -50,6 +50,11 @@ def n_step_targets(
     holds so far are bootstrapped from, a terminated one is not. Where step ``j`` itself is not
     valid, all three are 0.
 
+    >>> no, reward = torch.zeros(1, 3, dtype=torch.bool), torch.tensor([[1.0, 2.0, 4.0]])
+    >>> targets = n_step_targets(reward, no, ~no, k_steps=2, n_steps=2, gamma=0.5)
+    >>> targets.returns, targets.bootstrap_index, targets.bootstrap_discount
+    (tensor([[2., 4.]]), tensor([[1, 2]]), tensor([[0.2500, 0.2500]]))
+
     Args:
         reward: Reward of each step, ``[B, L]`` with ``L = k_steps + n_steps - 1``.
         terminated: Whether the step ended in a terminal state, ``[B, L]``, bool. The step after

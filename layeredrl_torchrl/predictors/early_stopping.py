@@ -32,6 +32,10 @@ class EarlyStopping:
     before that do not see: with it, ``patience * every`` should not be far below the updates
     of a call.
 
+    >>> factory = PredictorFactory(predictor_options={"early_stopping": EarlyStopping(patience=3)})
+    >>> factory(Unbounded((3,)), Bounded(-1.0, 1.0, (1,))).early_stopping.every
+    100
+
     Args:
         patience: Looks without a gain.
         every: Updates between two looks.

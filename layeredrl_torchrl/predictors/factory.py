@@ -45,6 +45,11 @@ class PredictorFactory:
     ``CatTensors(in_keys=["observation", "achieved_goal", "desired_goal"],
     out_key="observation", sort=False)``; without ``sort=False`` it sorts the keys.
 
+    >>> factory = PredictorFactory(hidden_sizes=(64, 64), context_dims=[3, 4])
+    >>> predictor = factory(Unbounded((5,)), Bounded(-1.0, 1.0, (2,)))
+    >>> predictor.latent_state_dim, predictor.context_dim
+    (3, 2)
+
     Args:
         hidden_sizes: Width of each hidden layer of the dynamics, reward and value networks.
         n_models: ``M``.
@@ -142,6 +147,12 @@ def get_default_predictor_factory(env: Environment, **options: Any) -> Predictor
     can be called with the joined space as well. A TorchRL environment may be passed before or
     after it is transformed; what is transformed inside the workers of a ``SerialEnv`` or
     ``ParallelEnv`` cannot be seen, so pass a single environment instead, or ``context_dims``.
+
+    >>> from torchrl.envs import GymEnv
+    >>> env = GymEnv("InvertedPendulum-v5")
+    >>> predictor = get_default_predictor_factory(env)(env.observation_spec, env.action_spec)
+    >>> predictor.latent_state_dim
+    4
 
     Args:
         env: A gymnasium environment or vector environment, or a TorchRL environment.

@@ -31,6 +31,12 @@ class Predictor(TensorDictModuleBase):
 
     ``name`` is what it is called in logs: its class's name, until you set another.
 
+    >>> factory = PredictorFactory(hidden_sizes=(8,), n_models=2)
+    >>> predictor = factory(Unbounded((3,)), Bounded(-1.0, 1.0, (1,)))
+    >>> td = TensorDict({"observation": torch.zeros(7, 3), "action": torch.zeros(7, 1)}, [7])
+    >>> predictor(td)["next", "reward"].shape
+    torch.Size([7, 1])
+
     Args:
         model: The dynamics and termination model.
         val_func: ``(state, context, action) -> [*B]``, a module or a plain callable; a value

@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 
 from layeredrl_torchrl.models import Propagation, TSInfinity
-from layeredrl_torchrl.models.rollouts import imagine
+from layeredrl_torchrl.models.rollouts import ImaginedStep, imagine
 
 if TYPE_CHECKING:
     from layeredrl_torchrl.predictors.predictor import Predictor
 
 __all__ = ["imagined_returns"]
+
+# Particles whose rewards are computed at once: enough that the time goes into the products and
+# not into calling them, and few enough that what lies between two products stays in the caches.
+_ROWS = 2048
 
 
 def imagined_returns(
@@ -30,7 +34,7 @@ def imagined_returns(
     propagation: Propagation | None,
     deterministic: bool,
 ) -> Tensor:
-    """As ``Predictor.returns`` says; one step's particles are all that is kept."""
+    """As ``Predictor.returns`` says; a few steps' particles are all that is kept."""
     if not 0.0 < discount <= 1.0:
         raise ValueError(f"discount must lie in (0, 1], got {discount}")
     reward_of = predictor.need("rew_func")
@@ -42,21 +46,33 @@ def imagined_returns(
     particles = (n_models, len(flat[0]), n_part)
     ctx = flat[1][:, None].expand(*particles, -1)
     total = flat[0].new_zeros(particles)
-    share: Tensor | float = 1.0
+    share = flat[0].new_ones(particles)
+    n_steps = max(1, _ROWS // share.numel())
+    steps: list[ImaginedStep] = []
+    shares: list[Tensor] = []
     last: tuple[Tensor, ...] = ()
-    for step in imagine(model, *flat, propagation, deterministic=deterministic):
-        action = step.action[:, None].expand(*particles, *step.action.shape[1:])
-        gain = reward_of(step.state, ctx, action)
+    imagined = imagine(model, *flat, propagation, deterministic=deterministic)
+    for h, step in enumerate(imagined, start=1):
+        steps.append(step)
+        shares.append(share)
+        alive = discount * (1.0 - step.term_prob) if use_term_prob else discount
+        share = share * alive
+        if len(steps) < n_steps and h < flat[2].shape[1]:
+            continue
+        # Rewards of several steps at once: as much to compute, but fewer and larger operations.
+        states = torch.stack([step.state for step in steps], 3)  # [M', N, P', h, D]
+        action = torch.stack([step.action for step in steps], 1)  # [N, h, *]
+        rows = states.shape[:-1]
+        spread = action[:, None].expand(*rows, *action.shape[2:])
+        gain = reward_of(states, ctx.unsqueeze(3).expand(*rows, -1), spread)
         if exploration_bonus is not None:
             # At the mean over particles: the bonus asks all members itself.
-            mean = step.state.mean((0, 2))
-            gain = gain + exploration_bonus(mean, flat[1], step.action)[:, None]
-        total = total + share * gain
-        if use_term_prob:
-            share = share * discount * (1.0 - step.term_prob)
-        else:
-            share = share * discount
-        last = (step.next_state, ctx, action)
+            of_start = flat[1][:, None].expand(*action.shape[:2], -1)
+            bonus = exploration_bonus(states.mean((0, 2)), of_start, action)
+            gain = gain + bonus[:, None]
+        total = total + (torch.stack(shares, -1) * gain).sum(-1)
+        last = (step.next_state, ctx, spread[:, :, :, -1])
+        steps, shares = [], []
     if value_of is not None:
         total = total + share * value_of(*last)
     if not bool(torch.isfinite(total.detach().sum())):

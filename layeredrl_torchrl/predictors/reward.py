@@ -34,6 +34,16 @@ __all__ = ["RewardPredictor"]
 class RewardPredictor(Predictor):
     """Learns dynamics, reward and value, and the encoder through the reward loss.
 
+    >>> predictor = RewardPredictor(
+    ...     model=ProbabilisticEnsemble(Unbounded((3,)), None, Bounded(-1.0, 1.0, (1,))),
+    ...     val_func=ValueNet(3, 0),
+    ...     rew_func=RewardNet(3, 0, 1),
+    ...     encoder=IdentityEncoder((3,)),
+    ...     latent_state_dim=3,
+    ... )
+    >>> predictor.rollout(torch.zeros(7, 3), torch.zeros(7, 15, 1)).batch_size
+    torch.Size([7, 5, 1, 15])
+
     Args:
         model: The ensemble.
         val_func: Value function; a module is trained, a plain callable taken as known.
@@ -192,7 +202,7 @@ class RewardPredictor(Predictor):
 
     @property
     def terminal_value(self) -> RewardFunction | None:
-        """The target network: an average over recent updates, so steadier than ``val_func``."""
+        """The target network, an average over recent updates and so steadier than ``val_func``."""
         return self.val_func if self.target_val_func is None else self.target_val_func
 
     # -- learning ---------------------------------------------------------------------------

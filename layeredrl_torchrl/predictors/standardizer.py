@@ -22,6 +22,12 @@ class DeltaStandardizer(nn.Module):
     neither on the units nor, as Cholesky's would, on the order of the dimensions.
     It is found in closed form; a linear map trained by gradient steps reaches the same slowly.
 
+    >>> standardizer = DeltaStandardizer(2)
+    >>> delta = torch.randn(1000, 2) @ torch.tensor([[1.0, 3.0], [0.0, 4.0]])
+    >>> standardizer.fit(delta)
+    >>> standardizer(delta).T.cov().allclose(torch.eye(2), atol=0.01)
+    True
+
     Args:
         dim: ``D``.
         min_eigenvalue: Directions in which an eigenvalue of :math:`R` (1 on average) is

@@ -18,7 +18,14 @@ _log = logging.getLogger(__name__)
 
 
 class StaticPredictor(Predictor):
-    """Known or hand-written dynamics, reward and value; arguments as :class:`Predictor`."""
+    """Known or hand-written dynamics, reward and value; arguments as :class:`Predictor`.
+
+    >>> model = ProbabilisticEnsemble(Unbounded((3,)), None, Bounded(-1.0, 1.0, (1,)))
+    >>> reward = lambda state, context, action: -state.square().sum(-1)
+    >>> predictor = StaticPredictor(model, None, reward, IdentityEncoder((3,)), 3)
+    >>> predictor.predict_reward(torch.ones(7, 3), torch.zeros(7, 1))
+    tensor([-3., -3., -3., -3., -3., -3., -3.])
+    """
 
     def learn(
         self,

@@ -18,6 +18,9 @@ __all__ = ["Angle", "FlipTermination", "QuaternionTilt"]
 class Angle:
     """The tilt of a walker in a plane: one angle of its observation.
 
+    >>> Angle(1)(torch.tensor([0.0, 0.5, 0.0]))
+    tensor(0.5000)
+
     Args:
         index: Where the angle stands in the observation (1 for gymnasium's Hopper, Walker2d and
             HalfCheetah).
@@ -33,6 +36,9 @@ class Angle:
 @dataclass(frozen=True)
 class QuaternionTilt:
     """The angle between a body's z axis and the world's, from its orientation quaternion.
+
+    >>> QuaternionTilt(0)(torch.tensor([0.0, 1.0, 0.0, 0.0]))  # half a turn about x
+    tensor(3.1416)
 
     Args:
         first: Where the four values ``w, x, y, z`` begin in the observation (1 for gymnasium's
@@ -66,8 +72,12 @@ class _Flipped:
 class FlipTermination(TerminateTransform):
     """Terminates the episode (``terminated`` and ``done``) where the tilt exceeds a limit.
 
-    It is TorchRL's ``TerminateTransform`` with the question it asks. For a task without flips:
-    ``TransformedEnv(GymEnv("HalfCheetah-v5"), FlipTermination(Angle(1)))``.
+    It is TorchRL's ``TerminateTransform`` with the question it asks.
+
+    >>> from torchrl.envs import GymEnv, TransformedEnv
+    >>> env = TransformedEnv(GymEnv("HalfCheetah-v5"), FlipTermination(Angle(1)))
+    >>> env.rollout(3)["next", "terminated"].flatten()
+    tensor([False, False, False])
 
     Args:
         tilt: ``observation [*B, obs] -> [*B]`` rad: an :class:`Angle`, a

@@ -13,11 +13,13 @@ __all__ = ["JoinGoals"]
 class JoinGoals(CatTensors):
     """Joins the entries of a goal environment's observation, and knows where each has gone.
 
-        env = TransformedEnv(goal_env, join := JoinGoals())
-        obs = env.observation_spec["observation"]
-        encoder = FixedEncoderNet(obs.shape[-1:], join.state_dims, join.context_dims)
-
+    In an environment, ``state_dims`` and ``context_dims`` are what ``FixedEncoderNet`` takes.
     It is TorchRL's ``CatTensors`` with the keys in the order given here.
+
+    >>> parts = {"observation": torch.zeros(3), "achieved_goal": torch.ones(2)}
+    >>> td = TensorDict(parts | {"desired_goal": torch.full((2,), 2.0)})
+    >>> JoinGoals()(td)["observation"]
+    tensor([0., 0., 0., 1., 1., 2., 2.])
 
     Args:
         state_keys: Entries that change in an episode.

@@ -51,6 +51,10 @@ class AffineReward(_MappedReward):
     TorchRL's ``RewardScaling`` raises a scale that is below 1e-6 to 1e-6, so that costs cannot be
     turned into rewards with it, and refuses bounded rewards.
 
+    >>> transform = AffineReward(scale=-1.0, offset=10.0, in_keys=[("next", "reward")])
+    >>> transform(TensorDict({"next": {"reward": torch.tensor([4.0])}}))["next", "reward"]
+    tensor([6.])
+
     Args:
         scale: Any number but 0; negative to turn a cost into a reward.
         offset: What is added after scaling.
@@ -82,6 +86,10 @@ class LogReward(_MappedReward):
     """``reward -> scale * log(max(reward, floor)) + offset``, for rewards of at least 0.
 
     A reward ``exp(-distance)`` becomes ``-distance`` again, which still tells far from farther.
+
+    >>> transform = LogReward(floor=1e-3, in_keys=[("next", "reward")])
+    >>> transform(TensorDict({"next": {"reward": torch.tensor([-2.0]).exp()}}))["next", "reward"]
+    tensor([-2.])
 
     Args:
         floor: Smaller rewards count as this one: the logarithm of 0 is no reward. Choose it below

@@ -33,6 +33,12 @@ class SuccessRate(Transform):
     An episode counts where ``done`` becomes true, so this transform comes after those that end
     episodes (``StepCounter``, ``FlipTermination``).
 
+    >>> from torchrl.envs import StepCounter
+    >>> env = get_task("PointMaze-U").make().append_transform(StepCounter(5))
+    >>> env = env.append_transform(SuccessRate())
+    >>> env.rollout(12, break_when_any_done=False)["next", "episode_count"][-1]
+    tensor([2])
+
     Args:
         success_key: What says that the goal is reached, ``[*B, 1]``; anything but 0 is success.
         window: Episodes over which the rate runs.

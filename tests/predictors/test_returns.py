@@ -119,7 +119,21 @@ def test_the_memory_does_not_grow_with_the_horizon(predictor, peak_bytes):
         return peak_bytes(lambda: predictor.returns(*given))
 
     peak(2)
-    assert 0 < peak(40) < 1.2 * peak(5)
+    # Rewards are computed for the particles of up to 16 of these steps at once, here 128 a step.
+    assert 0 < peak(160) < 1.2 * peak(40)
+
+
+@pytest.mark.parametrize("rows", [1, 13, 10_000])
+def test_returns_do_not_depend_on_how_many_steps_are_rewarded_at_once(rows, predictor, monkeypatch):
+    given = start(predictor, (3,), 7)
+    bonus = EnsembleDisagreement(predictor.model, 0.7)
+    found = []
+    for n in (6, rows):  # 6 are the particles of one step
+        monkeypatch.setattr("layeredrl_torchrl.predictors.returns._ROWS", n)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            found.append(predictor.returns(*given, exploration_bonus=bonus, use_value_func=True))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_missing_is_named(make_predictor, predictor):

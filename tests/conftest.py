@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from contextlib import contextmanager
 from functools import partial
 
@@ -141,6 +142,21 @@ def make_buffer(make_transitions):
         return buffer
 
     return build
+
+
+@pytest.fixture
+def run_examples():
+    """``run_examples(page)``: run a Markdown file's Python blocks in order, in one namespace."""
+
+    def run(page):
+        names, text = {}, page.read_text()
+        for block in re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+            # Empty lines before it, so that a traceback names the line of the page.
+            code = "\n" * text.count("\n", 0, block.start(1)) + block[1]
+            exec(compile(code, str(page), "exec"), names)
+        return names
+
+    return run
 
 
 @pytest.fixture

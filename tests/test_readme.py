@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import torch
@@ -10,11 +9,9 @@ import torch
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_example_runs():
+def test_example_runs(run_examples):
     """Its variables have the shapes that its comments claim."""
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    names: dict = {}
-    exec(compile(code, str(README), "exec"), names)
+    names = run_examples(README)
     assert names["traj"].batch_size == (8, 5, 1, 10)
     assert names["spread"].shape == (8, 10, 4)
     assert torch.isfinite(names["loss"])

@@ -40,35 +40,25 @@ class PredictorEnv(ModelBasedEnvBase):
     For planning, leave ``batch_size`` and ``initial_states`` out: TensorDicts of any batch shape
     are stepped, all instances at once, and nothing is reset within a plan. For imagined data, give
     both: then this is an environment like any other, for ``env.rollout`` and TorchRL's collectors,
-    which reset single instances as they end; TorchRL's ``StepCounter`` limits the horizon. ::
+    which reset single instances as they end; TorchRL's ``StepCounter`` limits the horizon.
 
-        import torch
-        from tensordict import TensorDict
-        from torchrl.collectors import Collector
-        from torchrl.data import Bounded, Unbounded
-        from torchrl.envs import StepCounter, TransformedEnv
-        from layeredrl_torchrl import (
-            IdentityEncoder,
-            PredictorEnv,
-            ProbabilisticEnsemble,
-            StaticPredictor,
-            TSInfinity,
-        )
-
-        model = ProbabilisticEnsemble(Unbounded((2,)), None, Bounded(-1.0, 1.0, (1,)), n_models=3)
-        cost = lambda state, context, action: -state.square().sum(-1)
-        predictor = StaticPredictor(model, None, cost, IdentityEncoder((2,)), 2)
-        env = PredictorEnv(
-            predictor,
-            propagation=TSInfinity(),
-            initial_states=lambda n: predictor.encoder(
-                TensorDict({"observation": torch.randn(n, 2)}, [n])
-            ),
-            batch_size=[8],
-        )
-        env = TransformedEnv(env, StepCounter(max_steps=5))
-        for data in Collector(env, frames_per_batch=80, total_frames=80):
-            print(data["state"].shape, data["imagined_member"].shape)  # [8, 10, 2], [8, 10, 1]
+    >>> from torchrl.collectors import Collector
+    >>> from torchrl.envs import StepCounter, TransformedEnv
+    >>> model = ProbabilisticEnsemble(Unbounded((2,)), None, Bounded(-1.0, 1.0, (1,)), n_models=3)
+    >>> cost = lambda state, context, action: -state.square().sum(-1)
+    >>> predictor = StaticPredictor(model, None, cost, IdentityEncoder((2,)), 2)
+    >>> env = PredictorEnv(
+    ...     predictor,
+    ...     propagation=TSInfinity(),
+    ...     initial_states=lambda n: predictor.encoder(
+    ...         TensorDict({"observation": torch.randn(n, 2)}, [n])
+    ...     ),
+    ...     batch_size=[8],
+    ... )
+    >>> env = TransformedEnv(env, StepCounter(max_steps=5))
+    >>> for data in Collector(env, frames_per_batch=80, total_frames=80):
+    ...     print(data["state"].shape, data["imagined_member"].shape)
+    torch.Size([8, 10, 2]) torch.Size([8, 10, 1])
 
     Planning with a value (``use_value_func=True``): TorchRL's planners sum rewards up to a
     horizon, so the value beyond it is given to them as potential-based shaping. With survival

@@ -24,6 +24,16 @@ class FromBuffer:
     observations that they start from. What is written to the buffer later is drawn too, and the
     buffer's sampler and priorities are left alone.
 
+    >>> factory = PredictorFactory(hidden_sizes=(8,), n_models=2)
+    >>> predictor = factory(Unbounded((3,)), Bounded(-1.0, 1.0, (1,)))
+    >>> from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+    >>> buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(100))
+    >>> no = torch.zeros(9, 1, dtype=torch.bool)
+    >>> after = {"observation": torch.ones(9, 3), "done": no, "terminated": no}
+    >>> _ = buffer.extend(TensorDict({"observation": torch.zeros(9, 3), "next": after}, [9]))
+    >>> FromBuffer(buffer, predictor)(4)["state"].shape
+    torch.Size([4, 3])
+
     Args:
         buffer: Real transitions, as :class:`~layeredrl_torchrl.TransitionSlices` reads them.
         predictor: Whose encoder turns observations into state and context.

@@ -1,6 +1,27 @@
 """Levels: policies of one time scale each, which learn from what they did."""
 
+from layeredrl_torchrl.levels.dqn import DQNLearner
+from layeredrl_torchrl.levels.fixed import ActionSequenceLevel, ConstantLevel, RandomLevel
+from layeredrl_torchrl.levels.learners import Learner
 from layeredrl_torchrl.levels.level import Level
+from layeredrl_torchrl.levels.model_free import ModelFreeLevel
 from layeredrl_torchrl.levels.planner_level import PlannerLevel
+from layeredrl_torchrl.levels.sac import SACLearner
+from layeredrl_torchrl.levels.skills import SkillLevel
+from layeredrl_torchrl.levels.skills_rewards import DADSReward, SkillReward, SPlaTESReward
 
-__all__ = ["Level", "PlannerLevel"]
+__all__ = [
+    "ActionSequenceLevel",
+    "ConstantLevel",
+    "DADSReward",
+    "DQNLearner",
+    "Learner",
+    "Level",
+    "ModelFreeLevel",
+    "PlannerLevel",
+    "RandomLevel",
+    "SACLearner",
+    "SPlaTESReward",
+    "SkillLevel",
+    "SkillReward",
+]

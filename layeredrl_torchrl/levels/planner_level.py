@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from torch import Tensor
-from torchrl.data import ReplayBuffer, TensorSpec, Unbounded
+from torchrl.data import Binary, Composite, ReplayBuffer, TensorSpec, Unbounded
 from torchrl.envs import EnvBase, TensorDictPrimer
-from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.record.loggers import Logger
 
 from layeredrl_torchrl._checks import check_positive_int
-from layeredrl_torchrl.levels.level import Level
-from layeredrl_torchrl.levels.storing import check_transitions, make_buffer, match_layout
+from layeredrl_torchrl.levels.learning import LearningLevel, spaces_of
+from layeredrl_torchrl.levels.storing import check_transitions
 from layeredrl_torchrl.planners import PredictorPlanner
 from layeredrl_torchrl.predictors import Predictor
 from layeredrl_torchrl.predictors.factory import ObservationSpace
-from layeredrl_torchrl.predictors.reporting import check_logger
 from layeredrl_torchrl.specs import Space
 
 __all__ = ["PlannerLevel"]
 
 
-class PlannerLevel(Level):
+class PlannerLevel(LearningLevel):
     """A predictor, a planner in it, random phases and a learning schedule in one policy.
 
         level = PlannerLevel(
@@ -54,9 +51,31 @@ class PlannerLevel(Level):
     after ``level.eval()`` nor where TorchRL's ``set_exploration_type`` asks for deterministic
     actions.
 
+    Without spaces it waits for :meth:`setup`, so that a hierarchy can put it above another level.
+    An action may then take many environment steps (``("next", "elapsed_steps")``), by which values
+    are discounted; one that was cut short by a time limit is not learned from, as it does not show
+    where the action leads.
+
     To save and resume, save the level, ``level.optimizer``, ``level.buffer`` and the state of the
     random number generators (TorchRL's ``Checkpoint`` takes them as they are). Copies and pickles,
     such as those in worker processes, come without buffer and logger: they act and do not learn.
+
+    >>> from functools import partial
+    >>> from torchrl.collectors import Collector
+    >>> env = get_task("InvertedPendulum-v5").make(seed=0)
+    >>> level = PlannerLevel(
+    ...     env=env,
+    ...     predictor_factory=PredictorFactory(hidden_sizes=(8,), n_models=2),
+    ...     planner_factory=partial(ICEMPlanner, horizon=3, n_samples=32),
+    ...     n_initial_random_steps=10,
+    ...     updates_per_step=0.1,
+    ... )
+    >>> for data in Collector(
+    ...     env, level, frames_per_batch=10, total_frames=20, auto_register_policy_transforms=True
+    ... ):
+    ...     info = level.learn(data)
+    >>> info["n_env_steps"], info["n_updates"]
+    (20.0, 1.0)
 
     Args:
         observation_space: Space or spec of one observation, as the predictor factory takes it.
@@ -81,15 +100,14 @@ class PlannerLevel(Level):
         progress: Whether a bar on stderr counts the updates of each call.
         random_action_key: See above.
         state_key: Key of what random phases carry from step to step.
+        reward_func: See :class:`Level`.
+        each_step: See :class:`Level`.
 
     Raises:
         TypeError: A factory that gives something else; other types. ValueError: Numbers outside
-            their range; both or neither of ``env`` and the spaces; ``buffer_size`` beside a
-            ``buffer``; a planner in another predictor or for other actions.
+            their range; ``env`` beside spaces, or one space without the other; ``buffer_size``
+            beside a ``buffer``; a planner in another predictor or for other actions.
     """
-
-    n_env_steps: Tensor  # [] int64
-    updates_due: Tensor  # [] float64
 
     def __init__(
         self,
@@ -112,48 +130,41 @@ class PlannerLevel(Level):
         progress: bool = False,
         random_action_key: NestedKey = "random_action",
         state_key: NestedKey = "random_steps_left",
+        reward_func: Callable[[TensorDictBase], Tensor] | None = None,
+        each_step: bool = False,
     ) -> None:
-        given = observation_space is not None, action_space is not None
-        if given != ((env is None), (env is None)):
-            raise ValueError(
-                "pass observation_space and action_space, or env= to take both from; got "
-                f"observation_space={observation_space!r}, action_space={action_space!r}, env={env}"
-            )
-        if env is not None:
-            observation_space, action_space = (
-                env.observation_spec_unbatched,
-                env.action_spec_unbatched,
-            )
-        super().__init__(action_space)
+        observation_space, action_space = spaces_of(observation_space, action_space, env)
+        super().__init__(
+            reward_func=reward_func,
+            each_step=each_step,
+            buffer=buffer,
+            buffer_size=buffer_size,
+            n_axes=None if env is None else 1 + len(env.batch_size),
+            n_initial_random_steps=n_initial_random_steps,
+            updates_per_step=updates_per_step,
+            n_initial_updates=n_initial_updates,
+            batch_size=batch_size,
+            logger=logger,
+            progress=progress,
+        )
         if not 0.0 <= random_prob <= 1.0:
             raise ValueError(f"random_prob must lie in [0, 1], got {random_prob}")
-        if not 0.0 <= updates_per_step < math.inf:
-            raise ValueError(
-                f"updates_per_step must be finite and at least 0, got {updates_per_step}"
-            )
-        if n_initial_updates is not None:
-            check_positive_int("n_initial_updates", n_initial_updates, minimum=0)
-        check_logger(logger)
-        self.n_initial_random_steps = check_positive_int(
-            "n_initial_random_steps", n_initial_random_steps, minimum=0
-        )
         self.random_prob = random_prob
         self.random_duration = check_positive_int("random_duration", random_duration)
-        self.updates_per_step = updates_per_step
-        self.n_initial_updates = n_initial_updates
-        self.batch_size = check_positive_int("batch_size", batch_size)
         self.model_batch_size = check_positive_int("model_batch_size", model_batch_size)
-        self.logger = logger
-        self.progress = progress
         self.random_action_key = unravel_key(random_action_key)
         self.state_key = unravel_key(state_key)
+        self.predictor_factory, self.planner_factory = predictor_factory, planner_factory
+        if observation_space is not None:
+            self.setup(observation_space, action_space)
 
-        predictor = predictor_factory(observation_space, action_space)
+    def _build(self, observation_space: ObservationSpace, action_spec: TensorSpec) -> None:
+        predictor = self.predictor_factory(observation_space, action_spec)
         if not isinstance(predictor, Predictor):
             raise TypeError(
                 f"predictor_factory gave a {type(predictor).__name__}, expected a Predictor"
             )
-        planner = planner_factory(predictor, action_spec=self.action_spec)
+        planner = self.planner_factory(predictor, action_spec=action_spec)
         if not isinstance(planner, PredictorPlanner):
             raise TypeError(
                 f"planner_factory gave a {type(planner).__name__}, expected a PredictorPlanner "
@@ -164,17 +175,14 @@ class PlannerLevel(Level):
                 "planner_factory gave a planner in another predictor than it was called with, so "
                 "what is learned would not be planned in; hand its first argument on"
             )
-        if planner.action_spec.cpu() != self.action_spec.cpu():
+        if planner.action_spec.cpu() != action_spec.cpu():
             raise ValueError(
                 f"planner_factory gave a planner for {planner.action_spec}, but the level's "
-                f"actions are {self.action_spec}; hand action_spec= on"
+                f"actions are {action_spec}; hand action_spec= on"
             )
         self.planner = planner
-        self.register_buffer("n_env_steps", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("updates_due", torch.zeros((), dtype=torch.float64))
-        self._lays_out = env is None and buffer is None
-        n_axes = 1 if env is None else 1 + len(env.batch_size)
-        self.buffer: ReplayBuffer | None = make_buffer(buffer, buffer_size, n_axes)
+        self.observation_key = predictor.encoder.in_keys[0]
+        self.action_key = planner.action_key
         self.in_keys = [*planner.in_keys, self.state_key]
         self.out_keys = [
             *planner.out_keys,
@@ -182,14 +190,16 @@ class PlannerLevel(Level):
             unravel_key(("next", self.state_key)),
         ]
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies: without what only learning needs."""
-        return {**self.__dict__, "buffer": None, "logger": None}
-
     @property
     def predictor(self) -> Predictor:
-        """The predictor that is learned and planned in."""
+        """The predictor that is learned and planned in; ``RuntimeError`` before :meth:`setup`."""
+        self.action_spec  # noqa: B018 - raises
         return self.planner.predictor
+
+    @property
+    def record(self) -> Composite:
+        """Whether the action was random."""
+        return Composite({self.random_action_key: Binary(1, dtype=torch.bool)})
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -228,8 +238,8 @@ class PlannerLevel(Level):
 
     def _phases(self, left: Tensor) -> tuple[Tensor, Tensor]:
         """Which instances act randomly now, and their random steps left after it, ``[*B, 1]``."""
-        explores = self.training and exploration_type() in (ExplorationType.RANDOM, None)
-        if explores and int(self.n_env_steps) < self.n_initial_random_steps:
+        explores = self.explores
+        if explores and self.warming_up:
             return torch.ones_like(left, dtype=torch.bool), torch.zeros_like(left)
         if not explores or not self.random_prob:
             return torch.zeros_like(left, dtype=torch.bool), torch.zeros_like(left)
@@ -253,58 +263,17 @@ class PlannerLevel(Level):
 
     # -- learning ---------------------------------------------------------------------------
 
-    def learn(self, data: TensorDictBase) -> dict[str, float]:
-        """Store transitions, and make the updates of the predictor that are due.
-
-        Transitions count as environment steps one each, or as many as ``("next",
-        "elapsed_steps")`` says where it is present (as it is where actions are skills).
-
-        Args:
-            data: ``[T]`` or ``[env, T]``, as a collector of this level gives it.
-
-        Returns:
-            ``n_env_steps``, ``n_updates`` of this call, and with updates the terms of
-            ``predictor.learn``.
-
-        Raises:
-            TypeError: Not a TensorDict. KeyError: One without observation, action or reward.
-            ValueError: NaN in them; other axes than the buffer's. In these cases nothing is
-                stored. And as ``predictor.learn``: then the data is stored, the updates stay due.
-            RuntimeError: A copy of a level, which has no buffer.
-        """
-        if self.buffer is None:
-            raise RuntimeError(
-                "this level is a copy that was made to act, and copies come without a buffer; "
-                "call learn() on the level that was copied, or set its buffer"
-            )
-        data = self._transitions(data)
-        match_layout(self.buffer, data, adapt=self._lays_out)
-        self.buffer.extend(data)
-        before = int(self.n_env_steps)
-        elapsed = data.get(("next", "elapsed_steps"), None)
-        self.n_env_steps += data.numel() if elapsed is None else elapsed.sum().long()
-        self.updates_due += self.updates_per_step * data.numel()
-        steps, least = int(self.n_env_steps), self.n_initial_random_steps
-        info = {"n_env_steps": float(steps), "n_updates": 0.0}
-        if steps < least:
-            return info
-        if self.n_initial_updates is not None and (before < least or before == 0):
-            self.updates_due.fill_(self.n_initial_updates)
-        # Ten times 0.1 is one.
-        n_updates = int(float(self.updates_due) + 1e-6)
-        if n_updates:
-            _, terms = self.predictor.learn(
-                self.buffer,
-                n_updates,
-                self.batch_size,
-                self.model_batch_size,
-                steps,
-                logger=self.logger,
-                progress=self.progress,
-            )
-            self.updates_due -= n_updates
-            info |= terms
-        return info
+    def _update(self, buffer: ReplayBuffer, n_updates: int) -> dict[str, float]:
+        _, terms = self.predictor.learn(
+            buffer,
+            n_updates,
+            self.batch_size,
+            self.model_batch_size,
+            int(self.n_env_steps),
+            logger=self.logger,
+            progress=self.progress,
+        )
+        return terms
 
     def _transitions(self, data: object) -> TensorDictBase:
         """What is stored of ``data``: all but what only acting needs; checked."""

@@ -9,7 +9,7 @@ from torchrl.data import LazyTensorStorage, ReplayBuffer, TensorDictReplayBuffer
 
 from layeredrl_torchrl._checks import check_finite, check_positive_int
 
-__all__ = ["check_transitions", "make_buffer", "match_layout"]
+__all__ = ["check_transitions", "make_buffer", "match_layout", "n_env_steps", "uncut"]
 
 _BUFFER_SIZE = 100_000
 
@@ -64,3 +64,21 @@ def check_transitions(data: object, keys: Iterable[NestedKey]) -> TensorDictBase
         if value.is_floating_point():
             check_finite(str(key), value, hint="nothing of the data is stored; repair it first")
     return data
+
+
+def n_env_steps(data: TensorDictBase) -> int:
+    """Environment steps that transitions took: one each, or ``("next", "elapsed_steps")``."""
+    elapsed = data.get(("next", "elapsed_steps"), None)
+    return data.shape.numel() if elapsed is None else int(elapsed.sum())
+
+
+def uncut(data: TensorDictBase) -> TensorDictBase:
+    """The transitions ``[N]`` that show where their action leads.
+
+    One that a time limit cut short (``("next", "interrupted")``) does not, unless it is seen to
+    have terminated. Without the key, all of ``data``.
+    """
+    cut = data.get(("next", "interrupted"), None)
+    if cut is None:
+        return data
+    return data[(~cut | data.get(("next", "terminated"))).squeeze(-1)]

@@ -15,6 +15,11 @@ __all__ = ["CEM"]
 class CEM(Optimizer):
     """Fits the distribution to the best candidates, all counting alike (Botev et al. 2013).
 
+    >>> cem = CEM(make_search(Bounded(-1.0, 1.0, (2,))), horizon=4)
+    >>> solution = cem.optimize(lambda x: (x - 0.5).square().sum((-2, -1)))
+    >>> bool((solution.mean - 0.5).abs().max() < 0.2)
+    True
+
     Args:
         search: The family of distributions, with its bounds.
         horizon: ``H``.

@@ -22,6 +22,10 @@ class ICEM(Optimizer):
     (3.4). Samples are clipped to the bounds. A shifted elite repeats its last step, where the
     paper draws a new one.
 
+    >>> icem = ICEM(make_search(Bounded(-1.0, 1.0, (2,))), horizon=4, n_samples=100, decay=2.0)
+    >>> icem.populations
+    (100, 50, 25, 20, 20, 20)
+
     Args:
         search: The family of distributions, with its bounds.
         horizon: ``H``.

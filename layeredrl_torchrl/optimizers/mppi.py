@@ -19,6 +19,10 @@ class MPPI(Optimizer):
     count, so that it suits rewards of any scale; and the spread of the samples is fitted as their
     mean is, as TorchRL's planner does it, since one plan here is several iterations.
 
+    >>> mppi = MPPI(make_search(Bounded(-1.0, 1.0, (2,))), horizon=4, temperature=0.5)
+    >>> mppi.weigh(torch.tensor([[1.0, 2.0]]))
+    tensor([[0.9820, 0.0180]])
+
     Args:
         search: The family of distributions, with its bounds.
         horizon: ``H``.

@@ -18,6 +18,11 @@ def power_law_noise(white: Tensor, beta: float, dim: int = -1) -> Tensor:
     section 3.1). It is a linear filter, so standard normal samples stay standard normal, each by
     itself.
 
+    >>> white = torch.randn(1000, 20)
+    >>> red = power_law_noise(white, beta=2.0)
+    >>> bool(red.diff().std() < 0.5 * white.diff().std())  # smoother, and of the same variance
+    True
+
     Args:
         white: Independent standard normal samples, of any shape.
         beta: The exponent; 0 leaves the noise white, 1 is pink, 2 is red.

@@ -24,6 +24,11 @@ Cost: TypeAlias = Callable[[Tensor], Tensor]
 class Solution:
     """What an optimizer found for problems ``[*B]``; ``*E`` is the shape of a step of a sequence.
 
+    >>> icem = ICEM(make_search(Bounded(-1.0, 1.0, (2,))), horizon=4)
+    >>> solution = icem.optimize(lambda x: x.square().sum((-2, -1)), icem.forget([3]))
+    >>> solution.mean.shape, solution.best_cost.shape
+    (torch.Size([3, 4, 2]), torch.Size([3]))
+
     Attributes:
         mean: The middle of the final distribution, ``[*B, H, *E]``.
         best: The candidate of the lowest cost of all that were tried, ``[*B, H, *E]``.
@@ -49,6 +54,13 @@ class Optimizer(nn.Module, ABC):
     Nothing is kept from call to call but what the caller hands on: ``memory`` in,
     ``Solution.memory`` out. What comes from another call counts only where its entry ``"warm"``
     is true, so zeros are a memory of nothing.
+
+    >>> optimizer = ICEM(make_search(Bounded(-1.0, 1.0, (2,))), horizon=4)
+    >>> cost = lambda x: x.square().sum((-2, -1))  # [*B, N, H, A] -> [*B, N]
+    >>> first = optimizer.optimize(cost, optimizer.forget([3]))  # three problems
+    >>> second = optimizer.optimize(cost, first.memory)
+    >>> bool((second.best_cost <= first.best_cost).all())
+    True
 
     Args:
         search: The family of distributions, with its bounds.
@@ -152,7 +164,11 @@ class Optimizer(nn.Module, ABC):
 
     @torch.no_grad()
     def optimize(
-        self, cost: Cost, memory: TensorDictBase | None = None, noise: Tensor | None = None
+        self,
+        cost: Cost,
+        memory: TensorDictBase | None = None,
+        noise: Tensor | None = None,
+        proposals: Tensor | None = None,
     ) -> Solution:
         """Find sequences of low cost.
 
@@ -161,10 +177,12 @@ class Optimizer(nn.Module, ABC):
             memory: ``[*B]``: its batch shape is that of the problems; ``None`` for a single one
                 of which nothing is known.
             noise: As :meth:`draw_noise` gives it; drawn by default.
+            proposals: Sequences ``[*B, any, H, *E]`` that somebody else found: moved to the bounds,
+                they are candidates of the first iteration beside its own.
 
         Raises:
             ValueError: Costs that are not finite (the message says of which problem), or of
-                another shape; a memory that does not fit this optimizer.
+                another shape; a memory or proposals that do not fit this optimizer.
         """
         memory = self.forget() if memory is None else memory
         batch = memory.batch_size
@@ -186,8 +204,11 @@ class Optimizer(nn.Module, ABC):
             kept = torch.where(cold, kept, self.search.project(entries["elites"]))
         best = self.search.mode(parameters)
         best_cost, costs = torch.full(warm.shape, torch.inf, device=warm.device), []
+        proposed = None if proposals is None else self._read_proposals(proposals, batch)
         for step, part in enumerate(parts):
             candidates = self.propose(step, parameters, part, kept)
+            if step == 0 and proposed is not None:
+                candidates = torch.cat([candidates, proposed], 1)
             costs.append(self._evaluate(cost, candidates, batch))
             elite_cost, index = costs[-1].topk(self.n_elites, largest=False)
             elites = _pick(candidates, index)
@@ -226,6 +247,18 @@ class Optimizer(nn.Module, ABC):
                 )
             entries[key] = value.reshape(-1, *spec.shape)
         return entries
+
+    def _read_proposals(self, proposals: Tensor, batch: torch.Size) -> Tensor:
+        """Proposals, flat ``[b, any, H, *E]`` and within the bounds."""
+        step, n = (self.horizon, *self.search.event_shape), len(batch)
+        shape = tuple(proposals.shape)
+        if shape[:n] != batch or shape[n + 1 :] != step or len(shape) != n + 1 + len(step):
+            raise ValueError(
+                f"proposals have shape {shape}, expected {(*batch, 'any', *step)}: sequences as "
+                "long as the horizon for every problem"
+            )
+        flat = proposals.reshape(batch.numel(), *shape[n:]).to(self.search.candidate_dtype)
+        return self.search.project(flat)
 
     def _evaluate(self, cost: Cost, candidates: Tensor, batch: torch.Size) -> Tensor:
         """Costs ``[b, N]`` of candidates ``[b, N, H, *E]``."""

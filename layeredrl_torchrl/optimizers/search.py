@@ -24,6 +24,11 @@ Parameters = tuple[Tensor, ...]
 class Search(nn.Module, ABC):
     """A family of distributions over sequences ``[H, *E]``, independent over steps.
 
+    >>> search = GaussianSearch(torch.tensor([-1.0]), torch.tensor([3.0]))
+    >>> parameters = search.start({"mean": torch.zeros(2, 5, 1)}, warm=torch.tensor([True, False]))
+    >>> search.mode(parameters)[:, 0, 0]  # what is remembered, and the middle
+    tensor([0., 1.])
+
     Args:
         event_shape: ``*E``.
     """
@@ -78,6 +83,9 @@ class Search(nn.Module, ABC):
 
 class GaussianSearch(Search):
     """Independent Gaussians, clipped to bounds; the mean is remembered.
+
+    >>> GaussianSearch(torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 4.0])).sigma
+    tensor([0.5000, 1.0000])
 
     Args:
         low: Lower bounds ``[A]``, finite.
@@ -174,6 +182,12 @@ class CategoricalSearch(Search):
     A choice is the quantile of the noise, so noise that is correlated in time makes choices that
     last.
 
+    >>> search = CategoricalSearch(3)
+    >>> probs = torch.tensor([[[0.5, 0.5, 0.0]]])  # [b, H, n]
+    >>> search.sample((probs,), torch.tensor([[[-1.0], [1.0]]]))
+    tensor([[[0],
+             [1]]])
+
     Args:
         n: Number of choices; candidates are integers from 0 to ``n - 1``, with ``*E = ()``.
         uniform: Share of the uniform distribution mixed into remembered probabilities, which
@@ -192,7 +206,7 @@ class CategoricalSearch(Search):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Float32: probabilities need no more."""
+        """Float32, as probabilities need no more."""
         return torch.float32
 
     @property
@@ -235,6 +249,9 @@ class CategoricalSearch(Search):
 
 def make_search(space: Space | TensorSpec, sigma: Tensor | float | None = None) -> Search:
     """The search that fits a space: Gaussian in a bounded box, categorical among choices.
+
+    >>> type(make_search(Bounded(-1.0, 1.0, (2,)))).__name__
+    'GaussianSearch'
 
     Args:
         space: A gymnasium ``Box`` or ``Discrete``, or a TorchRL spec of one item.

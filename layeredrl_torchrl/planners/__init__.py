@@ -1,6 +1,7 @@
 """Planners: policies that search for actions in what a predictor imagines."""
 
 from layeredrl_torchrl.planners.planner import PredictorPlanner
+from layeredrl_torchrl.planners.proposals import PolicyProposal, Proposal
 from layeredrl_torchrl.planners.return_modes import (
     ReturnMode,
     best_plan,
@@ -16,7 +17,9 @@ __all__ = [
     "ICEMPlanner",
     "MPPIPlanner",
     "Mean",
+    "PolicyProposal",
     "PredictorPlanner",
+    "Proposal",
     "ReturnMode",
     "RiskMeasure",
     "WorstCase",

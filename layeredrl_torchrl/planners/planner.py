@@ -15,6 +15,7 @@ from torchrl.modules.planners.common import MPCPlannerBase
 from layeredrl_torchrl.imagination import PredictorEnv
 from layeredrl_torchrl.models import Propagation
 from layeredrl_torchrl.optimizers import Optimizer, Solution
+from layeredrl_torchrl.planners.proposals import Proposal
 from layeredrl_torchrl.planners.return_modes import ReturnMode, best_plan, find_return_mode
 from layeredrl_torchrl.planners.risk import Mean, RiskMeasure
 from layeredrl_torchrl.predictors import Predictor
@@ -38,6 +39,14 @@ class PredictorPlanner(MPCPlannerBase):
     The parameters stay where and as they are: no gradients are kept, training mode and device are
     left alone, randomness follows ``torch.manual_seed``, precision ``torch.autocast``.
 
+    >>> factory = PredictorFactory(hidden_sizes=(8,), n_models=2)
+    >>> predictor = factory(Unbounded((3,)), Bounded(-1.0, 1.0, (1,)))
+    >>> optimizer = CEM(make_search(Bounded(-1.0, 1.0, (1,))), horizon=5)
+    >>> planner = PredictorPlanner(predictor, optimizer, return_mode=best_plan)
+    >>> td = TensorDict({"observation": torch.zeros(7, 3), "planner": optimizer.forget([7])}, [7])
+    >>> planner(td)["action"].shape
+    torch.Size([7, 1])
+
     Args:
         predictor: What is imagined; needs a reward function.
         optimizer: What searches; its search has to fit the action spec.
@@ -58,6 +67,9 @@ class PredictorPlanner(MPCPlannerBase):
         deterministic: Whether members are followed in their mean instead of sampled.
         callback: Called with the imagined trajectories of every plan, as ``predictor.rollout``
             gives them; they are computed only for it, and the actions are the same with it.
+        proposal: ``(state [*B, D], context [*B, C], horizon) -> [*B, any, H, A]``: action sequences
+            that every search also tries, for example
+            :class:`~layeredrl_torchrl.PolicyProposal`; for continuous actions.
         action_key: Key of the action; the predictor's by default.
         plan_key: Key of the optimizer's memory.
 
@@ -83,6 +95,7 @@ class PredictorPlanner(MPCPlannerBase):
         propagation: Propagation | None = None,
         deterministic: bool = False,
         callback: Callable[[TensorDictBase], object] | None = None,
+        proposal: Proposal | None = None,
         action_key: NestedKey | None = None,
         plan_key: NestedKey = "planner",
     ) -> None:
@@ -94,6 +107,13 @@ class PredictorPlanner(MPCPlannerBase):
             raise ValueError(f"discount must lie in (0, 1], got {discount}")
         if risk is not None and not callable(risk):
             raise TypeError(f"risk must be a RiskMeasure like Mean() or CVaR(0.2), got {risk!r}")
+        if proposal is not None and not callable(proposal):
+            raise TypeError(f"proposal must be callable, got {type(proposal).__name__}")
+        if proposal is not None and is_discrete(predictor.model.action_spec):
+            raise ValueError(
+                f"proposal is for continuous actions, not for {predictor.model.action_spec}; leave "
+                "it out"
+            )
         env = PredictorEnv(predictor, action_spec)
         action_key = predictor.model.in_keys[2] if action_key is None else action_key
         super().__init__(env, action_key)
@@ -115,6 +135,7 @@ class PredictorPlanner(MPCPlannerBase):
         self.propagation = propagation
         self.deterministic = deterministic
         self.callback = callback
+        self.proposal = proposal
         self.action_key = unravel_key(action_key)
         self.plan_key = unravel_key(plan_key)
         below = plan_key if isinstance(plan_key, tuple) else (plan_key,)
@@ -182,7 +203,10 @@ class PredictorPlanner(MPCPlannerBase):
             starts = state.unsqueeze(-2).expand(shape), context.unsqueeze(-2).expand(shape)
             return -self._score(*starts, self._form(candidates))
 
-        solution = self.optimizer.optimize(cost, memory, noise)
+        proposals = None
+        if self.proposal is not None:
+            proposals = self.proposal(state, context, self.optimizer.horizon)
+        solution = self.optimizer.optimize(cost, memory, noise, proposals)
         actions = self._form(self.return_mode(solution))
         if self.callback is not None:
             # What is drawn for the callback must not change what is drawn afterwards.

@@ -12,7 +12,14 @@ __all__ = ["CVaR", "Mean", "RiskMeasure", "WorstCase"]
 
 
 class RiskMeasure(ABC):
-    """Maps the returns ``[*B, M, P]`` of members and their particles to scores ``[*B]``."""
+    """Maps the returns ``[*B, M, P]`` of members and their particles to scores ``[*B]``.
+
+    >>> class Median(RiskMeasure):
+    ...     def __call__(self, returns):
+    ...         return returns.flatten(-2).median(-1).values
+    >>> Median()(torch.tensor([[0.0, 1.0, 5.0]]))
+    tensor(1.)
+    """
 
     @abstractmethod
     def __call__(self, returns: Tensor) -> Tensor:
@@ -21,7 +28,11 @@ class RiskMeasure(ABC):
 
 @dataclass(frozen=True)
 class Mean(RiskMeasure):
-    """The expected return: risk does not matter."""
+    """The expected return: risk does not matter.
+
+    >>> Mean()(torch.tensor([[0.0, 8.0], [2.0, 2.0]]))
+    tensor(3.)
+    """
 
     def __call__(self, returns: Tensor) -> Tensor:
         """The mean over members and particles."""
@@ -34,6 +45,9 @@ class CVaR(RiskMeasure):
 
     Of a particle on the border of that share, only the part within it counts, so that the value
     is continuous in ``alpha``; 1 gives the mean (Rockafellar and Uryasev 2002, section 2).
+
+    >>> CVaR(0.5)(torch.tensor([[0.0, 8.0], [2.0, 2.0]]))
+    tensor(1.)
 
     Args:
         alpha: In ``(0, 1]``.
@@ -59,7 +73,11 @@ class CVaR(RiskMeasure):
 
 @dataclass(frozen=True)
 class WorstCase(RiskMeasure):
-    """The return of the worst particle."""
+    """The return of the worst particle.
+
+    >>> WorstCase()(torch.tensor([[0.0, 8.0], [2.0, 2.0]]))
+    tensor(0.)
+    """
 
     def __call__(self, returns: Tensor) -> Tensor:
         """The minimum over members and particles."""

@@ -19,6 +19,12 @@ __all__ = ["CEMPlanner", "ICEMPlanner", "MPPIPlanner"]
 class CEMPlanner(PredictorPlanner):
     """Plans with :class:`~layeredrl_torchrl.CEM`.
 
+    >>> factory = PredictorFactory(hidden_sizes=(8,), n_models=2)
+    >>> predictor = factory(Unbounded((3,)), Bounded(-1.0, 1.0, (1,)))
+    >>> planner = CEMPlanner(predictor, horizon=5, n_samples=64, elite_ratio=0.05)
+    >>> planner.optimizer.n_elites
+    3
+
     Args:
         predictor: What is imagined.
         action_spec: Actions of one environment; the predictor's by default. Continuous ones need
@@ -63,6 +69,12 @@ class CEMPlanner(PredictorPlanner):
 class ICEMPlanner(PredictorPlanner):
     """Plans with :class:`~layeredrl_torchrl.ICEM`.
 
+    >>> factory = PredictorFactory(hidden_sizes=(8,), n_models=2)
+    >>> predictor = factory(Unbounded((3,)), Bounded(-1.0, 1.0, (1,)))
+    >>> planner = ICEMPlanner(predictor, horizon=5, n_samples=64, use_value_func=True)
+    >>> planner.in_keys[0], planner.out_keys[0]
+    ('observation', 'action')
+
     Args:
         beta, decay, keep_ratio: As the optimizer; all others as :class:`CEMPlanner`.
     """
@@ -102,6 +114,12 @@ class ICEMPlanner(PredictorPlanner):
 
 class MPPIPlanner(PredictorPlanner):
     """Plans with :class:`~layeredrl_torchrl.MPPI`.
+
+    >>> factory = PredictorFactory(hidden_sizes=(8,), n_models=2)
+    >>> predictor = factory(Unbounded((3,)), Bounded(-1.0, 1.0, (1,)))
+    >>> planner = MPPIPlanner(predictor, horizon=5, temperature=0.5, risk=CVaR(0.2))
+    >>> planner.optimizer.temperature
+    0.5
 
     Args:
         temperature: As the optimizer; all others as :class:`CEMPlanner`.

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import re
-import textwrap
 
 import pytest
 import torch
@@ -239,13 +236,6 @@ def test_a_collector_gathers_branched_rollouts(make_predictor, make_buffer, prop
     for key in ("state", "context"):
         got, expected = data[key][..., 1:, :][~ended], data["next", key][..., :-1, :][~ended]
         assert torch.equal(got, expected)
-
-
-def test_the_classs_example_runs(capsys):
-    doc = inspect.cleandoc(PredictorEnv.__doc__)
-    (code,) = re.findall(r"::\n\n((?:    .*\n|\n)+)", doc)
-    exec(compile(textwrap.dedent(code), "example", "exec"), {})
-    assert capsys.readouterr().out == "torch.Size([8, 10, 2]) torch.Size([8, 10, 1])\n"
 
 
 def test_sac_learns_from_imagined_data(make_point, point_buffer):

@@ -347,10 +347,9 @@ def test_bad_options():
         "predictor_factory": lambda observation_space, action_space: Diary(),
         "planner_factory": partial(ICEMPlanner, horizon=2),
     }
-    with pytest.raises(ValueError, match="pass observation_space and action_space"):
-        PlannerLevel(spaces[0], **good)
-    with pytest.raises(ValueError, match="pass observation_space and action_space"):
-        PlannerLevel(**good)
+    for one in ({"observation_space": spaces[0]}, {"action_space": spaces[1]}):
+        with pytest.raises(ValueError, match="pass observation_space and action_space"):
+            PlannerLevel(**one, **good)
     for factories, error, message in (
         ({"predictor_factory": lambda *_: Still()}, TypeError, "gave a Still, expected a Pred"),
         ({"planner_factory": lambda *_, **__: Still()}, TypeError, "gave a Still, expected a Pre"),

@@ -6,8 +6,7 @@ import gymnasium as gym
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.data import Bounded, Composite, OneHot
-from torchrl.envs import TensorDictPrimer
+from torchrl.data import Bounded, OneHot, Unbounded
 
 from layeredrl_torchrl import Level
 
@@ -15,8 +14,9 @@ from layeredrl_torchrl import Level
 class Constant(Level):
     """The smallest level: always the same action, and nothing to learn."""
 
-    def make_tensordict_primer(self):
-        return TensorDictPrimer(Composite())
+    def __init__(self, action_space, **options):
+        super().__init__(**options)
+        self.setup(Unbounded((2,)), action_space)
 
     def forward(self, tensordict):
         action = self.action_spec.zero(tensordict.batch_size)

@@ -1,0 +1,5 @@
+"""Hierarchies: levels of several time scales as one policy."""
+
+from layeredrl_torchrl.hierarchies.hierarchy import Hierarchy
+
+__all__ = ["Hierarchy"]

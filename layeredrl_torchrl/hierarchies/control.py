@@ -1,0 +1,49 @@
+"""Calling levels: what they are handed, and what they answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from torch import Tensor
+
+from layeredrl_torchrl.levels import Level
+
+__all__ = ["ask", "hand", "take"]
+
+
+def hand(level: Level, seen: Tensor, given: Tensor | None, n_actions: Tensor) -> TensorDict:
+    """What a level is asked or called with.
+
+    Args:
+        level: Whom.
+        seen: What it sees of the observation, ``[*B, obs_i]``.
+        given: Its input; ``None`` for the highest.
+        n_actions: Its actions on this input so far, ``[*B, 1]``.
+    """
+    source = {level.observation_key: seen, "n_actions": n_actions}
+    if given is not None:
+        source[level.input_key] = given
+    return TensorDict(source, n_actions.shape[:-1])
+
+
+def ask(level: Level, handed: TensorDictBase) -> Tensor:
+    """Whether ``level`` is done with its input, bool ``[*B, 1]``."""
+    done = level.hands_back(handed)
+    expected = (*handed.batch_size, 1)
+    if not isinstance(done, Tensor) or done.dtype != torch.bool or done.shape != expected:
+        got = f"{done.dtype} {tuple(done.shape)}" if isinstance(done, Tensor) else repr(done)
+        raise ValueError(
+            f"{level.name}.hands_back gave {got}, expected a torch.bool {tuple(expected)}"
+        )
+    return done
+
+
+def take(tensordict: TensorDictBase, key: NestedKey, reason: str) -> Any:
+    """What is below ``key``; ``KeyError`` with ``reason`` if nothing is."""
+    value = tensordict.get(key, None)
+    if value is None:
+        names = sorted(map(str, tensordict.keys()))
+        raise KeyError(f"no {key!r} among {names}; {reason}")
+    return value

@@ -1,0 +1,309 @@
+"""Levels of several time scales as one policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+from torchrl.checkpoint import Checkpoint, GlobalRNGState
+from torchrl.data import Composite, Unbounded
+from torchrl.envs import EnvBase, TensorDictPrimer
+from torchrl.modules.utils import get_primers_from_module
+
+from layeredrl_torchrl.hierarchies.building import assemble, names
+from layeredrl_torchrl.hierarchies.control import ask, hand, take
+from layeredrl_torchrl.hierarchies.maps import Choice
+from layeredrl_torchrl.hierarchies.memory import (
+    MEMORY,
+    HierarchyPrimer,
+    Indices,
+    Layout,
+    Store,
+    memory_of,
+)
+from layeredrl_torchrl.hierarchies.transitions import cut
+from layeredrl_torchrl.levels import Level
+
+__all__ = ["Hierarchy"]
+
+_NEEDS = (
+    "append hierarchy.make_tensordict_primer() to the environment (collectors do so with "
+    "auto_register_policy_transforms=True)"
+)
+
+
+class Hierarchy(TensorDictModuleBase):
+    """Levels, each of which acts through the one below it, as one TorchRL policy.
+
+        hierarchy = Hierarchy([planner_level, skill_level], env=env)  # highest first
+        for data in Collector(env, hierarchy, ..., auto_register_policy_transforms=True):
+            hierarchy.learn(data)
+
+    The lowest level acts at every environment step. A level above holds its action, which is the
+    input of the level below, until that one is done with it: this is asked before each of its
+    actions but the first on an input (``hands_back``), from the bottom up, as only who is due to
+    act can hand back control. After a reset all act anew. A level is called for those instances
+    alone where it is due, with what it sees of the observation, its input, ``"n_actions"`` (its own
+    on this input so far) and its memory.
+
+    What is held travels in the TensorDict below ``"hierarchy"``, so the environment needs the
+    transform :meth:`make_tensordict_primer`, and single instances may be reset. No gradients are
+    kept.
+
+    When it is built, each level is shown the predictor of the level above it (``attach``) and set
+    up for the one below it (``setup``). :meth:`transitions` cuts what was collected into what each
+    level did, and asks ``hands_back`` again for it: that must depend on what it is asked with
+    alone. :meth:`learn` lets each level learn from it.
+
+    >>> env = get_task("InvertedPendulum-v5").make(seed=0)
+    >>> lower = ModelFreeLevel(
+    ...     learner_factory=SACLearner, input_spec=Bounded(-1.0, 1.0, (2,)), duration=3
+    ... )
+    >>> hierarchy = Hierarchy([RandomLevel(), lower], env=env)  # highest first
+    >>> data = env.append_transform(hierarchy.make_tensordict_primer()).rollout(4, hierarchy)
+    >>> data["action"].shape
+    torch.Size([4, 1])
+
+    Args:
+        levels: Highest first; different objects.
+        env: The environment it acts in, for its specs; it is not kept.
+        observation_maps: What each level sees of ``"observation"``: ``None`` for all, a list of
+            indices, or a function ``[*B, obs]`` to ``[*B, obs_i]``.
+
+    Raises:
+        TypeError, ValueError: No levels, or one twice; a highest that takes an input, or one below
+            that takes none or never hands control back; a level that was set up for other spaces,
+            or needs a predictor above it where none is; ``each_step`` of the lowest; a map that
+            does not fit. The messages name the levels.
+    """
+
+    levels: nn.ModuleList
+    observation_key = "observation"
+
+    def __init__(
+        self,
+        levels: Sequence[Level],
+        env: EnvBase,
+        *,
+        observation_maps: Sequence[Choice] | None = None,
+    ) -> None:
+        super().__init__()
+        spec, key = env.observation_spec_unbatched, self.observation_key
+        if key not in spec.keys() or len(spec[key].shape) != 1:
+            raise ValueError(
+                f"the environment observes {spec}, expected one flat {key!r}; join or flatten "
+                "its entries by TorchRL's CatTensors or FlattenObservation"
+            )
+        levels = list(levels)
+        self.maps = nn.ModuleList(
+            assemble(levels, spec[key], env.action_spec_unbatched, observation_maps)
+        )
+        self.levels = nn.ModuleList(levels)
+        self.action_key = unravel_key(env.action_key)
+        self.reward_key = unravel_key(env.reward_key)
+        self.layout = Layout(levels, spec[key])
+        memories = [memory_of(level) for level in levels]
+        carried = self.layout.spec | {str(i): m for i, m in enumerate(memories) if m.keys()}
+        if len(levels) > 1:
+            reward = env.reward_spec_unbatched
+            carried["rewards"] = Unbounded((len(levels) - 1,), dtype=reward.dtype)
+        self._carried = Composite({MEMORY: carried})
+        # Keys below MEMORY, of levels that have none "".
+        self._memories = [str(i) if m.keys() else "" for i, m in enumerate(memories)]
+        self._records = [tuple(level.record.keys(True, True)) for level in levels]
+        leaves = list(self._carried.keys(True, True))
+        self.in_keys = [key, *leaves]
+        remembered = [("next", *leaf) for leaf in leaves if leaf[1] in self._memories]
+        self.out_keys = [self.action_key, *leaves, *remembered]
+
+    def make_tensordict_primer(self) -> TensorDictPrimer:
+        """The transform that carries what is held, and clears it where instances are reset."""
+        return HierarchyPrimer(self._carried.clone(), self.reward_key)
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> Hierarchy:
+        """As torch's; but TorchRL's search for primers, which goes this way, ends here.
+
+        The memory of the levels is part of the hierarchy's.
+        """
+        if getattr(fn, "__module__", None) == get_primers_from_module.__module__:
+            fn(self)
+            return self
+        return super().apply(fn)
+
+    def _in_order(self) -> list[Any]:
+        return list(self.levels)
+
+    # -- acting -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the action for ``[*B]``, what is held now, and below ``"next"`` the memories.
+
+        Raises:
+            KeyError: Without the observation, or without what the primer carries.
+        """
+        carried = take(tensordict, MEMORY, _NEEDS)
+        observation = take(tensordict, self.observation_key, "the environment gives none")
+        layout, levels = self.layout, self._in_order()
+        held = {key: carried.get(key) for key in carried.keys()}
+        seen = [observation if see.is_identity else see(observation) for see in self.maps]
+        new, given = layout.steps(held)[..., -1:] == 0, None
+        due, handed = self._due(levels, seen, held, new)
+        # What is held now, and the memories for the next step: entries are replaced, never changed.
+        now, memories = dict(held), {key: held[key] for key in self._memories if key}
+        for i, acts in enumerate(due):
+            n_due = int(acts.sum())
+            if n_due:
+                n_actions = torch.where(new, 0, layout.get(held, i, "n_actions") + 1)
+                where = None if n_due == acts.numel() else _indices(acts)
+                start, saw, above = observation, seen[i], given
+                if where is not None:
+                    start, n_actions = start[where], n_actions[where]
+                    saw = start if self.maps[i].is_identity else saw[where]
+                    above = None if above is None else above[where]
+                part = hand(levels[i], saw, above, n_actions)
+                written = self._call(i, part, memories, where)
+                layout.begin(now, i, written | {"observation": start}, acts, where)
+                handed = None  # its input is another one now
+            given, new = layout.get(now, i, "action"), acts
+        if handed is None:
+            handed = hand(levels[-1], seen[-1], given, layout.steps(now)[..., -1:])
+        written = self._call(len(levels) - 1, handed, memories, None)
+        tensordict.set(self.action_key, written.pop("action"))
+        if written:
+            layout.put(now, len(levels) - 1, written, None)
+
+        layout.step(now)
+        tensordict.set(MEMORY, TensorDict(now, tensordict.batch_size, device=tensordict.device))
+        for key, following in memories.items():
+            tensordict.set(("next", MEMORY, key), following)
+        return tensordict
+
+    def _due(
+        self, levels: list[Level], seen: list[Tensor], held: Store, reset: Tensor
+    ) -> tuple[list[Tensor], TensorDict | None]:
+        """Where each level but the lowest has to act, bool ``[*B, 1]`` each, highest first.
+
+        And what the lowest was asked with, if it was asked everywhere.
+        """
+        due: list[Tensor] = []
+        asked, first = ~reset, None
+        for i in range(len(levels) - 1, 0, -1):
+            n_asked = int(asked.sum())
+            if n_asked:
+                given, taken = self.layout.get(held, i - 1, "action"), self.layout.n_taken(held, i)
+                if n_asked == asked.numel():
+                    handed = hand(levels[i], seen[i], given, taken)
+                    first = handed if i == len(levels) - 1 else first
+                    asked = ask(levels[i], handed)
+                else:
+                    where, asked = _indices(asked), torch.zeros_like(asked)
+                    handed = hand(levels[i], seen[i][where], given[where], taken[where])
+                    asked[where] = ask(levels[i], handed)
+            due.insert(0, reset | asked)
+        return due, first
+
+    def _call(
+        self, i: int, handed: TensorDict, memories: dict[str, TensorDictBase], where: Indices | None
+    ) -> dict[NestedKey, Tensor]:
+        """Call level ``i`` with what is ``handed`` to it ``where`` it acts, and its memory there.
+
+        Its memory is replaced in ``memories``; the rest that it wrote is returned.
+        """
+        level, key = self._in_order()[i], self._memories[i]
+        memory = memories.get(key)
+        if memory is not None:
+            handed.update(memory if where is None else memory[where])
+        level(handed)
+        reason = f"{level.name} did not write it"
+        if memory is not None:
+            left = take(handed, "next", reason).select(*memory.keys())
+            memories[key] = left if where is None else _put(memory, where, left)
+        written = {key: take(handed, key, reason) for key in self._records[i]}
+        written["action"] = take(handed, level.action_key, reason)
+        if i < len(self.levels) - 1:
+            written["n_actions"] = handed.get("n_actions")
+        return written
+
+    # -- learning ---------------------------------------------------------------------------
+
+    def transitions(self, data: TensorDictBase) -> list[TensorDict]:
+        """Cut what a collector yields into what each level did.
+
+        Nothing is kept between calls: what is still going on at the end of ``data`` is in the data
+        where it ends. Of each level, by its own names:
+
+        ==================================  =======================================================
+        its observation, input, action      as it acted; also what it recorded
+        ``"n_actions" [N, 1]``              its own actions on this input before this one
+        ``"parent_observation"``            what the level above saw when it gave the input
+        ``("collector", "traj_ids")``       where the data has it
+        ``("next", observation)``           at the end of the action
+        ``("next", "reward") [N, 1]``       the environment's, summed; or the ``reward_func``'s
+        ``("next", "done") [N, 1]``         of the environment, at the end of the action; likewise
+                                            ``"terminated"`` and ``"truncated"``
+        ``("next", "elapsed_steps")``       environment steps it took, ``[N, 1]``
+        ``("next", "input_done")``          whether its input ended with it, bool ``[N, 1]``
+        ``("next", "interrupted")``         whether the episode ended before the level below was
+                                            done with it, bool ``[N, 1]``; not of the lowest
+        ``("next", "parent_observation")``  what the level above sees at the end
+        ==================================  =======================================================
+
+        The highest level has no input, ``"input_done"`` and ``"parent_observation"``. With
+        ``each_step`` each environment step under an action is a transition.
+
+        Args:
+            data: ``[T]`` or ``[env, T]``.
+
+        Returns:
+            Transitions ``[N_i]`` of each level, highest first; ordered by environment, then time.
+
+        Raises:
+            TypeError: Not a TensorDict. KeyError: Not collected by a hierarchy. ValueError: A
+                ``reward_func`` that gives another shape.
+        """
+        return cut(self, data)
+
+    def learn(self, data: TensorDictBase) -> dict[str, float]:
+        """Let each level learn from its :meth:`transitions`, the highest first.
+
+        Args:
+            data: ``[T]`` or ``[env, T]``, as a collector of this hierarchy gives it.
+
+        Returns:
+            What the levels' ``learn`` return, below ``"<name of the level>/"``; those of levels of
+            the same name with their position: ``"<name>_<position>/"``.
+        """
+        info: dict[str, float] = {}
+        levels = self._in_order()
+        for level, name, own in zip(levels, names(levels), self.transitions(data), strict=True):
+            if len(own):
+                info |= {f"{name}/{term}": value for term, value in level.learn(own).items()}
+        return info
+
+    def checkpoint(self, **more: Any) -> Checkpoint:
+        """All that a run needs to go on bit for bit: save it, load it into a new hierarchy.
+
+        Args:
+            **more: Further parts of the run, as TorchRL's ``Checkpoint`` takes them.
+        """
+        parts: dict[str, Any] = {"hierarchy": self, "rng": GlobalRNGState()}
+        for i, level in enumerate(self.levels):
+            parts |= {f"optimizer_{i}": level.optimizer, f"buffer_{i}": level.buffer}
+        return Checkpoint(**{k: part for k, part in parts.items() if part is not None}, **more)
+
+
+def _indices(mask: Tensor) -> Indices:
+    """The indices of ``mask [*B, 1]``, for tensors ``[*B, ...]``."""
+    return mask.squeeze(-1).nonzero(as_tuple=True)
+
+
+def _put(held: TensorDictBase, where: Indices, part: TensorDictBase) -> TensorDictBase:
+    """A copy of ``held [*B]`` with ``part [n]`` at the ``n`` places ``where``."""
+    whole = held.clone()
+    whole[where] = part
+    return whole

@@ -1,0 +1,71 @@
+"""What of an observation a level sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torchrl.data import TensorSpec, Unbounded
+
+__all__ = ["Choice", "ObservationMap"]
+
+#: All of it, some of its entries, or a function ``[*B, obs]`` to ``[*B, obs_i]``.
+Choice: TypeAlias = Sequence[int] | Callable[[Tensor], Tensor] | None
+
+
+class ObservationMap(nn.Module):
+    """Observations ``[*B, obs]`` to what one level sees of them, ``[*B, obs_i]``.
+
+    Args:
+        choice: ``None`` for all, indices, or a function.
+        space: Spec of one whole observation, ``[obs]``.
+
+    Attributes:
+        space: Spec of what the level sees.
+        is_identity: Whether that is all of it.
+
+    Raises:
+        TypeError: Something else, or indices that are no integers. ValueError: Indices outside
+            the observation, given twice, or none; a function that gives another shape.
+    """
+
+    index: Tensor
+
+    def __init__(self, choice: Choice, space: TensorSpec) -> None:
+        super().__init__()
+        self.space, self.func = space, None
+        self.is_identity = choice is None
+        if choice is None:
+            return
+        if callable(choice):
+            self.func = choice
+            zero = space.zero().unsqueeze(0)
+            seen = choice(zero)
+            if not isinstance(seen, Tensor) or seen.ndim != 2 or seen.shape[0] != 1:
+                shape = tuple(seen.shape) if isinstance(seen, Tensor) else type(seen).__name__
+                raise ValueError(
+                    f"its observation map gave {shape} for an observation of shape "
+                    f"{tuple(zero.shape)}, expected (1, obs_i); map the last axis only"
+                )
+            self.space = Unbounded((seen.shape[-1],), dtype=seen.dtype)
+            return
+        width, index = space.shape[-1], list(choice)
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in index):
+            raise TypeError(f"its observation map is {choice!r}, expected a list of indices")
+        if not index or len(set(index)) < len(index) or not all(0 <= i < width for i in index):
+            raise ValueError(
+                f"its observation map is {index}, expected different indices from 0 to "
+                f"{width - 1}, at least one"
+            )
+        self.register_buffer("index", torch.tensor(index), persistent=False)
+        self.space = Unbounded((len(index),), dtype=space.dtype)
+
+    def forward(self, observation: Tensor) -> Tensor:
+        """See the class."""
+        if self.is_identity:
+            return observation
+        if self.func is not None:
+            return self.func(observation)
+        return observation.index_select(-1, self.index)

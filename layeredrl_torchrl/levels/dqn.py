@@ -1,0 +1,86 @@
+"""Deep Q-learning by TorchRL's DQNLoss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchrl.data import OneHot, TensorSpec
+from torchrl.modules import QValueActor
+from torchrl.objectives import DQNLoss
+
+from layeredrl_torchrl.levels.learners import Learner
+from layeredrl_torchrl.levels.mlp import FlatMLP, layers, mlp
+from layeredrl_torchrl.specs import is_discrete, width
+
+__all__ = ["DQNLearner"]
+
+
+class DQNLearner(Learner):
+    """Double deep Q-learning (arXiv 1509.06461) for choices, by TorchRL's ``DQNLoss``.
+
+    >>> from torchrl.data import OneHot
+    >>> learner = DQNLearner(3, OneHot(4), hidden_sizes=(32,))
+    >>> type(learner.loss).__name__
+    'DQNLoss'
+
+    Args:
+        n_features: ``F``.
+        action_spec: A ``OneHot`` or ``Categorical`` spec.
+        hidden_sizes: Width of each hidden layer.
+        gamma: Discount over one of the level's own actions.
+        lr: Learning rate.
+        tau: Share of the way that the target network goes at each update.
+        epsilon: Share of the actions that are drawn at random while exploring.
+        double: Whether the next action is chosen by the network and valued by the target network;
+            otherwise the target network does both.
+
+    Raises:
+        TypeError: Another kind of action spec. ValueError: Numbers outside their range.
+    """
+
+    loss: DQNLoss
+
+    def __init__(
+        self,
+        n_features: int,
+        action_spec: TensorSpec,
+        *,
+        hidden_sizes: Sequence[int] = (128, 128),
+        gamma: float = 0.99,
+        lr: float = 3e-4,
+        tau: float = 0.005,
+        epsilon: float = 0.1,
+        double: bool = True,
+    ) -> None:
+        if not is_discrete(action_spec):
+            raise TypeError(
+                f"DQN needs choices, a OneHot or Categorical spec, got {action_spec}; for actions "
+                "within bounds pass SACLearner"
+            )
+        if not 0.0 <= epsilon <= 1.0:
+            raise ValueError(f"epsilon must lie in [0, 1], got {epsilon}")
+        n = width(action_spec)
+        net = FlatMLP(["features"], ["action_value"], (n_features, *hidden_sizes, n))
+        loss = DQNLoss(
+            QValueActor(net, in_keys=["features"], spec=action_spec),
+            loss_function="smooth_l1",
+            action_space=action_spec,
+            double_dqn=double,
+        )
+        super().__init__(loss, gamma=gamma, lr=lr, tau=tau)
+        self.epsilon = epsilon
+        self.action_spec = action_spec
+
+    def act(self, features: Tensor, *, explore: bool) -> Tensor:
+        """Take the choice of the highest value, or any while exploring."""
+        values = mlp(features, layers(self.loss.value_network_params["module", "0"]))
+        choice = values.argmax(-1)
+        if explore and self.epsilon:
+            other = torch.randint_like(choice, values.shape[-1])
+            random = torch.rand(choice.shape, device=choice.device) < self.epsilon
+            choice = torch.where(random, other, choice)
+        if isinstance(self.action_spec, OneHot):
+            choice = torch.nn.functional.one_hot(choice, values.shape[-1])
+        return choice.to(self.action_spec.dtype)

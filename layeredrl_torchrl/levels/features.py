@@ -1,0 +1,90 @@
+"""What a model-free level's networks read: one normalised vector of features."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrl.data import TensorSpec
+
+from layeredrl_torchrl.nets import Normalizer
+from layeredrl_torchrl.specs import action_features, width
+
+__all__ = ["InputFeatures"]
+
+# Standard deviations from the mean beyond which a feature is cut off: a network knows nothing
+# there, and one freak observation is not to upset it.
+_LIMIT = 10.0
+
+
+class InputFeatures(nn.Module):
+    """Observation, input from above and the share of the duration that is left, in one vector.
+
+    Each feature is standardised by mean and standard deviation of all that :meth:`observe` was
+    shown, and kept within ten standard deviations.
+
+    Args:
+        observation_dim: Width of an observation.
+        input_spec: What comes from above; ``None`` for nothing.
+        duration: Actions on one input; ``None`` to leave out how many of them are left.
+    """
+
+    n_seen: Tensor  # [] float64
+    mean: Tensor  # [F] float64
+    square: Tensor  # [F] float64, mean squared distance from the mean
+
+    def __init__(
+        self, observation_dim: int, input_spec: TensorSpec | None, duration: int | None
+    ) -> None:
+        super().__init__()
+        self.input_spec, self.duration = input_spec, duration
+        self.dim = observation_dim + (0 if input_spec is None else width(input_spec))
+        self.dim += duration is not None
+        self.normalizer = Normalizer(self.dim)
+        self.register_buffer("n_seen", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(self.dim, dtype=torch.float64))
+        self.register_buffer("square", torch.zeros(self.dim, dtype=torch.float64))
+
+    def forward(
+        self, observation: Tensor, given: Tensor | None, n_actions: Tensor | None
+    ) -> Tensor:
+        """The features ``[*B, F]``.
+
+        Args:
+            observation: ``[*B, obs]``.
+            given: The input, as its spec says; ``None`` without ``input_spec``.
+            n_actions: ``[*B, 1]``, own actions on this input so far; ``None`` without ``duration``.
+        """
+        x = self.normalizer(self._join(observation, given, n_actions))
+        return x.clamp(-_LIMIT, _LIMIT)
+
+    def _join(self, observation: Tensor, given: Any, n_actions: Any) -> Tensor:
+        dtype = self.normalizer.loc.dtype
+        parts = [observation.to(dtype)]
+        if self.input_spec is not None:
+            parts.append(action_features(self.input_spec, given, dtype))
+        if self.duration is not None:
+            parts.append(1.0 - n_actions.to(dtype) / self.duration)
+        return torch.cat(parts, -1)
+
+    @torch.no_grad()
+    def observe(self, observation: Tensor, given: Tensor | None, n_actions: Tensor | None) -> None:
+        """Take ``[N]`` more into the statistics.
+
+        Means and squares of both samples are merged exactly (Chan et al., "Updating formulae and a
+        pairwise algorithm for computing sample variances", 1979), so what was seen in which order
+        and portions does not matter.
+        """
+        x = self._join(observation, given, n_actions).double()
+        square, mean = torch.var_mean(x, 0, correction=0)
+        share = len(x) / (self.n_seen + len(x))
+        gap = mean - self.mean
+        self.n_seen += len(x)
+        self.mean += share * gap
+        self.square += share * (square - self.square + (1.0 - share) * gap.square())
+        # What does not vary, beyond float32 rounding, is centred but not blown up.
+        constant = self.square <= 1e-12 * (self.square + self.mean.square())
+        scale = torch.where(constant, torch.ones_like(self.square), self.square.sqrt())
+        self.normalizer.loc.copy_(self.mean)
+        self.normalizer.scale.copy_(scale)

@@ -1,0 +1,182 @@
+"""Levels that do not learn: for tests, baselines, and in place of one that is not there yet."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torchrl.data import Composite, TensorSpec, Unbounded
+from torchrl.envs import TensorDictPrimer
+
+from layeredrl_torchrl.levels.level import Level
+from layeredrl_torchrl.specs import Space, canonical_action
+
+__all__ = ["ActionSequenceLevel", "ConstantLevel", "RandomLevel"]
+
+
+class _FixedLevel(Level):
+    """A level that has nothing to learn."""
+
+    def learn(self, data: TensorDictBase) -> dict[str, float]:
+        """Do nothing; there are no terms."""
+        return {}
+
+    def _batch(self, tensordict: TensorDictBase) -> tuple[torch.Size, torch.device]:
+        """Shape ``*B`` and device, which the observation says."""
+        observation = tensordict.get(self.observation_key, None)
+        if observation is None:
+            raise KeyError(
+                f"{self.name} acts for each {self.observation_key!r}, which is missing; it got "
+                f"{sorted(map(str, tensordict.keys(True, True)))}"
+            )
+        return observation.shape[:-1], observation.device
+
+
+class RandomLevel(_FixedLevel):
+    """Draws its actions from the action spec, in evaluation too.
+
+    >>> level = RandomLevel()
+    >>> level.setup(Unbounded((3,)), Bounded(-1.0, 1.0, (1,)))
+    >>> level(TensorDict({"observation": torch.zeros(7, 3)}, [7]))["action"].shape
+    torch.Size([7, 1])
+
+    Args:
+        input_spec: See :class:`Level`; what comes from above is ignored.
+        duration: See :class:`Level`.
+    """
+
+    def __init__(
+        self, *, input_spec: TensorSpec | Space | None = None, duration: int | None = None
+    ) -> None:
+        super().__init__(input_spec=input_spec, duration=duration)
+        self.in_keys, self.out_keys = [self.observation_key], [self.action_key]
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write independent draws for ``[*B]``."""
+        batch, device = self._batch(tensordict)
+        return tensordict.set(self.action_key, self.action_spec.rand(batch).to(device))
+
+
+class ConstantLevel(_FixedLevel):
+    """Always takes the same action.
+
+    >>> level = ConstantLevel(torch.tensor([0.5]))
+    >>> level.setup(Unbounded((3,)), Bounded(-1.0, 1.0, (1,)))
+    >>> level(TensorDict({"observation": torch.zeros(2, 3)}, [2]))["action"]
+    tensor([[0.5000],
+            [0.5000]])
+
+    Args:
+        action: As the action spec says, ``[A]`` (or one choice, ``[]`` or one-hot).
+        input_spec: See :class:`Level`; what comes from above is ignored.
+        duration: See :class:`Level`.
+
+    Raises:
+        TypeError, ValueError: From :meth:`setup`, where the action is none of the action spec's.
+    """
+
+    action: Tensor
+
+    def __init__(
+        self,
+        action: Tensor,
+        *,
+        input_spec: TensorSpec | Space | None = None,
+        duration: int | None = None,
+    ) -> None:
+        super().__init__(input_spec=input_spec, duration=duration)
+        self.register_buffer("action", torch.as_tensor(action))
+        self.in_keys, self.out_keys = [self.observation_key], [self.action_key]
+
+    def _build(self, observation_space: TensorSpec, action_spec: TensorSpec) -> None:
+        self.action = canonical_action(action_spec, self.action, torch.Size(()))
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the action for ``[*B]``."""
+        batch, device = self._batch(tensordict)
+        action = self.action.to(device, self.action_spec.dtype)
+        return tensordict.set(self.action_key, action.expand((*batch, *action.shape)).clone())
+
+
+class ActionSequenceLevel(_FixedLevel):
+    """Plays a sequence of actions, from its start at each new input, or at each reset.
+
+    Below another level it hands control back at the end of the sequence, or after ``duration``.
+    Beyond the end it holds the last action. Without an input from above it carries ``"n_played"
+    [*B, 1]``, how many actions were played, in the TensorDict.
+
+    >>> env = get_task("InvertedPendulum-v5").make(seed=0)
+    >>> level = ActionSequenceLevel(torch.tensor([[1.0], [-1.0]]))
+    >>> level.setup(env.observation_spec["observation"], env.action_spec)
+    >>> data = env.append_transform(level.make_tensordict_primer()).rollout(2, level)
+    >>> data["action"].flatten()
+    tensor([ 1., -1.])
+
+    Args:
+        actions: ``[n, A]``, or ``n`` choices as the action spec says.
+        input_spec: See :class:`Level`; what comes from above is ignored.
+        duration: Actions after which control goes back; those of the sequence by default.
+
+    Raises:
+        ValueError: No actions; ``duration`` without an ``input_spec``. TypeError, ValueError: From
+            :meth:`setup`, where some action is none of the action spec's.
+    """
+
+    actions: Tensor
+
+    def __init__(
+        self,
+        actions: Tensor,
+        *,
+        input_spec: TensorSpec | Space | None = None,
+        duration: int | None = None,
+    ) -> None:
+        actions = torch.as_tensor(actions)
+        if not actions.ndim or not len(actions):
+            raise ValueError(
+                f"actions has shape {tuple(actions.shape)}, expected [n, A] with at least one row"
+            )
+        if input_spec is None and duration is not None:
+            raise ValueError(
+                f"duration={duration} is about an input from above, and without an input_spec "
+                "there is none; leave it out"
+            )
+        if input_spec is not None and duration is None:
+            duration = len(actions)
+        super().__init__(input_spec=input_spec, duration=duration)
+        self.register_buffer("actions", actions)
+        self.position_key = "n_played" if self.input_spec is None else "n_actions"
+        self.in_keys = [self.observation_key, self.position_key]
+        self.out_keys = [self.action_key]
+        if self.input_spec is None:
+            self.out_keys.append(("next", self.position_key))
+
+    def _build(self, observation_space: TensorSpec, action_spec: TensorSpec) -> None:
+        batch = torch.Size((len(self.actions),))
+        self.actions = canonical_action(action_spec, self.actions, batch)
+
+    def make_tensordict_primer(self) -> TensorDictPrimer:
+        """How many actions were played, ``[1]`` int64, where nothing from above says it."""
+        carried = Composite()
+        if self.input_spec is None:
+            carried[self.position_key] = Unbounded((1,), dtype=torch.int64)
+        return TensorDictPrimer(carried, expand_specs=True)
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the action for ``[*B]``.
+
+        Raises:
+            KeyError: Without the observation, or the position in the sequence.
+        """
+        self._batch(tensordict)
+        position = tensordict.get(self.position_key, None)
+        if position is None:
+            raise KeyError(
+                f"{self.name} reads {self.position_key!r}, which is missing; append its "
+                "make_tensordict_primer() to the environment, or put it into a Hierarchy"
+            )
+        at = position.squeeze(-1).clamp_max(len(self.actions) - 1)
+        tensordict.set(self.action_key, self.actions[at].to(self.action_spec.dtype))
+        if self.input_spec is None:
+            tensordict.set(("next", self.position_key), position + 1)
+        return tensordict

@@ -1,0 +1,102 @@
+"""A TorchRL loss, the policy that it trains, and the target networks that follow."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+from torchrl.objectives import LossModule, SoftUpdate, ValueEstimators
+
+from layeredrl_torchrl.predictors.moments import refuse_other_shapes
+
+__all__ = ["Learner"]
+
+
+class Learner(nn.Module, ABC):
+    """What a :class:`~layeredrl_torchrl.ModelFreeLevel` acts and learns with.
+
+    A subclass builds a TorchRL loss over the key ``"features"``, and says what its policy does.
+    Gradient steps are taken with Adam on the sum of the loss's ``"loss_..."`` terms (``"loss"``,
+    if it has one); after each, the target networks follow by TorchRL's ``SoftUpdate``.
+
+    All parameters lie in ``loss``, where TorchRL keeps them. Copies and pickles act and do not
+    learn.
+
+    >>> learner = SACLearner(3, Bounded(-1.0, 1.0, (1,)))
+    >>> "features" in learner.loss.in_keys
+    True
+
+    Args:
+        loss: Reads ``"features" [N, F]``, ``"action"`` and below ``"next"`` the features,
+            ``reward``, ``terminated`` and ``done``, each ``[N, 1]``. It has target networks.
+        gamma: Discount over one of the level's own actions, in ``[0, 1]``.
+        lr: Learning rate.
+        tau: Share of the way that the targets go at each update, in ``(0, 1]``.
+
+    Raises:
+        ValueError: Numbers outside their range.
+    """
+
+    def __init__(self, loss: LossModule, *, gamma: float, lr: float, tau: float) -> None:
+        super().__init__()
+        for name, value, fits in (
+            ("gamma", gamma, 0.0 <= gamma <= 1.0),
+            ("lr", lr, 0.0 < lr < float("inf")),
+            ("tau", tau, 0.0 < tau <= 1.0),
+        ):
+            if not fits:
+                limits = {"gamma": "[0, 1]", "lr": "(0, inf)", "tau": "(0, 1]"}[name]
+                raise ValueError(f"{name} must lie in {limits}, got {value}")
+        loss.make_value_estimator(ValueEstimators.TD0, gamma=gamma)
+        self.loss = loss
+        # It sets the targets to what they follow, so it is built before anything is loaded.
+        self._targets: SoftUpdate | None = SoftUpdate(loss, tau=tau)
+        self.optim: torch.optim.Optimizer | None = torch.optim.Adam(
+            loss.parameters(), lr=lr, fused=True
+        )
+        refuse_other_shapes(self.optim)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: without what only learning needs, and would go on changing the original."""
+        return {**self.__dict__, "_targets": None, "optim": None}
+
+    @abstractmethod
+    def act(self, features: Tensor, *, explore: bool) -> Tensor:
+        """Actions for ``features [*B, F]``, as the action spec says; the best ones if told so."""
+
+    def prepare(self, action: Tensor) -> Tensor:
+        """Actions ``[N]`` of the action spec in the form that the loss reads."""
+        return action
+
+    def update(self, batch: TensorDictBase) -> dict[str, Tensor]:
+        """One gradient step on ``batch [N]``, whose actions are prepared.
+
+        Returns:
+            The loss's terms, scalars without gradient.
+
+        Raises:
+            ValueError: A loss that is not finite; nothing is changed.
+            RuntimeError: A copy.
+        """
+        if self.optim is None or self._targets is None:
+            raise RuntimeError(
+                f"this {type(self).__name__} is a copy that was made to act; learn with the "
+                "original"
+            )
+        terms = self.loss(batch)
+        losses = [value for name, value in terms.items() if name.startswith("loss")]
+        total = torch.stack(losses).sum()
+        if not bool(total.isfinite()):
+            raise ValueError(
+                f"the loss is {total.item()} (terms: "
+                f"{ {name: value.item() for name, value in terms.items()} }); nothing was updated: "
+                "lower the learning rate, or scale the rewards (a reward-scaling transform)"
+            )
+        self.optim.zero_grad()
+        total.backward()
+        self.optim.step()
+        self._targets.step()
+        return {name: value.detach() for name, value in terms.items()}

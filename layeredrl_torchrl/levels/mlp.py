@@ -1,0 +1,88 @@
+"""Fully connected networks that TorchRL's losses can run fast."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["FlatMLP", "layers", "mlp"]
+
+
+class FlatMLP(TensorDictModuleBase):
+    """An MLP with ReLU, whose parameters ``weight_i`` and ``bias_i`` all lie in one module.
+
+    TorchRL's losses put parameters into a network at every call, module by module; with layers
+    as modules of their own that takes longer than the layers.
+
+    Args:
+        in_keys: What is read, ``[*B, n]`` each, and joined.
+        out_keys: What is written.
+        sizes: Widths, from the input to the output.
+
+    Raises:
+        ValueError: Without hidden layers, or with sizes below 1.
+    """
+
+    def __init__(
+        self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey], sizes: Sequence[int]
+    ) -> None:
+        super().__init__()
+        if len(sizes) < 3 or min(sizes[1:]) < 1:
+            raise ValueError(
+                f"hidden_sizes is {tuple(sizes[1:-1])}; give the width of at least one hidden "
+                "layer, e.g. (128, 128)"
+            )
+        self.in_keys, self.out_keys = list(in_keys), list(out_keys)
+        self.n_layers = len(sizes) - 1
+        for i, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
+            linear = nn.Linear(n_in, n_out)
+            self.register_parameter(f"weight_{i}", linear.weight)
+            self.register_parameter(f"bias_{i}", linear.bias)
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the output for ``[*B]``."""
+        x = torch.cat([tensordict.get(key) for key in self.in_keys], -1)
+        own = [
+            (getattr(self, f"weight_{i}"), getattr(self, f"bias_{i}")) for i in range(self.n_layers)
+        ]
+        self.write(tensordict, mlp(x, own))
+        return tensordict
+
+    def write(self, tensordict: TensorDictBase, out: Tensor) -> None:
+        """Put the last layer's output under ``out_keys``."""
+        tensordict.set(self.out_keys[0], out)
+
+
+def layers(params: TensorDictBase) -> list[tuple[Tensor, Tensor]]:
+    """The weight and bias of each layer of a :class:`FlatMLP`, from a TensorDict of them."""
+    n_layers = len(params.keys()) // 2
+    return [(params.get(f"weight_{i}"), params.get(f"bias_{i}")) for i in range(n_layers)]
+
+
+def mlp(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Evaluate linear layers with ReLU between them.
+
+    Args:
+        x: ``[*B, n]``; ``[N, n]`` where the layers are stacked.
+        layers: Weight ``[m, n]`` and bias ``[m]`` of each, or of ``S`` networks ``[S, m, n]`` and
+            ``[S, m]``.
+
+    Returns:
+        ``[*B, m]``, or of all networks ``[S, N, m]``.
+    """
+    last = len(layers) - 1
+    for i, (weight, bias) in enumerate(layers):
+        if weight.ndim == 2:
+            x = F.linear(x, weight, bias)
+        else:
+            x = x.expand(len(weight), *x.shape[-2:])
+            x = torch.baddbmm(bias.unsqueeze(-2), x, weight.mT)
+        if i < last:
+            x = torch.relu(x)
+    return x

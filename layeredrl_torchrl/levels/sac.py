@@ -1,0 +1,164 @@
+"""Soft actor-critic by TorchRL's SACLoss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential
+from torch import Tensor
+from torchrl.data import Bounded, TensorSpec
+from torchrl.modules import TanhNormal
+from torchrl.objectives import SACLoss
+
+from layeredrl_torchrl._checks import check_positive_int
+from layeredrl_torchrl.levels.learners import Learner
+from layeredrl_torchrl.levels.mlp import FlatMLP, layers, mlp
+from layeredrl_torchrl.specs import width
+
+__all__ = ["SACLearner"]
+
+# Of log(std), as in the reference implementation of SAC.
+_LOG_STD = (-20.0, 2.0)
+
+
+class SACLearner(Learner):
+    """Soft actor-critic (arXiv 1812.05905) for actions within bounds, by TorchRL's ``SACLoss``.
+
+    The policy is a squashed Gaussian. It works in ``[-1, 1]``, to which actions are scaled by
+    their bounds, so the target entropy means the same whatever the units of the action.
+
+    >>> learner = SACLearner(3, Bounded(-2.0, 2.0, (1,)), hidden_sizes=(32,))
+    >>> learner.high
+    tensor([2.])
+
+    Args:
+        n_features: ``F``.
+        action_spec: A ``Bounded`` spec with finite bounds.
+        hidden_sizes: Width of each hidden layer, of policy and critics.
+        gamma: Discount over one of the level's own actions.
+        lr: Learning rate of policy, critics and temperature.
+        tau: Share of the way that the target critics go at each update.
+        n_critics: Whose least value counts.
+        alpha_init: The temperature at first, that is, what a unit of entropy is worth in reward.
+        target_entropy: What the temperature is adapted to; minus the number of action dimensions
+            by default.
+
+    Raises:
+        TypeError: Another kind of action spec. ValueError: Bounds that are not finite; numbers
+            outside their range.
+    """
+
+    loss: SACLoss
+    low: Tensor  # [A]
+    high: Tensor  # [A]
+
+    def __init__(
+        self,
+        n_features: int,
+        action_spec: TensorSpec,
+        *,
+        hidden_sizes: Sequence[int] = (128, 128),
+        gamma: float = 0.99,
+        lr: float = 3e-4,
+        tau: float = 0.005,
+        n_critics: int = 2,
+        alpha_init: float = 1.0,
+        target_entropy: float | None = None,
+    ) -> None:
+        if not isinstance(action_spec, Bounded):
+            raise TypeError(
+                f"SAC needs actions within bounds, a Bounded spec, got {action_spec}; for choices "
+                "pass DQNLearner"
+            )
+        low, high = action_spec.space.low, action_spec.space.high
+        if not bool((low.isfinite() & high.isfinite() & (high > low)).all()):
+            raise ValueError(
+                f"SAC needs finite bounds with high above low, got low={low.tolist()}, "
+                f"high={high.tolist()}; bound the actions in the environment"
+            )
+        if not alpha_init > 0.0:
+            raise ValueError(f"alpha_init must be above 0, got {alpha_init}")
+        check_positive_int("n_critics", n_critics)
+        n = width(action_spec)
+        actor = ProbabilisticTensorDictSequential(
+            _Gaussian(["features"], ["loc", "scale"], (n_features, *hidden_sizes, 2 * n)),
+            ProbabilisticTensorDictModule(
+                in_keys=["loc", "scale"],
+                out_keys=["action"],
+                distribution_class=TanhNormal,
+                return_log_prob=True,
+            ),
+        )
+        critics = [
+            FlatMLP(
+                ["features", "action"],
+                ["state_action_value"],
+                (n_features + n, *hidden_sizes, 1),
+            )
+            for _ in range(n_critics)
+        ]
+        loss = _Loss(
+            actor,
+            critics,
+            num_qvalue_nets=n_critics,
+            loss_function="l2",
+            alpha_init=alpha_init,
+            target_entropy=float(-n if target_entropy is None else target_entropy),
+        )
+        # Otherwise this buffer comes into being at the first update, too late to be loaded.
+        loss.target_entropy  # noqa: B018
+        super().__init__(loss, gamma=gamma, lr=lr, tau=tau)
+        self.register_buffer("low", low.clone().float())
+        self.register_buffer("high", high.clone().float())
+        self.action_spec = action_spec
+
+    def act(self, features: Tensor, *, explore: bool) -> Tensor:
+        """Draw from the policy, or take its median."""
+        loc, scale = _split(mlp(features, layers(self.loss.actor_network_params["module", "0"])))
+        if explore:
+            loc = loc + scale * torch.randn_like(loc)
+        action = self.low + 0.5 * (loc.tanh() + 1.0) * (self.high - self.low)
+        return action.to(self.action_spec.dtype)
+
+    def prepare(self, action: Tensor) -> Tensor:
+        """Scale to ``[-1, 1]``."""
+        return 2.0 * (action.to(self.low.dtype) - self.low) / (self.high - self.low) - 1.0
+
+
+class _Gaussian(FlatMLP):
+    """Mean and standard deviation of the actions before they are squashed."""
+
+    def write(self, tensordict: TensorDictBase, out: Tensor) -> None:
+        for key, value in zip(self.out_keys, _split(out), strict=True):
+            tensordict.set(key, value)
+
+
+def _split(out: Tensor) -> tuple[Tensor, Tensor]:
+    loc, log_std = out.chunk(2, -1)
+    return loc, log_std.clamp(*_LOG_STD).exp()
+
+
+class _Loss(SACLoss):
+    """``SACLoss`` that evaluates all critics at once, and can be copied and pickled.
+
+    TorchRL's runs the critic under ``vmap`` by a closure, which takes a third of an update's time
+    here and cannot be pickled. What it computes is the same.
+    """
+
+    def _make_vmap(self) -> None:
+        self._vmap_qnetworkN0 = partial(_critics, self.qvalue_network.in_keys)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without cached views of the parameters, which a copy would not share with its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_cache"}
+
+
+def _critics(in_keys: Sequence[str], batch: TensorDictBase, params: TensorDictBase) -> TensorDict:
+    """``"state_action_value" [n_critics, N, 1]`` of ``batch [N]``."""
+    x = torch.cat([batch.get(key) for key in in_keys], -1)
+    values = mlp(x, layers(params))
+    return TensorDict({"state_action_value": values}, values.shape[:2])

@@ -1,0 +1,294 @@
+"""What skills are rewarded with: that one can tell from what they do which one it was."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+from torchrl.data import Bounded, TensorSpec
+from torchrl.envs import Transform
+
+from layeredrl_torchrl._checks import check_positive_int
+from layeredrl_torchrl.predictors import Predictor, RewardPredictor
+from layeredrl_torchrl.specs import action_features, is_discrete, width
+
+if TYPE_CHECKING:
+    from layeredrl_torchrl.levels.skills import SkillLevel
+
+__all__ = ["DADSReward", "SPlaTESReward", "SkillReward", "identifiability"]
+
+_PARENT = "parent_observation"
+_NEEDS = "transitions of a skill level are made by Hierarchy.transitions"
+
+
+def identifiability(log_prob: Tensor) -> Tensor:
+    r"""How much better the skill that was carried out explains an outcome than any skill does.
+
+    .. math:: \log p(s' | s, z_0) - \log \frac{1}{n} \sum_{i=0}^{n-1} p(s' | s, z_i)
+
+    With the other skills drawn from the prior, its mean is a lower bound of the mutual information
+    between skill and outcome (arXiv 1807.03748), which no more than ``log n`` can be: the skill
+    itself is among the ``n``, so every single value is at most that.
+
+    Args:
+        log_prob: ``[*B, n]`` in nats, the skill that was carried out first.
+
+    Returns:
+        ``[*B]`` in nats.
+    """
+    # Differences first: far from everything, log-densities are too large to add small ones to.
+    relative = log_prob - log_prob[..., :1]
+    return math.log(log_prob.shape[-1]) - relative.logsumexp(-1)
+
+
+class SkillReward(Transform):
+    r"""The reward of skills, by the predictor of the level above; replaces ``("next", "reward")``.
+
+    A transform of the replay buffer: the reward is worked out whenever a transition is sampled, by
+    the predictor as it is then. Which transitions have one the subclass says; the others have 0.
+    It is :func:`identifiability` under the predictor's model, with outcomes compared as
+    changes of the state that are whitened (see :class:`~layeredrl_torchrl.DeltaStandardizer`), and
+    all members predicting with one fixed ``std`` there. So every dimension counts alike, and what
+    the model is unsure of is no cheaper than the rest.
+
+    At first no skill does anything, and a model of what they do tells none from another. For
+    ``n_symmetry_breaking_steps`` a fixed random model, linear in the skill, stands in,
+
+    .. math:: W (s' - s) = L z,
+
+    whose reward is blended into the learned model's: its weight falls linearly from 1 to 0. ``L``
+    has orthogonal columns (or rows, if it is wide) and spreads skills of the prior as widely as
+    the whitened changes are spread; it is drawn when the level is attached, and saved.
+
+    >>> SPlaTESReward(state_dims=[0, 1], n_symmetry_breaking_steps=20_000).state_dims
+    [0, 1]
+
+    Args:
+        n_skill_samples: Skills of the prior that the skill carried out is compared with.
+        std: Standard deviation in units of whitened changes: a number, or one for each dimension.
+            How close two outcomes are told apart; about the size that mean predictions err by.
+        state_dims: Dimensions of the predictor's state in which skills are told apart, such as the
+            place; all by default. They are whitened among themselves.
+        n_symmetry_breaking_steps: See above; 0 for none of it.
+
+    Raises:
+        TypeError, ValueError: Numbers of other kinds, or outside their range.
+    """
+
+    linear_model: Tensor  # [D', Z], 0 x 0 until the level is attached
+
+    def __init__(
+        self,
+        *,
+        n_skill_samples: int = 32,
+        std: float | Sequence[float] = 0.5,
+        state_dims: Sequence[int] | None = None,
+        n_symmetry_breaking_steps: int = 0,
+    ) -> None:
+        super().__init__(in_keys=[], out_keys=[])
+        self.n_skill_samples = check_positive_int("n_skill_samples", n_skill_samples)
+        self.n_symmetry_breaking_steps = check_positive_int(
+            "n_symmetry_breaking_steps", n_symmetry_breaking_steps, minimum=0
+        )
+        stds = torch.as_tensor(std, dtype=torch.float32)
+        if stds.ndim > 1 or not bool(((stds > 0) & stds.isfinite()).all()):
+            raise ValueError(f"std must be a positive number, or one for each dimension, got {std}")
+        self.state_dims = None if state_dims is None else list(state_dims)
+        if self.state_dims is not None and (
+            not self.state_dims or len(set(self.state_dims)) < len(self.state_dims)
+        ):
+            raise ValueError(
+                f"state_dims must be different dimensions, at least one, got {state_dims}; leave "
+                "it out for all"
+            )
+        self.register_buffer("std", stds, persistent=False)
+        self.register_buffer("linear_model", torch.zeros(0, 0))
+        self.__dict__["level"] = None
+
+    # -- setting up -------------------------------------------------------------------------
+
+    def bind(self, level: SkillLevel) -> None:
+        """Become the reward of a level, whose predictor, skills, duration and clock are read.
+
+        Raises:
+            ValueError: It is the reward of another level already.
+        """
+        if self.level not in (None, level):
+            raise ValueError(
+                f"this {type(self).__name__} is the reward of another level already; build one "
+                "for each level"
+            )
+        self.__dict__["level"] = level
+
+    def attach(self, predictor: Predictor) -> None:
+        """Check that ``predictor`` can tell skills apart; draw the linear model if there is none.
+
+        Raises:
+            TypeError: A predictor that is not learned. ValueError: One that does not standardise,
+                or has not the ``state_dims``; a ``std`` for another number of dimensions.
+        """
+        name = type(self).__name__
+        if not isinstance(predictor, RewardPredictor):
+            raise TypeError(
+                f"{name} compares skills by a learned RewardPredictor of the level above, got a "
+                f"{type(predictor).__name__}"
+            )
+        if predictor.delta_standardizer is None:
+            raise ValueError(
+                f"{name} compares whitened changes, but the predictor above was built with "
+                "delta_standardizer=False; build it with True"
+            )
+        dim = predictor.latent_state_dim
+        dims = range(dim) if self.state_dims is None else self.state_dims
+        if not all(isinstance(d, int) and 0 <= d < dim for d in dims):
+            raise ValueError(
+                f"{name} looks at state_dims {self.state_dims}, but the state of the predictor "
+                f"above has {dim} dimensions"
+            )
+        if self.std.numel() not in (1, len(dims)):
+            raise ValueError(
+                f"{name} has {self.std.numel()} stds for {len(dims)} dimensions of the state; "
+                "give one number, or one for each"
+            )
+        shape = (len(dims), width(self._skill_spec))
+        if tuple(self.linear_model.shape) != shape:
+            # Both skills and changes have unit second moments.
+            gain = math.sqrt(max(1.0, shape[0] / shape[1]))
+            drawn = nn.init.orthogonal_(torch.empty(shape), gain)
+            self.linear_model = drawn.to(self.linear_model.device)
+
+    @property
+    def _skill_spec(self) -> TensorSpec:
+        return self.level.input_spec
+
+    # -- rewarding --------------------------------------------------------------------------
+
+    @abstractmethod
+    def _rewarded(self, tensordict: TensorDictBase) -> Tensor:
+        """Which transitions have a reward, bool ``[N]``."""
+
+    @property
+    def symmetry_breaking(self) -> float:
+        """Weight of the linear model now."""
+        if not self.n_symmetry_breaking_steps:
+            return 0.0
+        return max(0.0, 1.0 - int(self.level.n_env_steps) / self.n_symmetry_breaking_steps)
+
+    @torch.no_grad()
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Replace the reward of sampled transitions ``[N]``.
+
+        Raises:
+            KeyError: Transitions that a hierarchy did not make.
+        """
+        level = self.level
+        for key in (_PARENT, ("next", _PARENT), level.input_key, ("next", "reward")):
+            if tensordict.get(key, None) is None:
+                names = sorted(map(str, tensordict.keys(True, True)))
+                raise KeyError(f"{level.name} has no {key!r} among {names}; {_NEEDS}")
+        reward = torch.zeros_like(tensordict.get(("next", "reward")))
+        which = self._rewarded(tensordict).nonzero().squeeze(-1)
+        if len(which):
+            reward[which] = self.of(
+                tensordict.get(_PARENT)[which],
+                tensordict.get(level.input_key)[which],
+                tensordict.get(("next", _PARENT))[which],
+            ).unsqueeze(-1)
+        return tensordict.set(("next", "reward"), reward)
+
+    def of(self, observation: Tensor, skill: Tensor, next_observation: Tensor) -> Tensor:
+        """The reward ``[N]`` of skills, in nats.
+
+        Args:
+            observation: ``[N, obs]`` of the level above, where the predictor's step begins.
+            skill: ``[N, Z]``, or discrete ``[N]``.
+            next_observation: ``[N, obs]``, where it ends.
+        """
+        weight = self.symmetry_breaking
+        predictor, n = self.level.parent_predictor, len(skill)
+        others = self._skill_spec.rand((n, self.n_skill_samples)).to(skill)
+        skills = torch.cat([skill.unsqueeze(1), others], 1)
+        state, context = predictor.encode(observation)
+        next_state, _ = predictor.encode(next_observation)
+        whitening = self._whitening(predictor)
+        reward = torch.zeros(n, dtype=state.dtype, device=state.device)
+        if weight < 1.0:
+            beside = (n, skills.shape[1], -1)
+            log_prob, _, _ = predictor.model.get_log_prob(
+                *(x.unsqueeze(1).expand(beside) for x in (state, context)),
+                skills,
+                next_state.unsqueeze(1).expand(beside),
+                std=self.std,
+                transform=whitening,
+            )
+            reward = reward + (1.0 - weight) * identifiability(log_prob)
+        if weight > 0.0:
+            loc = predictor.delta_standardizer.loc
+            change = (next_state - state - loc) @ whitening.mT
+            expected = self._features(skills) @ self.linear_model.mT
+            error = (change.unsqueeze(1) - expected) / self.std
+            reward = reward + weight * identifiability(-0.5 * error.square().sum(-1))
+        return reward
+
+    def _features(self, skills: Tensor) -> Tensor:
+        """Skills ``[*B, ...]`` as features ``[*B, Z]`` of second moments 1 under the prior."""
+        spec, dtype = self._skill_spec, self.linear_model.dtype
+        features = action_features(spec, skills, dtype)
+        if is_discrete(spec):
+            return features * math.sqrt(width(spec))
+        if not isinstance(spec, Bounded):
+            return features
+        low, high = spec.space.low.to(features), spec.space.high.to(features)
+        return (features - (low + high) / 2) / (high - low) * math.sqrt(12.0)
+
+    def _whitening(self, predictor: Predictor) -> Tensor:
+        """The map ``[D', D]`` from changes of the state to whitened ones of chosen dimensions."""
+        whitening: Tensor = predictor.delta_standardizer.whitening
+        if self.state_dims is None:
+            return whitening
+        # The inverse of the whitening's square is the covariance, and that of some dimensions a
+        # block of it. In double precision, as eigenvalues may differ by many orders.
+        wide = whitening.double()
+        covariance = torch.linalg.inv(wide.mT @ wide)[self.state_dims][:, self.state_dims]
+        std = covariance.diagonal().sqrt()
+        eigenvalues, axes = torch.linalg.eigh(covariance / std / std.unsqueeze(1))
+        root = eigenvalues.clamp_min(predictor.delta_standardizer.min_eigenvalue).rsqrt()
+        out = torch.zeros(len(std), whitening.shape[1], dtype=wide.dtype, device=wide.device)
+        out[:, self.state_dims] = (axes * root) @ axes.mT / std
+        return out.to(whitening)
+
+
+class SPlaTESReward(SkillReward):
+    """The reward of temporally extended skills: of what a whole skill does, given at its last step.
+
+    As in SPlaTES ("Long-Horizon Planning with Predictable Skills", RLC 2025): the level above
+    predicts where a skill leads from start to end. A skill that an episode's end cuts short has
+    none.
+
+    >>> SPlaTESReward(n_skill_samples=64, std=0.2).n_skill_samples
+    64
+    """
+
+    def _rewarded(self, tensordict: TensorDictBase) -> Tensor:
+        taken = tensordict.get("n_actions", None)
+        if taken is None:
+            raise KeyError(f"{self.level.name} has no 'n_actions' to tell last steps by; {_NEEDS}")
+        return (taken + 1 >= self.level.duration).squeeze(-1)
+
+
+class DADSReward(SkillReward):
+    """The reward of every step of a skill, as in DADS (arXiv 1907.01657).
+
+    The level above has to predict single steps under a skill: build it with ``each_step=True``.
+
+    >>> DADSReward(n_skill_samples=64, std=0.2).n_skill_samples
+    64
+    """
+
+    def _rewarded(self, tensordict: TensorDictBase) -> Tensor:
+        return torch.ones(len(tensordict), dtype=torch.bool, device=tensordict.device)

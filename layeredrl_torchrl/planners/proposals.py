@@ -1,0 +1,94 @@
+"""Action sequences that a planner tries beside those that it draws itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.envs import ExplorationType, set_exploration_type
+
+from layeredrl_torchrl._checks import check_positive_int
+from layeredrl_torchrl.imagination import PredictorEnv
+from layeredrl_torchrl.predictors import Predictor
+
+__all__ = ["PolicyProposal", "Proposal"]
+
+Proposal: TypeAlias = Callable[[Tensor, Tensor, int], Tensor]
+"""``(state [*B, D], context [*B, C], horizon H) -> action sequences [*B, any, H, A]``."""
+
+
+class PolicyProposal:
+    """What a policy would do, imagined along the predictor's mean.
+
+    A planner that tries this too is no worse in its predictor than the policy is, and searches
+    from there (TD-MPC, arXiv 2203.04955, section 3.1, "policy-guided trajectory optimization").
+
+    >>> from tensordict.nn import TensorDictModule
+    >>> factory = PredictorFactory(hidden_sizes=(8,), n_models=2)
+    >>> predictor = factory(Unbounded((3,)), Bounded(-1.0, 1.0, (1,)))
+    >>> policy = TensorDictModule(lambda state: state[..., :1].tanh(), ["state"], ["action"])
+    >>> PolicyProposal(predictor, policy, n=2)(torch.zeros(7, 3), torch.zeros(7, 0), 5).shape
+    torch.Size([7, 2, 5, 1])
+
+    Args:
+        predictor: What is imagined.
+        policy: Reads state and context, writes the action, under the predictor's keys. It stays
+            the caller's: a planner neither saves nor moves it.
+        n: Sequences for each start: the policy's middle (TorchRL's ``DETERMINISTIC``), and
+            ``n - 1`` samples (``RANDOM``).
+
+    Raises:
+        TypeError: A policy of another kind, an ``n`` that is no integer. ValueError: ``n`` below
+            1; a policy that reads what is not there, or writes no action.
+    """
+
+    def __init__(self, predictor: Predictor, policy: TensorDictModuleBase, n: int = 8) -> None:
+        if not isinstance(policy, TensorDictModuleBase):
+            raise TypeError(
+                f"policy must be a TensorDictModule, got {type(policy).__name__}; wrap it: "
+                'TensorDictModule(policy, ["state", "context"], ["action"])'
+            )
+        state, context, action = predictor.model.in_keys
+        unknown = [key for key in policy.in_keys if key not in (state, context)]
+        if unknown or action not in policy.out_keys:
+            raise ValueError(
+                f"the policy reads {list(policy.in_keys)} and writes {list(policy.out_keys)}; "
+                f"here it can read {state!r} and {context!r}, and must write {action!r}: leave its "
+                "encoder out, or rename its keys"
+            )
+        self.policy = policy
+        self.n = check_positive_int("n", n)
+        self._env = PredictorEnv(predictor)
+
+    @torch.no_grad()
+    def __call__(self, state: Tensor, context: Tensor, horizon: int) -> Tensor:
+        """Action sequences ``[*B, n, H, A]``, the policy's middle first."""
+        parts = [self._play(state, context, 1, horizon, ExplorationType.DETERMINISTIC)]
+        if self.n > 1:
+            parts.append(self._play(state, context, self.n - 1, horizon, ExplorationType.RANDOM))
+        return torch.cat(parts, state.ndim - 1)
+
+    def _play(
+        self, state: Tensor, context: Tensor, n: int, horizon: int, how: ExplorationType
+    ) -> Tensor:
+        """``[*B, n, H, A]`` of ``n`` episodes from each start."""
+        state_key, context_key, action_key = self._env.predictor.model.in_keys
+        shape = (*state.shape[:-1], n)
+        starts = {
+            key: value.unsqueeze(-2).expand(*shape, value.shape[-1])
+            for key, value in ((state_key, state), (context_key, context))
+        }
+        with set_exploration_type(how):
+            data = self._env.rollout(
+                horizon,
+                self.policy,
+                auto_reset=False,
+                break_when_any_done=False,
+                tensordict=self._env.reset(TensorDict({}, shape)).update(starts),
+            )
+        actions: Tensor = data.get(action_key)
+        return actions

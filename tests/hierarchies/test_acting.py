@@ -1,0 +1,229 @@
+"""What a hierarchy hands to its levels, carries, and passes on."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torchrl.collectors import Collector
+from torchrl.data import Bounded, Categorical, OneHot, Unbounded
+from torchrl.envs import SerialEnv, TransformedEnv
+from torchrl.envs.utils import ExplorationType, check_env_specs, set_exploration_type
+from torchrl.modules.utils import get_primers_from_module
+
+from layeredrl_torchrl import Hierarchy
+
+ONE = Unbounded((1,))
+
+
+@pytest.fixture
+def three(toy):
+    """Three levels with memory; the middle one sees half of the observation."""
+
+    def build(n=None, **options):
+        env = toy.Env(n)
+        levels = [
+            toy.Level(1),
+            toy.Level(2, input_spec=ONE, duration=2, **options),
+            toy.Level(3, input_spec=ONE, duration=3),
+        ]
+        return env, Hierarchy(levels, env, observation_maps=[None, [2, 3], None])
+
+    return build
+
+
+@pytest.mark.parametrize("n", [None, 3])
+def test_environment_specs(three, n):
+    env, hierarchy = three(n)
+    env = TransformedEnv(env, hierarchy.make_tensordict_primer())
+    check_env_specs(env)
+    data = env.rollout(6, hierarchy, break_when_any_done=False)
+    assert set(hierarchy.in_keys) <= set(env.reset().keys(True, True))
+    assert set(hierarchy.out_keys) <= set(data.keys(True, True))
+
+
+def test_levels_are_handed_just_what_they_need(three):
+    env, hierarchy = three(3)
+    env = TransformedEnv(env, hierarchy.make_tensordict_primer())
+    env.rollout(9, hierarchy, break_when_any_done=False)
+    common = [str(("own", "sum")), "n_actions", "observation"]
+    for i, level in enumerate(hierarchy.levels):
+        assert level.calls
+        for keys in level.calls:
+            assert keys == sorted(common + ["input"] * (i > 0))
+
+
+def test_levels_act_only_where_they_are_due(three):
+    env, hierarchy = three(4)
+    env = TransformedEnv(env, hierarchy.make_tensordict_primer())
+    data = env.rollout(40, hierarchy, break_when_any_done=False)
+    assert data["next", "done"].any()
+    for level, own in zip(hierarchy.levels, hierarchy.transitions(data), strict=True):
+        going_on = 4 if level is not hierarchy.levels[-1] else 0
+        assert len(own) <= level.n_rows <= len(own) + going_on
+    assert hierarchy.levels[0].n_rows < hierarchy.levels[1].n_rows < 120
+    assert hierarchy.levels[2].n_rows == 160
+
+
+def test_maps_hide_what_is_left_out(toy):
+    """The lower level sees one entry alone, so that nothing else changes what it does."""
+    env = toy.Env()
+    levels = toy.Level(1), toy.Level(3, input_spec=ONE, duration=3, remembers=False)
+    hierarchy = Hierarchy(levels, env, observation_maps=[None, [2]])
+    env = TransformedEnv(env, hierarchy.make_tensordict_primer())
+    data = env.rollout(2, hierarchy)[1].exclude("next")  # in the middle of an action
+    other = data.clone()
+    other["observation"][..., [0, 1, 3]] += 7.0
+    assert torch.equal(hierarchy(data.clone())["action"], hierarchy(other)["action"])
+    seen = data.clone()
+    seen["observation"][..., 2] += 1.0
+    assert not torch.equal(hierarchy(data.clone())["action"], hierarchy(seen)["action"])
+
+
+def test_a_call_changes_nothing_that_it_is_given(three):
+    env, hierarchy = three(3)
+    env = TransformedEnv(env, hierarchy.make_tensordict_primer())
+    td = env.reset()
+    for _ in range(12):
+        inner = td["hierarchy"]
+        before = inner.clone()
+        td = hierarchy(td)
+        assert (inner == before).all()
+        td = env.step_and_maybe_reset(td)[1]
+
+
+def test_torchrl_finds_one_primer(three):
+    env, hierarchy = three()
+    primer = get_primers_from_module(hierarchy)
+    assert set(primer.primers.keys()) == {"hierarchy"}
+    # Other functions reach all modules.
+    names = []
+    hierarchy.apply(lambda module: names.append(type(module).__name__))
+    assert names.count("Formula") == 3
+    # A collector adds it once, and to an environment that has it, not at all.
+    env = TransformedEnv(env, hierarchy.make_tensordict_primer())
+    collector = Collector(
+        env, hierarchy, frames_per_batch=4, total_frames=4, auto_register_policy_transforms=True
+    )
+    names = [type(t).__name__ for t in collector.env.transform]
+    assert names.count("HierarchyPrimer") == 1
+    assert set(next(iter(collector)).keys()) & {"own", "memory"} == set()
+
+
+def test_batched_environments_of_torchrl(toy, three):
+    """In a SerialEnv it does what it does in a batched environment."""
+    _, hierarchy = three(2)
+    runs = []
+    for env in (
+        toy.Env(2),
+        SerialEnv(2, [lambda: toy.Env(None, first=0), lambda: toy.Env(None, first=1)]),
+    ):
+        data = torch.cat(toy.collect(env, hierarchy, 3, 7), 1)
+        runs.append(hierarchy.transitions(data))
+    for one, other in zip(*runs, strict=True):
+        one, other = one.exclude("collector"), other.exclude("collector")
+        assert len(one)
+        assert (one == other).all()
+
+
+def test_modes_reach_the_levels(three):
+    _, hierarchy = three()
+    assert not any(level.training for level in hierarchy.eval().levels)
+    assert all(level.training for level in hierarchy.train().levels)
+
+
+def test_discrete_inputs(toy):
+    """Choices as input: integers between levels."""
+    for spec in (OneHot(3), Categorical(3)):
+
+        class Chooses(toy.Level):
+            def forward(self, tensordict, spec=spec):
+                return tensordict.set("action", spec.rand(tensordict.batch_size))
+
+        class Follows(toy.Level):
+            def forward(self, tensordict, spec=spec):
+                assert spec.is_in(tensordict["input"])
+                action = tensordict["input"].reshape(*tensordict.batch_size, -1)[..., :1].float()
+                return tensordict.set("action", action)
+
+        for level in (Chooses, Follows):
+            level.record = toy.Base.record
+            level.make_tensordict_primer = toy.Base.make_tensordict_primer
+            level.hands_back = toy.Base.hands_back
+        env = toy.Env(3)
+        hierarchy = Hierarchy([Chooses(1), Follows(1, input_spec=spec, duration=2)], env)
+        (data,) = toy.collect(env, hierarchy, 1, 9)
+        upper, lower = hierarchy.transitions(data)
+        assert upper["action"].dtype == lower["input"].dtype == spec.dtype
+        assert spec.is_in(upper["action"])
+
+
+def test_needs_observation_and_memory(three):
+    env, hierarchy = three()
+    with pytest.raises(KeyError, match=r"append hierarchy\.make_tensordict_primer"):
+        hierarchy(env.reset())
+    held = TransformedEnv(env, hierarchy.make_tensordict_primer()).reset()
+    with pytest.raises(KeyError, match=r"no .*observation.* among"):
+        hierarchy(held.exclude("observation"))
+
+
+def test_answers_of_levels_are_checked(toy):
+    class Silent(toy.Level):
+        def forward(self, tensordict):
+            return tensordict
+
+    class Forgets(toy.Level):
+        def forward(self, tensordict):
+            return super().forward(tensordict).exclude("next", inplace=True)
+
+    class Mumbles(toy.Level):
+        def hands_back(self, tensordict):
+            return super().hands_back(tensordict).squeeze(-1)
+
+    def run(*levels):
+        env = toy.Env(3)
+        toy.collect(env, Hierarchy(levels, env), 1, 4)
+
+    with pytest.raises(KeyError, match="Silent did not write it"):
+        run(Silent(1, remembers=False))
+    with pytest.raises(KeyError, match=r"no .*next.* among .*Forgets did not write it"):
+        run(Forgets(1))
+    with pytest.raises(ValueError, match=r"Mumbles.hands_back gave torch.bool \(3,\), expected"):
+        run(toy.Level(1), Mumbles(2, input_spec=ONE, duration=2))
+
+
+def test_copies_act_alike(three):
+    env, hierarchy = three(3)
+    held = TransformedEnv(env, hierarchy.make_tensordict_primer()).reset()
+    expected = hierarchy(held.clone())["action"]
+    for other in (copy.deepcopy(hierarchy), pickle.loads(pickle.dumps(hierarchy))):
+        assert torch.equal(other(held.clone())["action"], expected)
+
+
+def test_a_copy_of_a_child_knows_the_copy_of_its_parent(toy, make_planner_level):
+    env = toy.Env()
+    box = Bounded(-1.0, 1.0, (1,))
+    levels = [make_planner_level(), toy.Level(2, input_spec=box, duration=2)]
+    hierarchy = copy.deepcopy(Hierarchy(levels, env, observation_maps=[[2, 3], None]))
+    upper, lower = hierarchy.levels
+    assert lower.parent_predictor is upper.predictor
+    assert upper.predictor is not levels[0].predictor
+
+
+def test_evaluation_reaches_a_level(toy, make_planner_level):
+    """An upper level that is in its random steps plans in evaluation."""
+    env = toy.Env()
+    box = Bounded(-1.0, 1.0, (1,))
+    levels = [
+        make_planner_level(n_initial_random_steps=9),
+        toy.Level(2, input_spec=box, duration=2),
+    ]
+    hierarchy = Hierarchy(levels, env, observation_maps=[[2, 3], None])
+    (data,) = toy.collect(env, hierarchy, 1, 4)
+    assert hierarchy.transitions(data)[0]["random_action"].all()
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        held = TransformedEnv(env, hierarchy.make_tensordict_primer())
+        data = held.rollout(4, hierarchy)
+    assert not hierarchy.transitions(data)[0]["random_action"].any()

@@ -1,0 +1,202 @@
+"""Which levels make a hierarchy, and what it says about those that do not."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torchrl.data import Bounded, OneHot, Unbounded
+
+from layeredrl_torchrl import Hierarchy, ICEMPlanner, PlannerLevel, PredictorFactory
+
+ONE = Unbounded((1,))
+
+
+@pytest.fixture
+def build(toy):
+    """``build(*levels, maps=None)`` over the toy environment."""
+
+    def make(*levels, maps=None, n=None):
+        return Hierarchy(list(levels), toy.Env(n), observation_maps=maps)
+
+    return make
+
+
+@pytest.fixture
+def lower(toy):
+    """A level that can be the lowest."""
+
+    def make(**options):
+        return toy.Level(2, **{"input_spec": ONE, "duration": 2} | options)
+
+    return make
+
+
+def test_levels_know_their_spaces(build, lower, toy, make_planner_level):
+    plans = make_planner_level()
+    middle, lowest = lower(input_spec=Bounded(-1.0, 1.0, (1,))), lower(input_spec=OneHot(3))
+    hierarchy = build(plans, middle, lowest, maps=[[2, 3], None, lambda obs: obs[..., :3].double()])
+    assert list(hierarchy.levels) == [plans, middle, lowest]
+    assert plans.action_spec == middle.input_spec
+    assert middle.action_spec == lowest.input_spec
+    assert lowest.action_spec == toy.Env().action_spec
+    assert plans.observation_space == Unbounded((2,))
+    assert middle.observation_space == Unbounded((4,))
+    assert lowest.observation_space == Unbounded((3,), dtype=torch.float64)
+    assert plans.parent_predictor is None
+    assert middle.parent_predictor is plans.predictor
+    assert lowest.parent_predictor is None
+    # Built again of the same levels, it is the same.
+    build(plans, middle, lowest, maps=[[2, 3], None, lambda obs: obs[..., :3].double()])
+
+
+def test_parents_are_built_before_their_children(toy, build, make_planner_level):
+    seen = []
+
+    class Looks(toy.Level):
+        def _build(self, observation_space, action_spec):
+            seen.append(self.parent_predictor)
+
+    plans = make_planner_level()
+    box = Bounded(-1.0, 1.0, (1,))
+    build(plans, Looks(2, input_spec=box, duration=1), maps=[[2, 3], None])
+    assert seen == [plans.predictor]
+
+
+def test_a_level_that_was_built_for_the_environment(toy):
+    env = toy.Env()
+    level = PlannerLevel(
+        env=env,
+        predictor_factory=PredictorFactory(hidden_sizes=(8,), n_models=2),
+        planner_factory=partial(ICEMPlanner, horizon=2, n_samples=24, n_iterations=2),
+    )
+    predictor = level.predictor
+    assert Hierarchy([level], env).levels[0].predictor is predictor
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "make"),
+    [
+        (ValueError, "levels is empty", lambda top, low: []),
+        (TypeError, r"levels\[1\] is a int", lambda top, low: [top(), 3]),
+        (
+            ValueError,
+            r"level 0 \(Formula, the highest\) takes .* \(level 1 .* is below",
+            lambda top, low: [top(input_spec=ONE), low()],
+        ),
+        (
+            ValueError,
+            r"level 1 \(Formula, the lowest\) below level 0 \(Formula, the highest\) takes nothing",
+            lambda top, low: [top(), low(input_spec=None)],
+        ),
+        (
+            ValueError,
+            r"level 1 \(Formula\) below level 0 \(Formula, the highest\) never hands",
+            lambda top, low: [top(), low(duration=None), low()],
+        ),
+        (
+            ValueError,
+            r"level 1 \(Formula, the lowest\) below level 0 .* has each_step=True",
+            lambda top, low: [top(), low(each_step=True)],
+        ),
+    ],
+)
+def test_levels_that_do_not_fit(build, lower, toy, error, message, make):
+    class Formula(toy.Level):
+        """By its duration alone."""
+
+        hands_back = toy.Base.hands_back
+
+    def low(**options):
+        return Formula(2, **{"input_spec": ONE, "duration": 2} | options)
+
+    with pytest.raises(error, match=message):
+        build(*make(lambda **options: Formula(1, **options), low))
+
+
+def test_the_same_level_twice(build, lower, toy):
+    low = lower()
+    with pytest.raises(ValueError, match=r"level 1 \(Formula\) and level 2 .* the same object"):
+        build(toy.Level(1), low, low)
+
+
+def test_overriding_hands_back_needs_no_duration(build, lower, toy):
+    build(toy.Level(1), lower(duration=None))
+
+
+def test_a_level_set_up_for_other_spaces(build, lower, toy):
+    top = toy.Level(1)
+    top.setup(Unbounded((4,)), Bounded(-1.0, 1.0, (2,)))
+    both = r"level 0 \(Formula, the highest\) above level 1 \(Formula, the lowest\)"
+    with pytest.raises(ValueError, match=both + ".*set up for the action space"):
+        build(top, lower())
+    # The same shape, and yet another space.
+    top = toy.Level(1)
+    top.setup(Unbounded((4,)), Bounded(-1.0, 1.0, (1,)))
+    with pytest.raises(
+        ValueError, match=r"level 0 .* was set up for Bounded.*level 1 .* takes Unb"
+    ):
+        build(top, lower())
+    top = toy.Level(1)
+    top.setup(Unbounded((4,)), ONE)
+    with pytest.raises(ValueError, match=both + ".*set up for the observation space"):
+        build(top, lower(), maps=[[1, 2], None])
+
+
+def test_a_level_that_needs_a_predictor(build, lower, toy):
+    class Needs(toy.Level):
+        def attach(self, parent_predictor):
+            if parent_predictor is None:
+                raise ValueError("pass a level with a predictor")
+
+    with pytest.raises(
+        ValueError, match=r"level 1 \(Needs, the lowest\) below level 0 \(Formula.*pass a level"
+    ):
+        build(toy.Level(1), Needs(2, input_spec=ONE, duration=1))
+    with pytest.raises(ValueError, match=r"level 0 \(Needs, the highest\) \(level 1 \(Formula.*"):
+        build(Needs(1), lower())
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "choice"),
+    [
+        (ValueError, "different indices from 0 to 3", [0, 4]),
+        (ValueError, "different indices from 0 to 3", [-1]),
+        (ValueError, "different indices from 0 to 3", [1, 1]),
+        (ValueError, "different indices from 0 to 3", []),
+        (TypeError, "expected a list of indices", [0.5]),
+        (ValueError, r"gave \(1,\) for .* expected \(1, obs_i\)", lambda obs: obs[..., 0]),
+        (ValueError, "gave int for", lambda obs: 3),
+    ],
+)
+def test_bad_maps(build, lower, toy, error, message, choice):
+    where = r"level 1 \(Formula, the lowest\) above the environment: its observation map"
+    with pytest.raises(error, match=f"{where}.*{message}"):
+        build(toy.Level(1), lower(), maps=[None, choice])
+
+
+def test_a_wrong_number_of_maps(build, lower, toy):
+    with pytest.raises(ValueError, match="1 entries for 2 levels"):
+        build(toy.Level(1), lower(), maps=[None])
+
+
+def test_an_environment_without_flat_observation(toy):
+    class Other(toy.Env):
+        def __init__(self):
+            super().__init__()
+            self.observation_spec["picture"] = self.observation_spec["observation"]
+            del self.observation_spec["observation"]
+
+    with pytest.raises(ValueError, match="expected one flat 'observation'"):
+        Hierarchy([toy.Level(1)], Other())
+
+
+def test_memory_starts_from_zeros(toy, build):
+    class Ones(toy.Level):
+        def make_tensordict_primer(self):
+            primer = super().make_tensordict_primer()
+            return type(primer)(primer.primers, default_value=1.0, expand_specs=True)
+
+    with pytest.raises(ValueError, match="memory in a hierarchy starts from zeros"):
+        build(Ones(1))

@@ -1,0 +1,86 @@
+"""A hierarchy in TorchRL's worker processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+# TorchRL 0.14 stops its way of sharing weights in a __del__, which starts a thread; where that runs
+# as the interpreter ends, it waits for ever. So the script shares them by an object of its own, and
+# stops it: collector.shutdown() does not.
+SCRIPT = """
+from functools import partial
+
+import torch
+from torchrl.collectors import MultiSyncCollector
+from torchrl.data import Bounded
+from torchrl.weight_update import SharedMemWeightSyncScheme
+
+from layeredrl_torchrl import (
+    Hierarchy, ICEMPlanner, Level, PlannerLevel, PredictorFactory, get_task
+)
+
+
+class Push(Level):
+    def forward(self, tensordict):
+        action = tensordict["input"].sum(-1, keepdim=True)
+        return tensordict.set("action", action.expand(self.action_spec.expand(action.shape).shape))
+
+    def learn(self, data):
+        return {"n": float(len(data))}
+
+
+def main():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    task = get_task("InvertedPendulum-v5")
+    upper = PlannerLevel(
+        predictor_factory=PredictorFactory(hidden_sizes=(8,), n_models=2),
+        planner_factory=partial(ICEMPlanner, horizon=3, n_samples=24, n_iterations=2),
+        n_initial_random_steps=30, updates_per_step=0.5, batch_size=8, model_batch_size=8,
+    )
+    lower = Push(input_spec=Bounded(-1.0, 1.0, (2,)), duration=2)
+    hierarchy = Hierarchy([upper, lower], env=task.make())
+    weights = SharedMemWeightSyncScheme()
+    collector = MultiSyncCollector(
+        [task.make] * 2,
+        hierarchy,
+        frames_per_batch=40,
+        total_frames=80,
+        auto_register_policy_transforms=True,
+        cat_results=-1,
+        weight_sync_schemes={"policy": weights},
+    )
+    try:
+        for i, data in enumerate(collector):
+            own, rows = hierarchy.transitions(data)
+            assert len(rows) == 40
+            assert ((own["next", "elapsed_steps"] == 2) | own["next", "done"]).all()
+            # What learn has counted reaches the workers: they plan from the second batch on.
+            assert own["random_action"].all() if i == 0 else not own["random_action"][-3:].any()
+            info = hierarchy.learn(data)
+            assert info["Push/n"] == 40
+            assert info["PlannerLevel/n_updates"] > 0, info
+    finally:
+        collector.shutdown()
+        weights.shutdown()
+    print("learned from two workers")
+
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.slow
+def test_in_two_worker_processes(tmp_path):
+    script = tmp_path / "collect.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=280, check=False
+    )
+    assert "learned from two workers" in done.stdout, done.stderr[-3000:]
+    assert done.returncode == 0

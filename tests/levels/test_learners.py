@@ -1,0 +1,318 @@
+"""SAC and DQN: the losses by hand, the policies, and that they find known optima."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torch.distributions import Normal
+from torchrl.data import Bounded, Categorical, OneHot, Unbounded
+from torchrl.modules import MLP, NormalParamExtractor, ProbabilisticActor, TanhNormal, ValueOperator
+from torchrl.objectives import SACLoss, ValueEstimators
+
+from layeredrl_torchrl import DQNLearner, ModelFreeLevel, SACLearner
+
+BOX = Bounded(torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 10.0]), (2,))
+F = 3
+
+
+def batch_of(n, action):
+    """``[n]`` transitions, some of which end."""
+    terminated = torch.rand(n, 1) < 0.4
+    after = {
+        "features": torch.randn(n, F),
+        "reward": torch.randn(n, 1),
+        "terminated": terminated,
+        # A time limit: the value goes on beyond it.
+        "done": terminated | (torch.rand(n, 1) < 0.4),
+    }
+    return TensorDict({"features": torch.randn(n, F), "action": action, "next": after}, [n])
+
+
+def run(layers, x):
+    for weight, bias in layers[:-1]:
+        x = (x @ weight.T + bias).clamp_min(0)
+    return x @ layers[-1][0].T + layers[-1][1]
+
+
+def layers_of(params, member=None):
+    pick = (lambda x: x) if member is None else (lambda x: x[member])
+    return [(pick(params[f"weight_{i}"]), pick(params[f"bias_{i}"])) for i in range(3)]
+
+
+# -- the losses -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_critics", [1, 2, 3])
+def test_the_loss_of_the_critics_by_hand(n_critics):
+    learner = SACLearner(F, BOX, hidden_sizes=(8, 6), gamma=0.9, n_critics=n_critics, tau=0.3)
+    batch = batch_of(40, 2 * torch.rand(40, 2) - 1)
+    learner.update(batch.clone())  # so that targets differ from what they follow
+    loss = learner.loss
+    with torch.no_grad():
+        torch.manual_seed(5)
+        loc, log_std = run(
+            layers_of(loss.actor_network_params["module", "0"]), batch["next", "features"]
+        ).chunk(2, -1)
+        draw = loc + log_std.exp() * torch.randn_like(loc)
+        action = draw.tanh()
+        # Change of variables: the density of tanh(x) is that of x over 1 - tanh(x)^2.
+        log_prob = Normal(loc, log_std.exp()).log_prob(draw) - torch.log(1 - action.square())
+        log_prob = log_prob.sum(-1, keepdim=True)
+        both = torch.cat([batch["next", "features"], action], -1)
+        target_params = loss.target_qvalue_network_params
+        values = [run(layers_of(target_params, m), both) for m in range(n_critics)]
+        value = torch.stack(values).amin(0) - loss.log_alpha.exp() * log_prob
+        target = batch["next", "reward"] + 0.9 * (~batch["next", "terminated"]) * value
+        both = torch.cat([batch["features"], batch["action"]], -1)
+        expected = sum(
+            (run(layers_of(loss.qvalue_network_params, m), both) - target).square().mean()
+            for m in range(n_critics)
+        )
+    torch.manual_seed(5)
+    terms = loss(batch.clone())
+    torch.testing.assert_close(terms["loss_qvalue"], expected, rtol=1e-4, atol=1e-5)
+    assert terms["alpha"] == loss.log_alpha.exp()
+
+
+@pytest.mark.filterwarnings("ignore:No target network updater")
+def test_the_loss_is_torchrls():
+    """Beside TorchRL's own networks and vmap, terms and gradients are the same."""
+    ours = SACLearner(F, BOX, hidden_sizes=(8, 6), gamma=0.9).loss
+    size = {"num_cells": [8, 6], "activation_class": nn.ReLU}
+    mean = nn.Sequential(
+        MLP(in_features=F, out_features=4, **size),
+        NormalParamExtractor(scale_mapping="exp", scale_lb=0.0),
+    )
+    actor = ProbabilisticActor(
+        TensorDictModule(mean, ["features"], ["loc", "scale"]),
+        in_keys=["loc", "scale"],
+        distribution_class=TanhNormal,
+        return_log_prob=True,
+    )
+    critic = ValueOperator(
+        MLP(in_features=F + 2, out_features=1, **size), in_keys=["features", "action"]
+    )
+    stock = SACLoss(actor, critic, action_spec=BOX, loss_function="l2")
+    stock.make_value_estimator(ValueEstimators.TD0, gamma=0.9)
+    for name in ("actor_network", "qvalue_network", "target_qvalue_network"):
+        their, own = getattr(stock, f"{name}_params"), getattr(ours, f"{name}_params")
+        theirs = their["module", "0", "module", "0"] if "actor" in name else their["module"]
+        own = own["module", "0"] if "actor" in name else own
+        for i in range(3):
+            own.get(f"weight_{i}").data.copy_(theirs[str(2 * i), "weight"].data)
+            own.get(f"bias_{i}").data.copy_(theirs[str(2 * i), "bias"].data)
+    batch = batch_of(40, 2 * torch.rand(40, 2) - 1)
+    results = []
+    for loss in (ours, stock):
+        torch.manual_seed(3)
+        terms = loss(batch.clone())
+        sum(terms[f"loss_{x}"] for x in ("actor", "qvalue", "alpha")).backward()
+        grads = [p.grad.flatten() for p in loss.parameters() if p.grad is not None]
+        results.append((terms, torch.cat([g.sort().values for g in grads]).abs().sum()))
+    for name in ("loss_actor", "loss_qvalue", "loss_alpha", "alpha", "entropy"):
+        torch.testing.assert_close(results[0][0][name], results[1][0][name])
+    torch.testing.assert_close(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("spec", [OneHot(4), Categorical(4)])
+@pytest.mark.parametrize("double", [True, False])
+def test_the_loss_of_dqn_by_hand(spec, double):
+    learner = DQNLearner(F, spec, hidden_sizes=(8, 6), gamma=0.8, double=double, tau=0.3, lr=0.1)
+    batch = batch_of(40, spec.rand((40,)))
+    learner.update(batch.clone())
+    loss = learner.loss
+    with torch.no_grad():
+        own = layers_of(loss.value_network_params["module", "0"])
+        target = layers_of(loss.target_value_network_params["module", "0"])
+        after = run(target, batch["next", "features"])
+        choose = run(own, batch["next", "features"]) if double else after
+        value = after.gather(-1, choose.argmax(-1, keepdim=True))
+        goal = batch["next", "reward"] + 0.8 * (~batch["next", "terminated"]) * value
+        index = batch["action"].long().argmax(-1) if isinstance(spec, OneHot) else batch["action"]
+        error = (run(own, batch["features"]).gather(-1, index.unsqueeze(-1)) - goal).abs()
+        expected = torch.where(error < 1, error.square() / 2, error - 0.5).mean()
+    torch.testing.assert_close(loss(batch)["loss"], expected)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda **o: SACLearner(F, BOX, **o), lambda **o: DQNLearner(F, OneHot(2), **o)]
+)
+def test_targets_follow_and_nothing_changes_at_a_bad_loss(make, unchanged):
+    learner = make(hidden_sizes=(8,), tau=0.25, lr=0.01)
+    state = {k: v.clone() for k, v in learner.state_dict().items()}
+    action = OneHot(2).rand((10,)) if isinstance(learner, DQNLearner) else torch.zeros(10, 2)
+    batch = batch_of(10, action)
+    learner.update(batch.clone())
+    followed = 0
+    for name, value in learner.state_dict().items():
+        if "target_" in name and "_params" in name:
+            source = learner.state_dict()[name.replace("target_", "")]
+            torch.testing.assert_close(value, 0.75 * state[name] + 0.25 * source)
+            followed += 1
+    assert followed == 4
+    batch["next", "reward"][3] = torch.inf
+    with unchanged(learner, learner.optim), pytest.raises(ValueError, match="nothing was updated"):
+        learner.update(batch)
+
+
+# -- the policies ---------------------------------------------------------------------------
+
+
+def test_actions_are_those_of_the_squashed_gaussian():
+    learner = SACLearner(F, BOX, hidden_sizes=(8, 6))
+    features = torch.randn(2, 4, F)
+    loc, log_std = run(layers_of(learner.loss.actor_network_params["module", "0"]), features).chunk(
+        2, -1
+    )
+    low, high = BOX.space.low, BOX.space.high
+    middle = low + (high - low) * 0.5 * (1 + loc.tanh())
+    torch.testing.assert_close(learner.act(features, explore=False), middle)
+    many = learner.act(features[0, 0].expand(4000, F), explore=True)
+    assert BOX.is_in(many)
+    back = torch.atanh(learner.prepare(many).double())
+    assert (back.mean(0) - loc[0, 0]).abs().max() < 4 * log_std.exp().max() / 4000**0.5
+    assert (back.std(0) / log_std[0, 0].exp() - 1).abs().max() < 4 / 8000**0.5
+
+
+@pytest.mark.parametrize("spec", [OneHot(4), Categorical(4)])
+def test_epsilon_of_the_choices_are_random(spec):
+    learner = DQNLearner(F, spec, hidden_sizes=(8,), epsilon=0.4)
+    features = torch.randn(1, F).expand(4000, F)
+    best = learner.act(features, explore=False)
+    assert (best == best[0]).all()
+    assert spec.is_in(best)
+    tried = learner.act(features, explore=True)
+    same = (tried == best).reshape(4000, -1).all(-1).float().mean()
+    # A random choice is the best one in a quarter of the cases.
+    assert abs(same - 0.7) < 4 * (0.7 * 0.3 / 4000) ** 0.5
+    never = DQNLearner(F, spec, hidden_sizes=(8,), epsilon=0.0)
+    assert len(never.act(features, explore=True).unique(dim=0)) == 1
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_shares_nothing_and_does_not_learn(duplicate, unchanged):
+    learner = SACLearner(F, BOX, hidden_sizes=(8,), lr=0.1)
+    batch = batch_of(10, torch.zeros(10, 2))
+    learner.update(batch.clone())
+    other = duplicate(learner)
+    torch.testing.assert_close(other.state_dict(), learner.state_dict(), rtol=0, atol=0)
+    with unchanged(other):
+        learner.update(batch.clone())
+    with pytest.raises(RuntimeError, match="a copy that was made to act"):
+        other.update(batch)
+    # The loss of the copy goes by the copy's own critics.
+    torch.manual_seed(1)
+    before = other.loss(batch.clone())["loss_actor"]
+    for value in other.loss.qvalue_network_params.values():
+        value.data.mul_(2.0)
+    torch.manual_seed(1)
+    assert other.loss(batch.clone())["loss_actor"] != before
+
+
+# -- known optima ---------------------------------------------------------------------------
+
+
+def skills(n, spec, reward):
+    """``[n]`` skills of one step that are paid by input and action alone."""
+    given, action = 2 * torch.rand(n, 1) - 1, spec.rand((n,))
+    no = torch.zeros(n, 1, dtype=torch.bool)
+    after = {
+        "observation": torch.randn(n, 2),
+        "reward": reward(action, given),
+        "terminated": no,
+        "done": no,
+        "input_done": ~no,
+    }
+    now = {
+        "observation": torch.randn(n, 2),
+        "input": given,
+        "n_actions": torch.zeros(n, 1, dtype=torch.int64),
+        "action": action,
+    }
+    return TensorDict({**now, "next": after}, [n])
+
+
+def learned(learner_factory, spec, reward):
+    level = ModelFreeLevel(
+        Unbounded((2,)),
+        spec,
+        learner_factory=learner_factory,
+        input_spec=Bounded(-1.0, 1.0, (1,)),
+        duration=1,
+        n_initial_random_steps=0,
+        updates_per_step=0.1,
+        batch_size=128,
+    )
+    info = level.learn(skills(2500, spec, reward))
+    assert info["n_updates"] == 250
+    given = torch.linspace(-0.95, 0.95, 40).unsqueeze(-1)
+    td = TensorDict({"observation": torch.randn(40, 2), "input": given}, [40])
+    td["n_actions"] = torch.zeros(40, 1, dtype=torch.int64)
+    return given, level.eval()(td)["action"]
+
+
+def test_sac_finds_the_action_that_the_input_asks_for():
+    """The units are those of the action spec: the optimum lies at 5 + 4 z within [0, 10]."""
+
+    def factory(n, spec):
+        return SACLearner(n, spec, hidden_sizes=(32, 32), lr=1e-2, alpha_init=0.01, tau=0.1)
+
+    spec = Bounded(0.0, 10.0, (1,))
+    given, action = learned(factory, spec, lambda a, z: -((a - 5 - 4 * z) / 4).square())
+    assert (action - 5 - 4 * given).abs().max() < 1.0
+    assert (action - 5 - 4 * given).abs().mean() < 0.25
+
+
+@pytest.mark.parametrize("spec", [OneHot(3), Categorical(3)])
+def test_dqn_finds_the_choice_that_the_input_asks_for(spec):
+    """Choices stand for -1, 0 and 1; the nearest one to the input is the best."""
+
+    def place(action):
+        index = action.long().argmax(-1) if isinstance(spec, OneHot) else action
+        return index.unsqueeze(-1) - 1.0
+
+    def factory(n, spec):
+        return DQNLearner(n, spec, hidden_sizes=(32, 32), lr=1e-2, tau=0.1)
+
+    given, action = learned(factory, spec, lambda a, z: -(place(a) - z).square())
+    clear = (given.abs() - 0.5).abs() > 0.08
+    assert torch.equal(place(action)[clear], given.round()[clear])
+
+
+# -- bad input ------------------------------------------------------------------------------
+
+
+def test_bad_options():
+    for make, error, message in (
+        (lambda: SACLearner(F, OneHot(3)), TypeError, "(?s)Bounded spec.*pass DQNLearner"),
+        (lambda: SACLearner(F, Unbounded((2,))), TypeError, "Bounded spec"),
+        (lambda: SACLearner(F, Bounded(0.0, torch.inf, (2,))), ValueError, "finite bounds"),
+        (lambda: DQNLearner(F, BOX), TypeError, "(?s)OneHot or Categorical.*pass SACLearner"),
+        (lambda: DQNLearner(F, OneHot(3), epsilon=1.5), ValueError, r"epsilon must lie in \[0, 1"),
+        (lambda: SACLearner(F, BOX, gamma=1.5), ValueError, r"gamma must lie in \[0, 1\], got 1.5"),
+        (lambda: SACLearner(F, BOX, lr=0.0), ValueError, "lr must lie in"),
+        (lambda: SACLearner(F, BOX, tau=0.0), ValueError, "tau must lie in"),
+        (lambda: SACLearner(F, BOX, n_critics=0), ValueError, "n_critics must be at least 1"),
+        (lambda: SACLearner(F, BOX, alpha_init=0.0), ValueError, "alpha_init must be above 0"),
+        (lambda: SACLearner(F, BOX, hidden_sizes=()), ValueError, "at least one hidden layer"),
+    ):
+        with pytest.raises(error, match=message):
+            make()
+
+
+def test_options_of_sac_have_their_effect():
+    assert SACLearner(F, BOX).loss.target_entropy == -2
+    assert SACLearner(F, BOX, target_entropy=-0.5).loss.target_entropy == -0.5
+    assert float(SACLearner(F, BOX, alpha_init=0.25).loss.alpha_init) == pytest.approx(0.25)
+    assert SACLearner(F, BOX, lr=0.125).optim.param_groups[0]["lr"] == 0.125
+    # All that is trained is in the optimizer, and the targets are not.
+    learner = SACLearner(F, BOX, hidden_sizes=(8,))
+    n_trained = sum(p.numel() for group in learner.optim.param_groups for p in group["params"])
+    actor, critic = 8 * (F + 1) + 4 * 9, 8 * (F + 3) + 9
+    assert n_trained == actor + 2 * critic + 1

@@ -1,0 +1,173 @@
+"""Levels that learn their spaces later, loading as a whole, and actions that were cut short."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.data import Bounded, OneHot, Unbounded
+
+from layeredrl_torchrl import (
+    ICEMPlanner,
+    ModelFreeLevel,
+    PlannerLevel,
+    PredictorFactory,
+    SACLearner,
+    get_task,
+)
+
+OBS = Unbounded((2,))
+ACTIONS = Bounded(-1.0, 1.0, (1,))
+
+
+def planner_level(*spaces, **options):
+    small = {"n_initial_random_steps": 0, "batch_size": 8, "model_batch_size": 8}
+    return PlannerLevel(
+        *spaces,
+        predictor_factory=PredictorFactory(hidden_sizes=(8,), n_models=2),
+        planner_factory=partial(ICEMPlanner, horizon=2, n_samples=24, n_iterations=2),
+        **small | options,
+    )
+
+
+def model_free_level(*spaces, **options):
+    small = {"n_initial_random_steps": 0, "batch_size": 8}
+    return ModelFreeLevel(
+        *spaces, learner_factory=partial(SACLearner, hidden_sizes=(8,)), **small | options
+    )
+
+
+both = pytest.mark.parametrize("make", [planner_level, model_free_level])
+
+
+def observed(level, n=4):
+    carried = level.make_tensordict_primer().primers.zero([n])
+    return TensorDict({"observation": torch.randn(n, 2), **carried.to_dict()}, [n])
+
+
+@both
+def test_set_up_later_it_is_as_if_built_with_its_spaces(make):
+    torch.manual_seed(1)
+    at_once = make(OBS, ACTIONS)
+    later = make()
+    assert later.buffer is not None
+    torch.manual_seed(1)
+    later.setup(OBS, ACTIONS)
+    torch.testing.assert_close(later.state_dict(), at_once.state_dict(), rtol=0, atol=0)
+    td = observed(later)
+    actions = []
+    for level in (at_once, later):
+        torch.manual_seed(2)
+        actions.append(level(td.clone())["action"])
+    assert torch.equal(*actions)
+    assert later.in_keys == at_once.in_keys
+    assert later.optimizer is not None
+
+
+@both
+def test_set_up_again_it_stays_what_it_learned(make, make_transitions, unchanged):
+    level = make(OBS, ACTIONS, updates_per_step=0.1)
+    level.learn(make_transitions())
+    with unchanged(level, level.optimizer):
+        level.setup(Unbounded((2,)), Bounded(-1.0, 1.0, (1,)))
+    for spaces, message in (
+        ((Unbounded((3,)), ACTIONS), "set up for the observation space"),
+        ((OBS, Bounded(-1.0, 1.0, (2,))), "set up for the action space"),
+    ):
+        with unchanged(level), pytest.raises(ValueError, match=message):
+            level.setup(*spaces)
+
+
+@both
+def test_what_learned_alone_fits_the_same_environments_observations(make):
+    env = get_task("InvertedPendulum-v5").make(seed=0)
+    level = make(env=env)
+    level.setup(env.observation_spec_unbatched["observation"], env.action_spec_unbatched)
+    assert level.action_spec == env.action_spec_unbatched
+
+
+@both
+def test_before_it_is_set_up(make, make_transitions):
+    level = make()
+    for use in (
+        lambda: level.action_spec,
+        lambda: level.optimizer,
+        lambda: level.learn(make_transitions()),
+    ):
+        with pytest.raises(RuntimeError, match="knows no spaces yet; put it into a Hierarchy"):
+            use()
+    assert not len(level.buffer)
+
+
+@both
+def test_after_a_setup_that_failed_it_can_be_set_up(make):
+    level = make()
+    with pytest.raises((TypeError, ValueError)):
+        level.setup(OneHot(3), ACTIONS)
+    with pytest.raises(RuntimeError, match="knows no spaces yet"):
+        level.action_spec  # noqa: B018
+    level.setup(OBS, ACTIONS)
+    assert level.action_spec == ACTIONS
+
+
+# -- loading --------------------------------------------------------------------------------
+
+
+@both
+def test_a_state_is_loaded_as_a_whole_or_not_at_all(make, make_transitions, unchanged):
+    level, other = make(OBS, ACTIONS, updates_per_step=0.1), make(OBS, ACTIONS)
+    level.learn(make_transitions())
+    good = level.state_dict()
+    last = next(name for name in reversed(good) if good[name].ndim)
+    short = {name: value for name, value in good.items() if name != last}
+    for state, message in (
+        (good | {last: torch.zeros(7, 7, 7)}, r"saved is \(7, 7, 7\), .* nothing was loaded"),
+        (good | {last: None}, "saved is a NoneType"),
+        (short, f"1 differences: {last}: not saved"),
+        (good | {"more": torch.zeros(1)}, "more: not in"),
+    ):
+        with unchanged(other), pytest.raises(ValueError, match=message):
+            other.load_state_dict(state)
+    with unchanged(other), pytest.raises(ValueError, match="saved is"):
+        other.load_state_dict(good | {last: torch.zeros(7, 7, 7)}, strict=False)
+    kept = other.state_dict()[last].clone()
+    result = other.load_state_dict(short | {"more": kept}, strict=False)
+    assert result.missing_keys == [last]
+    assert result.unexpected_keys == ["more"]
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, kept if name == last else good[name])
+    other.load_state_dict(good)
+    torch.testing.assert_close(other.state_dict(), good, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"not in .*set it up \(a Hierarchy does\) before loading"):
+        make().load_state_dict(good)
+
+
+# -- actions that were cut short ------------------------------------------------------------
+
+
+@both
+def test_of_an_action_that_a_time_limit_cut_short_nothing_is_learned(make, make_transitions):
+    data = make_transitions(n_steps=40)
+    ended = torch.arange(40).unsqueeze(-1)
+    data["next", "interrupted"] = ended % 4 == 0
+    # One that is seen to terminate shows where it led.
+    data["next", "terminated"] = ended % 8 == 0
+    data["next", "elapsed_steps"] = torch.full((40, 1), 5)
+    level = make(OBS, ACTIONS, updates_per_step=0.1)
+    info = level.learn(data)
+    stored = (ended % 4 != 0) | (ended % 8 == 0)
+    assert stored.sum() == 35
+    assert torch.equal(level.buffer[:]["action"], data["action"][stored.squeeze(-1)])
+    # The steps were taken all the same; updates go by what is stored.
+    assert info["n_env_steps"] == 200
+    assert info["n_updates"] == 3
+    # Nothing but such: nothing to learn from, and no error.
+    cut = data[:8].clone()
+    cut["next", "interrupted"] = torch.ones(8, 1, dtype=torch.bool)
+    cut["next", "terminated"] = torch.zeros(8, 1, dtype=torch.bool)
+    assert level.learn(cut)["n_env_steps"] == 240
+    assert len(level.buffer) == 35
+    fresh = make(OBS, ACTIONS, n_initial_updates=5)
+    assert fresh.learn(cut)["n_updates"] == 0

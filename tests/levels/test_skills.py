@@ -1,0 +1,192 @@
+"""A level that discovers skills, in a real hierarchy in a small world."""
+
+from __future__ import annotations
+
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.collectors import Collector
+from torchrl.data import Binary, Bounded, Composite, Unbounded
+from torchrl.envs import EnvBase
+
+from layeredrl_torchrl import (
+    Hierarchy,
+    ICEMPlanner,
+    PlannerLevel,
+    PredictorFactory,
+    RandomLevel,
+    SACLearner,
+    SkillLevel,
+    SPlaTESReward,
+)
+
+DURATION, LENGTH = 4, 12
+
+
+class Plane(EnvBase):
+    """A point in a plane moves by its action; episodes of twelve steps end by truncation."""
+
+    def __init__(self, n, pay=1.0):
+        super().__init__(batch_size=[n])
+        self.pay = pay
+        self.observation_spec = Composite(observation=Unbounded((n, 3)), shape=(n,))
+        self.action_spec = Bounded(-1.0, 1.0, (n, 2))
+        self.reward_spec = Unbounded((n, 1))
+        ends = ("done", "terminated", "truncated")
+        flags = {key: Binary(1, (n, 1), dtype=torch.bool) for key in ends}
+        self.full_done_spec = Composite(flags, shape=(n,))
+        self.state = torch.zeros(n, 3)
+
+    def _reset(self, tensordict=None, **_):
+        self.state = torch.zeros(*self.batch_size, 3)
+        return TensorDict({"observation": self.state.clone()}, self.batch_size)
+
+    def _step(self, tensordict):
+        moved = self.state[:, :2] + tensordict["action"]
+        self.state = torch.cat([moved, self.state[:, 2:] + 1], -1)
+        ends = self.state[:, 2:] >= LENGTH
+        following = {
+            "observation": self.state.clone(),
+            "reward": self.pay * moved[:, :1],
+            "terminated": torch.zeros_like(ends),
+            "truncated": ends,
+            "done": ends.clone(),
+        }
+        return TensorDict(following, self.batch_size)
+
+    def _set_seed(self, seed):
+        return seed
+
+
+def make_skills(**options):
+    reward = options.pop("reward", None)
+    given = {
+        "input_spec": Bounded(-1.0, 1.0, (2,)),
+        "duration": DURATION,
+        "learner_factory": partial(SACLearner, hidden_sizes=(32, 32), lr=3e-3, tau=0.02),
+        "batch_size": 64,
+        "n_initial_random_steps": 100,
+    }
+    reward = reward or SPlaTESReward(n_symmetry_breaking_steps=1500, n_skill_samples=16)
+    return SkillLevel(skill_reward=reward, **given | options)
+
+
+def make_agent(env, **options):
+    planner = PlannerLevel(
+        predictor_factory=PredictorFactory(
+            hidden_sizes=(16,), n_models=2, predictor_options={"model_lr": 1e-2}
+        ),
+        planner_factory=partial(ICEMPlanner, horizon=2, n_samples=16, n_iterations=1),
+        n_initial_random_steps=100,
+        random_prob=1.0,
+        random_duration=1,
+        batch_size=64,
+        model_batch_size=64,
+    )
+    # A skill sees the place and not the time, the planner both.
+    return Hierarchy([planner, make_skills(**options)], env, observation_maps=[None, [0, 1]])
+
+
+def train(agent, env, n_steps, per_batch=120):
+    infos = []
+    for data in Collector(
+        env,
+        agent,
+        frames_per_batch=per_batch,
+        total_frames=n_steps,
+        auto_register_policy_transforms=True,
+    ):
+        infos.append(agent.learn(data))
+    return infos
+
+
+def ends(skills, skill):
+    """Where ``skill [n, 2]`` leads from the origin."""
+    place = torch.zeros(len(skill), 2)
+    for step in range(DURATION):
+        n_actions = torch.full((len(skill), 1), step)
+        td = {"observation": place, "input": skill, "n_actions": n_actions}
+        place = place + skills(TensorDict(td, [len(skill)]))["action"]
+    return place
+
+
+def test_skills_fan_out():
+    """From nothing but the reward of skills; the environment's is of no use to it."""
+    env = Plane(10)
+    agent = make_agent(env, updates_per_step=0.25)
+    skills = agent.levels[1].eval()
+    skill = torch.rand(200, 2).mul(2).sub(1)
+    before = ends(skills, skill).std(0)
+    train(agent.train(), env, 2400)
+    after = ends(skills.eval(), skill)
+    assert bool((after.std(0) > 0.8).all()), (before, after.std(0))
+    # Which skill it was can be read off where it led, by a linear map.
+    design = torch.cat([after, torch.ones(200, 1)], 1)
+    residual = skill - design @ torch.linalg.lstsq(design, skill).solution
+    assert residual.var(0).sum() < 0.25 * skill.var(0).sum()
+
+
+def test_the_environments_reward_plays_no_part():
+    learned = []
+    for pay in (1.0, -100.0):
+        torch.manual_seed(0)
+        env = Plane(10, pay)
+        agent = make_agent(env, updates_per_step=0.1)
+        reward = agent.levels[1].skill_reward
+        train(agent, env, 360)
+        learned.append((agent.levels[1].learner.state_dict(), reward))
+    (first, reward), (second, _) = learned
+    # The predictor's model, which tells skills apart, draws and learns alike with both.
+    assert reward.symmetry_breaking < 1.0
+    assert first.keys() == second.keys()
+    assert all(torch.allclose(first[key], second[key], atol=1e-5) for key in first)
+
+
+def test_what_stands_above_has_to_predict():
+    env = Plane(2)
+    with pytest.raises(ValueError, match="SkillLevel"):
+        Hierarchy([RandomLevel(), make_skills()], env)
+    with pytest.raises(ValueError, match="put a PlannerLevel above it"):
+        make_skills().attach(None)
+
+
+def test_saved_and_resumed_bit_for_bit(tmp_path):
+    first, second = (make_agent(Plane(5), updates_per_step=0.2) for _ in range(2))
+    train(first, Plane(5), 240)
+    drawn = second.levels[1].skill_reward.linear_model.clone()
+    first.checkpoint().save(tmp_path / "run")
+    end = train(first, Plane(5), 240)
+    second.checkpoint().load(tmp_path / "run")
+    assert not torch.equal(second.levels[1].skill_reward.linear_model, drawn)
+    assert train(second, Plane(5), 240) == end
+    a, b = first.state_dict(), second.state_dict()
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_copy_acts_alike():
+    env = Plane(3)
+    agent = make_agent(env)
+    copy = pickle.loads(pickle.dumps(agent)).eval()
+    agent.eval()
+    assert copy.levels[1].buffer is None
+    skill = torch.rand(7, 2)
+    assert torch.equal(ends(copy.levels[1], skill), ends(agent.levels[1], skill))
+
+
+@pytest.mark.parametrize("name", ["transform", "reward_func"])
+def test_its_reward_is_not_replaced(name):
+    with pytest.raises(TypeError, match=f"takes no {name}"):
+        make_skills(**{name: None})
+
+
+def test_bad_input():
+    with pytest.raises(TypeError, match="SPlaTESReward"):
+        make_skills(reward=object())
+    with pytest.raises(ValueError, match="duration is None"):
+        make_skills(duration=None)
+    with pytest.raises(TypeError, match="learned RewardPredictor"):
+        make_skills().attach(object())

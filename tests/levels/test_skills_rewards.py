@@ -1,0 +1,379 @@
+"""The reward of skills against closed forms, a slow twin, and what it promises."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import gymnasium as gym
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensordict import TensorDict
+from torch import nn
+from torchrl.data import (
+    Bounded,
+    Categorical,
+    LazyTensorStorage,
+    OneHot,
+    TensorDictReplayBuffer,
+    Unbounded,
+)
+
+from layeredrl_torchrl import (
+    DADSReward,
+    DeltaStandardizer,
+    SACLearner,
+    SkillLevel,
+    SPlaTESReward,
+)
+from layeredrl_torchrl.levels.skills_rewards import identifiability
+
+BOX = Bounded(-1.0, 1.0, (2,))
+
+
+class LinearNet(nn.Module):
+    """A member that knows: the state changes by ``gain * z``, whatever it is."""
+
+    def __init__(self, state_space, context_space, action_space, n_modes, gain=(0.7, 0.3)):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(gain))
+
+    def forward(self, state, context, action):
+        mean = (action[..., :2] * self.gain).unsqueeze(-2)
+        term_prob = torch.zeros(state.shape[:-1])
+        return (mean, torch.ones_like(mean)), term_prob.unsqueeze(-1) + 1.0, term_prob
+
+
+@pytest.fixture
+def make_linear(make_predictor):
+    """Build a predictor whose change of the state ``[2]`` is linear in the skill, exactly."""
+
+    def build(**options):
+        known = {"normalize_targets": False, "normalize_inputs": False, "ema_decay": None}
+        model = {"action_space": 2, "partial_net": LinearNet, "n_models": 1, **known}
+        return make_predictor(model=model | options)
+
+    return build
+
+
+@pytest.fixture
+def make_skills():
+    """Build a level for a reward, attached to a predictor if there is one."""
+
+    def build(reward, predictor=None, input_spec=BOX, **options):
+        level = SkillLevel(
+            input_spec=input_spec,
+            duration=3,
+            skill_reward=reward,
+            learner_factory=partial(SACLearner, hidden_sizes=(8,)),
+            **options,
+        )
+        if predictor is not None:
+            level.attach(predictor)
+        return level
+
+    return build
+
+
+def transitions(n=12, obs=2, skill_dim=2):
+    """Transitions of skills of three steps each, as a hierarchy lays them out."""
+    step = torch.arange(n).remainder(3).unsqueeze(-1)
+    skill = torch.rand(n, skill_dim).mul(2).sub(1)
+    following = {
+        "parent_observation": torch.randn(n, obs),
+        "reward": torch.full((n, 1), 7.0),
+        "input_done": step == 2,
+    }
+    now = {"parent_observation": torch.randn(n, obs), "input": skill, "n_actions": step}
+    return TensorDict({**now, "next": following}, [n])
+
+
+def interval(change, gain, std):
+    """``log`` of the mean over uniform z in [-1, 1] of a Gaussian around ``gain * z``."""
+    normal = torch.distributions.Normal(0.0, 1.0)
+    upper, lower = (change + gain) / std, (change - gain) / std
+    return ((normal.cdf(upper) - normal.cdf(lower)) / (2 * gain)).log()
+
+
+# -- the score ------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.floats(-1e6, 1e3), min_size=1, max_size=6),
+    st.floats(-50.0, 50.0),
+)
+def test_score_against_sums_in_python(values, shift):
+    got = identifiability(torch.tensor(values, dtype=torch.float64)).item()
+    top = max(values)
+    mean = sum(math.exp(v - top) for v in values) / len(values)
+    assert got == pytest.approx(values[0] - top - math.log(mean), rel=1e-9, abs=1e-9)
+    assert got <= math.log(len(values)) + 1e-9
+    moved = identifiability(torch.tensor([v + shift for v in values], dtype=torch.float64))
+    assert moved.item() == pytest.approx(got, rel=1e-6, abs=1e-6)
+
+
+def test_score_far_from_everything():
+    log_prob = torch.tensor([[-1e6, -1e6, -1e6], [-1e6, 0.0, 0.0], [0.0, -1e6, -1e6]])
+    got = identifiability(log_prob)
+    assert got.tolist() == pytest.approx([0.0, -1e6 - math.log(2 / 3), math.log(3)])
+
+
+# -- against closed forms -------------------------------------------------------------------
+
+
+def test_linear_gaussian_closed_form(make_linear, make_skills):
+    reward = SPlaTESReward(n_skill_samples=40_000, std=0.4)
+    make_skills(reward, make_linear())
+    skill = torch.rand(8, 2).mul(2).sub(1)
+    gain, start = torch.tensor([0.7, 0.3]), torch.randn(8, 2)
+    change = skill * gain + 0.4 * torch.randn(8, 2)
+    got = reward.of(start, skill, start + change)
+    exact = torch.distributions.Normal(skill * gain, 0.4).log_prob(change)
+    expected = (exact - interval(change, gain, 0.4)).sum(-1)
+    torch.testing.assert_close(got, expected, atol=0.02, rtol=0.0)
+
+
+@pytest.mark.parametrize("kind", [OneHot, Categorical])
+def test_choices_closed_form(kind, make_predictor, make_skills):
+    """A mean over many draws of four skills is the mean over the four; learned and linear model."""
+    spec = kind(4)
+    predictor = make_predictor(model={"action_space": spec, "n_models": 1})
+    reward = SPlaTESReward(n_skill_samples=20_000, std=0.7, n_symmetry_breaking_steps=10)
+    level = make_skills(reward, predictor, input_spec=spec)
+    choice, start, end = torch.tensor([0, 1, 2, 3, 3]), torch.randn(5, 2), torch.randn(5, 2)
+    every = torch.eye(4, dtype=torch.int64) if kind is OneHot else torch.arange(4)
+    linear = 2.0 * reward.linear_model.mT.expand(5, 4, 2) + start.unsqueeze(1)
+    with torch.no_grad():
+        loc = [predictor.model.predict(start, None, z.expand(5, *z.shape))[0] for z in every]
+    for n_steps, means in ((0, linear), (10, torch.stack(loc, 1)[:, :, 0, 0])):
+        level.n_env_steps.fill_(n_steps)
+        log_prob = -0.5 * ((end.unsqueeze(1) - means) / 0.7).square().sum(-1)
+        own = log_prob.gather(1, choice.unsqueeze(1)).squeeze(1)
+        expected = own - log_prob.exp().mean(1).log()
+        got = reward.of(start, every[choice], end)
+        torch.testing.assert_close(got, expected, atol=0.03, rtol=0.01)
+
+
+def test_each_dimension_has_its_std(make_linear, make_skills):
+    reward = SPlaTESReward(n_skill_samples=40_000, std=[0.2, 0.6])
+    make_skills(reward, make_linear())
+    skill, std = torch.rand(8, 2).mul(2).sub(1), torch.tensor([0.2, 0.6])
+    gain = torch.tensor([0.7, 0.3])
+    change = skill * gain + std * torch.randn(8, 2)
+    got = reward.of(torch.zeros(8, 2), skill, change)
+    exact = torch.distributions.Normal(skill * gain, std).log_prob(change)
+    expected = (exact - interval(change, gain, std)).sum(-1)
+    torch.testing.assert_close(got, expected, atol=0.03, rtol=0.0)
+
+
+def test_first_the_random_linear_model_alone(make_linear, make_skills):
+    """In its own axes that model is a product of intervals, like the one above."""
+    reward = SPlaTESReward(n_skill_samples=40_000, std=0.5, n_symmetry_breaking_steps=100)
+    predictor = make_linear()
+    predictor.delta_standardizer.fit(torch.randn(500, 2) * torch.tensor([2.0, 0.1]) + 1.0)
+    level = make_skills(reward, predictor)
+    model = reward.linear_model
+    torch.testing.assert_close(model @ model.mT, torch.eye(2))
+    start, skill = torch.randn(8, 2), torch.rand(8, 2).mul(2).sub(1)
+    end = start + torch.randn(8, 2) * torch.tensor([2.0, 0.1]) + 1.0
+    # Rotated by the model's transpose, the expected change is sqrt(3) z.
+    change = predictor.delta_standardizer(end - start) @ model
+    gain = torch.tensor(math.sqrt(3.0))
+    exact = torch.distributions.Normal(gain * skill, 0.5).log_prob(change)
+    expected = (exact - interval(change, gain, 0.5)).sum(-1)
+    assert int(level.n_env_steps) == 0
+    torch.testing.assert_close(reward.of(start, skill, end), expected, atol=0.05, rtol=0.02)
+
+
+def test_blend_over_its_duration(make_linear, make_skills):
+    reward = SPlaTESReward(std=0.5, n_symmetry_breaking_steps=100)
+    level = make_skills(reward, make_linear())
+    batch = torch.randn(6, 2), torch.rand(6, 2), torch.randn(6, 2)
+
+    def after(n_steps):
+        level.n_env_steps.fill_(n_steps)
+        torch.manual_seed(1)
+        return reward.of(*batch)
+
+    first, half, last = after(0), after(50), after(100)
+    assert not torch.allclose(first, last)
+    torch.testing.assert_close(half, (first + last) / 2)
+    assert torch.equal(after(1000), last)
+    assert reward.symmetry_breaking == 0.0
+    plain = SPlaTESReward(std=0.5)
+    make_skills(plain, level.parent_predictor)
+    torch.manual_seed(1)
+    assert torch.equal(plain.of(*batch), last)
+
+
+@pytest.mark.parametrize(("spec", "n"), [(BOX, 2), (OneHot(5), 5), (Bounded(2.0, 8.0, (3,)), 3)])
+def test_linear_model_spreads_skills_as_changes_are_spread(spec, n, make_predictor, make_skills):
+    reward = SPlaTESReward(n_symmetry_breaking_steps=1)
+    predictor = make_predictor(model={"action_space": spec})
+    make_skills(reward, predictor, input_spec=spec)
+    assert reward.linear_model.shape == (2, n)
+    expected = reward._features(spec.rand((20_000,))) @ reward.linear_model.mT
+    torch.testing.assert_close(expected.square().mean(0), torch.ones(2), atol=0.05, rtol=0.0)
+
+
+# -- against a slow twin --------------------------------------------------------------------
+
+
+def slow(predictor, whitening, std, start, skill, end, others):
+    """One transition, skill, member and mode at a time."""
+    out = []
+    for s, z, e, more in zip(start, skill, end, others, strict=True):
+        density = []
+        for candidate in [z, *more]:
+            state, context = predictor.encode(s)
+            mean, weights, _, _ = predictor.model.predict(state, context, candidate)
+            p = 0.0
+            for member, shares in zip(mean, weights, strict=True):
+                for mode, share in zip(member, shares, strict=True):
+                    error = whitening @ (predictor.encode(e)[0] - mode) / std
+                    p += float(share / len(mean) * torch.exp(-0.5 * error.square().sum()))
+            density.append(p)
+        out.append(math.log(density[0] / (sum(density) / len(density))))
+    return torch.tensor(out)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dims", [None, [1], [2, 0]])
+def test_against_a_slow_twin(dims, make_predictor, make_skills):
+    model = {"action_space": 2, "n_models": 3, "n_modes": 2, "state_dim": 3}
+    predictor = make_predictor(state_dim=3, encoder=None, model=model)
+    sample = torch.randn(400, 3) @ torch.randn(3, 3)
+    predictor.delta_standardizer.fit(sample)
+    reward = SPlaTESReward(n_skill_samples=4, std=0.8, state_dims=dims)
+    make_skills(reward, predictor)
+    start, skill = torch.randn(5, 3), torch.rand(5, 2).mul(2).sub(1)
+    end = start + sample[:5]
+    torch.manual_seed(3)
+    got = reward.of(start, skill, end)
+    torch.manual_seed(3)
+    others = BOX.rand((5, 4))
+    chosen = range(3) if dims is None else dims
+    alone = DeltaStandardizer(len(chosen))
+    alone.fit(sample[:, list(chosen)])
+    whitening = torch.zeros(len(chosen), 3)
+    whitening[:, list(chosen)] = alone.whitening
+    twin = slow(predictor, whitening, 0.8, start, skill, end, others)
+    torch.testing.assert_close(got, twin, atol=1e-3, rtol=1e-3)
+
+
+def test_never_above_the_number_of_skills_told_apart(make_linear, make_skills):
+    reward = SPlaTESReward(n_skill_samples=7, std=1e-3)
+    make_skills(reward, make_linear())
+    skill, start = torch.rand(200, 2).mul(2).sub(1), torch.randn(200, 2)
+    gain = torch.tensor([0.7, 0.3])
+    fits = reward.of(start, skill, start + gain * skill)
+    assert bool((fits <= math.log(8) + 1e-5).all())
+    assert fits.mean() > 0.99 * math.log(8)
+    mixed_up = reward.of(start, skill, start + gain * skill.roll(1, 0))
+    assert bool(mixed_up.isfinite().all())
+    assert mixed_up.mean() < -100.0
+
+
+# -- as a transform -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows"), [(SPlaTESReward, [2, 5, 8, 11]), (DADSReward, range(12))]
+)
+def test_which_steps_are_rewarded(kind, rows, make_linear, make_skills):
+    reward = kind(n_skill_samples=4)
+    make_skills(reward, make_linear())
+    data = transitions()
+    torch.manual_seed(2)
+    got = reward(data.clone())["next", "reward"]
+    expected, rows = torch.zeros(12, 1), list(rows)
+    torch.manual_seed(2)
+    read = data["parent_observation"], data["input"], data["next", "parent_observation"]
+    expected[rows, 0] = reward.of(*(x[rows] for x in read))
+    assert torch.equal(got, expected)
+    assert bool(expected[rows].any())
+
+
+def test_a_skill_that_is_cut_short_has_no_reward(make_linear, make_skills):
+    reward = SPlaTESReward()
+    make_skills(reward, make_linear())
+    data = transitions(3)
+    data["next", "input_done"] = torch.tensor([[False], [True], [False]])
+    got = reward(data[:2])["next", "reward"]
+    assert not bool(got.any())
+
+
+def test_recomputed_when_sampled(make_linear, make_skills):
+    predictor, reward = make_linear(), SPlaTESReward()
+    level = make_skills(reward, predictor)
+    level.buffer.extend(transitions())
+    torch.manual_seed(4)
+    first = level.buffer.sample(64)["next", "reward"]
+    with torch.no_grad():
+        for parameter in predictor.model.members.parameters():
+            parameter.mul_(-1.0)
+    torch.manual_seed(4)
+    assert not torch.allclose(level.buffer.sample(64)["next", "reward"], first)
+    stored = level.buffer.storage[:]["next", "reward"]
+    assert torch.equal(stored, torch.full((12, 1), 7.0))
+
+
+def test_works_as_a_transform_of_any_buffer(make_linear, make_skills):
+    reward = DADSReward()
+    make_skills(reward, make_linear())
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(50), transform=reward, batch_size=9)
+    buffer.extend(transitions())
+    assert bool((buffer.sample()["next", "reward"] != 7.0).all())
+
+
+# -- bad input ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_skill_samples": 0}, "n_skill_samples"),
+        ({"std": 0.0}, "std must be"),
+        ({"std": float("nan")}, "std must be"),
+        ({"std": [1.0, -1.0]}, "std must be"),
+        ({"state_dims": []}, "state_dims"),
+        ({"state_dims": [1, 1]}, "state_dims"),
+        ({"n_symmetry_breaking_steps": -1}, "n_symmetry_breaking_steps"),
+    ],
+)
+@pytest.mark.parametrize("kind", [SPlaTESReward, DADSReward])
+def test_bad_options(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**options)
+
+
+def test_what_cannot_be_attached(make_linear, make_predictor, make_point, make_skills):
+    with pytest.raises(ValueError, match="above has 2 dimensions"):
+        make_skills(SPlaTESReward(state_dims=[0, 2]), make_linear())
+    with pytest.raises(ValueError, match="3 stds for 2 dimensions"):
+        make_skills(SPlaTESReward(std=[1.0, 1.0, 1.0]), make_linear())
+    with pytest.raises(ValueError, match="delta_standardizer=False"):
+        make_skills(SPlaTESReward(), make_predictor(delta_standardizer=False))
+    with pytest.raises(TypeError, match="learned RewardPredictor"):
+        make_skills(SPlaTESReward(), make_point())
+    reward = SPlaTESReward()
+    make_skills(reward)
+    with pytest.raises(ValueError, match="another level already"):
+        make_skills(reward)
+
+
+def test_data_of_another_kind(make_linear, make_skills):
+    reward = SPlaTESReward()
+    make_skills(reward, make_linear())
+    for key in ("parent_observation", "n_actions", ("next", "parent_observation")):
+        with pytest.raises(KeyError, match=r"Hierarchy\.transitions"):
+            reward(transitions().exclude(key))
+
+
+@pytest.mark.parametrize("spec", [None, Unbounded((2,)), gym.spaces.Box(0.0, math.inf, (2,))])
+def test_skills_need_a_prior(spec, make_skills):
+    with pytest.raises(ValueError, match="prior of skills"):
+        make_skills(SPlaTESReward(), input_spec=spec)

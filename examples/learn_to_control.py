@@ -75,6 +75,8 @@ class Config:
     """Rewards in a value target."""
     horizon: int = 8
     """Steps that are planned ahead; what comes after is left to the value function."""
+    use_value: bool = True
+    """Whether plans count the value of the state they end in."""
     n_samples: int = 100
     """Candidate plans in the first iteration."""
     n_iterations: int = 3
@@ -84,7 +86,7 @@ class Config:
     steps_per_checkpoint: int = 1000
     """Real steps between two checkpoints; the last two are kept."""
     output: Path = Path("output/learn_to_control")
-    """Folder of the learning curve (CSV and picture) and of the checkpoints."""
+    """Folder of the learning curve (CSV and picture), of the evaluation and of the checkpoints."""
     resume: bool = False
     """Go on from the last checkpoint in the output folder."""
     threads: int = 2
@@ -92,7 +94,16 @@ class Config:
 
 
 # What a checkpoint does not fit if it is another.
-SHAPE = ("task", "n_envs", "n_models", "hidden_size", "horizon", "n_samples", "n_iterations")
+SHAPE = (
+    "task",
+    "n_envs",
+    "n_models",
+    "hidden_size",
+    "horizon",
+    "use_value",
+    "n_samples",
+    "n_iterations",
+)
 NAN = float("nan")
 
 
@@ -122,7 +133,7 @@ def make_level(config: Config, task: Task, env: EnvBase) -> PlannerLevel:
             n_samples=config.n_samples,
             n_iterations=config.n_iterations,
             discount=config.gamma,
-            use_value_func=True,
+            use_value_func=config.use_value,
         ),
         n_initial_random_steps=config.random_steps,
         random_prob=config.random_prob,
@@ -238,7 +249,7 @@ def resume(config: Config, level: PlannerLevel) -> list[dict[str, float]]:
     if latest is None:
         raise SystemExit(f"--resume: {config.output} has no checkpoint; leave it out")
     saved, now = Checkpoint.manifest(latest)["metadata"], asdict(config)
-    other = {name: saved[name] for name in SHAPE if saved[name] != now[name]}
+    other = {name: saved.get(name) for name in SHAPE if saved.get(name) != now[name]}
     if other:
         raise SystemExit(f"--resume: {config.output} was made with {other}; use the same")
     rotation.load_latest(checkpoint_of(level))
@@ -269,6 +280,10 @@ def main(config: Config) -> None:
         learn(config, level, env, total, rows)
     returns, success = evaluate(config, task, level)
     mean = returns.mean().item()
+    episodes = [{"return": value} for value in returns.tolist()]
+    if success is not None:
+        episodes = [row | {"success": s} for row, s in zip(episodes, success.tolist(), strict=True)]
+    write_csv(config.output / "evaluation.csv", episodes)
     picture = config.output / "learning_curve.png"
     pictures.learning_curve(rows, mean, picture, config.task)
     goal = "" if task.solved_at is None else f", solved from {task.solved_at:g}"

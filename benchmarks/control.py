@@ -1,0 +1,159 @@
+"""Learned control from scratch: runs `examples/learn_to_control.py` over tasks and seeds.
+
+    python benchmarks/control.py                              # every task, seeds 0 1 2
+    python benchmarks/control.py --tasks Reacher-v5 --seeds 0
+    python benchmarks/control.py --no-run                     # table and picture of what is there
+
+A run that was cut off goes on from its last checkpoint, one that is complete is not run again.
+Prints a table (mean return, lowest and highest episode, successes, minutes) and draws the curves of
+all seeds, both from the files in the output folder.
+"""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+
+from layeredrl_torchrl import get_task
+
+# What differs from the example's defaults.
+OPTIONS = {
+    "InvertedPendulum-v5": "",
+    "CartPoleSwingUp": "--horizon 20",
+    "Reacher-v5": "--horizon 15 --n-samples 200 --n-iterations 6 --no-use-value",
+    "PointMaze-Open": "--horizon 20 --no-use-value --updates-per-step 1",
+    "PointMaze-U": "--horizon 20 --no-use-value --updates-per-step 1",
+    "HalfCheetah-v5": "--horizon 12 --n-samples 200 --hidden-size 128",
+}
+COLORS = ("#2a6fbb", "#d9722b", "#3a9a5c", "#8a5fbf", "#888888")
+EXAMPLE = Path(__file__).parents[1] / "examples" / "learn_to_control.py"
+
+
+@dataclass
+class Config:
+    """Learn tasks from scratch, over seeds."""
+
+    tasks: tuple[str, ...] = tuple(OPTIONS)
+    """Names of the tasks."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds."""
+    eval_episodes: int = 30
+    """Episodes of the final evaluation."""
+    threads: int = 1
+    """Threads that torch may use."""
+    run: bool = True
+    """Whether what is missing is run."""
+    output: Path = Path("output/control")
+    """Folder with a folder for each run, and of the picture."""
+
+
+def run(config: Config, task: str, seed: int) -> None:
+    """Learn one task, unless that is done; goes on where an earlier run was cut off."""
+    folder = config.output / f"{task}-{seed}"
+    if (folder / "evaluation.csv").exists():
+        return
+    command = [sys.executable, str(EXAMPLE), "--task", task, "--seed", str(seed)]
+    command += ["--threads", str(config.threads), "--eval-episodes", str(config.eval_episodes)]
+    command += ["--output", str(folder), *OPTIONS.get(task, "").split()]
+    if (folder / "checkpoints").exists():
+        command.append("--resume")
+    subprocess.run(command, check=True)
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """The columns of a CSV file."""
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
+
+
+def table(config: Config) -> None:
+    """Print what the complete runs reached, as Markdown."""
+    print("| task | real steps | seed | mean return (lowest, highest) | success | minutes |")
+    print("|---|---|---|---|---|---|")
+    for task in config.tasks:
+        for seed in config.seeds:
+            folder = config.output / f"{task}-{seed}"
+            if not (folder / "evaluation.csv").exists():
+                continue
+            episodes, curve = read(folder / "evaluation.csv"), read(folder / "curve.csv")
+            returns = episodes["return"]
+            success = f"{100 * fmean(episodes['success']):.0f} %" if "success" in episodes else ""
+            print(
+                f"| {task} | {curve['env_steps'][-1]:,.0f} | {seed} | {returns.mean():.2f} "
+                f"({returns.min():.2f}, {returns.max():.2f}) | {success} | "
+                f"{curve['seconds'][-1] / 60:.0f} |"
+            )
+
+
+def picture(config: Config) -> None:
+    """Draw the returns of training episodes of all seeds, and their final evaluations."""
+    folders = {
+        task: {
+            seed: folder
+            for seed in config.seeds
+            if ((folder := config.output / f"{task}-{seed}") / "curve.csv").exists()
+        }
+        for task in config.tasks
+    }
+    folders = {task: runs for task, runs in folders.items() if runs}
+    if not folders:
+        raise SystemExit(f"{config.output} holds no runs; leave --no-run out to make them")
+    n_columns = min(3, len(folders))
+    n_rows = -(-len(folders) // n_columns)
+    figure, axes = plt.subplots(
+        n_rows, n_columns, figsize=(4.2 * n_columns, 3.1 * n_rows), squeeze=False
+    )
+    for axis in axes.flat[len(folders) :]:
+        axis.remove()
+    for axis, (task, runs) in zip(axes.flat, folders.items(), strict=False):
+        for seed, folder in runs.items():
+            curve, color = read(folder / "curve.csv"), COLORS[seed % len(COLORS)]
+            ended = curve["episodes"] > 0
+            steps = curve["env_steps"][ended]
+            axis.plot(steps, curve["return"][ended], color=color, lw=1.3, label=f"seed {seed}")
+            if (folder / "evaluation.csv").exists():
+                final = read(folder / "evaluation.csv")["return"].mean()
+                end = curve["env_steps"][-1]
+                axis.plot(end, final, "*", color=color, markersize=11, clip_on=False)
+        solved = get_task(task).solved_at
+        if solved is not None:
+            axis.axhline(solved, color="black", lw=0.8, ls=":", label=f"solved: {solved:g}")
+        axis.set_title(task, fontsize=10)
+        axis.set_xlabel("real environment steps")
+        axis.xaxis.set_major_locator(plt.MaxNLocator(5))
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=7, frameon=False)
+    for row in axes:
+        row[0].set_ylabel("return of training episodes\n(star: evaluation)", fontsize=8)
+    figure.tight_layout()
+    path = config.output / "control.png"
+    figure.savefig(path, dpi=110)
+    print(f"\nCurves: {path}")
+
+
+def main(config: Config) -> None:
+    """Run what is missing, print the table, draw the picture."""
+    for task in config.tasks:
+        get_task(task)
+        for seed in config.seeds if config.run else ():
+            run(config, task, seed)
+    table(config)
+    picture(config)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

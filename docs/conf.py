@@ -1,0 +1,119 @@
+"""Sphinx configuration of the manual; `tox -e docs` builds it."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from typing import Any
+
+from sphinx.util.nodes import make_refnode
+
+import layeredrl_torchrl
+
+project = "layeredrl_torchrl"
+author = "layeredrl_torchrl developers"
+copyright = f"2026, {author}"
+release = version = layeredrl_torchrl.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"{project} {release}"
+
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_default_options = {"members": True, "member-order": "bysource", "show-inheritance": True}
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+
+# With -n every reference has to lead somewhere, but for those to other packages and to what is
+# described by comments only: the manual is built without a network.
+nitpick_ignore_regex = [
+    (r"py:.*", r"(abc|collections|dataclasses|gymnasium|numpy|tensordict|torch|torchrl)\..*"),
+    (r"py:class", r"Tensor"),  # in the fields of a NamedTuple
+    (r"py:attr", r".*"),
+]
+
+
+def _import(name: str) -> Any:
+    """What can be imported by a dotted name, or ``None``."""
+    parts = name.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:cut]))
+            for part in parts[cut:]:
+                found = getattr(found, part)
+        except (ImportError, AttributeError):
+            continue
+        return found
+    return None
+
+
+def _resolve(app: Any, env: Any, node: Any, contnode: Any) -> Any:
+    """Lead references by any importable name to where the object is documented.
+
+    That is below its sub-package; docstrings also use the flat name, that of the file, names that
+    their file imports, and those of inherited members. What exists but is not part of the reference
+    becomes plain text; what does not exist is left to be warned about.
+    """
+    if node.get("refdomain") != "py":
+        return None
+    target, module, cls = node["reftarget"], node.get("py:module"), node.get("py:class")
+    files = [name for name in sys.modules if name.startswith("layeredrl_torchrl")]
+    found = next(
+        (
+            found
+            for scope in (f"{module}.{cls}.", f"{module}.", "", *(f"{file}." for file in files))
+            if (found := _import(scope + target)) is not None
+        ),
+        None,
+    )
+    path = (getattr(found, "__module__", None) or "").split(".")
+    objects = env.get_domain("py").objects
+    names = [
+        ".".join([*path[:cut], getattr(found, "__qualname__", target)])
+        for cut in range(len(path), 0, -1)
+    ]
+    if isinstance(found, (int, str, tuple)):  # data, which does not know where it is from
+        names = [name for name in objects if name.endswith(f".{target}")]
+    elif path[0] != "layeredrl_torchrl":
+        return None
+    for name in names:
+        if name in objects:
+            known = objects[name]
+            return make_refnode(
+                app.builder, node["refdoc"], known.docname, known.node_id, contnode, name
+            )
+    return contnode
+
+
+def _mark_examples(
+    app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+    """Show what is indented under the first paragraphs of a docstring as code."""
+    for i in range(1, len(lines)):
+        if re.match(r"\w[\w ]*:$", lines[i - 1]):
+            return  # a section such as Args
+        starts = lines[i].startswith("    ") and not lines[i - 1]
+        before = next((line for line in reversed(lines[:i]) if line), "")
+        plain = before and not before.startswith(" ") and not before.startswith((".. ", "- "))
+        if starts and plain and not before.endswith("::"):
+            lines.insert(i, "")
+            lines.insert(i, "::")
+            return
+
+
+def setup(app: Any) -> None:
+    app.connect("missing-reference", _resolve)
+    app.connect("autodoc-process-docstring", _mark_examples, priority=400)  # before napoleon

@@ -56,6 +56,11 @@ def _check_levels(levels: Sequence[Level]) -> None:
         pair = f"{label(levels, i)} below {label(levels, i - 1)}"
         if level.input_spec is None:
             raise ValueError(f"{pair} takes nothing from it; build it with input_spec=")
+        if level.parent_each_step not in (None, levels[i - 1].each_step):
+            raise ValueError(
+                f"{pair} needs a level above that learns with each_step={level.parent_each_step}, "
+                f"got {levels[i - 1].each_step}; build that one so"
+            )
         own = getattr(level.hands_back, "__func__", None) is not Level.hands_back
         if level.duration is None and not own:
             raise ValueError(

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
-from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.checkpoint import Checkpoint, GlobalRNGState
 from torchrl.data import Composite, Unbounded
@@ -27,6 +26,7 @@ from layeredrl_torchrl.hierarchies.memory import (
 )
 from layeredrl_torchrl.hierarchies.transitions import cut
 from layeredrl_torchrl.levels import Level
+from layeredrl_torchrl.levels.state import WholeState
 
 __all__ = ["Hierarchy"]
 
@@ -36,7 +36,7 @@ _NEEDS = (
 )
 
 
-class Hierarchy(TensorDictModuleBase):
+class Hierarchy(WholeState):
     """Levels, each of which acts through the one below it, as one TorchRL policy.
 
         hierarchy = Hierarchy([planner_level, skill_level], env=env)  # highest first
@@ -83,6 +83,7 @@ class Hierarchy(TensorDictModuleBase):
 
     levels: nn.ModuleList
     observation_key = "observation"
+    name = "Hierarchy"
 
     def __init__(
         self,
@@ -254,7 +255,8 @@ class Hierarchy(TensorDictModuleBase):
         ==================================  =======================================================
 
         The highest level has no input, ``"input_done"`` and ``"parent_observation"``. With
-        ``each_step`` each environment step under an action is a transition.
+        ``each_step`` each environment step under an action is a transition, and the
+        ``"parent_observation"`` of the level below what is seen where its own transition begins.
 
         Args:
             data: ``[T]`` or ``[env, T]``.

@@ -87,7 +87,8 @@ def _of_level(
     if i:
         see_above = hierarchy.maps[i - 1]
         own.set(level.input_key, held(i - 1, "action"))
-        own.set("parent_observation", see_above(held(i - 1, "observation")))
+        begin = start if hierarchy.levels[i - 1].each_step else held(i - 1, "observation")
+        own.set("parent_observation", see_above(begin))
         own.set(("next", "parent_observation"), see_above(reached))
         own.set(("next", "input_done"), done | of(handed_back[i]))
     if i == lowest:

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.data import Composite, ReplayBuffer, TensorSpec
 from torchrl.envs import TensorDictPrimer
 
 from layeredrl_torchrl._checks import check_positive_int
-from layeredrl_torchrl.levels.state import check_state
+from layeredrl_torchrl.levels.state import WholeState
 from layeredrl_torchrl.predictors import Predictor
 from layeredrl_torchrl.specs import Space, to_spec
 
 __all__ = ["Level"]
 
 
-class Level(TensorDictModuleBase):
+class Level(WholeState):
     """A policy that learns, of one time scale; alone, or in a hierarchy.
 
     Called with a TensorDict ``[*B]`` it reads the observation, where it has an ``input_spec`` also
@@ -69,6 +67,8 @@ class Level(TensorDictModuleBase):
     observation_key: NestedKey = "observation"
     input_key: NestedKey = "input"
     action_key: NestedKey = "action"
+    #: What ``each_step`` of the level above has to be; ``None`` for either.
+    parent_each_step: bool | None = None
     #: Where transitions are stored, if they are.
     buffer: ReplayBuffer | None = None
 
@@ -192,25 +192,6 @@ class Level(TensorDictModuleBase):
         return TensorDictPrimer(Composite(), expand_specs=True)
 
     # -- state ------------------------------------------------------------------------------
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """As torch's, but nothing is loaded unless everything fits.
-
-        Raises:
-            ValueError: Entries that are missing, not known or of another shape; the message lists
-                them, and the level is as it was.
-        """
-        own = self.state_dict()
-        check_state(self.name, own, state_dict, strict=strict)
-        # TorchRL's losses load all of a network or, halfway through, raise: what is not strict
-        # keeps its value by being loaded as well.
-        fitting = {name: state_dict.get(name, value) for name, value in own.items()}
-        result = super().load_state_dict(fitting, strict=True, assign=assign)
-        result.missing_keys.extend(name for name in own if name not in state_dict)
-        result.unexpected_keys.extend(name for name in state_dict if name not in own)
-        return result
 
     # -- acting and learning ----------------------------------------------------------------
 

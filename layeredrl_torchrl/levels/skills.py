@@ -95,6 +95,7 @@ class SkillLevel(ModelFreeLevel):
         )
         skill_reward.bind(self)
         self.skill_reward = skill_reward
+        self.parent_each_step = skill_reward.each_step
 
     def attach(self, parent_predictor: Predictor | None) -> None:
         """As :meth:`Level.attach`; the predictor is what skills are told apart by.

@@ -81,6 +81,8 @@ class SkillReward(Transform):
     """
 
     linear_model: Tensor  # [D', Z], 0 x 0 until the level is attached
+    #: Whether every step of a skill is paid, by a level above that learns from every step.
+    each_step: bool = False
 
     def __init__(
         self,
@@ -289,6 +291,8 @@ class DADSReward(SkillReward):
     >>> DADSReward(n_skill_samples=64, std=0.2).n_skill_samples
     64
     """
+
+    each_step = True
 
     def _rewarded(self, tensordict: TensorDictBase) -> Tensor:
         return torch.ones(len(tensordict), dtype=torch.bool, device=tensordict.device)

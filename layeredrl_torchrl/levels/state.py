@@ -5,12 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-__all__ = ["check_state"]
+__all__ = ["WholeState"]
 
 
-def check_state(
+class WholeState(TensorDictModuleBase):
+    """A module whose state is loaded as a whole, or not at all."""
+
+    name: str
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As torch's, but nothing is loaded unless everything fits.
+
+        Raises:
+            ValueError: Entries that are missing, not known or of another shape; the message lists
+                them, and everything is as it was.
+        """
+        own = self.state_dict()
+        _check_state(self.name, own, state_dict, strict=strict)
+        # TorchRL's losses load all of a network or, halfway through, raise: what is not strict
+        # keeps its value by being loaded as well.
+        fitting = {name: state_dict.get(name, value) for name, value in own.items()}
+        result = super().load_state_dict(fitting, strict=True, assign=assign)
+        result.missing_keys.extend(name for name in own if name not in state_dict)
+        result.unexpected_keys.extend(name for name in state_dict if name not in own)
+        return result
+
+
+def _check_state(
     name: str, own: Mapping[str, Any], saved: Mapping[str, Any], *, strict: bool
 ) -> None:
     """Raise ``ValueError`` unless ``saved`` fits.

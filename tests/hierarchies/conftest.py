@@ -189,6 +189,7 @@ def plain_loop(levels, sees, episode, instance, n_steps, lengths):
             if not (lowest or level.each_step or ended or back[i + 1]):
                 continue
             total, elapsed = now.pop("reward"), now.pop("elapsed")
+            start = before if level.each_step else now["start"]
             del now["start"]
             if level.each_step:
                 now["observation"], total, elapsed = sees[i](before), reward, 1
@@ -202,7 +203,9 @@ def plain_loop(levels, sees, episode, instance, n_steps, lengths):
             }
             if i:
                 now["input"] = doing[i - 1]["action"]
-                now["parent_observation"] = sees[i - 1](doing[i - 1]["start"])
+                whole = not levels[i - 1].each_step
+                start = doing[i - 1]["start"] if whole else start
+                now["parent_observation"] = sees[i - 1](start)
                 now["next", "parent_observation"] = sees[i - 1](state)
                 now["next", "input_done"] = ended | back[i]
             if not lowest:

@@ -186,3 +186,15 @@ def test_a_saved_run_goes_on_bit_for_bit(toy, tmp_path):
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert len(whole.levels[0].buffer) == len(resumed.levels[0].buffer)
+
+
+def test_a_state_that_does_not_fit_changes_nothing(toy):
+    hierarchy = make_two(toy)
+    saved = {key: value.clone() for key, value in hierarchy.state_dict().items()}
+    other = {key: value + 1 for key, value in saved.items()}
+    key, value = next((k, v) for k, v in reversed(other.items()) if v.ndim)
+    other[key] = value.unsqueeze(0).repeat(2, *[1] * value.ndim)
+    with pytest.raises(ValueError, match=r"does not fit this Hierarchy.*nothing was loaded"):
+        hierarchy.load_state_dict(other)
+    now = hierarchy.state_dict()
+    assert all(torch.equal(now[key], saved[key]) for key in saved)

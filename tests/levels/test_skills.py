@@ -13,6 +13,7 @@ from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
 
 from layeredrl_torchrl import (
+    DADSReward,
     Hierarchy,
     ICEMPlanner,
     PlannerLevel,
@@ -74,7 +75,7 @@ def make_skills(**options):
     return SkillLevel(skill_reward=reward, **given | options)
 
 
-def make_agent(env, **options):
+def make_agent(env, each_step=False, **options):
     planner = PlannerLevel(
         predictor_factory=PredictorFactory(
             hidden_sizes=(16,), n_models=2, predictor_options={"model_lr": 1e-2}
@@ -85,6 +86,7 @@ def make_agent(env, **options):
         random_duration=1,
         batch_size=64,
         model_batch_size=64,
+        each_step=each_step,
     )
     # A skill sees the place and not the time, the planner both.
     return Hierarchy([planner, make_skills(**options)], env, observation_maps=[None, [0, 1]])
@@ -127,6 +129,32 @@ def test_skills_fan_out():
     design = torch.cat([after, torch.ones(200, 1)], 1)
     residual = skill - design @ torch.linalg.lstsq(design, skill).solution
     assert residual.var(0).sum() < 0.25 * skill.var(0).sum()
+
+
+def test_paid_for_each_step_by_a_model_of_single_steps():
+    env = Plane(3)
+    agent = make_agent(env, each_step=True, reward=DADSReward(n_skill_samples=8))
+    collector = Collector(
+        env, agent, frames_per_batch=60, total_frames=60, auto_register_policy_transforms=True
+    )
+    (data,) = [batch.clone() for batch in collector]
+    above, below = agent.transitions(data)
+    place = data["observation"].flatten(0, 1)
+    assert len(above) == len(below) == 60
+    assert torch.equal(above["observation"], place)
+    assert torch.equal(below["parent_observation"], place)
+    step = below["next", "parent_observation"] - below["parent_observation"]
+    assert torch.equal(step[:, 2], torch.ones(60))
+    assert torch.allclose(step[:, :2], below["action"])
+    agent.learn(data)
+    assert bool((agent.levels[1].buffer.sample(32)["next", "reward"] != 0).all())
+
+
+@pytest.mark.parametrize(("reward", "each_step"), [(DADSReward(), False), (SPlaTESReward(), True)])
+def test_the_planner_has_to_learn_from_what_is_paid(reward, each_step):
+    message = rf"below level 0 .* needs .* each_step={reward.each_step}, got {each_step}"
+    with pytest.raises(ValueError, match=message):
+        make_agent(Plane(3), each_step=each_step, reward=reward)
 
 
 def test_the_environments_reward_plays_no_part():

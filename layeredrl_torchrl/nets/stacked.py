@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -227,7 +228,6 @@ class StackedSampler:
         On a CPU memory that is used again stays in the caches, and is not asked of the system anew.
         """
         bias = self.last[1]
-        self.last_out = bias.new_empty(n_models, rows, bias.shape[-1])
         self.choice_out = bias.new_empty(n_models, self.n_modes + 1, rows)
         first = torch.arange(n_models * rows, device=bias.device) * 2 * self.n_modes
         self.first_rows = torch.stack((first, first + 1))
@@ -235,8 +235,16 @@ class StackedSampler:
         n_blocks = 1 if bias.is_cuda else -(-rows * widest // _BLOCK)
         members = [slice(None)] if n_blocks == 1 else [slice(m, m + 1) for m in range(n_models)]
         step = -(-rows // n_blocks)
-        # Two suffice: each layer reads the one and writes the other.
+        # Two suffice: each layer reads the one and writes the other; the last one, too, where a
+        # block is all there is.
+        of_last = (n_models, rows, bias.shape[-1])
+        shares = n_blocks == 1 and self.dtype == bias.dtype
+        widest = max(widest, of_last[-1]) if shares else widest
         rooms = bias.new_empty(2, n_models // len(members) * step * widest, dtype=self.dtype)
+        if shares:
+            self.last_out = rooms[len(self.weights) % 2, : math.prod(of_last)].view(of_last)
+        else:
+            self.last_out = bias.new_empty(of_last)
         self.blocks: list[_Block] = []
         for member in members:
             for start in range(0, rows, step):

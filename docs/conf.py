@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import re
 import sys
 from typing import Any
 
@@ -98,22 +97,5 @@ def _resolve(app: Any, env: Any, node: Any, contnode: Any) -> Any:
     return contnode
 
 
-def _mark_examples(
-    app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
-) -> None:
-    """Show what is indented under the first paragraphs of a docstring as code."""
-    for i in range(1, len(lines)):
-        if re.match(r"\w[\w ]*:$", lines[i - 1]):
-            return  # a section such as Args
-        starts = lines[i].startswith("    ") and not lines[i - 1]
-        before = next((line for line in reversed(lines[:i]) if line), "")
-        plain = before and not before.startswith(" ") and not before.startswith((".. ", "- "))
-        if starts and plain and not before.endswith("::"):
-            lines.insert(i, "")
-            lines.insert(i, "::")
-            return
-
-
 def setup(app: Any) -> None:
     app.connect("missing-reference", _resolve)
-    app.connect("autodoc-process-docstring", _mark_examples, priority=400)  # before napoleon

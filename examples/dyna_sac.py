@@ -20,11 +20,10 @@ import pictures
 import torch
 import tyro
 from dyna_agent import Agent, AgentConfig, make_planner
-from learn_to_control import read_csv, write_csv
+from runs import load_latest, read_csv, rotation_of, write_csv
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
-from torchrl.checkpoint import Checkpoint, CheckpointRotation
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, ExplorationType, RewardSum, set_exploration_type
 from tqdm import tqdm
@@ -99,7 +98,7 @@ def learn(
     config: Config, agent: Agent, env: EnvBase, total: int, rows: list[dict[str, float]]
 ) -> None:
     """Collect and learn until `total` steps are taken; a row of `rows` for each batch."""
-    rotation = CheckpointRotation(config.output / "checkpoints", keep_last=2)
+    rotation = rotation_of(config.output)
     checkpoint = agent.checkpoint()
     steps = saved = agent.counters["env_steps"]
     start = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
@@ -162,15 +161,7 @@ def report(
 
 def resume(config: Config, agent: Agent) -> list[dict[str, float]]:
     """Load the last checkpoint of the output folder; returns the curve up to it."""
-    rotation = CheckpointRotation(config.output / "checkpoints", keep_last=2)
-    latest = rotation.latest()
-    if latest is None:
-        raise SystemExit(f"--resume: {config.output} has no checkpoint; leave it out")
-    saved, now = Checkpoint.manifest(latest)["metadata"], asdict(config)
-    other = {name: saved.get(name) for name in SHAPE if saved.get(name) != now[name]}
-    if other:
-        raise SystemExit(f"--resume: {config.output} was made with {other}; use the same")
-    rotation.load_latest(agent.checkpoint())
+    load_latest(config.output, agent.checkpoint(), asdict(config), SHAPE)
     return read_csv(config.output / "curve.csv", agent.counters["env_steps"])
 
 

@@ -10,7 +10,6 @@ that it learns between the collector's batches. `python -m layeredrl_torchrl.env
 
 from __future__ import annotations
 
-import csv
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,8 +18,9 @@ from pathlib import Path
 import pictures
 import torch
 import tyro
+from runs import load_latest, read_csv, rotation_of, write_csv
 from tensordict import TensorDictBase
-from torchrl.checkpoint import Checkpoint, CheckpointRotation, GlobalRNGState
+from torchrl.checkpoint import Checkpoint, GlobalRNGState
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, RewardSum, TransformedEnv
 from tqdm import tqdm
@@ -173,7 +173,7 @@ def learn(
     config: Config, level: PlannerLevel, env: EnvBase, total: int, rows: list[dict[str, float]]
 ) -> None:
     """Collect and learn until `total` steps are taken; a row of `rows` for each batch."""
-    rotation = CheckpointRotation(config.output / "checkpoints", keep_last=2)
+    rotation = rotation_of(config.output)
     checkpoint = checkpoint_of(level)
     steps = saved = int(level.n_env_steps)
     start = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
@@ -228,31 +228,9 @@ def evaluate(
     return returns, success
 
 
-def write_csv(path: Path, rows: list[dict[str, float]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read_csv(path: Path, until: int) -> list[dict[str, float]]:
-    """The rows of a curve up to `until` steps."""
-    with path.open() as file:
-        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    return [row for row in rows if row["env_steps"] <= until]
-
-
 def resume(config: Config, level: PlannerLevel) -> list[dict[str, float]]:
     """Load the last checkpoint of the output folder; returns the curve up to it."""
-    rotation = CheckpointRotation(config.output / "checkpoints", keep_last=2)
-    latest = rotation.latest()
-    if latest is None:
-        raise SystemExit(f"--resume: {config.output} has no checkpoint; leave it out")
-    saved, now = Checkpoint.manifest(latest)["metadata"], asdict(config)
-    other = {name: saved.get(name) for name in SHAPE if saved.get(name) != now[name]}
-    if other:
-        raise SystemExit(f"--resume: {config.output} was made with {other}; use the same")
-    rotation.load_latest(checkpoint_of(level))
+    load_latest(config.output, checkpoint_of(level), asdict(config), SHAPE)
     return read_csv(config.output / "curve.csv", int(level.n_env_steps))
 
 

@@ -10,7 +10,6 @@ plans in the learned model, and is the collector's policy.
 
 from __future__ import annotations
 
-import csv
 import ctypes
 import os
 import sys
@@ -32,6 +31,7 @@ if sys.platform == "linux" and not {"MUJOCO_GL", "DISPLAY"} & os.environ.keys():
 import pictures
 import torch
 import tyro
+from runs import write_csv
 from torchrl.checkpoint import Checkpoint
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
@@ -224,13 +224,6 @@ def evaluate(config: Config, predictor: RewardPredictor):
             bar.update(1)
     env.close()
     return returns, torch.stack(steps, -1)
-
-
-def write_csv(path: Path, rows: list[dict[str, float]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def main(config: Config) -> None:

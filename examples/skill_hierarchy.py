@@ -12,7 +12,6 @@ that lie below one output folder are drawn in one picture.
 
 from __future__ import annotations
 
-import csv
 import time
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -22,8 +21,8 @@ from pathlib import Path
 import pictures
 import torch
 import tyro
+from runs import load_latest, read_csv, rotation_of, write_csv
 from tensordict import TensorDict
-from torchrl.checkpoint import Checkpoint, CheckpointRotation
 from torchrl.collectors import Collector
 from torchrl.data import Bounded
 from torchrl.envs import EnvBase, RewardSum, TransformedEnv
@@ -204,7 +203,7 @@ def skill_reward(config: Config, agent: Hierarchy, data: TensorDict) -> float:
 def learn(config: Config, agent: Hierarchy, env: EnvBase, rows: list[dict[str, float]]) -> None:
     """Collect and learn until all steps are taken; a row of `rows` for each batch."""
     folder = folder_of(config)
-    rotation = CheckpointRotation(folder / "checkpoints", keep_last=2)
+    rotation = rotation_of(folder)
     checkpoint = agent.checkpoint()
     steps = saved = int(rows[-1]["env_steps"]) if rows else 0
     start = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
@@ -318,30 +317,9 @@ def folder_of(config: Config) -> Path:
     return config.output / config.agent.value
 
 
-def write_csv(path: Path, rows: list[dict[str, float]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read_csv(path: Path, until: float = float("inf")) -> list[dict[str, float]]:
-    with path.open(newline="") as file:
-        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-    return [row for row in rows if row["env_steps"] <= until]
-
-
 def resume(config: Config, agent: Hierarchy) -> list[dict[str, float]]:
     """Load the last checkpoint of the output folder; returns the curve up to it."""
-    rotation = CheckpointRotation(folder_of(config) / "checkpoints", keep_last=2)
-    latest = rotation.latest()
-    if latest is None:
-        raise SystemExit(f"--resume: {folder_of(config)} has no checkpoint; leave it out")
-    saved, now = Checkpoint.manifest(latest)["metadata"], plain(config)
-    other = {name: saved[name] for name in SHAPE if saved[name] != now[name]}
-    if other:
-        raise SystemExit(f"--resume: {folder_of(config)} was made with {other}; use the same")
-    rotation.load_latest(agent.checkpoint())
+    saved = load_latest(folder_of(config), agent.checkpoint(), plain(config), SHAPE)
     return read_csv(folder_of(config) / "curve.csv", saved["steps"])
 
 

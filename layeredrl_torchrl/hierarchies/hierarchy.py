@@ -13,6 +13,7 @@ from torchrl.data import Composite, Unbounded
 from torchrl.envs import EnvBase, TensorDictPrimer
 from torchrl.modules.utils import get_primers_from_module
 
+from layeredrl_torchrl._state import WholeState
 from layeredrl_torchrl.hierarchies.building import assemble, names
 from layeredrl_torchrl.hierarchies.control import ask, hand, take
 from layeredrl_torchrl.hierarchies.maps import Choice
@@ -26,7 +27,6 @@ from layeredrl_torchrl.hierarchies.memory import (
 )
 from layeredrl_torchrl.hierarchies.transitions import cut
 from layeredrl_torchrl.levels import Level
-from layeredrl_torchrl.levels.state import WholeState
 
 __all__ = ["Hierarchy"]
 
@@ -38,10 +38,6 @@ _NEEDS = (
 
 class Hierarchy(WholeState):
     """Levels, each of which acts through the one below it, as one TorchRL policy.
-
-        hierarchy = Hierarchy([planner_level, skill_level], env=env)  # highest first
-        for data in Collector(env, hierarchy, ..., auto_register_policy_transforms=True):
-            hierarchy.learn(data)
 
     The lowest level acts at every environment step. A level above holds its action, which is the
     input of the level below, until that one is done with it: this is asked before each of its
@@ -83,7 +79,6 @@ class Hierarchy(WholeState):
 
     levels: nn.ModuleList
     observation_key = "observation"
-    name = "Hierarchy"
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from torchrl.data import Composite, ReplayBuffer, TensorSpec
 from torchrl.envs import TensorDictPrimer
 
 from layeredrl_torchrl._checks import check_positive_int
-from layeredrl_torchrl.levels.state import WholeState
+from layeredrl_torchrl._state import WholeState
 from layeredrl_torchrl.predictors import Predictor
 from layeredrl_torchrl.specs import Space, to_spec
 

@@ -30,12 +30,6 @@ _N_AHEAD = 16
 class ModelFreeLevel(LearningLevel):
     """A policy, trained by one of TorchRL's losses on a replay buffer.
 
-        level = ModelFreeLevel(
-            learner_factory=partial(SACLearner, hidden_sizes=(128, 128), gamma=0.98),
-            input_spec=Bounded(-1.0, 1.0, (2,)),
-            duration=10,
-        )
-
     As a lower level it reads the observation, the input, and which share of its duration is left
     (a skill that is paid at its last step has to know when that is). Its value does not look beyond
     the end of an input, unless you say so. Alone it is a policy for any TorchRL collector; give it

@@ -26,20 +26,6 @@ __all__ = ["PlannerLevel"]
 class PlannerLevel(LearningLevel):
     """A predictor, a planner in it, random phases and a learning schedule in one policy.
 
-        level = PlannerLevel(
-            env=env,
-            predictor_factory=PredictorFactory(),
-            planner_factory=partial(ICEMPlanner, horizon=15),
-        )
-        for data in Collector(
-            env,
-            level,
-            frames_per_batch=100,
-            total_frames=5000,
-            auto_register_policy_transforms=True,
-        ):
-            level.learn(data)
-
     It reads what the planner reads, and writes the action, the planner's memory one step on, and
     ``random_action_key [*B, 1]``, bool: whether the action was drawn from the action spec instead
     of planned. (So a value function learns from the planner's actions only; see

@@ -19,15 +19,6 @@ __all__ = ["SkillLevel"]
 class SkillLevel(ModelFreeLevel):
     """Learns skills that the level above can predict and tell apart.
 
-        skills = SkillLevel(
-            input_spec=Bounded(-1.0, 1.0, (2,)),
-            duration=20,
-            skill_reward=SPlaTESReward(state_dims=[0, 1], n_symmetry_breaking_steps=20_000),
-            learner_factory=partial(SACLearner, gamma=0.99),
-        )
-        planner = PlannerLevel(predictor_factory=..., planner_factory=..., ...)
-        hierarchy = Hierarchy([planner, skills], env=env, observation_maps=[None, [0, 1, 2, 3]])
-
     The environment's reward plays no part in it: what it is paid for is that, by the predictor of
     the level above, what a skill does is unlike what other skills would have done. That reward
     changes as the predictor learns, so it is worked out whenever transitions are sampled. What a

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from tensordict import TensorDict, TensorDictBase
@@ -12,6 +12,7 @@ from torch import Tensor
 from torchrl.data import ReplayBuffer
 from torchrl.record.loggers import Logger
 
+from layeredrl_torchrl._state import WholeState
 from layeredrl_torchrl.models import Model, Propagation
 from layeredrl_torchrl.nets import Encoder
 from layeredrl_torchrl.predictors.returns import imagined_returns
@@ -22,7 +23,7 @@ __all__ = ["Predictor"]
 RewardFunction: TypeAlias = Callable[..., Tensor]
 
 
-class Predictor(TensorDictModuleBase):
+class Predictor(WholeState):
     """Bundles what planning needs to know about a task.
 
     Called with a TensorDict that holds observation and action, it writes state and context and
@@ -271,35 +272,6 @@ class Predictor(TensorDictModuleBase):
         return self.step(self.encode(tensordict))
 
     # -- state ------------------------------------------------------------------------------
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """As torch's, but nothing is loaded unless everything fits.
-
-        Raises:
-            ValueError: Entries that are missing, not known or of another shape; the message lists
-                them, and the predictor is as it was.
-        """
-        own = self.state_dict()
-        problems = [
-            f"{name}: the checkpoint has {tuple(state_dict[name].shape)}, this predictor "
-            f"{tuple(value.shape)}"
-            for name, value in own.items()
-            if isinstance(value, Tensor)
-            and name in state_dict
-            and state_dict[name].shape != value.shape
-        ]
-        if strict:
-            problems += [f"{name}: missing in the checkpoint" for name in own.keys() - state_dict]
-            problems += [f"{name}: not in this predictor" for name in state_dict.keys() - own]
-        if problems:
-            shown = "; ".join(sorted(problems)[:5])
-            raise ValueError(
-                f"the checkpoint does not fit this {type(self).__name__} ({len(problems)} "
-                f"differences: {shown}); build the predictor with the sizes it was saved with"
-            )
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _step_keys(self) -> list[Any]:
         keys = [*self.model.out_keys, ("next", self.model.in_keys[1])]

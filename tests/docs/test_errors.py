@@ -93,7 +93,7 @@ MISTAKES = {
         ProbabilisticEnsemble(STATE, None, ACTION, n_models=1)
     ),
     "it must be positive": lambda: ProbabilisticEnsemble(STATE, None, ACTION, ZeroStd),
-    "the checkpoint does not fit": lambda: predictor().load_state_dict(
+    "the saved state does not fit": lambda: predictor().load_state_dict(
         PredictorFactory(hidden_sizes=(9,), n_models=2)(STATE, ACTION).state_dict()
     ),
     "no task is called": lambda: get_task("Halfcheetah"),

@@ -140,7 +140,7 @@ def test_a_state_is_loaded_as_a_whole_or_not_at_all(make, make_transitions, unch
         assert torch.equal(value, kept if name == last else good[name])
     other.load_state_dict(good)
     torch.testing.assert_close(other.state_dict(), good, rtol=0, atol=0)
-    with pytest.raises(ValueError, match=r"not in .*set it up \(a Hierarchy does\) before loading"):
+    with pytest.raises(ValueError, match=r"not in .*set up before loading, which a Hierarchy does"):
         make().load_state_dict(good)
 
 

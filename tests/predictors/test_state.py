@@ -152,7 +152,7 @@ def test_the_message_says_what_differs(make_predictor):
     state = first.state_dict()
     del state["rew_func.net.0.weight"]
     state["extra"] = torch.zeros(1)
-    with pytest.raises(ValueError, match=r"extra: not in.*rew_func\.net\.0\.weight: missing"):
+    with pytest.raises(ValueError, match=r"extra: not in.*rew_func\.net\.0\.weight: not saved"):
         first.load_state_dict(state)
 
 

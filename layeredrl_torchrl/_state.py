@@ -14,8 +14,6 @@ __all__ = ["WholeState"]
 class WholeState(TensorDictModuleBase):
     """A module whose state is loaded as a whole, or not at all."""
 
-    name: str
-
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
@@ -26,7 +24,8 @@ class WholeState(TensorDictModuleBase):
                 them, and everything is as it was.
         """
         own = self.state_dict()
-        _check_state(self.name, own, state_dict, strict=strict)
+        label = getattr(self, "name", type(self).__name__)
+        _check_state(label, own, state_dict, strict=strict)
         # TorchRL's losses load all of a network or, halfway through, raise: what is not strict
         # keeps its value by being loaded as well.
         fitting = {name: state_dict.get(name, value) for name, value in own.items()}
@@ -65,6 +64,6 @@ def _check_state(
         shown = "; ".join(sorted(problems)[:5])
         raise ValueError(
             f"the saved state does not fit this {name} ({len(problems)} differences: {shown}), and "
-            "nothing was loaded; build it with the sizes it was saved with, and set it up (a "
-            "Hierarchy does) before loading"
+            "nothing was loaded; build it with the sizes it was saved with (and a level has to be "
+            "set up before loading, which a Hierarchy does)"
         )

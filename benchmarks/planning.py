@@ -57,7 +57,7 @@ class Config:
     """Whether to compare what plans are worth, too."""
 
 
-def make_predictor(n_models: int, device: str) -> StaticPredictor:
+def make_predictor(n_models: int, device: str, *, compiled: bool = False) -> StaticPredictor:
     """Networks of random weights, not trained: times do not depend on them.
 
     The model has statistics, as one that learned: without them it skips what it does to inputs.
@@ -72,6 +72,8 @@ def make_predictor(n_models: int, device: str) -> StaticPredictor:
     )
     state, action = torch.randn(1000, STATE), 2 * torch.rand(1000, ACTION) - 1
     model.fit_statistics(state, state[:, :0], action, state + 0.1 * torch.randn(1000, STATE))
+    if compiled:
+        model.compile(dynamic=False)
     reward = RewardNet(STATE, 0, ACTIONS, HIDDEN)
     torch.nn.init.normal_(reward.net[-1].weight)  # its last layer starts at 0
     encoder = IdentityEncoder((STATE,))
@@ -127,14 +129,16 @@ def plan_runs(n: int, device: str) -> dict[str, Callable[[], object]]:
         "CEM": ours(CEMPlanner(predictor, **options)),
         "iCEM": ours(ICEMPlanner(predictor, **options)),
         "MPPI": ours(MPPIPlanner(predictor, **options)),
+        "CEM, compiled": ours(CEMPlanner(make_predictor(1, device, compiled=True), **options)),
         "CEM, bf16": ours(CEMPlanner(predictor, **options), torch.bfloat16),
         "TorchRL's CEM": torchrl,
     }
 
 
-def control_run(n: int, device: str) -> Callable[[], object]:
+def control_run(n: int, device: str, *, compiled: bool) -> Callable[[], object]:
     """A step of the control loop: 5 members, iCEM, 64 samples, 3 iterations, horizon 30."""
-    planner = ICEMPlanner(make_predictor(5, device), horizon=30, n_samples=64, n_iterations=3)
+    predictor = make_predictor(5, device, compiled=compiled)
+    planner = ICEMPlanner(predictor, horizon=30, n_samples=64, n_iterations=3)
     obs = torch.randn(n, STATE, device=device)
     td = TensorDict({"observation": obs, "planner": planner.optimizer.forget((n,), obs.device)})
     td.batch_size = [n]
@@ -209,13 +213,15 @@ def main(config: Config) -> None:
                 "the networks"
             )
     for n in (1, 8):
-        (value,) = medians(
-            2 * config.repeats, config.device, control=control_run(n, config.device)
-        ).values()
-        print(
-            f"control step for {n}, 5 members, iCEM 64 x 3 x 30: {value:.2f} ms, "
-            f"{1e3 / value:.0f} Hz"
-        )
+        runs = {
+            name: control_run(n, config.device, compiled=compiled)
+            for name, compiled in (("as it is", False), ("compiled", True))
+        }
+        for name, value in medians(2 * config.repeats, config.device, **runs).items():
+            print(
+                f"control step for {n}, 5 members, iCEM 64 x 3 x 30, {name}: {value:.2f} ms, "
+                f"{1e3 / value:.0f} Hz"
+            )
     if config.quality:
         quality(config.device)
 

@@ -9,6 +9,7 @@ what counts is the ratio. The products are the `torch.bmm`s of the forward passe
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -108,9 +109,11 @@ def medians(repeats: int, device: str, **runs: Callable[[], object]) -> dict[str
 
 
 def rollout_runs(case: Case, device: str) -> dict[str, Callable[[], object]]:
-    """Ours in float32 and under bfloat16 autocast, and the products."""
+    """Ours in float32, compiled, and under bfloat16 autocast; and the products."""
     torch.manual_seed(0)
     model = case.ensemble(device)
+    with_compile = copy.deepcopy(model)
+    with_compile.compile(dynamic=False)
     state = torch.randn(case.batch, STATE, device=device)
     actions = torch.rand(case.batch, case.horizon, ACTION, device=device) * 2 - 1
 
@@ -119,11 +122,16 @@ def rollout_runs(case: Case, device: str) -> dict[str, Callable[[], object]]:
         return model.rollout(state, None, actions)
 
     @torch.no_grad()
+    def compiled() -> TensorDict:
+        return with_compile.rollout(state, None, actions)
+
+    @torch.no_grad()
     def bf16() -> TensorDict:
         with torch.autocast(device_type=torch.device(device).type, dtype=torch.bfloat16):
             return model.rollout(state, None, actions)
 
-    return {"products": torch.no_grad()(case.products(device)), "fp32": fp32, "bf16": bf16}
+    products = torch.no_grad()(case.products(device))
+    return {"products": products, "fp32": fp32, "compiled": compiled, "bf16": bf16}
 
 
 def training_run(hidden: tuple[int, ...], device: str) -> dict[str, Callable[[], object]]:
@@ -219,11 +227,9 @@ def scaling(config: Config) -> None:
         rows = []
         for value in values:
             case = Case(**{"hidden": (200,) * 3, name: value})
-            rows.append(
-                medians(
-                    max(config.repeats // 3, 3), config.device, **rollout_runs(case, config.device)
-                )
-            )
+            runs = rollout_runs(case, config.device)
+            del runs["compiled"]  # some twenty sizes would take minutes to compile
+            rows.append(medians(max(config.repeats // 3, 3), config.device, **runs))
         for run, color in (("fp32", "#2a6fbb"), ("bf16", "#d9722b"), ("products", "#888888")):
             axis.plot(
                 values, [row[run] for row in rows], "o-", color=color, label=run, markersize=4
@@ -249,13 +255,12 @@ def main(config: Config) -> None:
     """Print the table and draw the picture."""
     torch.set_num_threads(config.threads)
     print(f"torch {torch.__version__}, {config.threads} threads, {config.device}")
-    print(f"{'rollout':36} {'products':>9} {'fp32':>9} {'ratio':>6} {'bf16':>9} {'ratio':>6}")
+    ways = ("fp32", "compiled", "bf16")
+    print(f"{'rollout':36} {'products':>9}" + "".join(f" {way:>9} {'ratio':>6}" for way in ways))
     for name, case in CASES.items():
         ms = medians(config.repeats, config.device, **rollout_runs(case, config.device))
-        print(
-            f"{name:36} {ms['products']:9.2f} {ms['fp32']:9.2f} {ms['fp32'] / ms['products']:6.2f} "
-            f"{ms['bf16']:9.2f} {ms['bf16'] / ms['products']:6.2f}"
-        )
+        shown = "".join(f" {ms[way]:9.2f} {ms[way] / ms['products']:6.2f}" for way in ways)
+        print(f"{name:36} {ms['products']:9.2f}{shown}")
     for name, hidden in (("2x128", (128, 128)), ("4x200", (200,) * 4)):
         ms = medians(4 * config.repeats, config.device, **training_run(hidden, config.device))
         print(f"{'training step, 5 members, 256, ' + name:36} {ms['step']:9.2f} ms")

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from layeredrl_torchrl._checks import check_finite
 from layeredrl_torchrl.models.calibration import Calibration
+from layeredrl_torchrl.models.fused import FusedStep
+from layeredrl_torchrl.models.inputs import excess_std
 from layeredrl_torchrl.models.members import stack_members
 from layeredrl_torchrl.models.model import Model
 from layeredrl_torchrl.models.propagation import Step
-from layeredrl_torchrl.models.stepping import EnsembleStep, excess_std
+from layeredrl_torchrl.models.stepping import EnsembleStep
 from layeredrl_torchrl.nets import (
     MemberOutput,
     Normalizer,
@@ -56,7 +58,7 @@ class ProbabilisticEnsemble(Model):
             the statistics are from (:class:`~layeredrl_torchrl.Normalizer`); by default where
             there are such inputs. What a prediction's inputs lie beyond that range adds to its
             std, up to the spread of all that was seen
-            (:func:`~layeredrl_torchrl.models.stepping.excess_std`).
+            (:func:`~layeredrl_torchrl.models.inputs.excess_std`).
         ema_decay: Predictions come from an exponential moving average of the members' weights
             with this decay, ``None`` for the weights themselves. The average starts with the
             first :meth:`update_average`, which a predictor's ``learn`` calls after each gradient
@@ -123,6 +125,7 @@ class ProbabilisticEnsemble(Model):
         # Whether there is an average yet, kept beside the buffer so that predicting does not read
         # it (on a GPU that would wait for all that is under way).
         self._averaging = False
+        self._compile_options: dict[str, Any] | None = None
         self.register_load_state_dict_post_hook(self._note_average)
         self.state_normalizer = Normalizer(self.state_dim, clip=clip_inputs)
         self.context_normalizer = Normalizer(self.context_dim, clip=clip_inputs)
@@ -185,7 +188,31 @@ class ProbabilisticEnsemble(Model):
         members = self.predicting_members
         if torch.is_grad_enabled() or not isinstance(members, StackedProbFCDynamics):
             return super().make_step(deterministic=deterministic)
+        if self._compile_options is not None:
+            options = tuple(sorted(self._compile_options.items()))
+            return FusedStep(self, members, deterministic=deterministic, options=options)
         return EnsembleStep(self, members, deterministic=deterministic)
+
+    def compile(self, **options: Any) -> None:
+        """Compile the steps of rollouts and plans, instead of ``forward`` as other modules do.
+
+        It pays for many rows: ``benchmarks/rollout.py`` has both times. Compiling takes some ten
+        seconds at the first rollout and again at the first of another size (``dynamic=False``: at
+        each size), in each process, and needs a C++ compiler. Only the built-in members are
+        compiled, and only where no gradient is kept. The same seed gives other random numbers.
+
+        Args:
+            **options: Of ``torch.compile``, for example ``dynamic=False``.
+
+        Raises:
+            TypeError: Members that are not the built-in ones.
+        """
+        if not isinstance(self.members, StackedProbFCDynamics):
+            raise TypeError(
+                f"compile() is for ensembles of ProbFCDynamics, but the members are "
+                f"{type(self.members).__name__}; compile your own networks in partial_net"
+            )
+        self._compile_options = options
 
     # -- learning -------------------------------------------------------------------------
 

@@ -8,23 +8,25 @@ gets short imagined episodes that branch off from there: a `RewardPredictor` ste
     python examples/dyna_sac.py --task HalfCheetah-v5
     python examples/dyna_sac.py --task HalfCheetah-v5 --imagined-share 0 --output output/sac
     python examples/dyna_sac.py --task HalfCheetah-v5 --resume --plan
+    python examples/dyna_sac.py --task HalfCheetah-v5 --n-workers 2 --output output/ray
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import pictures
 import torch
 import tyro
+from collecting import CollectorConfig, WorkerDiedError, check_options, collecting, save_and_explain
 from dyna_agent import Agent, AgentConfig, make_planner
 from runs import load_latest, read_csv, rotation_of, write_csv
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
-from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, ExplorationType, RewardSum, set_exploration_type
 from tqdm import tqdm
 
@@ -32,7 +34,7 @@ from layeredrl_torchrl import ICEMPlanner, Task, get_task, make_batched
 
 
 @dataclass
-class Config(AgentConfig):
+class Config(AgentConfig, CollectorConfig):
     """Learn to control a task by SAC on real and imagined experience."""
 
     task: str = "HalfCheetah-v5"
@@ -42,7 +44,7 @@ class Config(AgentConfig):
     total_env_steps: int | None = None
     """Steps taken in the real environment; the task's budget by default."""
     n_envs: int = 1
-    """Real environments stepped side by side."""
+    """Real environments stepped side by side (in each worker)."""
     steps_per_batch: int = 100
     """Real steps between two learning phases."""
     eval_episodes: int = 10
@@ -63,6 +65,7 @@ class Config(AgentConfig):
 SHAPE = (
     "task",
     "n_envs",
+    "n_workers",
     "imagined_share",
     "imagined_size",
     "n_models",
@@ -95,37 +98,49 @@ def row_of(
 
 
 def learn(
-    config: Config, agent: Agent, env: EnvBase, total: int, rows: list[dict[str, float]]
+    config: Config, task: Task, agent: Agent, env: EnvBase, total: int, rows: list[dict[str, float]]
 ) -> None:
     """Collect and learn until `total` steps are taken; a row of `rows` for each batch."""
     rotation = rotation_of(config.output)
     checkpoint = agent.checkpoint()
     steps = saved = agent.counters["env_steps"]
     start = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
-    collector = Collector(
+
+    def save() -> None:
+        write_csv(config.output / "curve.csv", rows)
+        metadata = {**asdict(config), "output": str(config.output)}
+        rotation.save(checkpoint, step=steps, metadata=metadata)
+
+    source = collecting(
+        config,
         env,
+        partial(make_env, task, config.n_envs),
         agent.policy,
         frames_per_batch=config.steps_per_batch,
         total_frames=total - steps,
         init_random_frames=max(config.random_steps - steps, 0),
-        auto_register_policy_transforms=True,
     )
-    with tqdm(total=total, initial=steps, unit="step", desc=config.task) as bar:
-        for data in collector:
-            info = agent.learn(data)
-            steps = agent.counters["env_steps"]
-            row = row_of(data, info, steps, rows[-1]["return"] if rows else NAN)
-            rows.append(row | {"seconds": time.monotonic() - start})
-            bar.set_postfix(ended=f"{row['return']:.1f}", so_far=f"{row['return_so_far']:.1f}")
-            bar.update(data.numel())
-            # TorchRL cannot save a buffer that was not written to, as the imagined one at first.
-            due = steps - saved >= config.steps_per_checkpoint and agent.counters["updates"] > 0
-            if due or steps >= total:
-                write_csv(config.output / "curve.csv", rows)
-                metadata = {**asdict(config), "output": str(config.output)}
-                rotation.save(checkpoint, step=steps, metadata=metadata)
-                saved = steps
-    collector.shutdown(close_env=False)
+    try:
+        with (
+            source as batches,
+            tqdm(total=total, initial=steps, unit="step", desc=config.task) as bar,
+        ):
+            for data in batches:
+                info = agent.learn(data)
+                steps = agent.counters["env_steps"]
+                row = row_of(data, info, steps, rows[-1]["return"] if rows else NAN)
+                rows.append(row | {"seconds": time.monotonic() - start})
+                bar.set_postfix(ended=f"{row['return']:.1f}", so_far=f"{row['return_so_far']:.1f}")
+                bar.update(data.numel())
+                # TorchRL cannot save a buffer that was not written to, as the imagined one at
+                # first.
+                due = steps - saved >= config.steps_per_checkpoint and agent.counters["updates"] > 0
+                if due or steps >= total:
+                    save()
+                    saved = steps
+    except WorkerDiedError as error:
+        new = steps > saved and agent.counters["updates"] > 0
+        raise save_and_explain(error, save if new else None, rotation) from error
 
 
 @torch.no_grad()
@@ -183,6 +198,7 @@ def main(config: Config) -> None:
         raise SystemExit("plan needs a world model, but imagined_share is 0; leave one of them out")
     if (config.output / "checkpoints").exists() and not config.resume:
         raise SystemExit(f"{config.output} holds a run; add --resume, or choose another --output")
+    check_options(config)
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     env = make_env(task, config.n_envs, config.seed)
@@ -190,7 +206,7 @@ def main(config: Config) -> None:
     rows = resume(config, agent) if config.resume else []
     config.output.mkdir(parents=True, exist_ok=True)
     if agent.counters["env_steps"] < total:
-        learn(config, agent, env, total, rows)
+        learn(config, task, agent, env, total, rows)
     mean = report(config, task, agent, agent.policy, "")
     how = "SAC on imagined experience" if config.imagined_share else "SAC on real experience"
     picture = config.output / "learning_curve.png"

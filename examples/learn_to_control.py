@@ -6,6 +6,7 @@ that it learns between the collector's batches. `python -m layeredrl_torchrl.env
     python examples/learn_to_control.py --task InvertedPendulum-v5
     python examples/learn_to_control.py --task Reacher-v5 --horizon 15 --output output/reacher
     python examples/learn_to_control.py --task Reacher-v5 --output output/reacher --resume
+    python examples/learn_to_control.py --task Reacher-v5 --n-workers 2 --output output/ray
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from pathlib import Path
 import pictures
 import torch
 import tyro
+from collecting import CollectorConfig, WorkerDiedError, check_options, collecting, save_and_explain
 from runs import load_latest, read_csv, rotation_of, write_csv
 from tensordict import TensorDictBase
 from torchrl.checkpoint import Checkpoint, GlobalRNGState
-from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, RewardSum, TransformedEnv
 from tqdm import tqdm
 
@@ -38,7 +39,7 @@ from layeredrl_torchrl import (
 
 
 @dataclass
-class Config:
+class Config(CollectorConfig):
     """Learn to control a task."""
 
     task: str = "InvertedPendulum-v5"
@@ -48,7 +49,7 @@ class Config:
     total_env_steps: int | None = None
     """Steps taken in the real environment; the task's budget by default."""
     n_envs: int = 5
-    """Environments stepped side by side; one plan serves them all."""
+    """Environments stepped side by side (in each worker); one plan serves them all."""
     steps_per_batch: int = 100
     """Real steps between two learning phases."""
     random_steps: int = 300
@@ -97,6 +98,7 @@ class Config:
 SHAPE = (
     "task",
     "n_envs",
+    "n_workers",
     "n_models",
     "hidden_size",
     "horizon",
@@ -170,34 +172,49 @@ def row_of(data: TensorDictBase, info: dict[str, float], last: float) -> dict[st
 
 
 def learn(
-    config: Config, level: PlannerLevel, env: EnvBase, total: int, rows: list[dict[str, float]]
+    config: Config,
+    task: Task,
+    level: PlannerLevel,
+    env: EnvBase,
+    total: int,
+    rows: list[dict[str, float]],
 ) -> None:
     """Collect and learn until `total` steps are taken; a row of `rows` for each batch."""
     rotation = rotation_of(config.output)
     checkpoint = checkpoint_of(level)
     steps = saved = int(level.n_env_steps)
     start = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
-    collector = Collector(
+
+    def save() -> None:
+        write_csv(config.output / "curve.csv", rows)
+        metadata = {**asdict(config), "output": str(config.output)}
+        rotation.save(checkpoint, step=steps, metadata=metadata)
+
+    source = collecting(
+        config,
         env,
+        partial(make_env, task, config.n_envs),
         level,
         frames_per_batch=config.steps_per_batch,
         total_frames=total - steps,
-        auto_register_policy_transforms=True,
     )
-    with tqdm(total=total, initial=steps, unit="step", desc=config.task) as bar:
-        for data in collector:
-            info = level.learn(data)
-            row = row_of(data, info, rows[-1]["return"] if rows else NAN)
-            rows.append(row | {"seconds": time.monotonic() - start})
-            bar.set_postfix(ended=f"{row['return']:.1f}", so_far=f"{row['return_so_far']:.1f}")
-            bar.update(data.numel())
-            steps = int(level.n_env_steps)
-            if steps - saved >= config.steps_per_checkpoint or steps >= total:
-                write_csv(config.output / "curve.csv", rows)
-                metadata = {**asdict(config), "output": str(config.output)}
-                rotation.save(checkpoint, step=steps, metadata=metadata)
-                saved = steps
-    collector.shutdown(close_env=False)
+    try:
+        with (
+            source as batches,
+            tqdm(total=total, initial=steps, unit="step", desc=config.task) as bar,
+        ):
+            for data in batches:
+                info = level.learn(data)
+                row = row_of(data, info, rows[-1]["return"] if rows else NAN)
+                rows.append(row | {"seconds": time.monotonic() - start})
+                bar.set_postfix(ended=f"{row['return']:.1f}", so_far=f"{row['return_so_far']:.1f}")
+                bar.update(data.numel())
+                steps = int(level.n_env_steps)
+                if steps - saved >= config.steps_per_checkpoint or steps >= total:
+                    save()
+                    saved = steps
+    except WorkerDiedError as error:
+        raise save_and_explain(error, save if steps > saved else None, rotation) from error
 
 
 def checkpoint_of(level: PlannerLevel) -> Checkpoint:
@@ -248,6 +265,7 @@ def main(config: Config) -> None:
         )
     if (config.output / "checkpoints").exists() and not config.resume:
         raise SystemExit(f"{config.output} holds a run; add --resume, or choose another --output")
+    check_options(config)
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     env = make_env(task, config.n_envs, config.seed)
@@ -255,7 +273,7 @@ def main(config: Config) -> None:
     rows = resume(config, level) if config.resume else []
     config.output.mkdir(parents=True, exist_ok=True)
     if int(level.n_env_steps) < total:
-        learn(config, level, env, total, rows)
+        learn(config, task, level, env, total, rows)
     returns, success = evaluate(config, task, level)
     mean = returns.mean().item()
     episodes = [{"return": value} for value in returns.tolist()]

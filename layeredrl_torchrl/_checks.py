@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,25 @@ def check_finite(name: str, tensor: Tensor, *, hint: str) -> None:
         f"{name} holds {int(bad.sum())} non-finite values of {tensor.numel()} "
         f"(the first, {tensor[first].item()}, at index {list(first)}); {hint}"
     )
+
+
+def check_per_item(name: str, value: Tensor, batch: Sequence[int]) -> Tensor:
+    """Return what the function ``name`` gave if it is one number for each of ``[*B]`` items.
+
+    Only shapes are looked at, so this waits for no device.
+
+    Raises:
+        TypeError: No tensor. ValueError: Another shape, also one that would broadcast.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} gave a {type(value).__name__}, expected a tensor [*B]")
+    if value.shape != torch.Size(batch):
+        raise ValueError(
+            f"{name} gave shape {tuple(value.shape)}, expected {tuple(batch)}: one value for each "
+            "state, [*B], from state [*B, D], context [*B, C] and action [*B, A]; write it for any "
+            "batch shape, and reduce the last axis (sum(-1), squeeze(-1))"
+        )
+    return value
 
 
 def check_positive_int(name: str, value: int, *, minimum: int = 1) -> int:

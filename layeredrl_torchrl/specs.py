@@ -102,7 +102,8 @@ def _check_one_axis(name: str, shape: tuple[int, ...]) -> None:
     if len(shape) != 1:
         raise ValueError(
             f"{name} has shape {shape}, expected one axis [n]; flatten it in the environment, "
-            "and pass the spec of a single environment (no batch axis)"
+            "and pass the spec of a single environment, without batch axis (TorchRL's "
+            "env.observation_spec_unbatched, env.action_spec_unbatched)"
         )
 
 

@@ -136,7 +136,7 @@ def test_width_and_kind(space, features, discrete):
         ),
         (gym.spaces.Box(-1, 1, (2, 3)), ValueError, r"goal_space has shape \(2, 3\).*one axis"),
         (gym.spaces.Box(-1, 1, ()), ValueError, r"goal_space has shape \(\).*one axis"),
-        (Unbounded((4, 2)), ValueError, r"goal_space has shape \(4, 2\).*no batch axis"),
+        (Unbounded((4, 2)), ValueError, r"goal_space has shape \(4, 2\).*_unbatched"),
         (Bounded(-1, 1, (4, 2)), ValueError, r"goal_space has shape \(4, 2\)"),
         (OneHot(3, shape=(2, 3)), ValueError, r"goal_space has shape \(2, 3\)"),
         (Categorical(3, shape=(2,)), ValueError, r"Categorical of shape \(2,\).*\(1,\)"),

@@ -111,9 +111,15 @@ class ProbabilisticEnsemble(Model):
         if ema_decay is not None and not 0.0 <= ema_decay < 1.0:
             raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}; None for no average")
         self.ema_decay = ema_decay
-        nets = [
-            partial_net(state_space, context_space, action_space, n_modes) for _ in range(n_models)
-        ]
+        spaces = (state_space, context_space, action_space)
+        try:
+            nets = [partial_net(*spaces, n_modes) for _ in range(n_models)]
+        except TypeError as error:
+            raise TypeError(
+                "partial_net failed when called as partial_net(state_space, context_space, "
+                f"action_space, n_modes): {error}; give its other arguments, under the names that "
+                "it has, by functools.partial"
+            ) from error
         probe = self._probe_inputs()
         for member, net in enumerate(nets):
             self._check_net(member, net, probe)

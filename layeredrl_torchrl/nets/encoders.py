@@ -57,7 +57,8 @@ class Encoder(TensorDictModuleBase):
         if len(shape) != 1:
             raise ValueError(
                 f"mapped_env_obs_shape is {shape}; only flat observations [obs] are supported, "
-                "flatten them with TorchRL's FlattenObservation or CatTensors"
+                "flatten them with TorchRL's FlattenObservation or CatTensors; of a batched "
+                "environment, pass the shape in env.observation_spec_unbatched"
             )
         if len(in_keys) != 1 or len(out_keys) != 2:
             raise ValueError(

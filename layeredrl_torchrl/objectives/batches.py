@@ -88,7 +88,7 @@ class PartitionedBatch(MemberBatches):
         """One batch, which must be divisible."""
         if batch_size % n_models:
             raise ValueError(
-                f"a model batch of {batch_size} cannot be divided among {n_models} members; "
+                f"model_batch_size is {batch_size}, which {n_models} members cannot share evenly; "
                 f"take a multiple of {n_models}"
             )
         return batch_size

@@ -91,11 +91,11 @@ class Optimizer(nn.Module, ABC):
         self.horizon = check_positive_int("horizon", horizon)
         self.populations = tuple(populations)
         check_positive_int("n_iterations", len(self.populations))
-        # One elite has no spread to fit.
         if not 2 <= n_elites <= min(self.populations):
             raise ValueError(
-                f"{n_elites} elites of {min(self.populations)} samples: there must be at least 2, "
-                "and no more than samples; change elite_ratio (a share of n_samples) or n_samples"
+                f"n_elites is {n_elites}, expected at least 2 (one has no spread) and at most "
+                f"{min(self.populations)}, the samples of the smallest iteration; change "
+                "elite_ratio (n_elites as a share of n_samples) or n_samples"
             )
         if not 0.0 <= momentum < 1.0:
             raise ValueError(f"momentum must lie in [0, 1), got {momentum}")

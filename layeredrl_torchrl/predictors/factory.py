@@ -60,6 +60,9 @@ class PredictorFactory:
             state. Goal-based spaces have theirs.
         partial_encoder: Builds another encoder from the shape ``(obs,)`` of an observation, for
             example ``partial(EncoderNet, latent_state_dim=8, context_dim=2)``.
+        ignore_context: Whether the dynamics networks are not given the context, as physics does
+            not depend on a goal. Where an episode ends at its goal, the termination does:
+            ``False`` there.
         model_options: Further arguments of :class:`~layeredrl_torchrl.ProbabilisticEnsemble`.
         predictor_options: Further arguments of :class:`~layeredrl_torchrl.RewardPredictor`.
 
@@ -74,6 +77,7 @@ class PredictorFactory:
     gamma: float = 0.99
     context_dims: Sequence[int] = ()
     partial_encoder: Callable[[tuple[int]], Encoder] | None = None
+    ignore_context: bool = True
     model_options: Mapping[str, Any] = field(default_factory=dict)
     predictor_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -109,6 +113,9 @@ class PredictorFactory:
             )
         encoder = self._encoder(dim, list(self.context_dims) or goal_dims)
         state_dim, context_dim = encoder.latent_state_dim, encoder.context_dim
+        net = partial(
+            ProbFCDynamics, hidden_sizes=self.hidden_sizes, ignore_context=self.ignore_context
+        )
         model = ProbabilisticEnsemble(
             state_space=Unbounded((state_dim,)),
             context_space=Unbounded((context_dim,)) if context_dim else None,
@@ -116,8 +123,7 @@ class PredictorFactory:
             n_models=self.n_models,
             n_modes=self.n_modes,
             n_particles_per_model=self.n_particles_per_model,
-            **{"partial_net": partial(ProbFCDynamics, hidden_sizes=self.hidden_sizes)}
-            | dict(self.model_options),
+            **{"partial_net": net} | dict(self.model_options),
         )
         predictor = RewardPredictor(
             model,
@@ -195,7 +201,8 @@ def _layout(space: ObservationSpace) -> tuple[int, list[int]]:
         raise ValueError(
             f"the observation space has the entries {names}, expected one flat observation, or "
             f"{list(_GOAL_KEYS)}; join them by TorchRL's CatTensors(in_keys=..., "
-            'out_key="observation"), or gymnasium\'s FlattenObservation'
+            'out_key="observation", sort=False), or gymnasium\'s FlattenObservation (which sorts '
+            "the keys)"
         )
     return _width("observation_space", space), []
 
@@ -207,7 +214,8 @@ def _width(name: str, space: ObservationSpace) -> int:
         raise ValueError(
             f"{name} has shape {shape}, expected one axis [obs]; turn images into features by an "
             "environment transform, flatten other arrays (TorchRL's FlattenObservation), and pass "
-            "the space of a single environment (no batch axis)"
+            "the space of a single environment, without batch axis (TorchRL's "
+            "env.observation_spec_unbatched, env.action_spec_unbatched)"
         )
     if isinstance(space, gym.spaces.Box):
         floats = bool(np.issubdtype(space.dtype, np.floating))
@@ -215,8 +223,9 @@ def _width(name: str, space: ObservationSpace) -> int:
         floats = isinstance(space, TensorSpec) and space.dtype.is_floating_point
     if not floats:
         raise TypeError(
-            f"{name} is {space}, expected a Box (or TorchRL spec) of floats; turn choices into "
-            "one-hot rows (TorchRL's GymEnv does) and cast them to float (DTypeCastTransform)"
+            f"{name} is {space}, expected a Box (or TorchRL spec) of floats; cast it by TorchRL's "
+            'DTypeCastTransform(torch.int64, torch.float32, in_keys=["observation"]) or the like, '
+            "choices as one-hot rows (TorchRL's GymEnv makes them)"
         )
     return width(to_spec(space, name=name))
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchrl.data import ReplayBuffer
 from torchrl.record.loggers import Logger
 
+from layeredrl_torchrl._checks import check_per_item
 from layeredrl_torchrl._state import WholeState
 from layeredrl_torchrl.models import Model, Propagation
 from layeredrl_torchrl.nets import Encoder
@@ -154,7 +155,8 @@ class Predictor(WholeState):
         state, context = self.encode(obs)
         if act is not None:
             act = canonical_action(self.model.action_spec, act, state.shape[:-1])
-        return self.need("val_func")(state, context, act)
+        value = self.need("val_func")(state, context, act)
+        return check_per_item("val_func", value, state.shape[:-1])
 
     @property
     def terminal_value(self) -> RewardFunction | None:
@@ -164,7 +166,8 @@ class Predictor(WholeState):
     def _reward(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
         """Reward ``[*B]``, with the action checked and in the form of its spec."""
         action = canonical_action(self.model.action_spec, action, state.shape[:-1])
-        return self.need("rew_func")(state, context, action)
+        reward = self.need("rew_func")(state, context, action)
+        return check_per_item("rew_func", reward, state.shape[:-1])
 
     def rollout(
         self,
@@ -184,7 +187,8 @@ class Predictor(WholeState):
         traj = self.model.rollout(state, context, act, deterministic, propagation=propagation)
         if self.rew_func is not None:
             inputs = (traj.get(key) for key in self.model.in_keys)
-            traj.set(("next", "reward"), self.rew_func(*inputs).unsqueeze(-1))
+            reward = check_per_item("rew_func", self.rew_func(*inputs), traj.batch_size)
+            traj.set(("next", "reward"), reward.unsqueeze(-1))
         return traj
 
     def returns(

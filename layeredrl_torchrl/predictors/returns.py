@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from layeredrl_torchrl._checks import check_per_item
 from layeredrl_torchrl.models import Propagation, TSInfinity
 from layeredrl_torchrl.models.rollouts import ImaginedStep, imagine
 
@@ -65,16 +66,18 @@ def imagined_returns(
         rows = states.shape[:-1]
         spread = action[:, None].expand(*rows, *action.shape[2:])
         gain = reward_of(states, ctx.unsqueeze(3).expand(*rows, -1), spread)
+        check_per_item("rew_func", gain, rows)
         if exploration_bonus is not None:
             # At the mean over particles: the bonus asks all members itself.
             of_start = flat[1][:, None].expand(*action.shape[:2], -1)
             bonus = exploration_bonus(states.mean((0, 2)), of_start, action)
+            check_per_item("exploration_bonus", bonus, action.shape[:2])
             gain = gain + bonus[:, None]
         total = total + (torch.stack(shares, -1) * gain).sum(-1)
         last = (step.next_state, ctx, spread[:, :, :, -1])
         steps, shares = [], []
     if value_of is not None:
-        total = total + share * value_of(*last)
+        total = total + share * check_per_item("val_func", value_of(*last), particles)
     if not bool(torch.isfinite(total.detach().sum())):
         bad = (~torch.isfinite(total)).flatten(1).any(1).nonzero().flatten().tolist()
         if bad:

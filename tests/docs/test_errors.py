@@ -10,7 +10,14 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch import nn
-from torchrl.data import Bounded, Composite, LazyTensorStorage, TensorDictReplayBuffer, Unbounded
+from torchrl.data import (
+    Bounded,
+    Categorical,
+    Composite,
+    LazyTensorStorage,
+    TensorDictReplayBuffer,
+    Unbounded,
+)
 
 from layeredrl_torchrl import (
     EnsembleDisagreement,
@@ -70,9 +77,13 @@ def without_value():
 MISTAKES = {
     "only flat observations [obs] are supported": lambda: IdentityEncoder((3, 64, 64)),
     "pass the space of a single environment": lambda: FACTORY(Unbounded((8, 3)), ACTION),
+    "expected a Box (or TorchRL spec) of floats": lambda: FACTORY(Categorical(5), ACTION),
     "join them by TorchRL's CatTensors": lambda: FACTORY(Composite(a=STATE, b=STATE), ACTION),
     "has no bounds; samples need a range": lambda: ICEMPlanner(FACTORY(STATE, Unbounded((1,)))),
     "was built for observations of": lambda: predictor().predict(OBS[:, :2], ACT),
+    "rew_func gave shape": lambda: StaticPredictor(
+        predictor().model, None, lambda s, c, a: s[..., :1], IdentityEncoder((3,)), 3
+    ).predict(OBS, ACT),
     "the three must be equal": lambda: StaticPredictor(
         predictor().model, None, None, IdentityEncoder((4,)), 4
     ),

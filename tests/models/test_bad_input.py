@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
@@ -12,7 +13,7 @@ from tensordict import TensorDict
 from torch import nn
 from torchrl.data import Categorical
 
-from layeredrl_torchrl import Model, ProbabilisticEnsemble
+from layeredrl_torchrl import Model, ProbabilisticEnsemble, ProbFCDynamics
 
 N_MODES, D = 2, 3
 
@@ -154,6 +155,14 @@ def test_the_member_that_is_wrong_is_named(box):
 def test_a_partial_net_that_is_no_module(what, box):
     with pytest.raises(TypeError, match=rf"torch\.nn\.Module, got {type(what).__name__}.*partial"):
         ProbabilisticEnsemble(box(D), None, box(1), lambda *_: what)
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda: None, lambda a, b: None, partial(ProbFCDynamics, hidden=(8,))]
+)
+def test_a_partial_net_that_takes_other_arguments(wrong, box):
+    with pytest.raises(TypeError, match=r"called as partial_net\(state_space.*functools\.partial"):
+        ProbabilisticEnsemble(box(D), None, box(1), wrong)
 
 
 def test_checking_the_members_draws_no_random_number_and_keeps_their_mode(box):

@@ -183,7 +183,7 @@ def test_a_missing_key_is_named_with_those_that_are_there(kind):
     ids=KINDS,
 )
 def test_only_flat_observations_are_supported(build, shape):
-    with pytest.raises(ValueError, match=r"mapped_env_obs_shape.*flat"):
+    with pytest.raises(ValueError, match=r"mapped_env_obs_shape.*flat.*_unbatched"):
         build(shape)
 
 

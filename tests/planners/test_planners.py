@@ -458,7 +458,7 @@ def test_a_reward_that_is_nan_is_an_error(make_point, kind, observe):
     ("parts", "options", "error", "match"),
     [
         ({}, {"horizon": 0}, ValueError, "horizon"),
-        ({}, {"elite_ratio": 1.2}, ValueError, "elites of"),
+        ({}, {"elite_ratio": 1.2}, ValueError, "n_elites is.*elite_ratio"),
         ({}, {"n_samples": 0}, ValueError, "n_samples"),
         ({}, {"initial_sigma": -1.0}, ValueError, "sigma"),
         ({}, {"action_spec": Unbounded((1,))}, ValueError, "bounds"),

@@ -67,6 +67,15 @@ PENDULUM = {
 }
 
 
+@pytest.mark.parametrize("ignore_context", [True, False])
+def test_the_dynamics_see_the_context_where_they_are_told_to(ignore_context):
+    factory = PredictorFactory(**SMALL, context_dims=[2], ignore_context=ignore_context)
+    model = factory(BOX, ACTION).model
+    state, action = torch.zeros(1, 2), torch.zeros(1, 1)
+    near, far = (model.predict(state, torch.full((1, 1), c), action)[3] for c in (0.0, 5.0))
+    assert torch.equal(near, far) == ignore_context
+
+
 @pytest.mark.parametrize("kind", PENDULUM)
 def test_an_environment_of_any_kind_gives_a_predictor_of_its_sizes(kind):
     env = PENDULUM[kind]()
@@ -252,9 +261,14 @@ BAD = {
         ValueError,
         "pixels",
     ),
-    "composite": (Composite(position=Unbounded((3,))), ValueError, "position.*CatTensors"),
+    "composite": (
+        Composite(position=Unbounded((3,))),
+        ValueError,
+        r"position.*CatTensors.*sort=False",
+    ),
     "image": (gym.spaces.Box(0, 255, (64, 64, 3), dtype="uint8"), ValueError, "images"),
     "image spec": (Bounded(0, 1, (3, 64, 64)), ValueError, "images"),
+    "batched spec": (Unbounded((8, 3)), ValueError, "observation_spec_unbatched"),
     "image goal": (
         gym.spaces.Dict(
             {"observation": gym.spaces.Box(0, 1, (8, 8)), "achieved_goal": BOX, "desired_goal": BOX}

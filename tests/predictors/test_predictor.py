@@ -273,6 +273,21 @@ def test_actions_that_do_not_fit_are_refused(predictor, call):
         run(act[..., :1])
 
 
+@pytest.mark.parametrize("call", ["predict", "predict_reward", "rollout", "forward", "value"])
+def test_a_reward_or_value_of_another_shape_is_refused(build, call):
+    part = "val_func" if call == "value" else "rew_func"
+    predictor = build(**{part: lambda state, context, action: state[..., :1]})
+    obs, act = make_inputs((3,), 2) if call == "rollout" else make_inputs((3,))
+
+    def run():
+        if call == "forward":
+            return predictor(TensorDict({"observation": obs, "action": act}, [3]))
+        return getattr(predictor, call)(obs, act)
+
+    with pytest.raises(ValueError, match=rf"^{part} gave shape \(3.*1\), expected \(3"):
+        run()
+
+
 @pytest.mark.parametrize("key", ["observation", "action"])
 def test_a_missing_key_is_named(predictor, key):
     obs, act = make_inputs((3,))

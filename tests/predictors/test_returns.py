@@ -172,3 +172,24 @@ def test_returns_that_are_not_finite_name_the_member(predictor):
     with torch.no_grad(), pytest.raises(ValueError, match=r"member\(s\) \[1\]"):
         broken.returns(state, context, actions)
     assert seen
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda s, c, a: s[..., :1],  # would broadcast, or not, depending on the batch
+        lambda s, c, a: s,
+        lambda s, c, a: s.sum(),
+    ],
+    ids=["[*B, 1]", "[*B, D]", "[]"],
+)
+@pytest.mark.parametrize("part", ["rew_func", "val_func", "exploration_bonus"])
+def test_a_function_that_gives_another_shape_is_named(predictor, part, wrong):
+    parts = {"rew_func": predictor.rew_func, "val_func": predictor.val_func}
+    bonus = wrong if part == "exploration_bonus" else None
+    parts |= {} if bonus else {part: wrong}
+    model, dims = predictor.model, (predictor.latent_state_dim, predictor.context_dim)
+    broken = StaticPredictor(model, parts["val_func"], parts["rew_func"], predictor.encoder, *dims)
+    state, context, actions = start(predictor, (2,), 3)
+    with torch.no_grad(), pytest.raises(ValueError, match=rf"^{part} gave shape .*, expected \("):
+        broken.returns(state, context, actions, use_value_func=True, exploration_bonus=bonus)

@@ -69,6 +69,8 @@ class AgentConfig:
     """Entropy that SAC aims at for each dimension of the action scaled to [-1, 1], in nats."""
     alpha_init: float = 0.1
     """Weight of the entropy at the start."""
+    compile: bool = False
+    """Compile SAC's losses: half the time of an update, after a minute or two of compiling."""
     plan_horizon: int = 4
     """Steps that are planned ahead."""
     plan_samples: int = 64
@@ -97,6 +99,10 @@ class Agent:
         )
         self.encoder = encoder((task.observation_dim,))
         self.loss = make_loss(config, task, env)
+        self.critic_loss, self.actor_loss = self.loss.qvalue_v2_loss, self.loss.actor_loss
+        if config.compile:
+            self.critic_loss = torch.compile(self.critic_loss)
+            self.actor_loss = torch.compile(self.actor_loss)
         self.actor = self.loss.actor_network
         self.policy = TensorDictSequential(self.encoder, self.actor)
         self.target = SoftUpdate(self.loss, tau=config.tau)
@@ -196,10 +202,10 @@ class Agent:
 
     def update(self, batch: TensorDictBase, with_actor: bool) -> dict[str, Tensor]:
         """One gradient step of the critics, and of the actor if it is its turn."""
-        loss, found = self.loss.qvalue_v2_loss(batch)
+        loss, found = self.critic_loss(batch)
         terms = {"loss_qvalue": loss.detach(), "td_error": found["td_error"].mean()}
         if with_actor:
-            loss_actor, found = self.loss.actor_loss(batch)
+            loss_actor, found = self.actor_loss(batch)
             loss = loss + loss_actor + self.loss.alpha_loss(found["log_prob"]).mean()
         self.optim.zero_grad()
         loss.backward()

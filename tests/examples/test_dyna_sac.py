@@ -17,6 +17,7 @@ import pytest
 import torch
 import tyro
 from tensordict import TensorDict
+from torch._dynamo.utils import counters
 from torchrl.envs import ExplorationType, set_exploration_type
 
 from layeredrl_torchrl import get_task, make_batched
@@ -238,6 +239,28 @@ def test_the_actor_learns_when_it_is_its_turn(make_agent):
         }
         assert moved == {"actor": with_actor, "critics": True, "alpha": with_actor}
         assert all(torch.isfinite(value) for value in terms.values())
+
+
+@pytest.mark.slow
+def test_compiled_losses_are_the_losses(make_agent):
+    def after_update(**options):
+        counters.clear()
+        agent, data = make_agent(imagined_share=0.0, **options)
+        agent.learn(data)
+        (batch,) = agent.batches(1)
+        torch.manual_seed(0)
+        terms = agent.update(batch, with_actor=True)
+        compiled = counters["stats"]["unique_graphs"] > 0
+        return compiled, terms, [p.detach().clone() for p in agent.loss.parameters()]
+
+    # Inductor's own random numbers are others than eager ones.
+    with torch._inductor.config.patch(fallback_random=True):
+        found = {option: after_update(compile=option) for option in (False, True)}
+    assert [compiled for compiled, _, _ in found.values()] == [False, True]
+    for name, value in found[False][1].items():
+        torch.testing.assert_close(found[True][1][name], value, rtol=1e-4, atol=1e-4)
+    for one, other in zip(found[False][2], found[True][2], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-3)
 
 
 def test_the_value_is_the_lower_critics_of_the_policys_middle(make_agent):

@@ -16,7 +16,7 @@ from layeredrl_torchrl._checks import check_positive_int
 from layeredrl_torchrl.levels.learning import LearningLevel, spaces_of
 from layeredrl_torchrl.levels.storing import check_transitions
 from layeredrl_torchrl.planners import PredictorPlanner
-from layeredrl_torchrl.predictors import Predictor
+from layeredrl_torchrl.predictors import Predictor, RewardPredictor
 from layeredrl_torchrl.predictors.factory import ObservationSpace
 from layeredrl_torchrl.specs import Space
 
@@ -92,7 +92,8 @@ class PlannerLevel(LearningLevel):
     Raises:
         TypeError: A factory that gives something else; other types. ValueError: Numbers outside
             their range; ``env`` beside spaces, or one space without the other; ``buffer_size``
-            beside a ``buffer``; a planner in another predictor or for other actions.
+            beside a ``buffer``; a planner in another predictor or for other actions; a
+            ``model_batch_size`` that the predictor's members cannot share.
     """
 
     def __init__(
@@ -150,6 +151,10 @@ class PlannerLevel(LearningLevel):
             raise TypeError(
                 f"predictor_factory gave a {type(predictor).__name__}, expected a Predictor"
             )
+        if isinstance(predictor, RewardPredictor):
+            # Raises now what would otherwise be raised after the random phase.
+            n_models = predictor.model.n_models
+            predictor.member_batches.n_rows(self.model_batch_size, n_models)
         planner = self.planner_factory(predictor, action_spec=action_spec)
         if not isinstance(planner, PredictorPlanner):
             raise TypeError(

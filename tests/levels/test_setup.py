@@ -12,6 +12,7 @@ from torchrl.data import Bounded, OneHot, Unbounded
 from layeredrl_torchrl import (
     ICEMPlanner,
     ModelFreeLevel,
+    PartitionedBatch,
     PlannerLevel,
     PredictorFactory,
     SACLearner,
@@ -24,9 +25,9 @@ ACTIONS = Bounded(-1.0, 1.0, (1,))
 
 def planner_level(*spaces, **options):
     small = {"n_initial_random_steps": 0, "batch_size": 8, "model_batch_size": 8}
+    small["predictor_factory"] = PredictorFactory(hidden_sizes=(8,), n_models=2)
     return PlannerLevel(
         *spaces,
-        predictor_factory=PredictorFactory(hidden_sizes=(8,), n_models=2),
         planner_factory=partial(ICEMPlanner, horizon=2, n_samples=24, n_iterations=2),
         **small | options,
     )
@@ -110,6 +111,15 @@ def test_after_a_setup_that_failed_it_can_be_set_up(make):
         level.action_spec  # noqa: B018
     level.setup(OBS, ACTIONS)
     assert level.action_spec == ACTIONS
+
+
+def test_batches_that_the_members_cannot_share_are_refused_before_anything_is_collected():
+    factory = PredictorFactory(
+        hidden_sizes=(8,), n_models=3, predictor_options={"member_batches": PartitionedBatch()}
+    )
+    with pytest.raises(ValueError, match=r"model_batch_size is 8, which 3 members.*multiple of 3"):
+        planner_level(OBS, ACTIONS, predictor_factory=factory)
+    planner_level(OBS, ACTIONS, predictor_factory=factory, model_batch_size=9)
 
 
 # -- loading --------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from contextlib import contextmanager
 from functools import partial
@@ -25,6 +26,8 @@ from layeredrl_torchrl import (
 )
 
 torch.set_num_threads(1)
+# Processes that tests start inherit it: several threads in each would fight over the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 class PointModel(Model):

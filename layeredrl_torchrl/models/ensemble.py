@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from layeredrl_torchrl._checks import check_finite
 from layeredrl_torchrl.models.calibration import Calibration
 from layeredrl_torchrl.models.fused import FusedStep
-from layeredrl_torchrl.models.inputs import excess_std
+from layeredrl_torchrl.models.inputs import check_parameters, excess_std
 from layeredrl_torchrl.models.members import stack_members
 from layeredrl_torchrl.models.model import Model
 from layeredrl_torchrl.models.propagation import Step
@@ -190,10 +190,16 @@ class ProbabilisticEnsemble(Model):
         return torch.cat(parts, -1)
 
     def make_step(self, *, deterministic: bool = False) -> Step:
-        """As the base class has it; the built-in members are stepped in a faster way."""
+        """As the base class has it; the built-in members are stepped in a faster way.
+
+        Raises:
+            ValueError: Built-in members with parameters that are not finite; the message names
+                them.
+        """
         members = self.predicting_members
         if torch.is_grad_enabled() or not isinstance(members, StackedProbFCDynamics):
             return super().make_step(deterministic=deterministic)
+        check_parameters(members)
         if self._compile_options is not None:
             options = tuple(sorted(self._compile_options.items()))
             return FusedStep(self, members, deterministic=deterministic, options=options)

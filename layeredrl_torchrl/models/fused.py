@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layeredrl_torchrl._precision import full_precision, product_dtype
-from layeredrl_torchrl.models.inputs import InputStatistics, check_parameters, excess_std
+from layeredrl_torchrl.models.inputs import InputStatistics, excess_std
 from layeredrl_torchrl.nets import StackedProbFCDynamics
 from layeredrl_torchrl.specs import action_features
 
@@ -112,9 +112,6 @@ class FusedStep:
         members: Its predicting members.
         deterministic: Step to the mean.
         options: Of ``torch.compile``.
-
-    Raises:
-        ValueError: Members with parameters that are not finite; the message names them.
     """
 
     @torch.no_grad()
@@ -126,7 +123,6 @@ class FusedStep:
         deterministic: bool,
         options: tuple[tuple[str, Any], ...],
     ) -> None:
-        check_parameters(members)
         self.members, self.deterministic = members, deterministic
         self.step = _compiled(options)
         first = members.weights[0]

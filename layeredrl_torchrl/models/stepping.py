@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from layeredrl_torchrl._precision import full_precision, product_dtype
-from layeredrl_torchrl.models.inputs import InputStatistics, check_parameters, excess_std
+from layeredrl_torchrl.models.inputs import InputStatistics, excess_std
 from layeredrl_torchrl.nets import StackedProbFCDynamics, StackedSampler
 from layeredrl_torchrl.specs import action_features
 
@@ -28,9 +28,6 @@ class EnsembleStep:
         ensemble: The ensemble.
         members: Its predicting members.
         deterministic: Step to the mean.
-
-    Raises:
-        ValueError: Members with parameters that are not finite; the message names them.
     """
 
     @torch.no_grad()
@@ -41,7 +38,6 @@ class EnsembleStep:
         *,
         deterministic: bool,
     ) -> None:
-        check_parameters(members)
         self.members = members
         self.predict_delta = ensemble.predict_delta
         weight = members.weights[0]

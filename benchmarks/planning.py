@@ -82,6 +82,8 @@ def make_predictor(n_models: int, device: str, *, compiled: bool = False) -> Sta
         model.compile(dynamic=False)
     reward = RewardNet(STATE, 0, ACTIONS, HIDDEN)
     torch.nn.init.normal_(reward.net[-1].weight)  # its last layer starts at 0
+    if compiled:
+        reward.compile(dynamic=False)
     encoder = IdentityEncoder((STATE,))
     return StaticPredictor(model, None, reward, encoder, STATE).to(device).eval()
 

@@ -1,4 +1,4 @@
-"""One step of stacked members as a formula that ``torch.compile`` makes few loops of."""
+"""Steps of stacked members as a formula that ``torch.compile`` makes few loops of."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from layeredrl_torchrl.specs import action_features
 if TYPE_CHECKING:
     from layeredrl_torchrl.models.ensemble import ProbabilisticEnsemble
 
-__all__ = ["FusedStep", "fused_step"]
+__all__ = ["FusedStep", "fused_step", "fused_steps"]
 
 
 class Parts(NamedTuple):
@@ -104,6 +104,33 @@ def _choose(
     return mean, raw
 
 
+def fused_steps(
+    state: Tensor,
+    context: Tensor | None,
+    actions: Sequence[Tensor],
+    parts: Parts,
+    draws: Sequence[Draws | None],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Next states ``[M, R, D]`` and term_probs ``[M, R]`` of one :func:`fused_step` after another.
+
+    A call of what is compiled costs as much as a step of some hundred rows, however long it is.
+
+    Args:
+        state: ``[M, R, D]``.
+        context: ``[M, R, C]``; ``None`` where it is ignored.
+        actions: As the members read them, ``[M, R, *]`` each.
+        parts: As for a step.
+        draws: Likewise, of each step.
+    """
+    states, terms = [], []
+    for action, drawn in zip(actions, draws, strict=True):
+        features = [state, action] if context is None else [state, context, action]
+        state, term = fused_step(features, state, parts, drawn)
+        states.append(state)
+        terms.append(term)
+    return states, terms
+
+
 class FusedStep:
     """Steps an ensemble's members as ``Model.make_step`` describes, compiled and without gradients.
 
@@ -113,6 +140,8 @@ class FusedStep:
         deterministic: Step to the mean.
         options: Of ``torch.compile``.
     """
+
+    n_at_once = 5  # more take long to compile, and what a call costs is hardly seen any more
 
     @torch.no_grad()
     def __init__(
@@ -124,7 +153,7 @@ class FusedStep:
         options: tuple[tuple[str, Any], ...],
     ) -> None:
         self.members, self.deterministic = members, deterministic
-        self.step = _compiled(options)
+        self.steps = _compiled(options)
         first = members.weights[0]
         dtype = product_dtype(first.device, first.dtype)
         inputs = InputStatistics.of(ensemble, members)
@@ -142,26 +171,37 @@ class FusedStep:
             (target.loc.unsqueeze(-1), target.scale.unsqueeze(-1)),
         )
 
-    @torch.no_grad()
     def __call__(self, state: Tensor, context: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Next state ``[M, R, D]`` and term_prob ``[M, R]``; inputs as ``Model.make_step`` says."""
+        (following,), (term_prob,) = self.several(state, context, [action])
+        return following, term_prob
+
+    @torch.no_grad()
+    def several(
+        self, state: Tensor, context: Tensor, actions: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The same for one action after another, ``[M, R, *]`` each."""
         # At its first step a rollout repeats one state; other strides would be compiled anew.
         state = state.contiguous()
-        action = action_features(self.members.action_spec, action, state.dtype)
-        ignore = self.members.ignore_context
-        features = [state, action] if ignore else [state, context, action]
-        draws = None
-        if not self.deterministic:
-            # Drawn outside: a compiled generator gives other numbers for the same seed.
-            n_models, n_rows, dim = state.shape
-            noise = torch.randn(n_models, dim, n_rows, dtype=state.dtype, device=state.device)
-            several = self.parts.n_modes > 1
-            draws = Draws(noise, torch.rand_like(noise[:, 0]) if several else None)
+        members = self.members
+        acts = [action_features(members.action_spec, action, state.dtype) for action in actions]
+        ctx = None if members.ignore_context else context
+        draws = [self._draw(state) for _ in actions]
         with full_precision(state.device):
-            return self.step(features, state, self.parts, draws)
+            return self.steps(state, ctx, acts, self.parts, draws)
+
+    def _draw(self, state: Tensor) -> Draws | None:
+        """Drawn outside: a compiled generator gives other numbers for the same seed."""
+        if self.deterministic:
+            return None
+        n_models, n_rows, dim = state.shape
+        noise = torch.randn(n_models, dim, n_rows, dtype=state.dtype, device=state.device)
+        return Draws(noise, torch.rand_like(noise[:, 0]) if self.parts.n_modes > 1 else None)
 
 
 @cache
-def _compiled(options: tuple[tuple[str, Any], ...]) -> Callable[..., tuple[Tensor, Tensor]]:
+def _compiled(
+    options: tuple[tuple[str, Any], ...],
+) -> Callable[..., tuple[list[Tensor], list[Tensor]]]:
     """The compiled formula, one for each choice of options in a process."""
-    return torch.compile(fused_step, **dict(options))
+    return torch.compile(fused_steps, **dict(options))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +13,18 @@ __all__ = ["TS1", "Expectation", "Propagation", "TSInfinity"]
 
 # (state [M, R, D], context [M, R, C], action [M, R, *]) -> next state [M, R, D], term_prob [M, R]
 Step: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@runtime_checkable
+class StepsAhead(Protocol):
+    """A step that can also make several, each from where the one before led."""
+
+    n_at_once: int
+
+    def several(
+        self, state: Tensor, context: Tensor, actions: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Next states and term_probs for one action after another."""
 
 
 class Propagation(ABC):
@@ -51,6 +63,16 @@ class Propagation(ABC):
             Next state ``[M', N, P', D]`` and term_prob ``[M', N, P']``.
         """
 
+    def advance_several(
+        self, step: Step, n_models: int, state: Tensor, context: Tensor, actions: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        """:meth:`advance` for each of ``actions [N, K, *]``, from where the one before led."""
+        moved = []
+        for action in actions.unbind(1):
+            state, term_prob = self.advance(step, n_models, state, context, action)
+            moved.append((state, term_prob))
+        return moved
+
 
 class TSInfinity(Propagation):
     """Particles stay within their member: what the members disagree on adds up over a rollout.
@@ -70,6 +92,23 @@ class TSInfinity(Propagation):
             _rows(action, n_models, n_part),
         )
         return following.view(state.shape), term_prob.view(state.shape[:-1])
+
+    def advance_several(
+        self, step: Step, n_models: int, state: Tensor, context: Tensor, actions: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        """As the base class has it; at once, since nothing is dealt out between two steps."""
+        if not isinstance(step, StepsAhead):
+            return super().advance_several(step, n_models, state, context, actions)
+        n_part = state.shape[2]
+        states, terms = step.several(
+            state.flatten(1, 2),
+            _rows(context, n_models, n_part),
+            [_rows(action, n_models, n_part) for action in actions.unbind(1)],
+        )
+        return [
+            (following.view(state.shape), term_prob.view(state.shape[:-1]))
+            for following, term_prob in zip(states, terms, strict=True)
+        ]
 
 
 class TS1(Propagation):

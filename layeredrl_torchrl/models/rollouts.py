@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from layeredrl_torchrl.models.propagation import Propagation
+from layeredrl_torchrl.models.propagation import Propagation, StepsAhead
 
 if TYPE_CHECKING:
     from layeredrl_torchrl.models.model import Model
@@ -35,7 +36,7 @@ def imagine(
     *,
     deterministic: bool = False,
 ) -> Iterator[ImaginedStep]:
-    """Step particles along ``actions``, keeping nothing.
+    """Step particles along ``actions``, keeping nothing but the few steps made at once.
 
     Args:
         model: The model.
@@ -48,11 +49,17 @@ def imagine(
     n_models, n_part = propagation.particles(model.n_models, model.n_particles_per_model)
     step = model.make_step(deterministic=deterministic or propagation.deterministic)
     particles = state[:, None].expand(n_models, len(state), n_part, -1)
-    for h in range(actions.shape[1]):
-        action = actions[:, h]
-        following, term_prob = propagation.advance(step, model.n_models, particles, context, action)
-        yield ImaginedStep(particles, action, following, term_prob)
-        particles = following
+    for part in _cut(actions, step.n_at_once if isinstance(step, StepsAhead) else 1):
+        moved = propagation.advance_several(step, model.n_models, particles, context, part)
+        for action, (following, term_prob) in zip(part.unbind(1), moved, strict=True):
+            yield ImaginedStep(particles, action, following, term_prob)
+            particles = following
+
+
+def _cut(actions: Tensor, size: int) -> tuple[Tensor, ...]:
+    """``[N, H, *]`` in parts of at most ``size`` steps, as equal as may be."""
+    horizon = actions.shape[1]
+    return actions.split(math.ceil(horizon / math.ceil(horizon / size)), 1)
 
 
 def trajectory(

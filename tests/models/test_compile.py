@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import gymnasium as gym
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layeredrl_torchrl import ProbabilisticEnsemble
-from layeredrl_torchrl.models.fused import Draws, fused_step
+from layeredrl_torchrl.models.fused import Draws, FusedStep, fused_step
 
 
 @pytest.fixture
@@ -109,6 +110,38 @@ def test_modes_are_drawn_as_often_as_their_weights_say(eager, fc, recorded):
     nearest = (samples.unsqueeze(-2) - mean[0, :, None]).norm(dim=-1).argmin(-1)
     counts = torch.nn.functional.one_hot(nearest, 3).float().mean(1)
     torch.testing.assert_close(counts, weights[0], atol=0.015, rtol=0.0)
+
+
+@pytest.mark.parametrize("horizon", [1, 5, 7, 11])
+@pytest.mark.parametrize("discrete", [0, 4])
+def test_several_steps_at_once_are_one_after_the_other(
+    horizon, discrete, eager, fc, recorded, transitions, monkeypatch
+):
+    """To the same seed; and no more of them are made in a call than there are to make at once."""
+    space = gym.spaces.Discrete(discrete) if discrete else None
+    model, _ = recorded(fc, action_space=space, n_models=2, n_modes=2, n_particles_per_model=3)
+    model.fit_statistics(*transitions(discrete=discrete))
+    model.compile()
+    state, context, _ = (x[0] for x in inputs(1, 4))
+    actions = inputs(4, horizon, discrete=discrete)[2]
+    several, sizes = FusedStep.several, []
+
+    def counted(step, state, context, actions):
+        sizes.append(len(actions))
+        return several(step, state, context, actions)
+
+    monkeypatch.setattr(FusedStep, "several", counted)
+    found = []
+    for n_at_once in (1, 5):
+        monkeypatch.setattr(FusedStep, "n_at_once", n_at_once)
+        torch.manual_seed(3)
+        sizes.clear()
+        with torch.no_grad():
+            found.append(model.rollout(state, context, actions))
+        assert sum(sizes) == horizon
+        assert max(sizes) == math.ceil(horizon / math.ceil(horizon / n_at_once))
+    for key in (("next", "state"), ("next", "term_prob")):
+        torch.testing.assert_close(found[0][key], found[1][key], atol=1e-6, rtol=1e-6)
 
 
 def test_noise_is_standard_normal_and_independent(eager, fc, recorded):

@@ -83,7 +83,7 @@ def make_predictor(n_models: int, device: str, *, compiled: bool = False) -> Sta
     reward = RewardNet(STATE, 0, ACTIONS, HIDDEN)
     torch.nn.init.normal_(reward.net[-1].weight)  # its last layer starts at 0
     if compiled:
-        reward.compile(dynamic=False)
+        reward.compile()
     encoder = IdentityEncoder((STATE,))
     return StaticPredictor(model, None, reward, encoder, STATE).to(device).eval()
 

@@ -39,7 +39,7 @@ class AgentConfig:
     """Real steps with random actions at the start."""
     imagined_share: float = 0.9
     """Share of a batch for SAC that is imagined; 0 for SAC alone, without a model."""
-    horizon: int = 3
+    horizon: int = 1
     """Steps of an imagined episode, whose rewards the critics' targets sum up."""
     imagined_per_step: int = 100
     """Imagined steps for every real step."""
@@ -53,7 +53,7 @@ class AgentConfig:
     """Width of the two hidden layers of the world model's networks."""
     updates_per_step: float = 20.0
     """Gradient steps of SAC's critics for every real step."""
-    updates_per_actor_update: int = 5
+    updates_per_actor_update: int = 2
     """Updates of the critics for one of the actor and of the entropy's weight."""
     batch_size: int = 256
     """Steps in a batch, for SAC and for each member of the ensemble."""

@@ -82,6 +82,8 @@ class Config(CollectorConfig):
     """Candidate plans in the first iteration."""
     n_iterations: int = 3
     """Iterations of the planner."""
+    compile: bool = False
+    """Compile what is planned with: fewer milliseconds a plan, after minutes of compiling."""
     eval_episodes: int = 10
     """Episodes of the final evaluation."""
     steps_per_checkpoint: int = 1000
@@ -116,7 +118,7 @@ def make_level(config: Config, task: Task, env: EnvBase) -> PlannerLevel:
         latent_state_dims=list(task.state_dims),
         context_dims=list(task.context_dims),
     )
-    return PlannerLevel(
+    level = PlannerLevel(
         env=env,
         predictor_factory=PredictorFactory(
             hidden_sizes=(config.hidden_size, config.hidden_size),
@@ -144,6 +146,10 @@ def make_level(config: Config, task: Task, env: EnvBase) -> PlannerLevel:
         batch_size=config.batch_size,
         model_batch_size=config.batch_size,
     )
+    if config.compile:
+        level.predictor.model.compile()
+        level.predictor.rew_func.compile()
+    return level
 
 
 def make_env(task: Task, n: int, seed: int) -> TransformedEnv:

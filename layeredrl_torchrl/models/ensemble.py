@@ -208,10 +208,11 @@ class ProbabilisticEnsemble(Model):
     def compile(self, **options: Any) -> None:
         """Compile the steps of rollouts and plans, instead of ``forward`` as other modules do.
 
-        It pays for many rows: ``benchmarks/rollout.py`` has both times. Compiling takes some ten
-        seconds at the first rollout and again at the first of another size (``dynamic=False``: at
-        each size), in each process, and needs a C++ compiler. Only the built-in members are
-        compiled, and only where no gradient is kept. The same seed gives other random numbers.
+        ``benchmarks/rollout.py`` and ``benchmarks/planning.py`` have both times. Compiling takes
+        half a minute at the first rollout and again at the first of another size
+        (``dynamic=False``: at each size), in each process, and needs a C++ compiler. Only the
+        built-in members are compiled, and only where no gradient is kept. The same seed gives other
+        random numbers.
 
         Args:
             **options: Of ``torch.compile``, for example ``dynamic=False``.

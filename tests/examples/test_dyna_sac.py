@@ -33,6 +33,7 @@ SMALL = (
     "--steps-per-checkpoint=80",
     "--eval-episodes=2",
     "--imagined-per-step=5",
+    "--horizon=3",
     "--imagined-size=400",
     "--model-updates-per-step=0.2",
     "--updates-per-step=0.2",

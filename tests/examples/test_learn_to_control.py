@@ -10,6 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from layeredrl_torchrl import get_task
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "learn_to_control.py"
 SMALL = (
@@ -99,6 +103,31 @@ def test_mazes_report_their_success(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "success rate 0." in done.stdout or "success rate 1." in done.stdout
     assert "success_rate" in curve(tmp_path / "maze")[0]
+
+
+@pytest.mark.slow
+def test_compile_compiles_what_is_planned_with(monkeypatch):
+    """Dynamics and reward; plans stay within the bounds of the task's action."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import learn_to_control as example
+
+    task = get_task("InvertedPendulum-v5")
+    sizes = {"hidden_size": 8, "n_models": 2, "n_samples": 20, "n_iterations": 1, "horizon": 2}
+    env = example.make_env(task, 2, 0)
+    levels = [
+        example.make_level(example.Config(compile=option, **sizes), task, env)
+        for option in (False, True)
+    ]
+    env.append_transform(levels[0].make_tensordict_primer())
+    data, n_graphs = env.reset(), []
+    for level in levels:
+        counters.clear()
+        with torch.no_grad():
+            action = level.planner(data.clone())["action"]
+        n_graphs.append(counters["stats"]["unique_graphs"])
+        assert action.shape == (2, 1)
+        assert action.abs().max() <= 3.0
+    assert n_graphs == [0, 2]
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ class Config(AgentConfig, CollectorConfig):
     """Threads that torch may use."""
 
 
-# What a checkpoint does not fit if it is another.
+# What a resumed run shares with its checkpoint, which would not fit, or brings its own.
 SHAPE = (
     "task",
     "n_envs",
@@ -71,6 +71,8 @@ SHAPE = (
     "n_models",
     "model_hidden_size",
     "hidden_size",
+    "gamma",
+    "entropy_per_action",
 )
 NAN = float("nan")
 

@@ -123,6 +123,8 @@ def test_goes_on_from_the_last_checkpoint(trained, run, tmp_path):
     assert float(rows[8]["seconds"]) > float(before[-1]["seconds"])
     with pytest.raises(SystemExit, match=r"was made with \{'task': 'InvertedPendulum-v5'\}"):
         run(*SMALL, f"--output={folder}", "--resume", "--task=Reacher-v5")
+    with pytest.raises(SystemExit, match=r"was made with \{'entropy_per_action': -0.5\}"):
+        run(*SMALL, f"--output={folder}", "--resume", "--entropy-per-action=0")
 
 
 def test_sac_alone_has_no_model(run, tmp_path):

@@ -35,8 +35,8 @@ from layeredrl_torchrl import (
 class AgentConfig:
     """How the agent learns."""
 
-    random_steps: int = 300
-    """Real steps with random actions at the start."""
+    random_steps: int | None = None
+    """Real steps with random actions at the start; a quarter of all by default."""
     imagined_share: float = 0.9
     """Share of a batch for SAC that is imagined; 0 for SAC alone, without a model."""
     horizon: int = 1
@@ -93,6 +93,9 @@ class Agent:
 
     def __init__(self, config: AgentConfig, task: Task, env: EnvBase, total: int) -> None:
         self.config, self.total = config, total
+        # A model that has seen little leads HalfCheetah onto its back, where it stays.
+        quarter = config.random_steps is None
+        self.random_steps = total // 4 if quarter else config.random_steps
         encoder = partial(
             FixedEncoderNet,
             latent_state_dims=list(task.state_dims),
@@ -148,7 +151,7 @@ class Agent:
         self.counters["env_steps"] += n_steps
         steps = self.counters["env_steps"]
         info: dict[str, float] = {}
-        if steps < config.random_steps:
+        if steps < self.random_steps:
             return info
         # The first phase makes up for those in which there was nothing to learn for.
         if not self.counters["updates"]:

@@ -120,7 +120,7 @@ def learn(
         agent.policy,
         frames_per_batch=config.steps_per_batch,
         total_frames=total - steps,
-        init_random_frames=max(config.random_steps - steps, 0),
+        init_random_frames=max(agent.random_steps - steps, 0),
     )
     try:
         with (
@@ -189,7 +189,7 @@ def main(config: Config) -> None:
     except KeyError as error:
         raise SystemExit(error.args[0]) from None
     total = task.budget if config.total_env_steps is None else config.total_env_steps
-    if config.random_steps >= total:
+    if config.random_steps is not None and config.random_steps >= total:
         raise SystemExit(
             f"random_steps is {config.random_steps} of {total} steps: nothing would be learned; "
             "lower --random-steps"

@@ -325,6 +325,18 @@ def test_actions_fill_their_range_and_entropy_follows_it(make_agent):
     assert float(agent.loss.target_entropy) == pytest.approx(-1.0 + math.log(3.0))
 
 
+@pytest.mark.parametrize(("given", "steps"), [(None, 50), (0, 0), (70, 70)])
+def test_learning_begins_after_the_random_steps(make_agent, given, steps):
+    """A quarter of the 200 by default; until then experience is only stored."""
+    agent, data = make_agent(random_steps=given, imagined_share=0.0)
+    assert agent.random_steps == steps
+    for n, part in zip((20, 40, 60), data.split(10, 1), strict=True):
+        info = agent.learn(part.copy())
+        assert ("loss_qvalue" in info) == (n >= steps)
+        assert agent.counters["env_steps"] == n
+    assert agent.counters["updates"] == (6 if steps < 70 else 0)
+
+
 def test_data_of_another_task_is_refused(make_agent):
     """Before anything is stored: the agent was built for Hopper's observations."""
     agent, _ = make_agent()

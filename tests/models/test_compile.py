@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layeredrl_torchrl import ProbabilisticEnsemble
+from layeredrl_torchrl import TS1, ProbabilisticEnsemble, TSInfinity
 from layeredrl_torchrl.models.fused import Draws, FusedStep, fused_step
 
 
@@ -113,11 +113,13 @@ def test_modes_are_drawn_as_often_as_their_weights_say(eager, fc, recorded):
 
 
 @pytest.mark.parametrize("horizon", [1, 5, 7, 11])
-@pytest.mark.parametrize("discrete", [0, 4])
+@pytest.mark.parametrize(
+    ("discrete", "propagation"), [(0, TSInfinity()), (4, TSInfinity()), (0, TS1())]
+)
 def test_several_steps_at_once_are_one_after_the_other(
-    horizon, discrete, eager, fc, recorded, transitions, monkeypatch
+    horizon, discrete, propagation, eager, fc, recorded, transitions, monkeypatch
 ):
-    """To the same seed; and no more of them are made in a call than there are to make at once."""
+    """To the same seed; as many in a call as may be, unless members are drawn between them."""
     space = gym.spaces.Discrete(discrete) if discrete else None
     model, _ = recorded(fc, action_space=space, n_models=2, n_modes=2, n_particles_per_model=3)
     model.fit_statistics(*transitions(discrete=discrete))
@@ -137,9 +139,10 @@ def test_several_steps_at_once_are_one_after_the_other(
         torch.manual_seed(3)
         sizes.clear()
         with torch.no_grad():
-            found.append(model.rollout(state, context, actions))
+            found.append(model.rollout(state, context, actions, propagation=propagation))
         assert sum(sizes) == horizon
-        assert max(sizes) == math.ceil(horizon / math.ceil(horizon / n_at_once))
+        n_calls = math.ceil(horizon / (1 if isinstance(propagation, TS1) else n_at_once))
+        assert max(sizes) == math.ceil(horizon / n_calls)
     for key in (("next", "state"), ("next", "term_prob")):
         torch.testing.assert_close(found[0][key], found[1][key], atol=1e-6, rtol=1e-6)
 

@@ -40,7 +40,7 @@ class AgentConfig:
     imagined_share: float = 0.9
     """Share of a batch for SAC that is imagined; 0 for SAC alone, without a model."""
     horizon: int = 1
-    """Steps of an imagined episode, whose rewards the critics' targets sum up."""
+    """Steps of an imagined episode, from a tenth of the run on; targets sum up their rewards."""
     imagined_per_step: int = 100
     """Imagined steps for every real step."""
     imagined_size: int = 100_000
@@ -94,8 +94,7 @@ class Agent:
     def __init__(self, config: AgentConfig, task: Task, env: EnvBase, total: int) -> None:
         self.config, self.total = config, total
         # A model that has seen little leads HalfCheetah onto its back, where it stays.
-        quarter = config.random_steps is None
-        self.random_steps = total // 4 if quarter else config.random_steps
+        self.random_steps = total // 4 if config.random_steps is None else config.random_steps
         encoder = partial(
             FixedEncoderNet,
             latent_state_dims=list(task.state_dims),
@@ -141,6 +140,12 @@ class Agent:
             parts |= {**model, "imagined": self.imagined}
         return Checkpoint(**parts)
 
+    @property
+    def random_steps_left(self) -> int:
+        """None once it has learned, even if a resumed run is longer and so is its quarter."""
+        done = self.counters["updates"] > 0
+        return 0 if done else max(self.random_steps - self.counters["env_steps"], 0)
+
     def learn(self, data: TensorDictBase) -> dict[str, float]:
         """Store real experience `[env, T]`, then update the model, imagine, and update SAC."""
         config, n_steps = self.config, data.numel()
@@ -151,7 +156,7 @@ class Agent:
         self.counters["env_steps"] += n_steps
         steps = self.counters["env_steps"]
         info: dict[str, float] = {}
-        if steps < self.random_steps:
+        if self.random_steps_left:
             return info
         # The first phase makes up for those in which there was nothing to learn for.
         if not self.counters["updates"]:

@@ -120,7 +120,7 @@ def learn(
         agent.policy,
         frames_per_batch=config.steps_per_batch,
         total_frames=total - steps,
-        init_random_frames=max(agent.random_steps - steps, 0),
+        init_random_frames=agent.random_steps_left,
     )
     try:
         with (

@@ -115,7 +115,7 @@ def test_goes_on_from_the_last_checkpoint(trained, run, tmp_path):
     with pytest.raises(SystemExit, match="add --resume"):
         run(*SMALL, f"--output={folder}")
     assert curve(folder) == before
-    run(*SMALL, f"--output={folder}", "--resume", "--total-env-steps=200")
+    run(*SMALL, f"--output={folder}", "--resume", "--total-env-steps=200", "--random-steps=190")
     rows = curve(folder)
     assert rows[:8] == before
     assert [float(row["env_steps"]) for row in rows[8:]] == [180, 200]
@@ -335,6 +335,9 @@ def test_learning_begins_after_the_random_steps(make_agent, given, steps):
         assert ("loss_qvalue" in info) == (n >= steps)
         assert agent.counters["env_steps"] == n
     assert agent.counters["updates"] == (6 if steps < 70 else 0)
+    agent.random_steps = 1000  # as of a run that is resumed with more steps
+    assert (agent.random_steps_left == 0) == (steps < 70)
+    assert ("loss_qvalue" in agent.learn(part.copy())) == (steps < 70)
 
 
 def test_data_of_another_task_is_refused(make_agent):

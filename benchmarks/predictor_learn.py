@@ -3,12 +3,12 @@
     python benchmarks/predictor_learn.py                     # all tables
     python benchmarks/predictor_learn.py --threads 1 --rows 20000 200000 --repeats 9
 
-State 17, action 6, both batches 256, networks of 2 x 128, default settings otherwise. Every time is
-the median over several calls of `learn` in one process, all cases taking turns; a call's time is
-divided by its updates, so what `learn` does once a call counts with the share it has there. The
-breakdown comes from the same calls with a clock around the parts of an update (seen from the
-outside: nested parts are taken off those they lie in), so its sum is a little above the time
-without the clocks.
+State 17, action 6, both batches 256, networks of 2 x 128, default settings otherwise; once as it is
+and once with both losses compiled. Every time is the median over several calls of `learn` in one
+process, all cases taking turns; a call's time is divided by its updates, so what `learn` does once
+a call counts with the share it has there. The breakdown comes from the same calls with a clock
+around the parts of an update (seen from the outside: nested parts are taken off those they lie in),
+so its sum is a little above the time without the clocks.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def make_buffer(n_rows: int, folder: str) -> TensorDictReplayBuffer:
     return buffer
 
 
-def make_predictor(n_modes: int, k_steps: int, n_steps: int) -> RewardPredictor:
+def make_predictor(
+    n_modes: int, k_steps: int, n_steps: int, *, compiled: bool = False
+) -> RewardPredictor:
     torch.manual_seed(0)
     action = Bounded(-1.0, 1.0, (ACTION,))
     model = ProbabilisticEnsemble(
@@ -101,7 +103,7 @@ def make_predictor(n_modes: int, k_steps: int, n_steps: int) -> RewardPredictor:
         n_models=5,
         n_modes=n_modes,
     )
-    return RewardPredictor(
+    predictor = RewardPredictor(
         model=model,
         val_func=ValueNet(STATE, 0),
         rew_func=RewardNet(STATE, 0, action),
@@ -110,6 +112,10 @@ def make_predictor(n_modes: int, k_steps: int, n_steps: int) -> RewardPredictor:
         k_steps=k_steps,
         n_steps=n_steps,
     )
+    if compiled:
+        predictor.model_loss.compile()
+        predictor.predictor_loss.compile()
+    return predictor
 
 
 def medians(
@@ -196,12 +202,16 @@ def main(config: Config) -> None:
         buffers = {n: make_buffer(n, f"{folder}/{n}") for n in config.rows}
         first = buffers[config.rows[0]]
         predictors = {name: make_predictor(**options) for name, (_, options) in CASES.items()}
-        ms = medians(config, {name: (p, first) for name, p in predictors.items()})
+        compiled = {
+            f"{name} compiled": make_predictor(**options, compiled=True)
+            for name, (_, options) in CASES.items()
+        }
+        ms = medians(config, {name: (p, first) for name, p in (predictors | compiled).items()})
         for name, (what, _) in CASES.items():
             theirs, bar = BARS[name]
             print(
-                f"({name}) {what}: {ms[name]:.2f} (bar {bar:.1f}; LayeredRL {theirs:.1f}, "
-                f"{theirs / ms[name]:.1f} times ours)"
+                f"({name}) {what}: {ms[name]:.2f}, compiled {ms[f'{name} compiled']:.2f} (bar "
+                f"{bar:.1f}; LayeredRL {theirs:.1f}, {theirs / ms[name]:.1f} times ours)"
             )
             breakdown(config, predictors[name], first)
         growing = {str(n): (make_predictor(**CASES["a"][1]), b) for n, b in buffers.items()}

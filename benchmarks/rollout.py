@@ -1,4 +1,4 @@
-"""Time of ensemble rollouts and training steps beside the time of their matrix products alone.
+"""Time of ensemble rollouts beside the time of their matrix products alone.
 
     python benchmarks/rollout.py                    # the table, and a picture of the scaling
     python benchmarks/rollout.py --repeats 30 --threads 2 --output output/benchmarks
@@ -26,7 +26,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from layeredrl_torchrl import (
     IdentityEncoder,
-    ModelLoss,
     ProbabilisticEnsemble,
     ProbFCDynamics,
     RewardNet,
@@ -134,35 +133,6 @@ def rollout_runs(case: Case, device: str) -> dict[str, Callable[[], object]]:
     return {"products": products, "fp32": fp32, "compiled": compiled, "bf16": bf16}
 
 
-def training_run(hidden: tuple[int, ...], device: str) -> dict[str, Callable[[], object]]:
-    """One gradient step of the ensemble on a batch of 256: loss, backward, Adam."""
-    torch.manual_seed(0)
-    model = Case(hidden=hidden).ensemble(device)
-    loss_module = ModelLoss(model)
-    optim = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
-    state = torch.randn(256, STATE, device=device)
-    batch = TensorDict(
-        {
-            "state": state,
-            "context": state[:, :0],
-            "action": torch.rand(256, ACTION, device=device),
-            "next": {
-                "state": state + 0.1 * torch.randn_like(state),
-                "terminated": torch.zeros(256, 1, dtype=torch.bool, device=device),
-            },
-        },
-        batch_size=[256],
-    )
-
-    def step() -> None:
-        loss = loss_module(batch)
-        optim.zero_grad()
-        (loss["loss_dynamics"] + loss["loss_termination"]).backward()
-        optim.step()
-
-    return {"step": step}
-
-
 CASES = {
     "256 x 5 x 1, H 15, 2x128, 4 modes": Case(n_modes=4),
     "500 x 5 x 4, H 30, 4x200, 1 mode": Case(500, 5, 4, 30, (200,) * 4),
@@ -261,9 +231,6 @@ def main(config: Config) -> None:
         ms = medians(config.repeats, config.device, **rollout_runs(case, config.device))
         shown = "".join(f" {ms[way]:9.2f} {ms[way] / ms['products']:6.2f}" for way in ways)
         print(f"{name:36} {ms['products']:9.2f}{shown}")
-    for name, hidden in (("2x128", (128, 128)), ("4x200", (200,) * 4)):
-        ms = medians(4 * config.repeats, config.device, **training_run(hidden, config.device))
-        print(f"{'training step, 5 members, 256, ' + name:36} {ms['step']:9.2f} ms")
     if config.device == "cpu":
         memory()
     scaling(config)

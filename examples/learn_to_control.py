@@ -83,7 +83,7 @@ class Config(CollectorConfig):
     n_iterations: int = 3
     """Iterations of the planner."""
     compile: bool = False
-    """Compile what is planned with: fewer milliseconds a plan, after minutes of compiling."""
+    """Compile what is planned with and the losses: faster, after minutes of compiling."""
     eval_episodes: int = 10
     """Episodes of the final evaluation."""
     steps_per_checkpoint: int = 1000
@@ -147,8 +147,9 @@ def make_level(config: Config, task: Task, env: EnvBase) -> PlannerLevel:
         model_batch_size=config.batch_size,
     )
     if config.compile:
-        level.predictor.model.compile()
-        level.predictor.rew_func.compile()
+        known = level.predictor
+        for part in (known.model, known.rew_func, known.model_loss, known.predictor_loss):
+            part.compile()
     return level
 
 

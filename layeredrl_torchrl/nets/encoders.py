@@ -77,6 +77,11 @@ class Encoder(TensorDictModuleBase):
 
     def encode(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """Check ``observation [*B, obs]`` and map it to ``state [*B, D], context [*B, C]``."""
+        self.check(observation)
+        return self.encode_checked(observation)
+
+    def check(self, observation: Tensor) -> None:
+        """Raise as the class says, unless ``observation`` is ``[*B, obs]`` and finite."""
         check_width(
             "observation",
             observation,
@@ -84,6 +89,9 @@ class Encoder(TensorDictModuleBase):
             hint=f"this {type(self).__name__} was built for observations of {self.obs_dim} values",
         )
         check_finite("observation", observation, hint="repair it before it is encoded")
+
+    def encode_checked(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`encode` of what has passed :meth:`check`, which ``torch.compile`` sees through."""
         parameter = next(self.parameters(), None)
         dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
         return self.split(observation.to(dtype))

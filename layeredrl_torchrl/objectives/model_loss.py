@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
-from torchrl.objectives import LossModule
 
 from layeredrl_torchrl.models import ProbabilisticEnsemble
+from layeredrl_torchrl.objectives.terms import TermsLoss
 
 __all__ = ["ModelInputs", "ModelLoss"]
 
@@ -34,7 +34,7 @@ class ModelInputs(NamedTuple):
         return [ModelInputs(*x) for x in zip(*(y.split(size, 1) for y in self), strict=True)]
 
 
-class ModelLoss(LossModule):
+class ModelLoss(TermsLoss):
     """Negative log-likelihood of next states and of terminations, summed over members.
 
     For each member the first is the mean over transitions of ``-log p(target)``, in nats, in the
@@ -101,22 +101,15 @@ class ModelLoss(LossModule):
         self.per_member = per_member
 
     @property
-    def functional(self) -> bool:
-        """The model is used as it is, with its own parameters."""
-        return False
-
-    @property
     def in_keys(self) -> list[NestedKey]:
         """The entries that must be present."""
         keys = self.tensor_keys
         return [keys.state, keys.context, keys.action, keys.next_state, keys.terminated]
 
-    def forward(self, tensordict: TensorDictBase) -> TensorDict:
-        """Compute the losses of a batch ``[N]``, or ``[M, N]`` with ``per_member``."""
-        return TensorDict(self.terms(self.prepare(tensordict)))
-
     def prepare(self, tensordict: TensorDictBase) -> ModelInputs:
-        """Check and mask a batch, or several in one, which :meth:`ModelInputs.split` cuts.
+        """Check and mask a batch ``[N]``, or ``[M, N]`` with ``per_member``.
+
+        Or several in one, which :meth:`ModelInputs.split` cuts.
 
         Raises:
             KeyError, ValueError: As the class says.
@@ -154,9 +147,9 @@ class ModelLoss(LossModule):
                 action = torch.where(keep, action, 0.0)
         return ModelInputs(state, context, action, next_state, terminated, weight)
 
-    def terms(self, inputs: ModelInputs) -> dict[str, Tensor]:
+    def terms(self, prepared: ModelInputs) -> dict[str, Tensor]:
         """The losses of a prepared batch, as :meth:`forward` writes them."""
-        state, context, action, next_state, terminated, weight = inputs
+        state, context, action, next_state, terminated, weight = prepared
         # A share of its member's mean; that of a member of which no transition counts is 0.
         weight = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
         (mean, std), weights, term_prob = self.model.predict_normalized(state, context, action)

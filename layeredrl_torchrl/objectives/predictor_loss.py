@@ -12,11 +12,11 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
 from torchrl.data import TensorSpec
-from torchrl.objectives import LossModule
 
 from layeredrl_torchrl._checks import check_finite, check_positive_int
 from layeredrl_torchrl.nets import Encoder
 from layeredrl_torchrl.objectives.targets import n_step_targets
+from layeredrl_torchrl.objectives.terms import TermsLoss
 from layeredrl_torchrl.specs import canonical_action
 
 __all__ = ["PredictorLoss", "PreparedSlices", "PreparedValue"]
@@ -53,7 +53,7 @@ class PreparedSlices(NamedTuple):
         ]
 
 
-class PredictorLoss(LossModule):
+class PredictorLoss(TermsLoss):
     """Squared errors of the reward and of the n-step value over slices of ``k + n`` steps.
 
     The reward loss also trains the encoder (``learn_encoder``): state and context are computed
@@ -155,7 +155,7 @@ class PredictorLoss(LossModule):
         """For copies: without the views, which would be copied into parameters of their own."""
         views = ("value_params", "target_value_params")
         modules = {k: v for k, v in self._modules.items() if k not in views}
-        return {**self.__dict__, "_modules": modules}
+        return {**super().__getstate__(), "_modules": modules}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy and view its parameters."""
@@ -164,19 +164,10 @@ class PredictorLoss(LossModule):
             self._view_parameters()
 
     @property
-    def functional(self) -> bool:
-        """The parts are used as they are, with their own parameters."""
-        return False
-
-    @property
     def in_keys(self) -> list[NestedKey]:
         """The entries that must be present."""
         k = self.tensor_keys
         return [k.observation, k.action, k.next_observation, k.reward, k.terminated, k.valid]
-
-    def forward(self, tensordict: TensorDictBase) -> TensorDict:
-        """Compute the losses of slices ``[B, L]``."""
-        return TensorDict(self.terms(self.prepare(tensordict)))
 
     @torch.no_grad()
     def prepare(self, tensordict: TensorDictBase) -> PreparedSlices:
@@ -216,6 +207,7 @@ class PredictorLoss(LossModule):
             reward=reward,
             valid=valid,
         )
+        self.encoder.check(prepared.observation)
         if not isinstance(self.val_func, nn.Module):
             return prepared
         return prepared._replace(value=self._prepare_value(tensordict))
@@ -224,7 +216,7 @@ class PredictorLoss(LossModule):
         """The losses of prepared slices, as :meth:`forward` writes them."""
         valid, action = prepared.valid, prepared.action
         with torch.set_grad_enabled(self.learn_encoder and torch.is_grad_enabled()):
-            state, context = self.encoder(prepared.observation)
+            state, context = self.encoder.encode_checked(prepared.observation)
             context = context[:, :1].expand_as(context)
         out: dict[str, Tensor] = {}
         if isinstance(self.rew_func, nn.Module):
@@ -269,8 +261,10 @@ class PredictorLoss(LossModule):
         # An action-value function is bootstrapped with the action that was taken there; the slice
         # repeats its last valid step, so at its end with the last action taken.
         action = self._get(tensordict, keys.action)[rows, index + 1]
+        observation = self._get(tensordict, keys.next_observation)[rows, index]
+        self.encoder.check(observation)
         return PreparedValue(
-            observation=self._get(tensordict, keys.next_observation)[rows, index],
+            observation=observation,
             action=self._canonical(action),
             returns=targets.returns,
             discount=targets.bootstrap_discount,
@@ -279,7 +273,7 @@ class PredictorLoss(LossModule):
 
     @torch.no_grad()
     def _targets(self, prepared: PreparedValue) -> Tensor:
-        state, context = self.encoder(prepared.observation)
+        state, context = self.encoder.encode_checked(prepared.observation)
         value = self.target_val_func(state, context, prepared.action)
         return prepared.returns + prepared.discount * value
 

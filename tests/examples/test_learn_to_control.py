@@ -106,8 +106,8 @@ def test_mazes_report_their_success(tmp_path):
 
 
 @pytest.mark.slow
-def test_compile_compiles_what_is_planned_with(monkeypatch):
-    """Dynamics and reward; plans stay within the bounds of the task's action."""
+def test_compile_compiles_plans_and_losses(monkeypatch):
+    """Plans of compiled dynamics and reward stay within the bounds of the task's action."""
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     import learn_to_control as example
 
@@ -119,7 +119,7 @@ def test_compile_compiles_what_is_planned_with(monkeypatch):
         for option in (False, True)
     ]
     env.append_transform(levels[0].make_tensordict_primer())
-    data, n_graphs = env.reset(), []
+    data, n_graphs, losses_compiled = env.reset(), [], []
     for level in levels:
         counters.clear()
         with torch.no_grad():
@@ -127,7 +127,10 @@ def test_compile_compiles_what_is_planned_with(monkeypatch):
         n_graphs.append(counters["stats"]["unique_graphs"])
         assert action.shape == (2, 1)
         assert action.abs().max() <= 3.0
+        losses = (level.predictor.model_loss, level.predictor.predictor_loss)
+        losses_compiled.append([hasattr(x.terms, "_torchdynamo_orig_callable") for x in losses])
     assert n_graphs == [0, 2]
+    assert losses_compiled == [[False] * 2, [True] * 2]
 
 
 @pytest.mark.slow

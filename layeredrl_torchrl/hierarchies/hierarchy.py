@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torchrl.checkpoint import Checkpoint, GlobalRNGState
 from torchrl.data import Composite, Unbounded
 from torchrl.envs import EnvBase, TensorDictPrimer
-from torchrl.modules.utils import get_primers_from_module
 
+from layeredrl_torchrl._primers import OnePrimer
 from layeredrl_torchrl._state import WholeState
 from layeredrl_torchrl.hierarchies.building import assemble, names
 from layeredrl_torchrl.hierarchies.control import ask, hand, take
@@ -36,7 +36,7 @@ _NEEDS = (
 )
 
 
-class Hierarchy(WholeState):
+class Hierarchy(OnePrimer, WholeState):
     """Levels, each of which acts through the one below it, as one TorchRL policy.
 
     The lowest level acts at every environment step. A level above holds its action, which is the
@@ -119,16 +119,6 @@ class Hierarchy(WholeState):
     def make_tensordict_primer(self) -> TensorDictPrimer:
         """The transform that carries what is held, and clears it where instances are reset."""
         return HierarchyPrimer(self._carried.clone(), self.reward_key)
-
-    def apply(self, fn: Callable[[nn.Module], None]) -> Hierarchy:
-        """As torch's; but TorchRL's search for primers, which goes this way, ends here.
-
-        The memory of the levels is part of the hierarchy's.
-        """
-        if getattr(fn, "__module__", None) == get_primers_from_module.__module__:
-            fn(self)
-            return self
-        return super().apply(fn)
 
     def _in_order(self) -> list[Any]:
         return list(self.levels)

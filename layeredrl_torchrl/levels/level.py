@@ -12,6 +12,7 @@ from torchrl.data import Composite, ReplayBuffer, TensorSpec
 from torchrl.envs import TensorDictPrimer
 
 from layeredrl_torchrl._checks import check_positive_int
+from layeredrl_torchrl._primers import OnePrimer
 from layeredrl_torchrl._state import WholeState
 from layeredrl_torchrl.predictors import Predictor
 from layeredrl_torchrl.specs import Space, to_spec
@@ -19,7 +20,7 @@ from layeredrl_torchrl.specs import Space, to_spec
 __all__ = ["Level"]
 
 
-class Level(WholeState):
+class Level(OnePrimer, WholeState):
     """A policy that learns, of one time scale; alone, or in a hierarchy.
 
     Called with a TensorDict ``[*B]`` it reads the observation, where it has an ``input_spec`` also

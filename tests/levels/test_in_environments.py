@@ -7,8 +7,9 @@ from functools import partial
 import pytest
 import torch
 from torchrl.collectors import Collector
-from torchrl.envs import StepCounter, TransformedEnv
+from torchrl.envs import StepCounter, TensorDictPrimer, TransformedEnv
 from torchrl.envs.utils import check_env_specs
+from torchrl.modules.utils import get_primers_from_module
 
 from layeredrl_torchrl import (
     ICEMPlanner,
@@ -55,6 +56,17 @@ def run(n, **options):
         infos.append(level.learn(data))
     collector.shutdown()
     return level, torch.cat(batches, -1), infos
+
+
+def test_torchrl_finds_one_transform_that_carries_all():
+    """The planner inside the level has one of its own, which holds a part of this one's."""
+    level = make(make_env(2))
+    found = get_primers_from_module(level)
+    assert isinstance(found, TensorDictPrimer)
+    assert set(found.primers.keys(True, True)) == {
+        level.state_key,
+        *level.planner.make_tensordict_primer().primers.keys(True, True),
+    }
 
 
 @pytest.mark.parametrize("n", [None, 2])

@@ -5,12 +5,8 @@ One run is a subprocess; the others call what it calls, since importing takes lo
 
 from __future__ import annotations
 
-import csv
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -67,30 +63,18 @@ def run(examples):
     return call
 
 
-def curve(folder: Path) -> list[dict[str, str]]:
-    with (folder / "curve.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def trained(run_script, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder and the output of a short run."""
     folder = tmp_path_factory.mktemp("dyna")
     options = (*SMALL, "--plan", "--plan-horizon=2", "--plan-samples=20", f"--output={folder}")
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "dyna_sac.py"), *options],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
-        timeout=280,
-        check=False,
-    )
+    done = run_script("dyna_sac.py", *options)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
 
 @pytest.mark.slow
-def test_leaves_curve_picture_and_checkpoints(trained):
+def test_leaves_curve_picture_and_checkpoints(trained, curve):
     folder, out = trained
     rows = curve(folder)
     assert [float(row["env_steps"]) for row in rows] == list(range(20, 161, 20))
@@ -107,7 +91,7 @@ def test_leaves_curve_picture_and_checkpoints(trained):
 
 
 @pytest.mark.slow
-def test_goes_on_from_the_last_checkpoint(trained, run, tmp_path):
+def test_goes_on_from_the_last_checkpoint(trained, run, curve, tmp_path):
     """More steps on top of a finished run; without --resume its folder is left alone."""
     folder = tmp_path / "copy"
     shutil.copytree(trained[0], folder)
@@ -127,7 +111,7 @@ def test_goes_on_from_the_last_checkpoint(trained, run, tmp_path):
         run(*SMALL, f"--output={folder}", "--resume", "--entropy-per-action=0")
 
 
-def test_sac_alone_has_no_model(run, tmp_path):
+def test_sac_alone_has_no_model(run, curve, tmp_path):
     folder = tmp_path / "sac"
     run(*SMALL, "--imagined-share=0", f"--output={folder}")
     assert all(row["nll"] == row["horizon"] == "nan" for row in curve(folder))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import os
 import shutil
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,25 +32,14 @@ SMALL = (
 )
 
 
-def run(*options: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *options],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=280,
-        check=False,
-    )
-
-
-def curve(folder: Path) -> list[dict[str, str]]:
-    with (folder / "curve.csv").open() as file:
-        return list(csv.DictReader(file))
+@pytest.fixture(scope="module")
+def run(run_script):
+    """``run(*options)``: the example as a process."""
+    return partial(run_script, SCRIPT.name)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def trained(run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder and the output of a short run."""
     folder = tmp_path_factory.mktemp("control")
     done = run(*SMALL, f"--output={folder}")
@@ -62,7 +48,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 @pytest.mark.slow
-def test_leaves_curve_picture_and_checkpoints(trained):
+def test_leaves_curve_picture_and_checkpoints(trained, curve):
     folder, out = trained
     rows = curve(folder)
     assert [float(row["env_steps"]) for row in rows] == list(range(20, 161, 20))
@@ -76,7 +62,7 @@ def test_leaves_curve_picture_and_checkpoints(trained):
 
 
 @pytest.mark.slow
-def test_goes_on_from_the_last_checkpoint(trained, tmp_path):
+def test_goes_on_from_the_last_checkpoint(trained, run, curve, tmp_path):
     """More steps on top of a finished run; without --resume its folder is left alone."""
     folder = tmp_path / "copy"
     shutil.copytree(trained[0], folder)
@@ -97,7 +83,7 @@ def test_goes_on_from_the_last_checkpoint(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_mazes_report_their_success(tmp_path):
+def test_mazes_report_their_success(run, curve, tmp_path):
     pytest.importorskip("gymnasium_robotics")
     done = run(*SMALL, "--task=PointMaze-Open", f"--output={tmp_path / 'maze'}")
     assert done.returncode == 0, done.stderr
@@ -142,7 +128,7 @@ def test_compile_compiles_plans_and_losses(monkeypatch):
         (["--resume"], "has no checkpoint"),
     ],
 )
-def test_bad_options_say_what_to_do(options, message, tmp_path):
+def test_bad_options_say_what_to_do(options, message, run, tmp_path):
     done = run(*SMALL, *options, f"--output={tmp_path / 'run'}")
     assert done.returncode != 0
     assert message in done.stderr

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,20 +26,14 @@ SMALL = (
 )
 
 
-def run(*options: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *options],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=280,
-        check=False,
-    )
+@pytest.fixture(scope="module")
+def run(run_script):
+    """``run(*options)``: the example as a process."""
+    return partial(run_script, SCRIPT.name)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def trained(run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder and the output of a short run."""
     folder = tmp_path_factory.mktemp("demo")
     done = run(*SMALL, f"--output={folder}")
@@ -66,7 +58,7 @@ def test_leaves_metrics_checkpoint_and_pictures(trained):
 
 
 @pytest.mark.slow
-def test_checkpoint_runs_again(trained, tmp_path):
+def test_checkpoint_runs_again(trained, run, tmp_path):
     """--eval-only plays the saved predictor, to the same returns for the same seed."""
     folder, out = trained
     again = run(
@@ -90,7 +82,7 @@ def test_checkpoint_runs_again(trained, tmp_path):
         (["--random-steps=500", "--total-env-steps=100"], "random_steps"),
     ],
 )
-def test_bad_options_say_what_to_do(options, message, tmp_path):
+def test_bad_options_say_what_to_do(options, message, run, tmp_path):
     """A wrong call ends with a message and before any work."""
     done = run(*options, f"--output={tmp_path}")
     assert done.returncode != 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import socket
 import sys
@@ -116,11 +115,6 @@ def make_numbered(seed: int, *, limit: int):
     return env
 
 
-def curve(folder: Path) -> list[dict[str, str]]:
-    with (folder / "curve.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
 def test_both_workers_collect_with_the_newest_weights(examples, cluster):
     """A linear policy: its actions are the weights' closed form, in each batch the newest."""
     collecting, _, _ = examples
@@ -158,7 +152,7 @@ def test_both_workers_collect_with_the_newest_weights(examples, cluster):
     assert len(ids.unique()) == int(done[:, :-1].sum()) + 4
 
 
-def test_a_lost_machine_ends_the_run_and_a_resumed_run_goes_on(examples, cluster, tmp_path):
+def test_a_lost_machine_ends_the_run_and_a_resumed_run_goes_on(examples, cluster, curve, tmp_path):
     _, dyna_sac, _ = examples
     folder = tmp_path / "run"
     options = (*SMALL_DYNA, f"--ray-address={cluster.address}", f"--output={folder}")
@@ -195,7 +189,7 @@ def test_a_lost_machine_ends_the_run_and_a_resumed_run_goes_on(examples, cluster
     assert all(row["nll"] != "nan" for row in added)  # no second random phase
 
 
-def test_a_planner_is_the_remote_policy_on_a_cluster_of_its_own(examples, tmp_path):
+def test_a_planner_is_the_remote_policy_on_a_cluster_of_its_own(examples, curve, tmp_path):
     _, _, learn_to_control = examples
     options = (*SMALL_LEVEL, f"--output={tmp_path}")
     learn_to_control.main(tyro.cli(learn_to_control.Config, args=options))

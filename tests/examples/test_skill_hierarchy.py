@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -39,22 +35,10 @@ def example(monkeypatch):
     return pytest.importorskip("skill_hierarchy")
 
 
-def curve(folder: Path) -> list[dict[str, str]]:
-    with (folder / "curve.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.mark.slow
-def test_discovers_plans_and_goes_on(tmp_path, example):
+def test_discovers_plans_and_goes_on(tmp_path, example, run_script, curve):
     options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--agent=hierarchy", *options, f"--output={tmp_path}"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1"},
-        timeout=280,
-        check=False,
-    )
+    done = run_script(SCRIPT.name, "--agent=hierarchy", *options, f"--output={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert "PointMaze-U, hierarchy, seed 0, 400 steps" in done.stdout
     assert "of 2 new goals reached" in done.stdout
@@ -77,7 +61,7 @@ def test_discovers_plans_and_goes_on(tmp_path, example):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("agent", ["planner", "sac"])
-def test_flat_agents(agent, tmp_path, example, capsys):
+def test_flat_agents(agent, tmp_path, example, curve, capsys):
     options = SMALL | {"total_env_steps": 200, "output": tmp_path}
     example.main(example.Config(agent=example.Agent(agent), **options))
     assert f"PointMaze-U, {agent}, seed 0, 200 steps" in capsys.readouterr().out

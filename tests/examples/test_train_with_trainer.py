@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,15 +21,8 @@ SMALL = (
 
 
 @pytest.mark.slow
-def test_held_out_predictions_become_good(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *SMALL, f"--output={tmp_path}"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])},
-        timeout=280,
-        check=False,
-    )
+def test_held_out_predictions_become_good(run_script, tmp_path):
+    done = run_script("train_with_trainer.py", *SMALL, f"--output={tmp_path}")
     assert done.returncode == 0, done.stderr
     scores = {
         name: (float(before), float(after))

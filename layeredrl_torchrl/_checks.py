@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
 
 import torch
+from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
+
+
+def require(tensordict: TensorDictBase, key: NestedKey, *, reader: str, hint: str) -> Tensor:
+    """Return ``tensordict[key]``; raise ``KeyError`` that names what is there instead.
+
+    Args:
+        tensordict: Any TensorDict.
+        key: The entry to read.
+        reader: Who reads it, for the message.
+        hint: What to do where it is missing.
+    """
+    value = tensordict.get(key, None)
+    if value is None:
+        found = sorted(tensordict.keys(True, True), key=str)
+        raise KeyError(f"{reader} reads {key!r}, which is missing among {found}; {hint}")
+    return value
 
 
 def check_width(name: str, tensor: Tensor, width: int, *, hint: str) -> None:
@@ -61,3 +81,66 @@ def check_positive_int(name: str, value: int, *, minimum: int = 1) -> int:
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
     return value
+
+
+def check_number(
+    name: str,
+    value: float,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+    hint: str = "",
+) -> float:
+    """Return ``value`` if it is a finite number between ``low`` and ``high``.
+
+    Args:
+        name: What it is called, for the message.
+        value: An ``int`` or ``float``, or a scalar of numpy.
+        low: The least that is allowed.
+        high: The most that is allowed.
+        open_low: Leave out ``low`` itself.
+        open_high: Leave out ``high`` itself.
+        hint: What to do, for the message.
+
+    Raises:
+        TypeError: Not a number. ValueError: NaN, infinite or outside the range.
+    """
+    ends = f"; {hint}" if hint else ""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__}){ends}")
+    below = value <= low if open_low else value < low
+    above = value >= high if open_high else value > high
+    if not math.isfinite(value) or below or above:
+        left = "(" if open_low or low == -math.inf else "["
+        right = ")" if open_high or high == math.inf else "]"
+        raise ValueError(
+            f"{name} must be finite and lie in {left}{low:g}, {high:g}{right}, got {value}{ends}"
+        )
+    return value
+
+
+def check_flag(name: str, value: bool) -> bool:
+    """Return ``value`` if it is ``True`` or ``False``; raise ``TypeError`` otherwise."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__})")
+    return value
+
+
+def check_callable(name: str, value: Callable[..., Any] | None, *, optional: bool = False) -> None:
+    """Raise ``TypeError`` unless ``value`` can be called (or is ``None`` where ``optional``)."""
+    if callable(value) or (optional and value is None):
+        return
+    allowed = "callable or None" if optional else "callable"
+    raise TypeError(f"{name} must be {allowed}, got {value!r} ({type(value).__name__})")
+
+
+def check_instance(name: str, value: object, kind: type | tuple[type, ...], *, hint: str) -> None:
+    """Raise ``TypeError`` unless ``value`` is an object of ``kind``; a class is no object of it."""
+    if isinstance(value, kind) and not isinstance(value, type):
+        return
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    expected = " or ".join(k.__name__ for k in kinds)
+    got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+    raise TypeError(f"{name} must be an object of {expected}, got {got}; {hint}")

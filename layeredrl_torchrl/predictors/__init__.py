@@ -6,6 +6,7 @@ from layeredrl_torchrl.predictors.factory import (
     get_default_predictor_factory,
 )
 from layeredrl_torchrl.predictors.predictor import Predictor
+from layeredrl_torchrl.predictors.returns import ReturnOptions
 from layeredrl_torchrl.predictors.reward import RewardPredictor
 from layeredrl_torchrl.predictors.standardizer import DeltaStandardizer
 from layeredrl_torchrl.predictors.static import StaticPredictor
@@ -15,6 +16,7 @@ __all__ = [
     "EarlyStopping",
     "Predictor",
     "PredictorFactory",
+    "ReturnOptions",
     "RewardPredictor",
     "StaticPredictor",
     "get_default_predictor_factory",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from tensordict import TensorDict, TensorDictBase
@@ -16,7 +17,7 @@ from layeredrl_torchrl._checks import check_per_item
 from layeredrl_torchrl._state import WholeState
 from layeredrl_torchrl.models import Model, Propagation
 from layeredrl_torchrl.nets import Encoder
-from layeredrl_torchrl.predictors.returns import imagined_returns
+from layeredrl_torchrl.predictors.returns import ReturnOptions, imagined_returns
 from layeredrl_torchrl.specs import canonical_action
 
 __all__ = ["Predictor"]
@@ -196,13 +197,8 @@ class Predictor(WholeState):
         state: Tensor,
         context: Tensor | None,
         actions: Tensor,
-        *,
-        discount: float = 1.0,
-        use_value_func: bool = False,
-        use_term_prob: bool = True,
-        exploration_bonus: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
-        propagation: Propagation | None = None,
-        deterministic: bool = False,
+        options: ReturnOptions | None = None,
+        **changes: Any,
     ) -> Tensor:
         """The return of each imagined particle; the memory it takes does not grow with ``H``.
 
@@ -213,14 +209,9 @@ class Predictor(WholeState):
             state: ``[*B, D]``.
             context: ``[*B, C]`` or ``None``.
             actions: ``[*B, H, A]`` or discrete.
-            discount: Over one step of the model, in ``(0, 1]``.
-            use_value_func: Whether the value of the last state counts; needs a ``val_func``.
-            use_term_prob: Whether ``p_h`` is the predicted termination probability, or 0.
-            exploration_bonus: Callable of state, context and action as a reward function is, for
-                example :class:`~layeredrl_torchrl.EnsembleDisagreement`; added to the reward,
-                evaluated at the mean over particles.
-            propagation: As for ``Model.rollout``.
-            deterministic: Likewise.
+            options: What counts in a return; all defaults if ``None``.
+            **changes: Options of :class:`~layeredrl_torchrl.predictors.ReturnOptions` that replace
+                those of ``options``.
 
         Returns:
             ``[*B, M, P]`` (``[*B, 1, 1]`` with ``Expectation``), in reward units.
@@ -229,17 +220,15 @@ class Predictor(WholeState):
             ValueError: No reward or value function; returns that are not finite (the message
                 names the members); and as ``Model.rollout``.
         """
+        options = replace(ReturnOptions() if options is None else options, **changes)
         return imagined_returns(
-            self,
+            self.model,
+            self.need("rew_func"),
+            self.need("terminal_value") if options.use_value_func else None,
             state,
             context,
             actions,
-            discount=discount,
-            use_value_func=use_value_func,
-            use_term_prob=use_term_prob,
-            exploration_bonus=exploration_bonus,
-            propagation=propagation,
-            deterministic=deterministic,
+            options,
         )
 
     # -- as TorchRL's WorldModel ------------------------------------------------------------

@@ -6,7 +6,7 @@ A *space* is a gymnasium ``Box`` or ``Discrete``, or a TorchRL ``Bounded``, ``Un
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import gymnasium as gym
 import numpy as np
@@ -22,9 +22,18 @@ from torchrl.data import (
     Unbounded,
 )
 
-__all__ = ["Space", "action_features", "canonical_action", "is_discrete", "to_spec", "width"]
+__all__ = [
+    "ObservationSpace",
+    "Space",
+    "action_features",
+    "canonical_action",
+    "is_discrete",
+    "to_spec",
+    "width",
+]
 
 Space: TypeAlias = gym.spaces.Box | gym.spaces.Discrete | TensorSpec
+ObservationSpace: TypeAlias = gym.Space[Any] | TensorSpec
 
 # Actions may leave their bounds by this share of the bound's size: float32 planners and
 # environments that rescale actions land an ulp outside.

@@ -45,8 +45,6 @@ KNOWN_CIRCLES = {
     "nets.dynamics",
     "nets.stacked",
     "predictors.early_stopping",
-    "predictors.predictor",
-    "predictors.returns",
     "predictors.reward",
     "predictors.transitions",
     "predictors.updates",

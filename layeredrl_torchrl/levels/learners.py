@@ -10,7 +10,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torchrl.objectives import LossModule, SoftUpdate, ValueEstimators
 
-from layeredrl_torchrl.predictors.moments import refuse_other_shapes
+from layeredrl_torchrl._state import refuse_other_shapes
 
 __all__ = ["Learner"]
 

@@ -16,11 +16,10 @@ from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.record.loggers import Logger
 
 from layeredrl_torchrl._checks import check_positive_int
+from layeredrl_torchrl._reporting import check_logger
 from layeredrl_torchrl.levels.level import Level
 from layeredrl_torchrl.levels.storing import make_buffer, match_layout, n_env_steps, uncut
-from layeredrl_torchrl.predictors.factory import ObservationSpace
-from layeredrl_torchrl.predictors.reporting import check_logger
-from layeredrl_torchrl.specs import Space
+from layeredrl_torchrl.specs import ObservationSpace, Space
 
 __all__ = ["LearningLevel", "spaces_of"]
 

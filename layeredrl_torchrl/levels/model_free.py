@@ -13,13 +13,12 @@ from torchrl.envs import EnvBase, Transform
 from torchrl.record.loggers import Logger
 
 from layeredrl_torchrl._checks import check_width
+from layeredrl_torchrl._reporting import log_terms, updates
 from layeredrl_torchrl.levels.features import InputFeatures
 from layeredrl_torchrl.levels.learners import Learner
 from layeredrl_torchrl.levels.learning import LearningLevel, spaces_of
 from layeredrl_torchrl.levels.storing import check_transitions
-from layeredrl_torchrl.predictors.factory import ObservationSpace
-from layeredrl_torchrl.predictors.reporting import log_terms, updates
-from layeredrl_torchrl.specs import Space, is_discrete, to_spec, width
+from layeredrl_torchrl.specs import ObservationSpace, Space, is_discrete, to_spec, width
 
 __all__ = ["ModelFreeLevel"]
 

@@ -17,8 +17,7 @@ from layeredrl_torchrl.levels.learning import LearningLevel, spaces_of
 from layeredrl_torchrl.levels.storing import check_transitions
 from layeredrl_torchrl.planners import PredictorPlanner
 from layeredrl_torchrl.predictors import Predictor, RewardPredictor
-from layeredrl_torchrl.predictors.factory import ObservationSpace
-from layeredrl_torchrl.specs import Space
+from layeredrl_torchrl.specs import ObservationSpace, Space
 
 __all__ = ["PlannerLevel"]
 

@@ -23,7 +23,7 @@ from layeredrl_torchrl.nets import (
     ValueNet,
 )
 from layeredrl_torchrl.predictors.reward import RewardPredictor
-from layeredrl_torchrl.specs import Space, to_spec, width
+from layeredrl_torchrl.specs import ObservationSpace, Space, to_spec, width
 
 __all__ = ["PredictorFactory", "get_default_predictor_factory"]
 
@@ -31,7 +31,6 @@ __all__ = ["PredictorFactory", "get_default_predictor_factory"]
 _GOAL_KEYS = ("observation", "achieved_goal", "desired_goal")
 _JOIN = f'CatTensors(in_keys={list(_GOAL_KEYS)}, out_key="observation", sort=False)'
 
-ObservationSpace: TypeAlias = gym.Space[Any] | TensorSpec
 Environment: TypeAlias = gym.Env[Any, Any] | gym.vector.VectorEnv[Any, Any, Any] | EnvBase
 
 

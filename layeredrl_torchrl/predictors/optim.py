@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from layeredrl_torchrl.predictors.moments import refuse_other_shapes
+from layeredrl_torchrl._state import refuse_other_shapes
 
 __all__ = ["LearningRate", "annealing", "current_rates", "gradient_norms", "make_optimizer"]
 

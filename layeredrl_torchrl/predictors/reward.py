@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torchrl.data import ReplayBuffer
 from torchrl.record.loggers import Logger
 
+from layeredrl_torchrl import _reporting as reporting
 from layeredrl_torchrl._checks import check_positive_int
+from layeredrl_torchrl._state import refuse_other_shapes
 from layeredrl_torchrl.models import ProbabilisticEnsemble
 from layeredrl_torchrl.nets import Encoder, move_towards
 from layeredrl_torchrl.objectives import (
@@ -20,9 +22,8 @@ from layeredrl_torchrl.objectives import (
     PredictorLoss,
     TransitionSlices,
 )
-from layeredrl_torchrl.predictors import reporting, upkeep
+from layeredrl_torchrl.predictors import upkeep
 from layeredrl_torchrl.predictors.early_stopping import EarlyStopping
-from layeredrl_torchrl.predictors.moments import refuse_other_shapes
 from layeredrl_torchrl.predictors.optim import LearningRate, current_rates, make_optimizer
 from layeredrl_torchrl.predictors.predictor import Predictor, RewardFunction
 from layeredrl_torchrl.predictors.standardizer import DeltaStandardizer

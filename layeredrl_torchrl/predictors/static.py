@@ -9,8 +9,8 @@ from torch import Tensor
 from torchrl.data import ReplayBuffer
 from torchrl.record.loggers import Logger
 
+from layeredrl_torchrl._reporting import check_logger, log_terms
 from layeredrl_torchrl.predictors.predictor import Predictor
-from layeredrl_torchrl.predictors.reporting import check_logger, log_terms
 
 __all__ = ["StaticPredictor"]
 

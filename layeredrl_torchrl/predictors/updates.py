@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from layeredrl_torchrl import _reporting as reporting
 from layeredrl_torchrl.objectives import TransitionSlices
 from layeredrl_torchrl.objectives.model_loss import ModelInputs
 from layeredrl_torchrl.objectives.predictor_loss import PreparedSlices
-from layeredrl_torchrl.predictors import reporting, upkeep
+from layeredrl_torchrl.predictors import upkeep
 from layeredrl_torchrl.predictors.early_stopping import EarlyStopping, HoldoutWatch
 from layeredrl_torchrl.predictors.optim import annealing, gradient_norms
 from layeredrl_torchrl.predictors.transitions import model_batches, slice_batches

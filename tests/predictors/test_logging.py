@@ -10,7 +10,7 @@ import torch
 from torchrl.record.loggers import CSVLogger, TensorboardLogger
 
 from layeredrl_torchrl import RewardPredictor
-from layeredrl_torchrl.predictors.reporting import updates
+from layeredrl_torchrl._reporting import updates
 
 LEARN = {"n_updates": 3, "batch_size": 8, "model_batch_size": 8}
 
@@ -155,7 +155,7 @@ def test_the_bar_reads_terms_seldom(capfd):
 
 
 def test_the_bar_shows_means_since_it_last_looked(monkeypatch, capfd):
-    monkeypatch.setattr("layeredrl_torchrl.predictors.reporting._EVERY", -1.0)  # at every update
+    monkeypatch.setattr("layeredrl_torchrl._reporting._EVERY", -1.0)  # at every update
     assert count_up(4) == 4
     shown = re.findall(r"square=(\d+)", capfd.readouterr().err)
     assert shown[-1] == "16"  # that of the last update; over all four it is 7.5

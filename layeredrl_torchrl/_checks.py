@@ -128,12 +128,27 @@ def check_flag(name: str, value: bool) -> bool:
     return value
 
 
-def check_callable(name: str, value: Callable[..., Any] | None, *, optional: bool = False) -> None:
-    """Raise ``TypeError`` unless ``value`` can be called (or is ``None`` where ``optional``)."""
-    if callable(value) or (optional and value is None):
+def check_callable(
+    name: str,
+    value: Callable[..., Any] | None,
+    *,
+    optional: bool = False,
+    factory: bool = False,
+) -> None:
+    """Raise ``TypeError`` unless ``value`` can be called (or is ``None`` where ``optional``).
+
+    A class is refused, since an object of it is meant, unless ``value`` is a ``factory``.
+    """
+    if optional and value is None:
         return
     allowed = "callable or None" if optional else "callable"
-    raise TypeError(f"{name} must be {allowed}, got {value!r} ({type(value).__name__})")
+    if isinstance(value, type) and not factory:
+        raise TypeError(
+            f"{name} must be {allowed}, got the class {value.__name__}; pass an object: "
+            f"{value.__name__}(...)"
+        )
+    if not callable(value):
+        raise TypeError(f"{name} must be {allowed}, got {value!r} ({type(value).__name__})")
 
 
 def check_instance(name: str, value: object, kind: type | tuple[type, ...], *, hint: str) -> None:

@@ -64,6 +64,9 @@ def test_callables_and_objects_are_told_from_what_is_not() -> None:
         check_callable("f", None)
     with pytest.raises(TypeError, match="f must be callable or None, got 3"):
         check_callable("f", 3, optional=True)
+    with pytest.raises(TypeError, match="f must be callable, got the class list; pass an object"):
+        check_callable("f", list)
+    check_callable("f", list, factory=True)
     check_instance("x", 3, int, hint="")
     with pytest.raises(TypeError, match="must be an object of int or str, got the class int; why"):
         check_instance("x", int, (int, str), hint="why")

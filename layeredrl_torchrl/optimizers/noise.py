@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-__all__ = ["power_law_noise"]
+from layeredrl_torchrl._checks import check_number
+from layeredrl_torchrl._precision import full_precision
+
+__all__ = ["filter_noise", "power_law_filter", "power_law_noise"]
 
 
 def power_law_noise(white: Tensor, beta: float, dim: int = -1) -> Tensor:
@@ -18,6 +19,7 @@ def power_law_noise(white: Tensor, beta: float, dim: int = -1) -> Tensor:
     section 3.1). It is a linear filter, so standard normal samples stay standard normal, each by
     itself.
 
+    >>> from layeredrl_torchrl.optimizers import power_law_noise
     >>> white = torch.randn(1000, 20)
     >>> red = power_law_noise(white, beta=2.0)
     >>> bool(red.diff().std() < 0.5 * white.diff().std())  # smoother, and of the same variance
@@ -32,18 +34,27 @@ def power_law_noise(white: Tensor, beta: float, dim: int = -1) -> Tensor:
         A tensor of the same shape.
 
     Raises:
-        ValueError: ``beta`` that is negative or not finite.
+        TypeError, ValueError: ``beta`` that is no number, negative or not finite.
     """
-    if not (math.isfinite(beta) and beta >= 0.0):
-        raise ValueError(f"beta must be finite and at least 0, got {beta}")
-    length = white.shape[dim]
+    return filter_noise(white, power_law_filter(white.shape[dim], beta).to(white), dim)
+
+
+def power_law_filter(length: int, beta: float) -> Tensor:
+    """Return :func:`power_law_noise` as a matrix ``[H, H]`` of float64 that multiplies columns."""
+    check_number("beta", beta, 0.0)
+    eye = torch.eye(length, dtype=torch.float64)
     if length == 1 or beta == 0.0:
-        return white
-    frequency = torch.fft.rfftfreq(length, dtype=white.dtype, device=white.device)
+        return eye
+    frequency = torch.fft.rfftfreq(length, dtype=torch.float64)
     gain = frequency.clamp_min(1.0 / length).pow(-0.5 * beta)
     # The variance of a filtered sample is the mean of gain^2 over all frequencies, of which
     # rfft leaves out the mirror images.
     mirrored = gain[1 : (length + 1) // 2]
     gain = gain / ((gain.square().sum() + mirrored.square().sum()) / length).sqrt()
-    gain = gain.view(-1, *[1] * (-dim - 1 if dim < 0 else white.ndim - dim - 1))
-    return torch.fft.irfft(torch.fft.rfft(white, dim=dim) * gain, n=length, dim=dim)
+    return torch.fft.irfft(torch.fft.rfft(eye, dim=0) * gain[:, None], n=length, dim=0)
+
+
+def filter_noise(white: Tensor, matrix: Tensor, dim: int) -> Tensor:
+    """Multiply ``matrix [H, H]`` with ``white`` along one axis, in full precision."""
+    with full_precision(white.device):
+        return (white.movedim(dim, -1) @ matrix.mT).movedim(-1, dim)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -12,7 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torchrl.data import Binary, Composite, Unbounded
 
-from layeredrl_torchrl._checks import check_positive_int
+from layeredrl_torchrl._checks import check_instance, check_number, check_positive_int
 from layeredrl_torchrl.optimizers.search import Parameters, Search
 
 __all__ = ["Cost", "Optimizer", "Solution"]
@@ -44,16 +43,20 @@ class Solution:
     memory: TensorDictBase
 
 
-class Optimizer(nn.Module, ABC):
+class Optimizer(nn.Module):
     """Minimises costs of sequences by sampling; batched over independent problems ``[*B]``.
 
     Each iteration draws candidates, evaluates them, and fits the distribution that the next ones
-    are drawn from to the best. A subclass says what is drawn (:meth:`colour`, :meth:`propose`)
-    and how much each of the best counts (:meth:`weigh`).
+    are drawn from to the best. By default that is the cross-entropy method. A subclass overrides
+    what differs: the noise (:meth:`colour`), the candidates (:meth:`propose`), and how much each
+    of the best counts (:meth:`weigh`).
 
     Nothing is kept from call to call but what the caller hands on: ``memory`` in,
     ``Solution.memory`` out. What comes from another call counts only where its entry ``"warm"``
-    is true, so zeros are a memory of nothing.
+    is true, so zeros are an empty memory.
+
+    The loop neither waits for the device nor takes a shape from data, so that it can be captured
+    as a CUDA graph; noise, memory and constants are where the search's bounds are.
 
     >>> optimizer = ICEM(make_search(Bounded(-1.0, 1.0, (2,))), horizon=4)
     >>> cost = lambda x: x.square().sum((-2, -1))  # [*B, N, H, A] -> [*B, N]
@@ -65,68 +68,88 @@ class Optimizer(nn.Module, ABC):
     Args:
         search: The family of distributions, with its bounds.
         horizon: ``H``.
-        populations: Candidates drawn in each iteration, one number an iteration.
-        n_elites: The best candidates that the distribution is fitted to.
+        n_samples: Candidates drawn in the first iteration, at least 2.
+        n_iterations: Number of iterations.
+        elite_ratio: Share of ``n_samples`` that the distribution is fitted to, in ``(0, 1]``.
         momentum: Share of the old parameters in the new ones, in ``[0, 1)``.
-        n_kept: Elites that are evaluated again in the next iteration, and handed on to the next
-            call.
+        decay: Factor, at least 1, by which the number of candidates shrinks from iteration to
+            iteration, though never below twice the elites.
+        keep_ratio: Share of the elites that are handed to :meth:`propose` in the next iteration
+            and, with the memory, in the next call; in ``[0, 1]``.
 
     Raises:
-        ValueError: A horizon of 0, fewer than two elites, more elites than candidates, a
-            momentum outside ``[0, 1)``.
+        TypeError: No search; numbers of another kind. ValueError: Numbers outside their range;
+            an ``elite_ratio`` that makes fewer than two elites.
     """
 
     def __init__(
         self,
         search: Search,
-        horizon: int,
+        horizon: int = 15,
         *,
-        populations: Sequence[int],
-        n_elites: int,
-        momentum: float,
-        n_kept: int = 0,
+        n_samples: int = 256,
+        n_iterations: int = 6,
+        elite_ratio: float = 0.1,
+        momentum: float = 0.1,
+        decay: float = 1.0,
+        keep_ratio: float = 0.0,
     ) -> None:
         super().__init__()
+        check_instance("search", search, Search, hint="build it with make_search(action_spec)")
         self.search = search
         self.horizon = check_positive_int("horizon", horizon)
-        self.populations = tuple(populations)
-        check_positive_int("n_iterations", len(self.populations))
-        if not 2 <= n_elites <= min(self.populations):
+        check_positive_int("n_samples", n_samples, minimum=2)
+        check_positive_int("n_iterations", n_iterations)
+        check_number("elite_ratio", elite_ratio, 0.0, 1.0, open_low=True)
+        self.momentum = check_number("momentum", momentum, 0.0, 1.0, open_high=True)
+        check_number("decay", decay, 1.0)
+        check_number("keep_ratio", keep_ratio, 0.0, 1.0)
+        self.n_elites = round(elite_ratio * n_samples)
+        if self.n_elites < 2:
             raise ValueError(
-                f"n_elites is {n_elites}, expected at least 2 (one has no spread) and at most "
-                f"{min(self.populations)}, the samples of the smallest iteration; change "
-                "elite_ratio (n_elites as a share of n_samples) or n_samples"
+                f"elite_ratio={elite_ratio} of n_samples={n_samples} makes {self.n_elites} "
+                "elites, expected at least 2 (one has no spread); change elite_ratio or "
+                "n_samples"
             )
-        if not 0.0 <= momentum < 1.0:
-            raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
-        self.n_elites = n_elites
-        self.momentum = momentum
-        self.n_kept = n_kept
+        self.n_kept = round(keep_ratio * self.n_elites)
+        least = min(2 * self.n_elites, n_samples)
+        self.populations = tuple(
+            max(round(n_samples * decay**-i), least) for i in range(n_iterations)
+        )
 
-    @abstractmethod
     def colour(self, white: Tensor) -> Tensor:
-        """Make the noise of candidates ``[b, N, H, *E]`` from independent standard normal one."""
+        """Make the noise of candidates from independent standard normal one ``[b, N, H, *E]``.
 
-    @abstractmethod
+        A hook; by default noise stays white. It must stay standard normal.
+        """
+        return white
+
     def propose(self, step: int, parameters: Parameters, noise: Tensor, kept: Tensor) -> Tensor:
-        """The candidates ``[b, N, H, *E]`` of iteration ``step``.
+        """Make the candidates ``[b, any, H, *E]`` of an iteration.
+
+        A hook; by default they are samples of the distribution.
 
         Args:
-            step: From 0.
+            step: The iteration, from 0.
             parameters: Of the distribution.
             noise: ``[b, populations[step], H, *E]``.
-            kept: The best so far, ``[b, n_kept, H, *E]``.
+            kept: The best of the iteration before (at first: of the call before, or samples),
+                ``[b, n_kept, H, *E]``.
         """
+        return self.search.sample(parameters, noise)
 
-    @abstractmethod
     def weigh(self, cost: Tensor) -> Tensor:
-        """Weights ``[b, n_elites]`` that sum to 1, from costs in rising order."""
+        """Weigh the elites by their costs ``[b, n_elites]``, which rise; weights sum to 1.
+
+        A hook; by default all weigh the same.
+        """
+        return torch.full_like(cost, 1.0 / cost.shape[1])
 
     # -- memory -----------------------------------------------------------------------------
 
     @property
     def memory_spec(self) -> Composite:
-        """Spec of the memory of one problem; zeros of it are a memory of nothing."""
+        """Spec of the memory of one problem; zeros of it are an empty memory."""
         spec = self.search.memory_spec(self.horizon)
         if self.n_kept:
             shape = (self.n_kept, self.horizon, *self.search.event_shape)
@@ -134,9 +157,17 @@ class Optimizer(nn.Module, ABC):
         spec["warm"] = Binary(1, (1,), dtype=torch.bool)
         return spec
 
-    def forget(self, batch: Sequence[int] = (), device: torch.device | None = None) -> TensorDict:
-        """A memory of nothing for problems ``[*B]``."""
-        return self.memory_spec.to(device or "cpu").zero(torch.Size(batch))
+    def forget(
+        self, batch: Sequence[int] = (), device: torch.device | str | None = None
+    ) -> TensorDict:
+        """Return an empty memory for problems ``[*B]``, by default where the search is."""
+        empty = {
+            key: torch.zeros(
+                (*batch, *spec.shape), dtype=spec.dtype, device=device or self.search.device
+            )
+            for key, spec in self.memory_spec.items()
+        }
+        return TensorDict(empty, batch)
 
     def shift(self, memory: TensorDictBase, steps: int = 1) -> TensorDictBase:
         """Let ``steps`` steps of time pass: sequences begin later, their last step is repeated.
@@ -145,22 +176,34 @@ class Optimizer(nn.Module, ABC):
             memory: ``[*B]``; it is not changed.
             steps: At least 0.
         """
-        check_positive_int("steps", steps, minimum=0)
-        index = torch.arange(self.horizon, device=memory.get("warm").device) + steps
-        index = index.clamp_max(self.horizon - 1)
-        # After the batch axes come [H, ...], of elites [n_kept, H, ...].
-        axes = {key: memory.ndim + (key == "elites") for key in memory.keys() if key != "warm"}
-        moved = {key: memory.get(key).index_select(axis, index) for key, axis in axes.items()}
-        return TensorDict({**moved, "warm": memory.get("warm")}, memory.batch_size)
+        steps = min(check_positive_int("steps", steps, minimum=0), self.horizon - 1)
+        moved = {}
+        for key, value in memory.items():
+            if key == "warm":
+                moved[key] = value
+                continue
+            # After the batch axes come [H, ...], of elites [n_kept, H, ...].
+            axis = memory.ndim + (key == "elites")
+            last = value.narrow(axis, self.horizon - 1, 1)
+            rest = value.narrow(axis, steps, self.horizon - steps)
+            moved[key] = torch.cat([rest, *[last] * steps], axis)
+        return TensorDict(moved, memory.batch_size)
 
     # -- the loop ---------------------------------------------------------------------------
 
-    def draw_noise(self, batch: Sequence[int] = (), device: torch.device | None = None) -> Tensor:
-        """All noise of one call, ``[*B, N_all, H, *E]``: standard normal, correlated in time."""
+    def draw_noise(
+        self, batch: Sequence[int] = (), device: torch.device | str | None = None
+    ) -> Tensor:
+        """Draw all noise of one call, ``[*B, N_all, H, *E]``: standard normal, and coloured.
+
+        Args:
+            batch: ``*B``.
+            device: By default where the search is.
+        """
         n = sum(self.populations) + self.n_kept + 1
         shape = (torch.Size(batch).numel(), n, self.horizon, *self.search.event_shape)
-        noise = self.colour(torch.randn(shape, dtype=self.search.dtype, device=device))
-        return noise.view(*batch, *shape[1:])
+        white = torch.randn(shape, dtype=self.search.dtype, device=device or self.search.device)
+        return self.colour(white).view(*batch, *shape[1:])
 
     @torch.no_grad()
     def optimize(
@@ -177,8 +220,8 @@ class Optimizer(nn.Module, ABC):
             memory: ``[*B]``: its batch shape is that of the problems; ``None`` for a single one
                 of which nothing is known.
             noise: As :meth:`draw_noise` gives it; drawn by default.
-            proposals: Sequences ``[*B, any, H, *E]`` that somebody else found: moved to the bounds,
-                they are candidates of the first iteration beside its own.
+            proposals: Sequences ``[*B, any, H, *E]`` found elsewhere: moved to the bounds, they
+                are candidates of the first iteration beside its own.
 
         Raises:
             ValueError: Costs that are not finite (the message says of which problem), or of
@@ -200,7 +243,7 @@ class Optimizer(nn.Module, ABC):
         parameters = self.search.start(entries, warm)
         kept = self.search.sample(parameters, of_kept)
         if self.n_kept:
-            cold = ~warm.view(-1, *[1] * (kept.ndim - 1))
+            cold = ~_like(warm, kept)
             kept = torch.where(cold, kept, self.search.project(entries["elites"]))
         best = self.search.mode(parameters)
         best_cost, costs = torch.full(warm.shape, torch.inf, device=warm.device), []
@@ -211,14 +254,14 @@ class Optimizer(nn.Module, ABC):
                 candidates = torch.cat([candidates, proposed], 1)
             costs.append(self._evaluate(cost, candidates, batch))
             elite_cost, index = costs[-1].topk(self.n_elites, largest=False)
-            elites = _pick(candidates, index)
+            elites = candidates.take_along_dim(_like(index, candidates), 1)
             fitted = self.search.fit(elites, self.weigh(elite_cost))
             pairs = zip(fitted, parameters, strict=True)
             parameters = tuple(new.lerp(old, self.momentum) for new, old in pairs)
             kept = elites[:, : self.n_kept]
-            better = (elite_cost[:, 0] < best_cost).view(-1, *[1] * (best.ndim - 1))
-            best = torch.where(better, elites[:, 0], best)
-            best_cost = torch.minimum(elite_cost[:, 0], best_cost)
+            least = elite_cost[:, 0]
+            best = torch.where(_like(least < best_cost, best), elites[:, 0], best)
+            best_cost = torch.minimum(least, best_cost)
         self._check_costs(torch.cat(costs, 1), batch)
 
         found = self.search.remember(parameters)
@@ -283,8 +326,6 @@ class Optimizer(nn.Module, ABC):
         )
 
 
-def _pick(candidates: Tensor, index: Tensor) -> Tensor:
-    """Candidates ``[b, E, ...]`` of ``[b, N, ...]`` at ``index [b, E]``."""
-    start = torch.arange(len(index), device=index.device).unsqueeze(1) * candidates.shape[1]
-    picked = candidates.flatten(0, 1).index_select(0, (index + start).flatten())
-    return picked.view(*index.shape, *candidates.shape[2:])
+def _like(x: Tensor, other: Tensor) -> Tensor:
+    """Append axes of size 1 until ``x`` has as many as ``other``."""
+    return x.view(*x.shape, *[1] * (other.ndim - x.ndim))

@@ -1,4 +1,4 @@
-"""What is searched: families of distributions over sequences, and the values they range over.
+"""Families of distributions over sequences, and the values they range over.
 
 Shapes here have one flat batch axis ``b``; ``*E`` is the shape of one step of a sequence. Every
 family turns standard normal noise ``[b, N, H, *E]`` into candidates, so that noise correlated in
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
 
-from layeredrl_torchrl._checks import check_positive_int
+from layeredrl_torchrl._checks import check_number, check_positive_int
 from layeredrl_torchrl.specs import Space, is_discrete, to_spec, width
 
 __all__ = ["CategoricalSearch", "GaussianSearch", "Search", "make_search"]
@@ -24,6 +24,7 @@ Parameters = tuple[Tensor, ...]
 class Search(nn.Module, ABC):
     """A family of distributions over sequences ``[H, *E]``, independent over steps.
 
+    >>> from layeredrl_torchrl.optimizers import GaussianSearch
     >>> search = GaussianSearch(torch.tensor([-1.0]), torch.tensor([3.0]))
     >>> parameters = search.start({"mean": torch.zeros(2, 5, 1)}, warm=torch.tensor([True, False]))
     >>> search.mode(parameters)[:, 0, 0]  # what is remembered, and the middle
@@ -38,6 +39,11 @@ class Search(nn.Module, ABC):
         self.event_shape = event_shape
 
     @property
+    def device(self) -> torch.device:
+        """Where its constants are, and so its candidates."""
+        return next(self.buffers()).device
+
+    @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
         """Dtype of noise and parameters."""
@@ -49,11 +55,11 @@ class Search(nn.Module, ABC):
 
     @abstractmethod
     def memory_spec(self, horizon: int) -> Composite:
-        """Spec of what a search hands on to the next one."""
+        """Return the spec of what a search hands on to the next one."""
 
     @abstractmethod
     def start(self, memory: dict[str, Tensor], warm: Tensor) -> Parameters:
-        """Parameters to start from.
+        """Return the parameters to start from.
 
         Args:
             memory: Entries ``[b, ...]`` as :meth:`memory_spec` has them.
@@ -62,44 +68,48 @@ class Search(nn.Module, ABC):
 
     @abstractmethod
     def sample(self, parameters: Parameters, noise: Tensor) -> Tensor:
-        """Candidates ``[b, N, H, *E]`` from standard normal noise of this shape."""
+        """Turn standard normal noise ``[b, N, H, *E]`` into candidates."""
 
     @abstractmethod
     def fit(self, candidates: Tensor, weights: Tensor) -> Parameters:
-        """Parameters of the best fit to candidates with weights ``[b, N]`` that sum to 1."""
+        """Fit parameters to candidates, whose weights ``[b, N]`` sum to 1."""
 
     @abstractmethod
     def mode(self, parameters: Parameters) -> Tensor:
-        """The sequence ``[b, H, *E]`` in the middle of the distribution."""
+        """Return the sequence ``[b, H, *E]`` in the middle of the distribution."""
 
     @abstractmethod
     def remember(self, parameters: Parameters) -> dict[str, Tensor]:
-        """The entries of :meth:`memory_spec`."""
+        """Return the entries of :meth:`memory_spec`."""
 
     @abstractmethod
     def project(self, candidates: Tensor) -> Tensor:
-        """The nearest candidates that are allowed."""
+        """Move candidates to the nearest that are allowed."""
 
 
 class GaussianSearch(Search):
     """Independent Gaussians, clipped to bounds; the mean is remembered.
 
+    >>> from layeredrl_torchrl.optimizers import GaussianSearch
     >>> GaussianSearch(torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 4.0])).sigma
     tensor([0.5000, 1.0000])
 
     Args:
         low: Lower bounds ``[A]``, finite.
-        high: Upper bounds ``[A]``, not below the lower ones.
+        high: Upper bounds ``[A]``, not below the lower ones, and not so far from them that the
+            square of the distance overflows (1.8e19 in float32).
         sigma: Standard deviation every search starts with, a number or ``[A]``, in the units of
             the bounds; a quarter of their distance by default (0.5 for -1 to 1).
 
     Raises:
-        ValueError: Bounds that are missing, infinite or crossed; a sigma that is not positive.
+        ValueError: Bounds that are missing, infinite, crossed or too far apart; a sigma that is
+            not positive and finite.
     """
 
-    low: Tensor
-    high: Tensor
-    sigma: Tensor
+    low: Tensor  # [A]
+    high: Tensor  # [A]
+    middle: Tensor  # [A]
+    sigma: Tensor  # [A]
 
     def __init__(self, low: Tensor, high: Tensor, sigma: Tensor | float | None = None) -> None:
         low, high = torch.as_tensor(low), torch.as_tensor(high)
@@ -116,6 +126,13 @@ class GaussianSearch(Search):
             )
         if bool((low > high).any()):
             raise ValueError(f"low {low.tolist()} exceeds high {high.tolist()}")
+        far = (~(high - low).square().isfinite()).nonzero().flatten().tolist()
+        if far:
+            raise ValueError(
+                f"the bounds of dimension(s) {far} are too far apart for {low.dtype} (low "
+                f"{low.tolist()}, high {high.tolist()}); such bounds usually stand for none: give "
+                "the range that actions are really taken from"
+            )
         super().__init__(tuple(low.shape))
         if sigma is None:
             sigma = (high - low) / 4
@@ -128,35 +145,36 @@ class GaussianSearch(Search):
         # Not part of the state dict: they follow from the arguments.
         self.register_buffer("low", low.clone(), persistent=False)
         self.register_buffer("high", high.clone(), persistent=False)
+        self.register_buffer("middle", low + 0.5 * (high - low), persistent=False)
         self.register_buffer("sigma", sigma.expand_as(low).clone(), persistent=False)
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the bounds."""
+        """The dtype of the bounds."""
         return self.low.dtype
 
     @property
     def candidate_dtype(self) -> torch.dtype:
-        """That of the bounds."""
+        """The dtype of the bounds."""
         return self.low.dtype
 
     def memory_spec(self, horizon: int) -> Composite:
-        """``"mean" [H, A]``."""
+        """Return the spec of ``"mean" [H, A]``."""
         # Unbounded: the zeros of a fresh memory need not lie within the bounds.
         return Composite(mean=Unbounded((horizon, *self.event_shape), dtype=self.dtype))
 
     def start(self, memory: dict[str, Tensor], warm: Tensor) -> Parameters:
-        """The remembered mean, or the middle of the bounds; always the first sigma."""
-        mean = torch.where(warm[:, None, None], memory["mean"], 0.5 * (self.low + self.high))
+        """Start from the remembered mean or the middle of the bounds, always with ``sigma``."""
+        mean = torch.where(warm[:, None, None], memory["mean"], self.middle)
         return self.project(mean), self.sigma.expand_as(mean)
 
     def sample(self, parameters: Parameters, noise: Tensor) -> Tensor:
-        """Samples, moved to the bounds where they leave them."""
+        """Draw samples, moved to the bounds where they leave them."""
         mean, std = (x.unsqueeze(1) for x in parameters)
         return self.project(torch.addcmul(mean, std, noise))
 
     def fit(self, candidates: Tensor, weights: Tensor) -> Parameters:
-        """Weighted mean and (population) standard deviation, each ``[b, H, A]``."""
+        """Fit the weighted mean and (population) standard deviation, each ``[b, H, A]``."""
         # Sums rather than products of matrices, which autocast would round.
         weights = weights.to(candidates.dtype)[..., None, None]
         mean = (weights * candidates).sum(1)
@@ -164,11 +182,11 @@ class GaussianSearch(Search):
         return mean, var.sqrt()
 
     def mode(self, parameters: Parameters) -> Tensor:
-        """The mean, within the bounds."""
+        """Return the mean, within the bounds."""
         return self.project(parameters[0])
 
     def remember(self, parameters: Parameters) -> dict[str, Tensor]:
-        """The mean."""
+        """Return the mean."""
         return {"mean": self.mode(parameters)}
 
     def project(self, candidates: Tensor) -> Tensor:
@@ -180,8 +198,9 @@ class CategoricalSearch(Search):
     """Independent choices among ``n``; their probabilities are remembered.
 
     A choice is the quantile of the noise, so noise that is correlated in time makes choices that
-    last.
+    last for several steps.
 
+    >>> from layeredrl_torchrl.optimizers import CategoricalSearch
     >>> search = CategoricalSearch(3)
     >>> probs = torch.tensor([[[0.5, 0.5, 0.0]]])  # [b, H, n]
     >>> search.sample((probs,), torch.tensor([[[-1.0], [1.0]]]))
@@ -194,15 +213,16 @@ class CategoricalSearch(Search):
             otherwise could never leave 0.
 
     Raises:
-        ValueError: ``n`` below 1, ``uniform`` outside (0, 1].
+        TypeError, ValueError: ``n`` below 1, ``uniform`` outside (0, 1].
     """
 
+    choices: Tensor  # [n]
+
     def __init__(self, n: int, uniform: float = 0.5) -> None:
-        if not 0.0 < uniform <= 1.0:
-            raise ValueError(f"uniform must lie in (0, 1], got {uniform}")
         super().__init__(())
         self.n = check_positive_int("n", n)
-        self.uniform = uniform
+        self.uniform = check_number("uniform", uniform, 0.0, 1.0, open_low=True)
+        self.register_buffer("choices", torch.arange(n), persistent=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -215,31 +235,31 @@ class CategoricalSearch(Search):
         return torch.long
 
     def memory_spec(self, horizon: int) -> Composite:
-        """``"probs" [H, n]``."""
+        """Return the spec of ``"probs" [H, n]``."""
         return Composite(probs=Unbounded((horizon, self.n), dtype=self.dtype))
 
     def start(self, memory: dict[str, Tensor], warm: Tensor) -> Parameters:
-        """The remembered probabilities mixed with uniform ones, or uniform ones."""
+        """Mix remembered probabilities with uniform ones; uniform ones where there are none."""
         mixed = (1.0 - self.uniform) * memory["probs"] + self.uniform / self.n
         return (torch.where(warm[:, None, None], mixed, 1.0 / self.n),)
 
     def sample(self, parameters: Parameters, noise: Tensor) -> Tensor:
-        """The choices at the noise's quantiles, ``[b, N, H]`` integers."""
+        """Take the choices at the noise's quantiles, ``[b, N, H]`` integers."""
         (probs,) = parameters
         borders = probs.cumsum(-1)[..., :-1].unsqueeze(1)
         return (torch.special.ndtr(noise).unsqueeze(-1) > borders).sum(-1)
 
     def fit(self, candidates: Tensor, weights: Tensor) -> Parameters:
-        """Weighted shares of the choices, ``[b, H, n]``."""
-        chosen = nn.functional.one_hot(candidates, self.n)
+        """Count the weighted shares of the choices, ``[b, H, n]``."""
+        chosen = candidates.unsqueeze(-1) == self.choices
         return ((weights.to(self.dtype)[..., None, None] * chosen).sum(1),)
 
     def mode(self, parameters: Parameters) -> Tensor:
-        """The most probable choices ``[b, H]``."""
+        """Return the most probable choices ``[b, H]``."""
         return parameters[0].argmax(-1)
 
     def remember(self, parameters: Parameters) -> dict[str, Tensor]:
-        """The probabilities."""
+        """Return the probabilities."""
         return {"probs": parameters[0]}
 
     def project(self, candidates: Tensor) -> Tensor:
@@ -248,7 +268,7 @@ class CategoricalSearch(Search):
 
 
 def make_search(space: Space | TensorSpec, sigma: Tensor | float | None = None) -> Search:
-    """The search that fits a space: Gaussian in a bounded box, categorical among choices.
+    """Build the search that fits a space: Gaussian in a bounded box, categorical among choices.
 
     >>> type(make_search(Bounded(-1.0, 1.0, (2,)))).__name__
     'GaussianSearch'

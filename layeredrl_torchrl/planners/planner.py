@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,13 +12,13 @@ from torchrl.data import Composite, OneHot, TensorSpec
 from torchrl.envs import TensorDictPrimer
 from torchrl.modules.planners.common import MPCPlannerBase
 
+from layeredrl_torchrl._checks import check_callable, check_instance, require
 from layeredrl_torchrl.imagination import PredictorEnv
-from layeredrl_torchrl.models import Propagation
 from layeredrl_torchrl.optimizers import Optimizer, Solution
 from layeredrl_torchrl.planners.proposals import Proposal
 from layeredrl_torchrl.planners.return_modes import ReturnMode, best_plan, find_return_mode
-from layeredrl_torchrl.planners.risk import Mean, RiskMeasure
-from layeredrl_torchrl.predictors import Predictor
+from layeredrl_torchrl.planners.risk import Mean
+from layeredrl_torchrl.predictors import Predictor, ReturnOptions
 from layeredrl_torchrl.specs import Space, is_discrete, width
 
 __all__ = ["PredictorPlanner"]
@@ -43,41 +43,39 @@ class PredictorPlanner(MPCPlannerBase):
     >>> predictor = factory(Unbounded((3,)), Bounded(-1.0, 1.0, (1,)))
     >>> optimizer = CEM(make_search(Bounded(-1.0, 1.0, (1,))), horizon=5)
     >>> planner = PredictorPlanner(predictor, optimizer, return_mode=best_plan)
-    >>> td = TensorDict({"observation": torch.zeros(7, 3), "planner": optimizer.forget([7])}, [7])
+    >>> td = TensorDict({"observation": torch.zeros(7, 3)}, [7]).update(planner.forget([7]))
     >>> planner(td)["action"].shape
     torch.Size([7, 1])
 
     Args:
         predictor: What is imagined; needs a reward function.
-        optimizer: What searches; its search has to fit the action spec.
+        optimizer: What searches; its search has to fit the action spec. It is moved to the
+            predictor's device.
         action_spec: Spec (or gymnasium space) of one environment's action; the predictor's by
             default.
         return_mode: Which sequence is the plan: :func:`~layeredrl_torchrl.best_plan`,
             :func:`~layeredrl_torchrl.mean_plan`, :func:`~layeredrl_torchrl.random_plan`, another
             function of the optimizer's solution, or LayeredRL's names ``"best"``, ``"mean"``,
             ``"random"``.
-        discount: Discount of a step, in ``(0, 1]``.
-        use_value_func: Whether the value of the last state counts.
-        use_term_prob: Whether rewards count only as far as an episode has probably not ended.
-        exploration_bonus: ``(state, context, action) -> [*B]``, added to the rewards.
-        risk: How the returns of members and particles become one score.
-        propagation: How uncertainty spreads over steps: :class:`~layeredrl_torchrl.TSInfinity`
-            (the default), :class:`~layeredrl_torchrl.TS1` or
-            :class:`~layeredrl_torchrl.Expectation`.
-        deterministic: Whether members are followed in their mean instead of sampled.
-        callback: Called with the imagined trajectories of every plan, as ``predictor.rollout``
-            gives them; they are computed only for it, and the actions are the same with it.
+        risk: How the returns ``[*B, M, P]`` of members and particles become one score; their mean
+            by default.
         proposal: ``(state [*B, D], context [*B, C], horizon) -> [*B, any, H, A]``: action sequences
             that every search also tries, for example
             :class:`~layeredrl_torchrl.PolicyProposal`; for continuous actions.
+        callback: Called with the imagined trajectories of every plan, as ``predictor.rollout``
+            gives them; they are computed only for it, and the actions are the same with it.
         action_key: Key of the action; the predictor's by default.
         plan_key: Key of the optimizer's memory.
+        **scoring: How imagined trajectories are scored: ``discount``, ``use_value_func``,
+            ``use_term_prob``, ``exploration_bonus``, ``propagation``, ``deterministic``, all as in
+            :class:`~layeredrl_torchrl.predictors.ReturnOptions`.
 
     Raises:
-        TypeError: Parts of another kind. ValueError: A predictor without reward function, or
-            without value function where one is used; an optimizer for other actions; a discount
-            outside ``(0, 1]``; an unknown return mode. When called: KeyError without the
-            observation or the memory; ValueError for an imagined return that is not finite.
+        TypeError: Parts of another kind, also a class where an object is meant. ValueError: A
+            predictor without reward function, or without value function where one is used; an
+            optimizer for other actions; numbers outside their range; an unknown return mode. When
+            called: KeyError without the observation or the memory; ValueError for an imagined
+            return that is not finite.
     """
 
     def __init__(
@@ -87,55 +85,45 @@ class PredictorPlanner(MPCPlannerBase):
         *,
         action_spec: TensorSpec | Space | None = None,
         return_mode: ReturnMode | str = best_plan,
-        discount: float = 1.0,
-        use_value_func: bool = False,
-        use_term_prob: bool = True,
-        exploration_bonus: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
-        risk: RiskMeasure | None = None,
-        propagation: Propagation | None = None,
-        deterministic: bool = False,
-        callback: Callable[[TensorDictBase], object] | None = None,
+        risk: Callable[[Tensor], Tensor] | None = None,
         proposal: Proposal | None = None,
+        callback: Callable[[TensorDictBase], object] | None = None,
         action_key: NestedKey | None = None,
         plan_key: NestedKey = "planner",
+        **scoring: Any,
     ) -> None:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be an Optimizer, got {type(optimizer).__name__}")
-        if use_value_func and predictor.terminal_value is None:
+        check_instance("predictor", predictor, Predictor, hint="pass a StaticPredictor, say")
+        check_instance("optimizer", optimizer, Optimizer, hint="pass ICEM(make_search(spec)), say")
+        check_callable("risk", risk, optional=True)
+        check_callable("proposal", proposal, optional=True)
+        check_callable("callback", callback, optional=True)
+        options = ReturnOptions(**scoring)
+        if options.use_value_func and predictor.terminal_value is None:
             raise ValueError("use_value_func=True needs a predictor with a val_func, got None")
-        if not 0.0 < discount <= 1.0:
-            raise ValueError(f"discount must lie in (0, 1], got {discount}")
-        if risk is not None and not callable(risk):
-            raise TypeError(f"risk must be a RiskMeasure like Mean() or CVaR(0.2), got {risk!r}")
-        if proposal is not None and not callable(proposal):
-            raise TypeError(f"proposal must be callable, got {type(proposal).__name__}")
         if proposal is not None and is_discrete(predictor.model.action_spec):
             raise ValueError(
                 f"proposal is for continuous actions, not for {predictor.model.action_spec}; leave "
                 "it out"
             )
         env = PredictorEnv(predictor, action_spec)
-        action_key = predictor.model.in_keys[2] if action_key is None else action_key
+        own_key = predictor.model.in_keys[2]
+        action_key = own_key if action_key is None else action_key
         super().__init__(env, action_key)
         # The base registers the environment twice, and a state dict would hold it twice.
         del self._modules["env"]
+        self.action_spec = env.full_action_spec[own_key]
         event = () if is_discrete(self.action_spec) else tuple(self.action_spec.shape)
         if optimizer.search.event_shape != event:
             raise ValueError(
                 f"the optimizer searches steps of shape {optimizer.search.event_shape}, but the "
                 f"actions are {self.action_spec}; build it with make_search(action_spec)"
             )
-        self.optimizer = optimizer
+        self.optimizer = optimizer.to(env.device)
         self.return_mode = find_return_mode(return_mode)
-        self.discount = discount
-        self.use_value_func = use_value_func
-        self.use_term_prob = use_term_prob
-        self.exploration_bonus = exploration_bonus
+        self.options = options
         self.risk = Mean() if risk is None else risk
-        self.propagation = propagation
-        self.deterministic = deterministic
-        self.callback = callback
         self.proposal = proposal
+        self.callback = callback
         self.action_key = unravel_key(action_key)
         self.plan_key = unravel_key(plan_key)
         below = plan_key if isinstance(plan_key, tuple) else (plan_key,)
@@ -158,6 +146,21 @@ class PredictorPlanner(MPCPlannerBase):
         return TensorDictPrimer(
             Composite({self.plan_key: self.optimizer.memory_spec}), expand_specs=True
         )
+
+    def forget(
+        self, batch: Sequence[int] = (), device: torch.device | str | None = None
+    ) -> TensorDict:
+        """Return an empty memory for ``[*B]`` environments, under the key that it is read from.
+
+        Where no environment carries the memory, ``td.update(planner.forget(td.batch_size))`` makes
+        the next plan start from nothing.
+
+        Args:
+            batch: ``*B``.
+            device: Where it is; by default where the planner is.
+        """
+        batch = torch.Size(batch)
+        return TensorDict({self.plan_key: self.optimizer.forget(batch, device)}, batch)
 
     def forward(
         self,
@@ -214,25 +217,17 @@ class PredictorPlanner(MPCPlannerBase):
             with torch.random.fork_rng(devices=devices):
                 self.callback(
                     self.predictor.rollout(
-                        obs, actions, self.deterministic, propagation=self.propagation
+                        obs,
+                        actions,
+                        self.options.deterministic,
+                        propagation=self.options.propagation,
                     )
                 )
         return actions, solution
 
     def _score(self, state: Tensor, context: Tensor, actions: Tensor) -> Tensor:
         """Scores ``[*B]`` of action sequences ``[*B, H, A]``."""
-        returns = self.predictor.returns(
-            state,
-            context,
-            actions,
-            discount=self.discount,
-            use_value_func=self.use_value_func,
-            use_term_prob=self.use_term_prob,
-            exploration_bonus=self.exploration_bonus,
-            propagation=self.propagation,
-            deterministic=self.deterministic,
-        )
-        return self.risk(returns)
+        return self.risk(self.predictor.returns(state, context, actions, self.options))
 
     def _first(self, actions: Tensor, solution: Solution) -> Tensor:
         return self.action_spec.project(actions.select(solution.memory.ndim, 0))
@@ -245,18 +240,26 @@ class PredictorPlanner(MPCPlannerBase):
         return candidates.to(self.action_spec.dtype)
 
     def _read(self, tensordict: TensorDictBase) -> tuple[Tensor, TensorDictBase]:
-        obs_key = self.in_keys[0]
-        obs, memory = tensordict.get(obs_key, None), tensordict.get(self.plan_key, None)
-        if obs is None:
-            raise KeyError(
-                f"the planner reads the observation {obs_key!r}, which is missing; the TensorDict "
-                f"has {sorted(map(str, tensordict.keys(True, True)))}"
-            )
-        if not isinstance(memory, TensorDictBase):
-            raise KeyError(
-                f"the planner's memory {self.plan_key!r} is missing; append its "
-                "make_tensordict_primer() to the environment (collectors do so with "
-                "auto_register_policy_transforms=True), or set it to optimizer.forget(batch_size) "
-                "where there is no environment"
-            )
+        obs = require(
+            tensordict,
+            self.in_keys[0],
+            reader="the planner",
+            hint="give what its predictor's encoder reads, or rename that key there",
+        )
+        memory = require(
+            tensordict,
+            self.plan_key,
+            reader="the planner",
+            hint=(
+                "append its make_tensordict_primer() to the environment (collectors do so with "
+                "auto_register_policy_transforms=True); where there is no environment, "
+                "td.update(planner.forget(td.batch_size))"
+            ),
+        )
+        check_instance(
+            f"the planner's memory {self.plan_key!r}",
+            memory,
+            TensorDictBase,
+            hint="give what planner.forget() gives",
+        )
         return obs, memory

@@ -22,9 +22,9 @@ Proposal: TypeAlias = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class PolicyProposal:
-    """What a policy would do, imagined along the predictor's mean.
+    """Proposes what a policy would do, imagined along the predictor's mean.
 
-    A planner that tries this too is no worse in its predictor than the policy is, and searches
+    A planner that tries this, too, is no worse in its predictor than the policy is, and searches
     from there (TD-MPC, arXiv 2203.04955, section 3.1, "policy-guided trajectory optimization").
 
     >>> from tensordict.nn import TensorDictModule
@@ -66,7 +66,7 @@ class PolicyProposal:
 
     @torch.no_grad()
     def __call__(self, state: Tensor, context: Tensor, horizon: int) -> Tensor:
-        """Action sequences ``[*B, n, H, A]``, the policy's middle first."""
+        """Return action sequences ``[*B, n, H, A]``, the policy's middle first."""
         parts = [self._play(state, context, 1, horizon, ExplorationType.DETERMINISTIC)]
         if self.n > 1:
             parts.append(self._play(state, context, self.n - 1, horizon, ExplorationType.RANDOM))

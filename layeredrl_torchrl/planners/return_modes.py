@@ -1,4 +1,4 @@
-"""Which of the sequences that an optimizer found is the plan."""
+"""Return modes: which of the sequences that an optimizer found is the plan."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from layeredrl_torchrl._checks import check_callable
 from layeredrl_torchrl.optimizers import Solution
 
 __all__ = ["ReturnMode", "best_plan", "find_return_mode", "mean_plan", "random_plan"]
@@ -16,17 +17,17 @@ ReturnMode: TypeAlias = Callable[[Solution], Tensor]
 
 
 def mean_plan(solution: Solution) -> Tensor:
-    """The middle of the final distribution, which is evaluated by nobody but seldom odd."""
+    """Return the middle of the final distribution; it is smooth, but was not evaluated itself."""
     return solution.mean
 
 
 def best_plan(solution: Solution) -> Tensor:
-    """The best of all candidates."""
+    """Return the best of all candidates."""
     return solution.best
 
 
 def random_plan(solution: Solution) -> Tensor:
-    """A sample of the final distribution, to explore."""
+    """Return a sample of the final distribution, to explore."""
     return solution.random
 
 
@@ -36,8 +37,9 @@ _BY_NAME: Mapping[str, ReturnMode] = MappingProxyType(
 
 
 def find_return_mode(given: ReturnMode | str) -> ReturnMode:
-    """A return mode by LayeredRL's name for it; a function is returned as it is."""
-    if callable(given):
+    """Find a return mode by LayeredRL's name for it; a function is returned as it is."""
+    if not isinstance(given, str):
+        check_callable("return_mode", given)
         return given
     if given not in _BY_NAME:
         raise ValueError(

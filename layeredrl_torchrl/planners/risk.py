@@ -1,4 +1,4 @@
-"""Risk measures: what the returns of many imagined particles are worth as one number."""
+"""Risk measures: the returns of many imagined particles as one score."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from layeredrl_torchrl._checks import check_number
 
 __all__ = ["CVaR", "Mean", "RiskMeasure", "WorstCase"]
 
@@ -30,12 +32,13 @@ class RiskMeasure(ABC):
 class Mean(RiskMeasure):
     """The expected return: risk does not matter.
 
+    >>> from layeredrl_torchrl.planners import Mean
     >>> Mean()(torch.tensor([[0.0, 8.0], [2.0, 2.0]]))
     tensor(3.)
     """
 
     def __call__(self, returns: Tensor) -> Tensor:
-        """The mean over members and particles."""
+        """Average over members and particles."""
         return returns.mean((-2, -1))
 
 
@@ -53,17 +56,16 @@ class CVaR(RiskMeasure):
         alpha: In ``(0, 1]``.
 
     Raises:
-        ValueError: Another ``alpha``.
+        TypeError, ValueError: Another ``alpha``.
     """
 
     alpha: float
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.alpha <= 1.0:
-            raise ValueError(f"alpha must lie in (0, 1], got {self.alpha}")
+        check_number("alpha", self.alpha, 0.0, 1.0, open_low=True)
 
     def __call__(self, returns: Tensor) -> Tensor:
-        """The mean of the worst."""
+        """Average the worst."""
         returns = returns.flatten(-2)
         mass = self.alpha * returns.shape[-1]
         rank = torch.arange(returns.shape[-1], device=returns.device, dtype=returns.dtype)
@@ -80,5 +82,5 @@ class WorstCase(RiskMeasure):
     """
 
     def __call__(self, returns: Tensor) -> Tensor:
-        """The minimum over members and particles."""
+        """Take the minimum over members and particles."""
         return returns.amin((-2, -1))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 from torchrl.data import TensorSpec
 
-from layeredrl_torchrl.optimizers import CEM, ICEM, MPPI, Search, make_search
+from layeredrl_torchrl._checks import check_instance
+from layeredrl_torchrl.optimizers import CEM, ICEM, MPPI, Optimizer, make_search
 from layeredrl_torchrl.planners.planner import PredictorPlanner
 from layeredrl_torchrl.planners.return_modes import ReturnMode, best_plan, mean_plan
 from layeredrl_torchrl.predictors import Predictor
@@ -16,7 +18,42 @@ from layeredrl_torchrl.specs import Space
 __all__ = ["CEMPlanner", "ICEMPlanner", "MPPIPlanner"]
 
 
-class CEMPlanner(PredictorPlanner):
+class _SamplingPlanner(PredictorPlanner):
+    """Builds the optimizer ``kind`` for the actions; ``own`` are the options that only it has."""
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        kind: type[Optimizer],
+        own: Mapping[str, Any],
+        *,
+        action_spec: TensorSpec | Space | None = None,
+        horizon: int = 15,
+        n_samples: int = 256,
+        n_iterations: int = 6,
+        elite_ratio: float = 0.1,
+        momentum: float = 0.1,
+        initial_sigma: Tensor | float | None = None,
+        return_mode: ReturnMode | str = mean_plan,
+        **options: Any,
+    ) -> None:
+        check_instance("predictor", predictor, Predictor, hint="pass a StaticPredictor, say")
+        space = predictor.model.action_spec if action_spec is None else action_spec
+        optimizer = kind(
+            make_search(space, initial_sigma),
+            horizon,
+            n_samples=n_samples,
+            n_iterations=n_iterations,
+            elite_ratio=elite_ratio,
+            momentum=momentum,
+            **own,
+        )
+        super().__init__(
+            predictor, optimizer, action_spec=action_spec, return_mode=return_mode, **options
+        )
+
+
+class CEMPlanner(_SamplingPlanner):
     """Plans with :class:`~layeredrl_torchrl.CEM`.
 
     >>> factory = PredictorFactory(hidden_sizes=(8,), n_models=2)
@@ -29,44 +66,22 @@ class CEMPlanner(PredictorPlanner):
         predictor: What is imagined.
         action_spec: Actions of one environment; the predictor's by default. Continuous ones need
             finite bounds.
+        horizon, n_samples, n_iterations, elite_ratio, momentum: As
+            :class:`~layeredrl_torchrl.Optimizer`, with the same defaults.
         initial_sigma: Standard deviation of the first samples, as
-            :class:`~layeredrl_torchrl.GaussianSearch` has it; none for discrete actions.
-        horizon, n_samples, n_iterations, elite_ratio, momentum: As the optimizer.
-        return_mode: Which sequence is the plan.
+            :class:`~layeredrl_torchrl.optimizers.GaussianSearch` has it; none for discrete actions.
+        return_mode: Which sequence is the plan; :func:`~layeredrl_torchrl.mean_plan` by default.
         **options: Those of :class:`~layeredrl_torchrl.PredictorPlanner`.
 
     Raises:
         TypeError, ValueError: As the optimizer, its search, and the base class.
     """
 
-    def __init__(
-        self,
-        predictor: Predictor,
-        *,
-        action_spec: TensorSpec | Space | None = None,
-        horizon: int = 15,
-        n_samples: int = 256,
-        n_iterations: int = 6,
-        elite_ratio: float = 0.1,
-        momentum: float = 0.1,
-        initial_sigma: Tensor | float | None = None,
-        return_mode: ReturnMode | str = mean_plan,
-        **options: Any,
-    ) -> None:
-        optimizer = CEM(
-            _search(predictor, action_spec, initial_sigma),
-            horizon,
-            n_samples=n_samples,
-            n_iterations=n_iterations,
-            elite_ratio=elite_ratio,
-            momentum=momentum,
-        )
-        super().__init__(
-            predictor, optimizer, action_spec=action_spec, return_mode=return_mode, **options
-        )
+    def __init__(self, predictor: Predictor, **options: Any) -> None:
+        super().__init__(predictor, CEM, {}, **options)
 
 
-class ICEMPlanner(PredictorPlanner):
+class ICEMPlanner(_SamplingPlanner):
     """Plans with :class:`~layeredrl_torchrl.ICEM`.
 
     >>> factory = PredictorFactory(hidden_sizes=(8,), n_models=2)
@@ -76,43 +91,27 @@ class ICEMPlanner(PredictorPlanner):
     ('observation', 'action')
 
     Args:
-        beta, decay, keep_ratio: As the optimizer; all others as :class:`CEMPlanner`.
+        predictor: What is imagined.
+        beta, decay, keep_ratio: As the optimizer.
+        return_mode: Which sequence is the plan; :func:`~layeredrl_torchrl.best_plan` by default.
+        **options: As :class:`CEMPlanner`.
     """
 
     def __init__(
         self,
         predictor: Predictor,
         *,
-        action_spec: TensorSpec | Space | None = None,
-        horizon: int = 15,
-        n_samples: int = 256,
-        n_iterations: int = 6,
-        elite_ratio: float = 0.1,
-        momentum: float = 0.1,
-        initial_sigma: Tensor | float | None = None,
         beta: float = 1.0,
         decay: float = 1.25,
         keep_ratio: float = 0.3,
         return_mode: ReturnMode | str = best_plan,
         **options: Any,
     ) -> None:
-        optimizer = ICEM(
-            _search(predictor, action_spec, initial_sigma),
-            horizon,
-            n_samples=n_samples,
-            n_iterations=n_iterations,
-            elite_ratio=elite_ratio,
-            momentum=momentum,
-            beta=beta,
-            decay=decay,
-            keep_ratio=keep_ratio,
-        )
-        super().__init__(
-            predictor, optimizer, action_spec=action_spec, return_mode=return_mode, **options
-        )
+        own = {"beta": beta, "decay": decay, "keep_ratio": keep_ratio}
+        super().__init__(predictor, ICEM, own, return_mode=return_mode, **options)
 
 
-class MPPIPlanner(PredictorPlanner):
+class MPPIPlanner(_SamplingPlanner):
     """Plans with :class:`~layeredrl_torchrl.MPPI`.
 
     >>> factory = PredictorFactory(hidden_sizes=(8,), n_models=2)
@@ -122,39 +121,10 @@ class MPPIPlanner(PredictorPlanner):
     0.5
 
     Args:
-        temperature: As the optimizer; all others as :class:`CEMPlanner`.
+        predictor: What is imagined.
+        temperature: As the optimizer.
+        **options: As :class:`CEMPlanner`.
     """
 
-    def __init__(
-        self,
-        predictor: Predictor,
-        *,
-        action_spec: TensorSpec | Space | None = None,
-        horizon: int = 15,
-        n_samples: int = 256,
-        n_iterations: int = 6,
-        elite_ratio: float = 0.1,
-        temperature: float = 1.0,
-        momentum: float = 0.1,
-        initial_sigma: Tensor | float | None = None,
-        return_mode: ReturnMode | str = mean_plan,
-        **options: Any,
-    ) -> None:
-        optimizer = MPPI(
-            _search(predictor, action_spec, initial_sigma),
-            horizon,
-            n_samples=n_samples,
-            n_iterations=n_iterations,
-            elite_ratio=elite_ratio,
-            temperature=temperature,
-            momentum=momentum,
-        )
-        super().__init__(
-            predictor, optimizer, action_spec=action_spec, return_mode=return_mode, **options
-        )
-
-
-def _search(
-    predictor: Predictor, action_spec: TensorSpec | Space | None, sigma: Tensor | float | None
-) -> Search:
-    return make_search(predictor.model.action_spec if action_spec is None else action_spec, sigma)
+    def __init__(self, predictor: Predictor, *, temperature: float = 1.0, **options: Any) -> None:
+        super().__init__(predictor, MPPI, {"temperature": temperature}, **options)

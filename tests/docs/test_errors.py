@@ -89,7 +89,7 @@ MISTAKES = {
     ),
     "is outside the action space": lambda: predictor().predict(OBS, ACT + 2),
     "non-finite values": lambda: predictor().predict(OBS / 0, ACT),
-    "the planner's memory 'planner' is missing": lambda: ICEMPlanner(predictor())(
+    "the planner reads 'planner', which is missing": lambda: ICEMPlanner(predictor())(
         TensorDict({"observation": OBS}, [4])
     ),
     "got an empty one, expected transitions": lambda: predictor().learn(

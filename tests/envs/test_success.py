@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from torchrl.envs import GymWrapper, SerialEnv
 from torchrl.envs.utils import check_env_specs
 
-from layeredrl_torchrl import SuccessReader
+from layeredrl_torchrl.envs import SuccessReader
 
 
 class Reporter(gym.Env):

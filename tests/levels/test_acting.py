@@ -185,9 +185,9 @@ def test_what_is_missing_is_named(make_level, observe):
     td = observe(level, far_goals(3))
     with pytest.raises(KeyError, match=r"carries 'random_steps_left'.*make_tensordict_primer"):
         level(td.exclude("random_steps_left"))
-    with pytest.raises(KeyError, match=r"memory 'planner' is missing"):
+    with pytest.raises(KeyError, match=r"reads 'planner', which is missing"):
         level(td.exclude("planner"))
-    with pytest.raises(KeyError, match="reads the observation"):
+    with pytest.raises(KeyError, match="reads 'observation', which is missing"):
         level(td.exclude("observation"))
 
 

@@ -69,7 +69,7 @@ def observe():
     """``observe(planner, obs [*b, n])``: what an environment would hand to the planner."""
 
     def build(planner, obs):
-        memory = planner.optimizer.forget(obs.shape[:-1])
-        return TensorDict({"observation": obs, planner.plan_key: memory}, obs.shape[:-1])
+        td = TensorDict({"observation": obs}, obs.shape[:-1])
+        return td.update(planner.forget(td.batch_size))
 
     return build

@@ -121,7 +121,7 @@ def test_bad_proposals_are_refused(linear):
         PolicyProposal(predictor, make_policy(out_keys=["act"]))
     with pytest.raises(ValueError, match="n "):
         PolicyProposal(predictor, make_policy(), n=0)
-    with pytest.raises(TypeError, match="proposal must be callable, got int"):
+    with pytest.raises(TypeError, match="proposal must be callable or None, got 3"):
         ICEMPlanner(predictor, proposal=3)
     model = ProbabilisticEnsemble(Unbounded((2,)), None, OneHot(3), n_models=2)
     discrete = StaticPredictor(model, None, lambda s, c, a: s[..., 0], IdentityEncoder((2,)), 2)

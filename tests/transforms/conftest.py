@@ -8,7 +8,7 @@ import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torchrl.envs import GymWrapper, SerialEnv, TransformedEnv
 
-from layeredrl_torchrl import SuccessReader
+from layeredrl_torchrl.envs import SuccessReader
 
 
 class Walk(gym.Env):

@@ -11,6 +11,8 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
+from layeredrl_torchrl._watch import refuse
+
 
 def require(tensordict: TensorDictBase, key: NestedKey, *, reader: str, hint: str) -> Tensor:
     """Return ``tensordict[key]``; raise ``KeyError`` that names what is there instead.
@@ -39,20 +41,32 @@ def check_width(name: str, tensor: Tensor, width: int, *, hint: str) -> None:
 
 
 def check_finite(name: str, tensor: Tensor, *, hint: str) -> None:
-    """Raise ``ValueError`` if ``tensor`` holds NaN or infinity, saying how many and where first."""
-    # One reduction decides the common case; the details are worked out only for the message.
-    # NaN and inf both survive a sum of absolute values; an overflow of finite values does not
-    # pass the elementwise test below and so raises nothing.
-    if tensor.numel() == 0 or bool(torch.isfinite(tensor.detach().abs().sum())):
+    """Raise ``ValueError`` if ``tensor`` holds NaN or infinity, saying how many and where first.
+
+    On an accelerator the error comes with a later call and names no place
+    (:mod:`layeredrl_torchrl._watch`).
+    """
+    if tensor.numel() == 0:
         return
-    bad = ~torch.isfinite(tensor)
-    if not bool(bad.any()):
-        return
-    first = tuple(bad.nonzero()[0].tolist())
-    raise ValueError(
-        f"{name} holds {int(bad.sum())} non-finite values of {tensor.numel()} "
-        f"(the first, {tensor[first].item()}, at index {list(first)}); {hint}"
-    )
+    on_host = tensor.device.type == "cpu"
+
+    def error(_: Tensor) -> ValueError | None:
+        if not on_host:
+            return ValueError(f"{name} holds values that are not finite; {hint}")
+        bad = ~torch.isfinite(tensor)
+        if not bool(bad.any()):
+            return None
+        first = tuple(bad.nonzero()[0].tolist())
+        return ValueError(
+            f"{name} holds {int(bad.sum())} non-finite values of {tensor.numel()} "
+            f"(the first, {tensor[first].item()}, at index {list(first)}); {hint}"
+        )
+
+    # One reduction decides the common case. NaN and infinity both survive a sum of absolute values;
+    # the sum of large finite ones may overflow, so a CPU looks closer before it raises.
+    total = tensor.detach().abs()
+    total = total.sum() if on_host else total.amax()
+    refuse(~torch.isfinite(total), error)
 
 
 def check_per_item(name: str, value: Tensor, batch: Sequence[int]) -> Tensor:

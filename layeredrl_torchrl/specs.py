@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import gymnasium as gym
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.data import (
     Bounded,
     Categorical,
@@ -21,6 +21,8 @@ from torchrl.data import (
     TensorSpec,
     Unbounded,
 )
+
+from layeredrl_torchrl._watch import refuse
 
 __all__ = [
     "ObservationSpace",
@@ -126,7 +128,13 @@ def width(spec: TensorSpec) -> int:
     return int(spec.space.n) if is_discrete(spec) else int(spec.shape[-1])
 
 
-def canonical_action(spec: TensorSpec, action: Tensor, batch_shape: torch.Size) -> Tensor:
+def canonical_action(
+    spec: TensorSpec,
+    action: Tensor,
+    batch_shape: torch.Size,
+    *,
+    bounds: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Bring actions of ``[*B]`` items into the form of ``spec``, checking shape and range.
 
     Args:
@@ -134,13 +142,16 @@ def canonical_action(spec: TensorSpec, action: Tensor, batch_shape: torch.Size) 
         action: Continuous: ``[*B, A]``. Discrete: integers ``[*B]`` or ``[*B, 1]``, or one-hot
             ``[*B, n]``, whichever the spec says.
         batch_shape: ``*B``.
+        bounds: The spec's bounds on the device of the action; copied there by default
+            (:class:`ActionForm` keeps them).
 
     Returns:
         ``[*B, A]``; ``[*B, n]`` (``OneHot``); or ``[*B]`` (``Categorical``).
 
     Raises:
         TypeError: Non-integer choices.
-        ValueError: A shape that does not fit, NaN, or values outside the bounds.
+        ValueError: A shape that does not fit, NaN, or values outside the bounds (on an accelerator
+            the values are looked at one call later).
     """
     if not isinstance(action, Tensor):
         raise TypeError(f"action must be a torch.Tensor, got {type(action).__name__}")
@@ -153,25 +164,68 @@ def canonical_action(spec: TensorSpec, action: Tensor, batch_shape: torch.Size) 
             "(the batch shape of the state, then the action space)"
         )
     if isinstance(spec, Bounded):
-        _check_bounds(spec, action)
-    elif not bool(torch.isfinite(action).all()):
-        raise ValueError("action holds NaN or infinite values; clamp or repair it first")
+        low, high = (spec.space.low, spec.space.high) if bounds is None else bounds
+        _check_bounds(action, low.to(action), high.to(action))
+    else:
+        finite = action.isfinite().all()
+        refuse(
+            ~finite,
+            lambda _: ValueError("action holds NaN or infinite values; clamp or repair it first"),
+        )
     return action
 
 
-def _check_bounds(spec: TensorSpec, action: Tensor) -> None:
-    low, high = spec.space.low.to(action), spec.space.high.to(action)
-    low = low - _BOUND_TOLERANCE * low.abs().clamp_min(1.0)
-    high = high + _BOUND_TOLERANCE * high.abs().clamp_min(1.0)
+class ActionForm(nn.Module):
+    """:func:`canonical_action` with the bounds of ``spec`` in buffers.
+
+    >>> ActionForm(Categorical(3))(torch.tensor([[2], [0]]), torch.Size([2]))
+    tensor([2, 0])
+
+    Args:
+        spec: As returned by :func:`to_spec`.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, spec: TensorSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self._bounded = isinstance(spec, Bounded)
+        if self._bounded:
+            # As bits, so that a module in half precision keeps exact bounds.
+            for name, bound in (("low", spec.space.low), ("high", spec.space.high)):
+                bits = bound.to(torch.float32).contiguous().view(torch.int32)
+                self.register_buffer(name, bits, persistent=False)
+
+    def forward(self, action: Tensor, batch_shape: torch.Size) -> Tensor:
+        """Check actions of ``[*B]`` items and return them in the form of the spec."""
+        bounds = None
+        if self._bounded:
+            bounds = (self.low.view(torch.float32), self.high.view(torch.float32))
+        return canonical_action(self.spec, action, batch_shape, bounds=bounds)
+
+
+def _check_bounds(action: Tensor, low: Tensor, high: Tensor) -> None:
     # Written so that NaN counts as outside.
-    inside = (action >= low) & (action <= high) & action.isfinite()
-    if not bool(inside.all()):
+    inside = action.isfinite()
+    inside &= action >= low - _BOUND_TOLERANCE * low.abs().clamp_min(1.0)
+    inside &= action <= high + _BOUND_TOLERANCE * high.abs().clamp_min(1.0)
+    on_host = action.device.type == "cpu"
+
+    def error(_: Tensor) -> ValueError:
+        if not on_host:
+            return ValueError(
+                "an action is outside its action space or not finite; project it first "
+                "(action_spec.project)"
+            )
         where = (~inside).nonzero()[0].tolist()
-        raise ValueError(
+        return ValueError(
             f"action {action[tuple(where)].item():.6g} at index {where} is outside the action "
-            f"space [{spec.space.low.tolist()}, {spec.space.high.tolist()}]; project it first "
-            "(action_spec.project)"
+            f"space [{low.tolist()}, {high.tolist()}]; project it first (action_spec.project)"
         )
+
+    refuse(~inside.all(), error)
 
 
 def _canonical_choice(spec: TensorSpec, action: Tensor, batch_shape: torch.Size) -> Tensor:
@@ -180,11 +234,14 @@ def _canonical_choice(spec: TensorSpec, action: Tensor, batch_shape: torch.Size)
     batch = tuple(batch_shape)
     if shape == (*batch, n) and n > 1:
         ones = action.to(torch.float32)
-        if not bool(((ones == 0) | (ones == 1)).all() and (ones.sum(-1) == 1).all()):
-            raise ValueError(
+        one_hot = ((ones == 0) | (ones == 1)).all(-1) & (ones.sum(-1) == 1)
+        refuse(
+            ~one_hot.all(),
+            lambda _: ValueError(
                 f"action of shape {shape} is not one-hot: each row needs one 1 among {n}"
-            )
-        index = action.to(torch.float32).argmax(-1)
+            ),
+        )
+        index = ones.argmax(-1)
     elif shape in (batch, (*batch, 1)):
         if action.is_floating_point() or action.is_complex():
             raise TypeError(
@@ -192,18 +249,21 @@ def _canonical_choice(spec: TensorSpec, action: Tensor, batch_shape: torch.Size)
                 f"of shape {batch} or one-hot rows of shape {(*batch, n)}"
             )
         index = action.reshape(batch).long()
-        if index.numel() and not bool(((index >= 0) & (index < n)).all()):
-            raise ValueError(
-                f"action values span [{int(index.min())}, {int(index.max())}], expected integers "
-                f"from 0 to {n - 1}"
-            )
+        on_host = index.device.type == "cpu"
+
+        def error(_: Tensor) -> ValueError:
+            span = f"span [{int(index.min())}, {int(index.max())}]" if on_host else "are others"
+            return ValueError(f"action values {span}, expected integers from 0 to {n - 1}")
+
+        refuse(((index < 0) | (index >= n)).any(), error)
     else:
         raise ValueError(
             f"action has shape {shape}, expected {batch} or {(*batch, 1)} (integers) or "
             f"{(*batch, n)} (one-hot)"
         )
     if isinstance(spec, OneHot):
-        return torch.nn.functional.one_hot(index, n).to(spec.dtype)
+        choices = torch.arange(n, device=index.device)
+        return (index.unsqueeze(-1) == choices).to(spec.dtype)
     return index.to(spec.dtype)
 
 

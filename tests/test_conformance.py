@@ -1,0 +1,505 @@
+"""Every public class that is called keeps the promises of ``tests/conformance.py``."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+
+import pytest
+import torch
+from conformance import Conformance, LossConformance, stir
+from tensordict import TensorDict
+from torchrl.data import Bounded, Unbounded
+
+import layeredrl_torchrl as lrl
+from layeredrl_torchrl.planners import Mean
+
+D, C, A = 3, 2, 2
+ACTIONS = Bounded(-1.0, 1.0, (A,))
+NET = partial(lrl.ProbFCDynamics, hidden_sizes=(6,), ignore_context=False)
+
+
+def normal(batch, **widths):
+    return TensorDict({key: torch.randn(*batch, n) for key, n in widths.items()}, batch)
+
+
+def latent(batch):
+    td = normal(batch, state=D, context=C)
+    return td.set("action", ACTIONS.rand(batch))
+
+
+# -- encoders, heads, models ----------------------------------------------------------------------
+
+
+class EncoderConformance(Conformance):
+    renamed = {"observation": ("agents", "seen"), "state": ("latent", "z"), "context": "goal"}
+    keys = {"in_keys": [("agents", "seen")], "out_keys": [("latent", "z"), "goal"]}
+    stateful = False
+
+    def inputs(self, part, batch):
+        return normal(batch, observation=4)
+
+    def make_renamed(self, part):
+        return self.make(**self.keys)
+
+
+class TestIdentityEncoder(EncoderConformance):
+    kind = lrl.IdentityEncoder
+
+    def make(self, **keys):
+        return self.kind((4,), **keys)
+
+
+class TestFixedEncoderNet(EncoderConformance):
+    kind = lrl.FixedEncoderNet
+
+    def make(self, **keys):
+        return self.kind((4,), [2, 0], [3], **keys)
+
+
+class TestEncoderNet(EncoderConformance):
+    kind = lrl.EncoderNet
+    stateful = True
+
+    def make(self, width=4, **keys):
+        encoder = self.kind((width,), latent_state_dim=D, context_dim=C, **keys)
+        encoder.mask[:2] = True
+        return stir(encoder)
+
+    def make_others(self):
+        return [self.make(width=5)]
+
+
+class TestRewardNet(Conformance):
+    kind = lrl.RewardNet
+    converts = False
+
+    def build(self, hidden):
+        return self.kind(D, C, A, hidden)
+
+    def make(self, hidden=(6,)):
+        head = stir(self.build(hidden))
+        head.fit_inputs(*(3 * torch.randn(20, n) + 1 for n in (D, C, A)))
+        head.rescale(torch.randn(()), 2.5)
+        return head
+
+    def make_others(self):
+        return [self.make((7,)), self.make((6, 6))]
+
+    def inputs(self, part, batch):
+        return latent(batch)
+
+    def run(self, part, td):
+        out = part(td["state"], td["context"], td["action"])
+        return TensorDict({"out": out}, td.batch_size)
+
+
+class TestValueNet(TestRewardNet):
+    kind = lrl.ValueNet
+
+    def build(self, hidden):
+        return self.kind(D, C, hidden)
+
+
+class TestProbFCDynamics(TestRewardNet):
+    kind = lrl.ProbFCDynamics
+
+    def make(self, hidden=(6,)):
+        return stir(NET(Unbounded((D,)), Unbounded((C,)), ACTIONS, 2, hidden_sizes=hidden))
+
+    def run(self, part, td):
+        (mean, std), weights, term_prob = part(td["state"], td["context"], td["action"])
+        out = {"mean": mean, "std": std, "weights": weights, "term_prob": term_prob}
+        return TensorDict(out, td.batch_size)
+
+
+class TestProbabilisticEnsemble(Conformance):
+    kind = lrl.ProbabilisticEnsemble
+    renamed = {
+        "state": ("latent", "z"),
+        "context": "goal",
+        "action": ("agents", "act"),
+        ("next", "loc"): "loc",
+        ("next", "weights"): ("mixture", "weights"),
+        ("next", "scale"): ("mixture", "scale"),
+        ("next", "term_prob"): "ends",
+        ("next", "state"): ("next", "latent", "z"),
+    }
+
+    def make(self, d=D, c=C, n_models=3, n_modes=2, **keys):
+        spaces = Unbounded((d,)), Unbounded((c,)), ACTIONS
+        options = {"n_models": n_models, "n_modes": n_modes, "n_particles_per_model": 2}
+        model = self.kind(*spaces, NET, **options, **keys)
+        units = [5 * torch.randn(30, n) + 2 for n in (d, c)]
+        model.fit_statistics(*units, ACTIONS.rand((30,)), units[0] + torch.randn(30, d))
+        return stir(model)
+
+    def make_renamed(self, part):
+        names = list(TestProbabilisticEnsemble.renamed.values())
+        return self.make(in_keys=names[:3], out_keys=names[3:])
+
+    def make_others(self):
+        return [self.make(d=2), self.make(c=1), self.make(n_models=2), self.make(n_modes=1)]
+
+    def inputs(self, part, batch):
+        return latent(batch)
+
+
+class TestRollout(TestProbabilisticEnsemble):
+    """Its other call, of actions ``[*B, H, A]``."""
+
+    renamed = {
+        "state": ("latent", "z"),
+        "context": "goal",
+        "action": ("agents", "act"),
+        ("next", "state"): ("next", "latent", "z"),
+    }
+
+    def inputs(self, part, batch):
+        td = latent(batch)
+        return td.set("action", ACTIONS.rand((*batch, 4)))
+
+    def run(self, part, td):
+        given = [td[key] for key in part.in_keys]
+        traj = part.rollout(*given, deterministic=True)
+        return traj.auto_batch_size_(len(td.batch_size))
+
+
+class TestEnsembleDisagreement(Conformance):
+    kind = lrl.EnsembleDisagreement
+    renamed = {"exploration_bonus": ("intrinsic", "reward")}
+    stateful = False  # the model's owner saves it
+
+    def make(self):
+        return self.kind(TestProbabilisticEnsemble().make(), 2.0)
+
+    def make_renamed(self, part):
+        return self.kind(part.model, 2.0, out_keys=[("intrinsic", "reward")])
+
+    def inputs(self, part, batch):
+        return latent(batch)
+
+
+# -- predictors and losses ------------------------------------------------------------------------
+
+
+class TestRewardPredictor(Conformance):
+    kind = lrl.RewardPredictor
+    renamed = TestProbabilisticEnsemble.renamed | {
+        "observation": ("agents", "seen"),
+        ("next", "context"): ("next", "goal"),
+    }
+
+    def make(self, encoder_keys=None, **options):
+        model = TestProbabilisticEnsemble().make(**options)
+        d, c = model.state_dim, model.context_dim
+        encoder = stir(lrl.EncoderNet((D + C,), d, c, **encoder_keys or {}))
+        encoder.mask[:D] = True
+        return self.build(model, encoder, d, c)
+
+    def build(self, model, encoder, d, c):
+        heads = [stir(lrl.ValueNet(d, c, (6,))), stir(lrl.RewardNet(d, c, A, (6,)))]
+        return self.kind(model, *heads, encoder, d, c)
+
+    def make_renamed(self, part):
+        names = list(TestProbabilisticEnsemble.renamed.values())
+        return self.make(EncoderConformance.keys, in_keys=names[:3], out_keys=names[3:])
+
+    def make_others(self):
+        return TestProbabilisticEnsemble.make_others(self)
+
+    def inputs(self, part, batch):
+        return normal(batch, observation=D + C).set("action", ACTIONS.rand(batch))
+
+
+class TestStaticPredictor(TestRewardPredictor):
+    kind = lrl.StaticPredictor
+
+    def build(self, model, encoder, d, c):
+        return self.kind(model, None, first_dimension, encoder, d, c)
+
+
+def first_dimension(state, context, action):
+    return state[..., 0]
+
+
+class TestModelLoss(LossConformance):
+    kind = lrl.ModelLoss
+    renamed = {
+        "state": "s",
+        "context": ("deep", "c"),
+        "action": "a",
+        "next_state": "s2",
+        "terminated": ("next", "end"),
+        "valid": "mask",
+        "weight": ("deep", "w"),
+    }
+
+    def make(self, **options):
+        return self.kind(TestProbabilisticEnsemble().make(**options))
+
+    def make_others(self):
+        return [self.make(n_models=2), self.make(d=2)]
+
+    def batch(self, n):
+        after = {"state": torch.randn(n, D), "terminated": torch.rand(n, 1) < 0.4}
+        td = latent((n,)).set("next", after)
+        return td.set("valid", torch.ones(n, dtype=torch.bool)).set("weight", torch.full((n,), 2.0))
+
+
+@pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
+class TestPredictorLoss(LossConformance):
+    kind = lrl.PredictorLoss
+    renamed = {
+        "observation": ("deep", "o"),
+        "next_observation": "o2",
+        "action": "a",
+        "reward": ("next", "r"),
+        "terminated": "end",
+        "valid": ("deep", "mask"),
+        "random_action": "chance",
+        "elapsed_steps": "n",
+    }
+
+    def make(self, hidden=(6,)):
+        heads = [stir(lrl.RewardNet(D, C, A, hidden)), stir(lrl.ValueNet(D, C, hidden))]
+        return self.kind(TestEncoderNet().make(), *heads, k_steps=2, n_steps=2)
+
+    def make_others(self):
+        return [self.make((7,))]
+
+    def batch(self, n, length=4):
+        shape = (n, length)
+        td = normal(shape, observation=4).set("action", ACTIONS.rand(shape))
+        no = torch.zeros(*shape, 1, dtype=torch.bool)
+        td["next"] = normal(shape, observation=4, reward=1).update(
+            {"terminated": no, "elapsed_steps": no.long() + 2}
+        )
+        return td.update({"valid": ~no.squeeze(-1), "random_action": no.clone()})
+
+
+# -- optimizers, risk, planners -------------------------------------------------------------------
+
+
+class TestCEM(Conformance):
+    kind = lrl.CEM
+    stateful = False
+
+    def make(self):
+        search = lrl.make_search(Bounded(-1.0, 1.5, (A,)))
+        return self.kind(search, 3, n_samples=30, n_iterations=3)
+
+    def inputs(self, part, batch):
+        """A memory that is warm for some, noise, and each problem's optimum."""
+        memory = part.forget(batch)
+        memory["mean"] = torch.rand(*batch, 3, A)
+        memory["warm"] = torch.rand(*batch, 1) < 0.5
+        noise = part.draw_noise(batch)  # of candidates [*B, N, H, A]
+        target = noise[..., :1, :, :].tanh()
+        return TensorDict({"memory": memory, "noise": noise, "target": target}, batch)
+
+    def run(self, part, td):
+        def cost(x):
+            return (x - td["target"]).square().sum((-2, -1))
+
+        found = part.optimize(cost, td["memory"], td["noise"])
+        names = ("mean", "best", "best_cost", "random", "memory")
+        return TensorDict({name: getattr(found, name) for name in names}, td.batch_size)
+
+
+class TestICEM(TestCEM):
+    kind = lrl.ICEM
+
+
+class TestMPPI(TestCEM):
+    kind = lrl.MPPI
+
+
+class TestCVaR(Conformance):
+    kind = lrl.CVaR
+    stateful = False
+
+    def make(self):
+        return self.kind(0.3)
+
+    def inputs(self, part, batch):
+        return TensorDict({"returns": torch.randn(*batch, 3, 4)}, batch)
+
+    def run(self, part, td):
+        return TensorDict({"worth": part(td["returns"])}, td.batch_size)
+
+
+class TestWorstCase(TestCVaR):
+    kind = lrl.WorstCase
+
+    def make(self):
+        return self.kind()
+
+
+class TestMean(TestWorstCase):
+    kind = Mean
+
+
+class TestCEMPlanner(Conformance):
+    kind = lrl.CEMPlanner
+    doubles = False
+    renamed = {
+        "observation": ("agents", "seen"),
+        "action": ("agents", "act"),
+        "planner": ("agents", "plan"),
+        ("next", "planner"): ("next", "agents", "plan"),
+    }
+
+    def make(self, predictor=None, **keys):
+        predictor = predictor or TestRewardPredictor().make()
+        small = {"horizon": 3, "n_samples": 30, "n_iterations": 2, "deterministic": True}
+        return self.kind(predictor, **small, **keys)
+
+    def make_renamed(self, part):
+        predictor = TestRewardPredictor().make_renamed(None)
+        return self.make(predictor, plan_key=("agents", "plan"))
+
+    def inputs(self, part, batch):
+        td = normal(batch, observation=D + C)
+        memory = part.optimizer.forget(batch)
+        memory["mean"] = torch.rand(*batch, 3, A)
+        memory["warm"] = torch.rand(*batch, 1) < 0.5
+        return td.update({"planner": memory, "noise": part.optimizer.draw_noise(batch)})
+
+    def compare(self, part, td):
+        actions, found = part.plan(td, td["noise"])
+        out = {"plan": actions, "best_cost": found.best_cost, "memory": found.memory}
+        return TensorDict(out, td.batch_size)
+
+    @pytest.mark.xfail(reason="a renamed action cannot be planned with")
+    def test_keys_can_be_renamed(self):
+        super().test_keys_can_be_renamed()
+
+    @pytest.mark.xfail(reason="a planner in float64 mixes dtypes")
+    def test_in_float64_it_says_the_same(self):
+        super().test_in_float64_it_says_the_same()
+
+
+class TestICEMPlanner(TestCEMPlanner):
+    kind = lrl.ICEMPlanner
+
+
+class TestMPPIPlanner(TestCEMPlanner):
+    kind = lrl.MPPIPlanner
+
+
+# -- levels ---------------------------------------------------------------------------------------
+
+
+class TestConstantLevel(Conformance):
+    kind = lrl.ConstantLevel
+    doubles = False
+
+    def make(self):
+        return self.set_up(self.kind(ACTIONS.rand()))
+
+    def set_up(self, level):
+        level.setup(Unbounded((4,)), ACTIONS)
+        return level
+
+    def inputs(self, part, batch):
+        carried = part.make_tensordict_primer().primers.zero(batch)
+        return normal(batch, observation=4).update(carried)
+
+
+class TestActionSequenceLevel(TestConstantLevel):
+    kind = lrl.ActionSequenceLevel
+
+    def make(self):
+        return self.set_up(self.kind(ACTIONS.rand((4,))))
+
+
+class TestRandomLevel(TestConstantLevel):
+    kind = lrl.RandomLevel
+    batches = ()
+    stateful = False
+
+    def make(self):
+        return self.set_up(self.kind())
+
+
+class TestModelFreeLevel(TestConstantLevel):
+    kind = lrl.ModelFreeLevel
+
+    def options(self):
+        learner = partial(lrl.SACLearner, hidden_sizes=(6,))
+        return {"learner_factory": learner, "input_spec": Bounded(-1.0, 1.0, (2,)), "duration": 4}
+
+    def make(self):
+        return stir(self.set_up(self.kind(**self.options()))).eval()
+
+    def inputs(self, part, batch):
+        td = normal(batch, observation=4, input=2)
+        return td.set("n_actions", torch.randint(4, (*batch, 1)))
+
+
+class TestSkillLevel(TestModelFreeLevel):
+    kind = lrl.SkillLevel
+
+    def options(self):
+        return super().options() | {"skill_reward": lrl.SPlaTESReward()}
+
+
+class TestPlannerLevel(TestConstantLevel):
+    kind = lrl.PlannerLevel
+    batches = ()  # it draws its candidates
+
+    def make(self):
+        level = self.kind(
+            predictor_factory=lrl.PredictorFactory(hidden_sizes=(6,), n_models=2),
+            planner_factory=partial(lrl.ICEMPlanner, horizon=2, n_samples=24, n_iterations=2),
+            n_initial_random_steps=0,
+            random_prob=0.5,
+        )
+        return stir(self.set_up(level))
+
+
+class TestHierarchy(Conformance):
+    kind = lrl.Hierarchy
+    doubles = False
+    batches = TestConstantLevel.batches
+
+    def make(self):
+        lower = lrl.ModelFreeLevel(**TestModelFreeLevel().options())
+        upper = lrl.ConstantLevel(2 * torch.rand(2) - 1)
+        env = lrl.get_task("InvertedPendulum-v5").make()
+        return stir(self.kind([upper, lower], env)).eval()
+
+    def inputs(self, part, batch):
+        carried = part.make_tensordict_primer().primers.zero(batch)
+        return normal(batch, observation=4).update(carried)
+
+
+# -- all of them ----------------------------------------------------------------------------------
+
+BASES = (
+    lrl.Encoder,
+    lrl.ScalarHead,
+    lrl.Model,
+    lrl.Predictor,
+    lrl.Optimizer,
+    lrl.RiskMeasure,
+    lrl.PredictorPlanner,
+    lrl.Level,
+    lrl.Hierarchy,
+    lrl.ModelLoss,
+    lrl.PredictorLoss,
+)
+
+
+def test_every_public_class_of_these_kinds_is_here():
+    public = [getattr(lrl, name) for name in lrl.__all__]
+    asked = {
+        kind
+        for kind in public
+        if inspect.isclass(kind) and issubclass(kind, BASES) and not inspect.isabstract(kind)
+    }
+    suites = [s for s in globals().values() if inspect.isclass(s) and hasattr(s, "kind")]
+    kinds = {getattr(suite.kind, "func", suite.kind) for suite in suites}
+    bare = {lrl.Encoder, lrl.Model, lrl.Predictor, lrl.PredictorPlanner, lrl.Level}
+    assert asked - kinds <= bare

@@ -39,7 +39,9 @@ from layeredrl_torchrl import (
     TransitionSlices,
     ValueNet,
 )
-from layeredrl_torchrl.predictors import transitions, updates, upkeep
+from layeredrl_torchrl.predictors import updates
+from layeredrl_torchrl.predictors.experience import Experience
+from layeredrl_torchrl.predictors.upkeep import Upkeep
 
 STATE, ACTION, BATCH = 17, 6, 256
 # LayeredRL's times on two cores of an Intel Xeon, and what we want to stay below.
@@ -160,19 +162,18 @@ def clocked(clocks: Clocks, predictor: RewardPredictor) -> Iterator[None]:
     """Clocks around the parts of an update."""
     parts = [
         (TransitionSlices, "sample", "sampling"),
-        (transitions, "encode_transitions", "preparing"),
+        (Experience, "encode", "preparing"),
         (ModelLoss, "prepare", "preparing"),
         (ModelLoss, "terms", "model, loss"),
         (type(predictor.model), "predict_normalized", "model, forward"),
         (PredictorLoss, "prepare", "preparing"),
         (PredictorLoss, "terms", "reward and value, loss"),
         (torch.Tensor, "backward", "backward"),
-        (updates, "gradient_norms", "clipping"),
+        (updates, "get_total_norm", "clipping"),
+        (updates, "clip_grads_with_norm_", "clipping"),
         (type(predictor.optim), "step", "optimizer"),
-        (type(predictor.model), "update_average", "weight average"),
-        (RewardPredictor, "update_target", "target network"),
-        (upkeep, "update_statistics", "statistics and calibration"),
-        (upkeep, "calibrate", "statistics and calibration"),
+        (Upkeep, "refit", "statistics and calibration"),
+        (Upkeep, "calibrate", "statistics and calibration"),
     ]
     with ExitStack() as stack:
         for owner, attribute, name in parts:

@@ -61,8 +61,8 @@ from layeredrl_torchrl.objectives import (  # noqa: E402
     PartitionedBatch,
     PredictorLoss,
     SharedBatch,
+    TermsLoss,
     TransitionSlices,
-    n_step_targets,
 )
 from layeredrl_torchrl.optimizers import (  # noqa: E402
     CEM,
@@ -86,8 +86,8 @@ from layeredrl_torchrl.planners import (  # noqa: E402
     random_plan,
 )
 from layeredrl_torchrl.predictors import (  # noqa: E402
-    DeltaStandardizer,
     EarlyStopping,
+    ModelTraining,
     Predictor,
     PredictorFactory,
     RewardPredictor,
@@ -122,7 +122,6 @@ __all__ = [
     "ConstantLevel",
     "DADSReward",
     "DQNLearner",
-    "DeltaStandardizer",
     "EarlyStopping",
     "Encoder",
     "EncoderNet",
@@ -144,6 +143,7 @@ __all__ = [
     "Model",
     "ModelFreeLevel",
     "ModelLoss",
+    "ModelTraining",
     "Normalizer",
     "Optimizer",
     "OwnBatches",
@@ -174,6 +174,7 @@ __all__ = [
     "SuccessRate",
     "TSInfinity",
     "Task",
+    "TermsLoss",
     "TransitionSlices",
     "ValueNet",
     "WorstCase",
@@ -183,7 +184,6 @@ __all__ = [
     "make_batched",
     "make_search",
     "mean_plan",
-    "n_step_targets",
     "point_maze",
     "random_plan",
     "to_spec",

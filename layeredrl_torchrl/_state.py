@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from tensordict.nn import TensorDictModuleBase
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["WholeState", "refuse_other_shapes"]
+__all__ = ["Snapshot", "WholeState", "refuse_other_shapes", "undone_on_error"]
 
 
 class WholeState(TensorDictModuleBase):
@@ -111,3 +113,59 @@ def _check_shapes(optim: torch.optim.Optimizer, state_dict: dict[str, Any]) -> N
             f"the checkpoint's optimizer does not fit ({len(problems)} differences: "
             f"{'; '.join(problems[:5])}); build the predictor with the sizes it was saved with"
         )
+
+
+@contextmanager
+def undone_on_error(*stateful: nn.Module | torch.optim.Optimizer) -> Iterator[None]:
+    """Put modules and optimizers back as they were if the block raises anything at all.
+
+    Everything is put back in place, so that what holds on to the tensors sees it.
+    """
+    before = [Snapshot(one) for one in stateful]
+    try:
+        yield
+    except BaseException:
+        for snapshot in before:
+            snapshot.restore()
+        raise
+
+
+class Snapshot:
+    """A copy of the state of a module, or of an optimizer's moments.
+
+    Args:
+        stateful: What to copy.
+        parameters: Those whose moments are copied; all if ``None``.
+    """
+
+    def __init__(
+        self,
+        stateful: nn.Module | torch.optim.Optimizer,
+        parameters: Iterable[nn.Parameter] | None = None,
+    ) -> None:
+        self._of: Any = stateful
+        self._parameters = None if parameters is None else set(parameters)
+        self._state: dict[Any, Any]
+        if isinstance(stateful, nn.Module):
+            self._state = {name: copy.deepcopy(v) for name, v in stateful.state_dict().items()}
+        else:
+            self._state = {p: copy.deepcopy(moments) for p, moments in self._moments()}
+
+    def restore(self) -> None:
+        """Put back what was copied, in place."""
+        if isinstance(self._of, nn.Module):
+            self._of.load_state_dict(self._state)
+            return
+        for p, moments in self._moments():
+            if p not in self._state:
+                del self._of.state[p]
+                continue
+            for name, value in self._state[p].items():
+                moments[name].copy_(value)
+
+    def _moments(self) -> list[tuple[nn.Parameter, dict[str, Any]]]:
+        return [
+            (p, moments)
+            for p, moments in self._of.state.items()
+            if self._parameters is None or p in self._parameters
+        ]

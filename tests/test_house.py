@@ -44,11 +44,6 @@ KNOWN_CIRCLES = {
     "models.stepping",
     "nets.dynamics",
     "nets.stacked",
-    "predictors.early_stopping",
-    "predictors.reward",
-    "predictors.transitions",
-    "predictors.updates",
-    "predictors.upkeep",
 }
 
 MAX_FLAT_NAMES = 87  # 75 in the end

@@ -153,7 +153,7 @@ class PlannerLevel(LearningLevel):
         if isinstance(predictor, RewardPredictor):
             # Raises now what would otherwise be raised after the random phase.
             n_models = predictor.model.n_models
-            predictor.member_batches.n_rows(self.model_batch_size, n_models)
+            predictor.model_training.member_batches.n_rows(self.model_batch_size, n_models)
         planner = self.planner_factory(predictor, action_spec=action_spec)
         if not isinstance(planner, PredictorPlanner):
             raise TypeError(

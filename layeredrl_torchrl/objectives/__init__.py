@@ -11,6 +11,7 @@ from layeredrl_torchrl.objectives.model_loss import ModelLoss
 from layeredrl_torchrl.objectives.predictor_loss import PredictorLoss
 from layeredrl_torchrl.objectives.slices import TransitionSlices
 from layeredrl_torchrl.objectives.targets import NStepTargets, n_step_targets
+from layeredrl_torchrl.objectives.terms import TermsLoss
 
 __all__ = [
     "BootstrappedBatches",
@@ -21,6 +22,7 @@ __all__ = [
     "PartitionedBatch",
     "PredictorLoss",
     "SharedBatch",
+    "TermsLoss",
     "TransitionSlices",
     "n_step_targets",
 ]

@@ -103,11 +103,11 @@ class BootstrappedBatches(OwnBatches):
 
     A transition counts for a member as often as it was drawn into that member's resampled data
     set: Poisson(1) times, the limit of drawing with replacement (Oza and Russell, 2001). That
-    number is a fixed function of the transition's content and the member, so it needs no memory
-    and stays what it is while the buffer grows. It is written as ``"weight"``, multiplied with the
-    weight that is there.
+    number is a fixed function of the transition's place in the storage and the member, so it needs
+    no memory and stays what it is while the buffer grows. It is written as ``"weight"``, multiplied
+    with the weight that is there.
 
-    >>> data = TensorDict({"fingerprint": torch.arange(20, 28)}, [8])
+    >>> data = TensorDict({"storage_index": torch.arange(20, 28)}, [8])
     >>> BootstrappedBatches().assign(data, n_models=2)["weight"]
     tensor([[1., 2., 0., 2.],
             [1., 2., 1., 0.]])
@@ -120,11 +120,11 @@ class BootstrappedBatches(OwnBatches):
         self.seed = seed
 
     def assign(self, batch: TensorDictBase, n_models: int) -> TensorDictBase:
-        """Cut into equal parts and weight them; reads ``"fingerprint"``, int64 ``[R]``."""
+        """Cut into equal parts and weight them; reads ``"storage_index"``, int64 ``[R]``."""
         own = super().assign(batch, n_models)
         uniform = torch.stack(
             [
-                hashed_uniform(own.get("fingerprint")[m], salt=(self.seed << 16) + m)
+                hashed_uniform(own.get("storage_index")[m], salt=(self.seed << 16) + m)
                 for m in range(n_models)
             ]
         )

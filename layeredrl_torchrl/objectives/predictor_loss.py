@@ -137,6 +137,7 @@ class PredictorLoss(TermsLoss):
         self.gamma = gamma
         self.k_steps = check_positive_int("k_steps", k_steps)
         self.n_steps = check_positive_int("n_steps", n_steps)
+        self.length = k_steps + n_steps
         self.learn_encoder = learn_encoder
         self.action_spec = action_spec
         if isinstance(val_func, nn.Module):
@@ -180,11 +181,10 @@ class PredictorLoss(TermsLoss):
         """
         keys = self.tensor_keys
         data = {key: self._get(tensordict, key) for key in self.in_keys}
-        length = self.k_steps + self.n_steps
-        if tensordict.ndim != 2 or tensordict.shape[1] != length:
+        if tensordict.ndim != 2 or tensordict.shape[1] != self.length:
             raise ValueError(
-                f"expected slices [B, L] with L = k_steps + n_steps = {length}, got a batch of "
-                f"shape {tuple(tensordict.shape)}"
+                f"expected slices [B, L] with L = k_steps + n_steps = {self.length}, got a "
+                f"batch of shape {tuple(tensordict.shape)}"
             )
         k = self.k_steps
         observation, action = data[keys.observation][:, :k], data[keys.action][:, :k]

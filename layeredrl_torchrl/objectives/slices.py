@@ -52,6 +52,8 @@ class TransitionSlices:
         terminated_key: Key of termination, laid out like ``done_key``.
         trajectory_key: Key of the trajectory ids, if the buffer has any; None to ignore them.
         valid_key: Key under which :meth:`sample` says which steps belong to the slice.
+        index_key: Key under which :meth:`sample` says where in the storage, seen flat, each step
+            lies, int64 ``[B, L]``; ``None`` to leave it out.
 
     Raises:
         TypeError: If ``buffer`` is not a replay buffer on a tensor or memory-mapped storage.
@@ -67,6 +69,7 @@ class TransitionSlices:
         terminated_key: NestedKey = ("next", "terminated"),
         trajectory_key: NestedKey | None = ("collector", "traj_ids"),
         valid_key: NestedKey = "valid",
+        index_key: NestedKey | None = None,
     ) -> None:
         if not isinstance(buffer, ReplayBuffer):
             raise TypeError(
@@ -80,6 +83,7 @@ class TransitionSlices:
         self._end_keys = (done_key, terminated_key)
         self._trajectory_key = trajectory_key
         self._valid_key = valid_key
+        self._index_key = index_key
 
     def __len__(self) -> int:
         """Number of stored transitions, each of which may start a slice."""
@@ -126,7 +130,7 @@ class TransitionSlices:
         # The locks that `buffer.sample` takes, as another thread or process may be extending the
         # buffer: what is copied must be what was looked at.
         with self._buffer._replay_lock, self._buffer._write_lock:
-            rows, valid = self._read(batch_size, length, generator)
+            rows, valid, index = self._read(batch_size, length, generator)
         transform = self._buffer.transform
         if len(transform):
             shape = (batch_size * length,)
@@ -138,17 +142,35 @@ class TransitionSlices:
                     "without the transform that changes their number."
                 )
             rows = flat.reshape(batch_size, length)
-        if rows.get(self._valid_key, None) is not None:
-            raise ValueError(
-                f"valid_key: got {self._valid_key!r}, which the buffer's rows already have, "
-                "expected an unused key; pass another valid_key."
-            )
-        return rows.set(self._valid_key, valid)
+        added = {"valid_key": (self._valid_key, valid), "index_key": (self._index_key, index)}
+        for name, (key, value) in added.items():
+            if key is None:
+                continue
+            if rows.get(key, None) is not None:
+                raise ValueError(
+                    f"{name}: got {key!r}, which the buffer's rows already have, expected an "
+                    f"unused key; pass another {name}."
+                )
+            rows.set(key, value)
+        return rows
+
+    def stored(self, index: Tensor) -> TensorDictBase:
+        """The rows ``[N]`` at places ``index [N]`` of the storage, seen flat, as they are stored.
+
+        Raises:
+            As :meth:`sample`.
+        """
+        with self._buffer._replay_lock, self._buffer._write_lock:
+            contents, _ = self._contents(1)
+            return _rows(contents, index.unsqueeze(1))[:, 0]
 
     def _read(
         self, batch_size: int, length: int, generator: torch.Generator | None
-    ) -> tuple[TensorDictBase, Tensor]:
-        """The stored rows [B, L] of freshly drawn slices, and which of them are valid [B, L]."""
+    ) -> tuple[TensorDictBase, Tensor, Tensor]:
+        """The stored rows of freshly drawn slices, which of them are valid, and where they lie.
+
+        All three are of shape [B, L].
+        """
         contents, n_rows = self._contents(length)
         ends = [contents.get(key) for key in self._end_keys]
         steps = torch.arange(length, device=ends[0].device)
@@ -175,12 +197,12 @@ class TransitionSlices:
 
         # Observations are wide: they are compared in what is copied anyway, and all is copied once
         # more in the rare case that nothing else told two episodes apart.
-        rows, valid = _copy(contents, index, continues)
+        rows, valid, held = _copy(contents, index, continues)
         reached = rows.get(self._next_observation_key)[:, :-1]
         breaks = _any(reached != rows.get(self._observation_key)[:, 1:])
         if (breaks & valid[:, 1:]).any():
-            rows, valid = _copy(contents, index, continues & ~breaks)
-        return rows, valid
+            rows, valid, held = _copy(contents, index, continues & ~breaks)
+        return rows, valid, held
 
     def _contents(self, length: int) -> tuple[TensorDictBase, int]:
         """The storage's whole memory [T_max, (E)], checked, and how many of its rows are filled."""
@@ -255,17 +277,21 @@ def _newest_row(buffer: ReplayBuffer, n_rows: int, capacity: int) -> int:
 
 def _copy(
     contents: TensorDictBase, index: Tensor, continues: Tensor
-) -> tuple[TensorDictBase, Tensor]:
+) -> tuple[TensorDictBase, Tensor, Tensor]:
     """Copies the rows at ``index`` [B, L], each slice holding still once it no longer continues."""
     steps = torch.arange(index.shape[1], device=index.device)
     last = continues.cumprod(1).sum(1, keepdim=True)  # [B, 1]
     held = index.gather(1, torch.minimum(steps, last))
-    rows = contents.apply(
-        lambda leaf: _take(leaf, held, contents.batch_dims),
+    return _rows(contents, held), steps <= last, held
+
+
+def _rows(contents: TensorDictBase, index: Tensor) -> TensorDictBase:
+    """Copies the rows at flat ``index`` [B, L]."""
+    return contents.apply(
+        lambda leaf: _take(leaf, index, contents.batch_dims),
         batch_size=index.shape,
         is_leaf=is_leaf_nontensor,
     )
-    return rows, steps <= last
 
 
 def _take(leaf: Tensor, index: Tensor, ndim: int) -> Tensor:

@@ -16,18 +16,39 @@ __all__ = ["TermsLoss"]
 class TermsLoss(LossModule):
     """A loss that first prepares a batch, with all its checks, and then computes its terms.
 
-    Several batches can be prepared at once, and the terms can be compiled.
+    Several batches can be prepared at once, and the terms can be compiled. Own losses of a
+    predictor are such (:meth:`~layeredrl_torchrl.RewardPredictor.add_loss`):
+
+    >>> class SmallStates(TermsLoss):
+    ...     def __init__(self, encoder):
+    ...         super().__init__()
+    ...         self.encoder = encoder
+    ...
+    ...     def terms(self, prepared):
+    ...         state, context = self.encoder(prepared["observation"])
+    ...         return {"loss_size": state.square().mean()}
+    >>> loss = SmallStates(IdentityEncoder((3,)))
+    >>> loss(TensorDict({"observation": torch.ones(7, 1, 3)}, [7, 1]))["loss_size"]
+    tensor(1.)
     """
 
+    length: int = 1  # steps of the slices that it takes
     _compile_options: dict[str, Any] | None = None
 
-    @abstractmethod
     def prepare(self, tensordict: TensorDictBase) -> Any:
-        """Check a batch and work out all that no parameter has a part in."""
+        """Check slices ``[B, length]`` and precompute what needs no gradient.
+
+        By default nothing is done. What is returned has a method ``split(batch_size)`` that
+        undoes the joining of several batches, as TensorDicts have.
+        """
+        return tensordict
 
     @abstractmethod
     def terms(self, prepared: Any) -> dict[str, Tensor]:
-        """The terms of a prepared batch, as :meth:`forward` writes them."""
+        """The terms of a prepared batch, scalars; those that begin with ``"loss_"`` are minimised.
+
+        The others are for the log.
+        """
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Compute the terms of a batch, whose shape is that of :meth:`prepare`."""

@@ -10,10 +10,12 @@ from layeredrl_torchrl.predictors.returns import ReturnOptions
 from layeredrl_torchrl.predictors.reward import RewardPredictor
 from layeredrl_torchrl.predictors.standardizer import DeltaStandardizer
 from layeredrl_torchrl.predictors.static import StaticPredictor
+from layeredrl_torchrl.predictors.training import ModelTraining
 
 __all__ = [
     "DeltaStandardizer",
     "EarlyStopping",
+    "ModelTraining",
     "Predictor",
     "PredictorFactory",
     "ReturnOptions",

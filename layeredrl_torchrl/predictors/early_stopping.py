@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
+from tensordict import TensorDictBase
 
-from layeredrl_torchrl._checks import check_positive_int
-from layeredrl_torchrl.objectives import TransitionSlices
-from layeredrl_torchrl.predictors.transitions import held_out_transitions
-
-if TYPE_CHECKING:
-    from layeredrl_torchrl.predictors.reward import RewardPredictor
+from layeredrl_torchrl._checks import check_number, check_positive_int
+from layeredrl_torchrl._state import Snapshot
+from layeredrl_torchrl.models import ProbabilisticEnsemble
 
 __all__ = ["EarlyStopping", "HoldoutWatch"]
 
@@ -52,42 +48,38 @@ class EarlyStopping:
     def __post_init__(self) -> None:
         check_positive_int("patience", self.patience)
         check_positive_int("every", self.every)
-        if not 0.0 <= self.min_delta < float("inf"):
-            raise ValueError(f"min_delta must be finite and at least 0, got {self.min_delta}")
+        check_number("min_delta", self.min_delta, 0.0)
 
 
 class HoldoutWatch:
-    """Looks at the held-out transitions during one call, and keeps the best model.
+    """Evaluates a model on held-out transitions during one call, and keeps the best one.
 
     Args:
-        predictor: Whose model is watched.
-        slices: The buffer.
-        n_sampled: Transitions to draw; those that are held out are looked at.
+        model: What is watched.
+        optim: Its optimizer, whose moments of the model's parameters are kept with it.
+        data: Encoded transitions ``[N]`` that the model is not trained on.
         options: When to stop.
 
     Raises:
-        ValueError: Nothing in the buffer is held out.
+        ValueError: No transitions.
     """
 
     def __init__(
         self,
-        predictor: RewardPredictor,
-        slices: TransitionSlices,
-        n_sampled: int,
+        model: ProbabilisticEnsemble,
+        optim: torch.optim.Optimizer,
+        data: TensorDictBase,
         options: EarlyStopping,
     ) -> None:
-        self._predictor = predictor
-        self._options = options
-        self._data = held_out_transitions(predictor, slices, n_sampled)
-        if not len(self._data):
+        if not len(data):
             raise ValueError(
-                f"early_stopping found no held-out transition among the {len(slices)} stored, with "
-                f"holdout_share={predictor.holdout_share}; collect more before learning, or raise "
-                "the share"
+                "early_stopping found no held-out transition among those stored; collect more "
+                "before learning, or raise holdout_share"
             )
+        self._model, self._optim, self._data, self._options = model, optim, data, options
         self._n_updates = self._n_without_gain = 0
         self._best = self._last = self._to_beat = self._nll()
-        self._kept = self._copy()
+        self._kept = self._snapshots()
 
     @property
     def stopped(self) -> bool:
@@ -95,23 +87,24 @@ class HoldoutWatch:
         return self._n_without_gain >= self._options.patience
 
     def after_update(self) -> None:
-        """Count an update of the model, and look if it is time."""
+        """Count an update of the model, and evaluate it if it is time."""
         self._n_updates += 1
         if self._n_updates % self._options.every == 0:
-            self._look()
+            self._evaluate()
 
     def finish(self) -> float:
         """Put the best model back; returns its negative log-likelihood."""
         if self._n_updates % self._options.every:
-            self._look()
+            self._evaluate()
         if self._last > self._best:
-            self._restore()
+            for snapshot in self._kept:
+                snapshot.restore()
         return self._best
 
-    def _look(self) -> None:
+    def _evaluate(self) -> None:
         self._last = self._nll()
         if self._last < self._best:
-            self._best, self._kept = self._last, self._copy()
+            self._best, self._kept = self._last, self._snapshots()
         # Small gains are kept, but only a large one, or several small ones, buy more time.
         if self._last < self._to_beat - self._options.min_delta:
             self._to_beat, self._n_without_gain = self._last, 0
@@ -121,30 +114,10 @@ class HoldoutWatch:
     @torch.no_grad()
     def _nll(self) -> float:
         """Negative log-likelihood of the ensemble, in nats per dimension of the model's target."""
-        model, data = self._predictor.model, self._data
         keys = ("state", "context", "action", ("next", "state"))
-        log_prob, _, _ = model.get_log_prob(*(data.get(key) for key in keys))
-        in_target_units = log_prob.mean() + model.target_normalizer.scale.log().sum()
-        return float(-in_target_units) / model.state_dim
+        log_prob, _, _ = self._model.get_log_prob(*(self._data.get(key) for key in keys))
+        in_target_units = log_prob.mean() + self._model.target_normalizer.scale.log().sum()
+        return float(-in_target_units) / self._model.state_dim
 
-    def _moments(self) -> dict[Any, dict[str, torch.Tensor]]:
-        """The optimizer's state of the model's parameters."""
-        optim = self._predictor.optim
-        groups = [g["params"] for g in optim.param_groups if g["name"] == "model"]
-        return {p: optim.state[p] for group in groups for p in group if p in optim.state}
-
-    def _copy(self) -> tuple[dict[str, Any], dict[Any, dict[str, torch.Tensor]]]:
-        moments = {
-            p: {name: value.clone() for name, value in state.items()}
-            for p, state in self._moments().items()
-        }
-        return copy.deepcopy(self._predictor.model.state_dict()), moments
-
-    def _restore(self) -> None:
-        weights, moments = self._kept
-        self._predictor.model.load_state_dict(weights)
-        for p in list(self._moments()):
-            if p in moments:
-                self._predictor.optim.state[p] = moments[p]
-            else:
-                del self._predictor.optim.state[p]
+    def _snapshots(self) -> tuple[Snapshot, Snapshot]:
+        return Snapshot(self._model), Snapshot(self._optim, self._model.parameters())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,23 +10,24 @@ from torchrl.data import ReplayBuffer
 from torchrl.record.loggers import Logger
 
 from layeredrl_torchrl import _reporting as reporting
-from layeredrl_torchrl._checks import check_positive_int
-from layeredrl_torchrl._state import refuse_other_shapes
+from layeredrl_torchrl._checks import (
+    check_flag,
+    check_instance,
+    check_number,
+    check_positive_int,
+)
+from layeredrl_torchrl._state import undone_on_error
 from layeredrl_torchrl.models import ProbabilisticEnsemble
 from layeredrl_torchrl.nets import Encoder, move_towards
-from layeredrl_torchrl.objectives import (
-    MemberBatches,
-    ModelLoss,
-    OwnBatches,
-    PredictorLoss,
-    TransitionSlices,
-)
-from layeredrl_torchrl.predictors import upkeep
-from layeredrl_torchrl.predictors.early_stopping import EarlyStopping
-from layeredrl_torchrl.predictors.optim import LearningRate, current_rates, make_optimizer
+from layeredrl_torchrl.objectives import ModelLoss, PredictorLoss
+from layeredrl_torchrl.objectives.terms import TermsLoss
+from layeredrl_torchrl.predictors.early_stopping import HoldoutWatch
+from layeredrl_torchrl.predictors.experience import Experience
 from layeredrl_torchrl.predictors.predictor import Predictor, RewardFunction
 from layeredrl_torchrl.predictors.standardizer import DeltaStandardizer
-from layeredrl_torchrl.predictors.updates import check_schedule, run_updates
+from layeredrl_torchrl.predictors.training import ModelTraining
+from layeredrl_torchrl.predictors.updates import LearningRate, Updates, WeightedLoss
+from layeredrl_torchrl.predictors.upkeep import N_STATISTICS, Upkeep
 
 __all__ = ["RewardPredictor"]
 
@@ -68,14 +68,9 @@ class RewardPredictor(Predictor):
         reward_lr: Of the reward function.
         model_lr: Of the dynamics model.
         value_lr: Of the value function.
-        model_lr_annealing: Share of each call's updates, at its end, over which the model's
-            learning rate falls linearly to a tenth: the weights settle, and the predicted
-            variance becomes that of the settled weights. 0 for none.
-        member_batches: How the ensemble's members share the model batches; by default each gets
-            ``model_batch_size`` transitions of its own.
         holdout_share: Share of the transitions that the model is not trained on but calibrated
-            with (:meth:`ProbabilisticEnsemble.calibrate`), chosen once and for all by their
-            content. 0 for no calibration.
+            with (:meth:`ProbabilisticEnsemble.calibrate`), chosen by their place in the storage. 0
+            for no calibration.
         clip_grad_max_norm: Gradient norm of each of the four parts is clipped to it; ``None``
             for no clipping.
         delta_standardizer: Whether to keep the statistics that
@@ -84,9 +79,7 @@ class RewardPredictor(Predictor):
             function and encoder learn. The model and the value function would chase a state
             that still moves, and have to forget what they learned of it.
         beta_nll: ``beta`` of :class:`~layeredrl_torchrl.ModelLoss`.
-        model_weight_decay: Decoupled weight decay (arXiv 1711.05101) of all the model's
-            parameters: each update shrinks them by this share of the learning rate.
-        early_stopping: When the model stops learning within a call; ``None`` for never.
+        model_training: Further options of the model's training.
 
     The parameters are updated by :meth:`learn` only; so are the statistics that normalise
     inputs and outputs, and the encoder's mask, at the start of a call whenever the buffer has
@@ -121,38 +114,30 @@ class RewardPredictor(Predictor):
         reward_lr: LearningRate = 3e-3,
         model_lr: LearningRate = 7e-3,
         value_lr: LearningRate = 1e-3,
-        model_lr_annealing: float = 0.4,
-        member_batches: MemberBatches | None = None,
         holdout_share: float = 0.05,
         clip_grad_max_norm: float | None = 200.0,
         delta_standardizer: bool = True,
         encoder_warm_up: int = 0,
         beta_nll: float = 0.0,
-        model_weight_decay: float = 0.0,
-        early_stopping: EarlyStopping | None = None,
+        model_training: ModelTraining = ModelTraining(),  # noqa: B008 - it is frozen
     ) -> None:
         super().__init__(model, val_func, rew_func, encoder, latent_state_dim, context_dim)
-        if not isinstance(model, ProbabilisticEnsemble):
-            raise TypeError(
-                f"RewardPredictor trains a ProbabilisticEnsemble, got {type(model).__name__}; use "
-                "StaticPredictor for a model that is given"
-            )
-        self.learn_encoder = learn_encoder
-        self.consistency_loss_weight = consistency_loss_weight
-        self.termination_loss_weight = termination_loss_weight
-        self.value_loss_weight = value_loss_weight
-        self.rew_loss_weight = rew_loss_weight
-        self.clip_grad_max_norm = clip_grad_max_norm
-        if not 0.0 <= model_lr_annealing <= 1.0:
-            raise ValueError(f"model_lr_annealing must lie in [0, 1], got {model_lr_annealing}")
-        if not 0.0 <= holdout_share < 1.0:
-            raise ValueError(f"holdout_share must lie in [0, 1), got {holdout_share}")
-        self.model_lr_annealing = model_lr_annealing
-        self.holdout_share = holdout_share
+        check_instance(
+            "model",
+            model,
+            ProbabilisticEnsemble,
+            hint="use StaticPredictor for a model that is given",
+        )
+        check_instance("model_training", model_training, ModelTraining, hint="pass ModelTraining()")
+        self.learn_encoder = check_flag("learn_encoder", learn_encoder)
+        self.holdout_share = check_number("holdout_share", holdout_share, 0.0, 1.0, open_high=True)
+        self.tau = check_number("tau", tau, 0.0, 1.0)
         self.encoder_warm_up = check_positive_int("encoder_warm_up", encoder_warm_up, minimum=0)
-        self.early_stopping = early_stopping
-        check_schedule(self)
-        loss = PredictorLoss(
+        self.model_training = model_training
+        self._check_schedule()
+        # The losses share this module's parameters, so they are not registered a second time;
+        # the target network is the one thing that they add to the state.
+        predictor_loss = PredictorLoss(
             encoder,
             rew_func,
             val_func,
@@ -162,39 +147,120 @@ class RewardPredictor(Predictor):
             learn_encoder=learn_encoder,
             action_spec=model.action_spec,
         )
-        # The losses share this module's parameters, so they are not registered a second time;
-        # the target network is the one thing that they add to the state.
+        self.__dict__["predictor_loss"] = predictor_loss
         self.__dict__["model_loss"] = ModelLoss(model, per_member=True, beta=beta_nll)
-        self.member_batches = OwnBatches() if member_batches is None else member_batches
-        self.__dict__["predictor_loss"] = loss
-        self.target_val_func = loss.target_val_func if isinstance(val_func, nn.Module) else None
-        if not 0.0 <= tau <= 1.0:
-            raise ValueError(f"tau must lie in [0, 1], got {tau}")
-        self.tau = tau
-        self.register_buffer("n_learn_updates", torch.zeros((), dtype=torch.long))
-        self.register_buffer("n_since_calibration", torch.zeros((), dtype=torch.long))
-        self.register_buffer("n_written_at_statistics", torch.zeros((), dtype=torch.long))
+        trains_value = isinstance(val_func, nn.Module)
+        self.target_val_func = predictor_loss.target_val_func if trains_value else None
         self.delta_standardizer = (
-            DeltaStandardizer(latent_state_dim) if delta_standardizer else None
+            DeltaStandardizer(latent_state_dim)
+            if check_flag("delta_standardizer", delta_standardizer)
+            else None
         )
-        self._learning_rates: dict[str, LearningRate] = {
-            "model": model_lr,
-            "reward": reward_lr,
-            "value": value_lr,
-            "encoder": encoder_lr,
-        }
-        parts = {
-            "model": model,
-            "reward": rew_func,
-            "value": val_func,
-            "encoder": encoder if learn_encoder else None,
-        }
-        self.optim = make_optimizer(parts, model_weight_decay)
+        self.upkeep = Upkeep(
+            model,
+            encoder if learn_encoder else None,
+            rew_func,
+            (val_func, self.target_val_func),
+            self.delta_standardizer,
+        )
+        check_number("consistency_loss_weight", consistency_loss_weight, 0.0)
+        check_number("termination_loss_weight", termination_loss_weight, 0.0)
+        self.updates = Updates(
+            {
+                "predictor": WeightedLoss(
+                    predictor_loss,
+                    {"loss_reward": rew_loss_weight, "loss_value": value_loss_weight},
+                ),
+                "model": WeightedLoss(
+                    self.model_loss,
+                    {
+                        "loss_dynamics": consistency_loss_weight,
+                        "loss_termination": consistency_loss_weight * termination_loss_weight,
+                    },
+                ),
+            },
+            parts={
+                "model": model,
+                "reward": rew_func,
+                "value": val_func,
+                "encoder": encoder if learn_encoder else None,
+            },
+            rates={
+                "model": model_lr,
+                "reward": reward_lr,
+                "value": value_lr,
+                "encoder": encoder_lr,
+            },
+            decays={"model": model_training.weight_decay},
+            clip_grad_max_norm=clip_grad_max_norm,
+            followers={"loss_dynamics": model.update_average, "loss_value": self.update_target},
+        )
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy; its optimizer has lost its check."""
-        super().__setstate__(state)
-        refuse_other_shapes(self.optim)
+    @property
+    def optim(self) -> torch.optim.Optimizer:
+        """The optimizer of all parts, to be saved beside the predictor."""
+        return self.updates.optim
+
+    @property
+    def n_learn_updates(self) -> Tensor:
+        """Updates over all calls, a scalar."""
+        return self.updates.n_updates
+
+    def add_loss(
+        self, loss: TermsLoss, weights: Mapping[str, float], *, lr: LearningRate = 1e-3
+    ) -> None:
+        """Minimise one more loss, in every update.
+
+        >>> class SmallStates(TermsLoss):
+        ...     def __init__(self, encoder):
+        ...         super().__init__()
+        ...         self.encoder = encoder
+        ...
+        ...     def terms(self, prepared):
+        ...         state, context = self.encoder(prepared["observation"])
+        ...         return {"loss_size": state.square().mean()}
+        >>> encoder = EncoderNet((3,), latent_state_dim=2, context_dim=0)
+        >>> factory = PredictorFactory(partial_encoder=lambda shape: encoder)
+        >>> predictor = factory(Unbounded((3,)), Bounded(-1.0, 1.0, (1,)))
+        >>> predictor.add_loss(SmallStates(encoder), {"loss_size": 0.1})
+
+        Args:
+            loss: Is given slices ``[B, loss.length]`` with all entries of the buffer and
+                ``"valid"``, as :class:`~layeredrl_torchrl.TransitionSlices` draws them.
+            weights: Of its terms that begin with ``"loss_"``.
+            lr: Learning rate of those of its parameters that no part of the predictor has.
+
+        Raises:
+            TypeError, ValueError: Not a :class:`~layeredrl_torchrl.objectives.TermsLoss`; weights
+                that are no finite numbers of at least 0. In :meth:`learn`, ``ValueError`` for a
+                term without a weight.
+        """
+        self.updates.add(loss, weights, lr)
+
+    def _check_schedule(self) -> None:
+        """Refuse a warm-up and early stopping that cannot do what they are for."""
+        if self.encoder_warm_up and not (
+            self._states_move and isinstance(self.rew_func, nn.Module)
+        ):
+            raise ValueError(
+                f"encoder_warm_up={self.encoder_warm_up} trains reward function and encoder, but "
+                "one of them has nothing to train; leave it at 0, or give an EncoderNet, "
+                "learn_encoder=True and a reward module"
+            )
+        if self.model_training.early_stopping is None:
+            return
+        if not self.holdout_share:
+            raise ValueError("early_stopping evaluates held-out transitions; raise holdout_share")
+        if self._states_move:
+            raise ValueError(
+                "early_stopping needs states that stay the same, but the encoder learns; pass "
+                "learn_encoder=False"
+            )
+
+    @property
+    def _states_move(self) -> bool:
+        """Whether the encoder learns."""
+        return self.learn_encoder and any(p.requires_grad for p in self.encoder.parameters())
 
     def update_target(self) -> None:
         """Move the target network towards the value function by a share of ``tau``."""
@@ -254,28 +320,37 @@ class RewardPredictor(Predictor):
         check_positive_int("batch_size", batch_size)
         check_positive_int("model_batch_size", model_batch_size)
         reporting.check_logger(logger)
-        keys = self.predictor_loss.tensor_keys
-        slices = TransitionSlices(
+        experience = Experience(
             buffer,
-            observation_key=keys.observation,
-            terminated_key=keys.terminated,
-            valid_key=keys.valid,
+            self.encoder,
+            self.model.action_spec,
+            self.predictor_loss.tensor_keys,
+            holdout_share=self.holdout_share,
+            device=next(self.model.parameters()).device,
         )
-        rates = current_rates(self._learning_rates, n_total_env_steps)
-        before = {name: value.clone() for name, value in self.state_dict().items()}
-        moments = copy.deepcopy(self.optim.state_dict())
-        try:
-            upkeep.update_statistics(self, slices)
-            bar = self.name if progress else None
-            loss, info = run_updates(
-                self, slices, n_updates, batch_size, model_batch_size, rates, bar
+        training = self.model_training
+        with undone_on_error(self, self.optim):
+            self.upkeep.refit(experience)
+            watch = None
+            if training.early_stopping is not None:
+                held_out = experience.held_out(N_STATISTICS)
+                watch = HoldoutWatch(self.model, self.optim, held_out, training.early_stopping)
+            loss, info = self.updates.run(
+                experience,
+                n_updates,
+                batch_size=batch_size,
+                model_batch_size=model_batch_size,
+                member_batches=training.member_batches,
+                n_total_env_steps=n_total_env_steps,
+                warm_up=self.encoder_warm_up,
+                after_warm_up=lambda: self.upkeep.refit(experience, anew=True),
+                annealed={"model": training.lr_annealing},
+                watch=watch,
+                states_move=self._states_move,
+                bar=self.name if progress else None,
             )
-            upkeep.calibrate(self, slices, int(info["model_updates"]))
-        except (TypeError, ValueError, KeyError):
-            self.load_state_dict(before)
-            self.optim.load_state_dict(moments)
-            raise
-        reporting.log_terms(logger, self.name, info, n_total_env_steps)
+            self.upkeep.calibrate(experience, int(info["model_updates"]))
+            reporting.log_terms(logger, self.name, info, n_total_env_steps)
         return loss, info
 
     def get_standardized_log_prob(

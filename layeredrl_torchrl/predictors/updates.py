@@ -1,167 +1,334 @@
-"""The updates of one call of :meth:`RewardPredictor.learn`."""
+"""Gradient steps on a weighted sum of losses."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from layeredrl_torchrl import _reporting as reporting
-from layeredrl_torchrl.objectives import TransitionSlices
-from layeredrl_torchrl.objectives.model_loss import ModelInputs
-from layeredrl_torchrl.objectives.predictor_loss import PreparedSlices
-from layeredrl_torchrl.predictors import upkeep
-from layeredrl_torchrl.predictors.early_stopping import EarlyStopping, HoldoutWatch
-from layeredrl_torchrl.predictors.optim import annealing, gradient_norms
-from layeredrl_torchrl.predictors.transitions import model_batches, slice_batches
+from layeredrl_torchrl._checks import check_instance, check_number
+from layeredrl_torchrl._state import refuse_other_shapes
+from layeredrl_torchrl.objectives import MemberBatches, ModelLoss
+from layeredrl_torchrl.objectives.terms import TermsLoss
+from layeredrl_torchrl.predictors.early_stopping import HoldoutWatch
+from layeredrl_torchrl.predictors.experience import Experience
 
-if TYPE_CHECKING:
-    from layeredrl_torchrl.predictors.reward import RewardPredictor
+__all__ = ["LearningRate", "Updates", "WeightedLoss"]
 
-__all__ = ["check_schedule", "gradient_step", "run_updates"]
-
+LearningRate: TypeAlias = float | Callable[[int], float]
 
 # Batches that are drawn and prepared at once: for small ones it is most of an update's time.
-N_AHEAD = 8
+_N_AHEAD = 8
 
 
-def _moves(predictor: RewardPredictor) -> bool:
-    """Whether the encoder learns."""
-    return predictor.learn_encoder and any(p.requires_grad for p in predictor.encoder.parameters())
-
-
-def check_schedule(predictor: RewardPredictor) -> None:
-    """Refuse a warm-up and early stopping that cannot do what they are for."""
-    moves = _moves(predictor)
-    if predictor.encoder_warm_up and not (moves and isinstance(predictor.rew_func, nn.Module)):
-        raise ValueError(
-            f"encoder_warm_up={predictor.encoder_warm_up} trains reward function and encoder, but "
-            "one of them has nothing to train; leave it at 0, or give an EncoderNet, "
-            "learn_encoder=True and a reward module"
-        )
-    if predictor.early_stopping is None:
-        return
-    if not isinstance(predictor.early_stopping, EarlyStopping):
-        raise TypeError(
-            "early_stopping must be an EarlyStopping or None, got "
-            f"{type(predictor.early_stopping).__name__}"
-        )
-    if not predictor.holdout_share:
-        raise ValueError("early_stopping looks at held-out transitions; raise holdout_share")
-    if moves:
-        raise ValueError(
-            "early_stopping needs states that stay the same, but the encoder learns; pass "
-            "learn_encoder=False"
-        )
-
-
-def run_updates(
-    predictor: RewardPredictor,
-    slices: TransitionSlices,
-    n_updates: int,
-    batch_size: int,
-    model_batch_size: int,
-    rates: dict[str, float],
-    bar: str | None,
-) -> tuple[Tensor, dict[str, float]]:
-    """Update all parts; returns the mean loss and the terms.
+@dataclass(frozen=True)
+class WeightedLoss:
+    """A loss, and what each of its terms weighs.
 
     Args:
-        predictor: Whose parts are updated.
-        slices: The buffer.
-        n_updates: How often.
-        batch_size: Slices in a batch.
-        model_batch_size: Transitions in a batch for the model.
-        rates: Learning rate of each group of the optimizer.
-        bar: What the progress bar is called; ``None`` for no bar.
+        loss: Gives the terms.
+        weights: Of the terms that begin with ``"loss_"``, each at least 0.
+
+    Raises:
+        TypeError, ValueError: Not a :class:`~layeredrl_torchrl.objectives.TermsLoss`; a weight
+            that is no finite number of at least 0.
     """
-    n_rows = predictor.member_batches.n_rows(model_batch_size, predictor.model.n_models)
-    stop = predictor.early_stopping
-    watch = None if stop is None else HoldoutWatch(predictor, slices, upkeep.N_STATISTICS, stop)
-    model_alone = all(group["name"] == "model" for group in predictor.optim.param_groups)
-    # Updates of the warm-up that are left.
-    warm_up = predictor.encoder_warm_up - int(predictor.n_learn_updates)
-    n_ahead = min(N_AHEAD, n_updates)
-    batches = slice_batches(predictor, slices, batch_size, n_ahead)
-    # States that an encoder learns are old by the next update.
-    for_model = model_batches(predictor, slices, n_rows, 1 if _moves(predictor) else n_ahead)
-    totals: dict[str, Tensor] = {}
-    counts: Counter[str] = Counter()
-    for i in reporting.updates(n_updates, totals, counts, bar=bar):
-        if watch is not None and watch.stopped and model_alone:
-            break
-        if predictor.encoder_warm_up and i == warm_up:
-            upkeep.update_statistics(predictor, slices, anew=True)
-        for group in predictor.optim.param_groups:
-            group["lr"] = rates[group["name"]]
-            if group["name"] == "model":
-                group["lr"] *= annealing(i, n_updates, predictor.model_lr_annealing)
-        batch, model_batch = next(batches), None
-        if i >= warm_up and not (watch is not None and watch.stopped):
-            model_batch = next(for_model)
-        terms = gradient_step(predictor, batch, model_batch, with_value=i >= warm_up)
-        if watch is not None and model_batch is not None:
-            watch.after_update()
-        for name, value in terms.items():
-            totals[name] = totals[name] + value if name in totals else value
-        counts.update(terms.keys())
-    info = {name: float(total) / counts[name] for name, total in totals.items()}
-    info |= {"n_updates": float(counts["loss"]), "model_updates": float(counts["nll"])}
-    if watch is not None:
-        info["holdout_nll"] = watch.finish()
-    return totals["loss"] / counts["loss"], info
+
+    loss: TermsLoss
+    weights: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        check_instance("loss", self.loss, TermsLoss, hint="subclass it and write terms()")
+        for name, weight in self.weights.items():
+            check_number(f"the weight of {name}", weight, 0.0)
+
+    def __call__(self, prepared: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """What is minimised, weighted, and all terms of a prepared batch.
+
+        Raises:
+            ValueError: A term without a weight.
+        """
+        terms = self.loss.terms(prepared)
+        minimised = [name for name in terms if name.startswith("loss_")]
+        missing = [name for name in minimised if name not in self.weights]
+        if missing:
+            raise ValueError(
+                f"{type(self.loss).__name__} gives {missing}, which have no weight among "
+                f"{sorted(self.weights)}; add one (0.0 to leave a term out)"
+            )
+        return [self.weights[name] * terms[name] for name in minimised], terms
 
 
-def gradient_step(
-    predictor: RewardPredictor,
-    batch: PreparedSlices,
-    model_batch: ModelInputs | None,
-    *,
-    with_value: bool,
-) -> dict[str, Tensor]:
-    """Take one gradient step; returns the detached terms.
+class Updates(nn.Module):
+    """Owns the losses with their weights, the optimizer and the learning rates.
 
     Args:
-        predictor: Whose parts are updated.
-        batch: For reward, value and encoder.
-        model_batch: For the model; without, it is not updated.
-        with_value: Whether the value function is updated.
+        losses: What is minimised, by name.
+        parts: What is trained, each a group of the optimizer of that name; what is no module, or
+            has no trainable parameters, is left out.
+        rates: The learning rate of each part: a number, or a callable of the environment steps.
+        decays: Decoupled weight decay of parts; 0 by default, where ``AdamW`` takes the steps of
+            ``Adam``, bit for bit.
+        clip_grad_max_norm: Gradient norm that each part is clipped to; ``None`` for no clipping.
+        followers: What to call after a gradient step that had a term of that name: averages and
+            target networks.
+
+    Raises:
+        TypeError, ValueError: Numbers of another kind or outside their range.
     """
-    if not with_value:
-        batch = batch._replace(value=None)
-    terms = predictor.predictor_loss.terms(batch)
-    weights = {"loss_reward": predictor.rew_loss_weight}
-    if with_value:
-        weights["loss_value"] = predictor.value_loss_weight
-    if model_batch is not None:
-        terms |= predictor.model_loss.terms(model_batch)
-        weights["loss_dynamics"] = predictor.consistency_loss_weight
-        weights["loss_termination"] = (
-            predictor.consistency_loss_weight * predictor.termination_loss_weight
-        )
-    loss = sum(weight * terms[name] for name, weight in weights.items() if name in terms)
-    predictor.optim.zero_grad()
-    loss.backward()
-    grads, norms = gradient_norms(predictor.optim)
-    # Read together: on a GPU every look waits for what is under way.
-    value, *sizes = torch.stack([loss.detach(), *norms]).tolist()
-    if not math.isfinite(value + sum(sizes)):
+
+    n_updates: Tensor  # []
+
+    def __init__(
+        self,
+        losses: Mapping[str, WeightedLoss],
+        parts: Mapping[str, object],
+        rates: Mapping[str, LearningRate],
+        *,
+        decays: Mapping[str, float],
+        clip_grad_max_norm: float | None,
+        followers: Mapping[str, Callable[[], None]],
+    ) -> None:
+        super().__init__()
+        if clip_grad_max_norm is not None:
+            check_number("clip_grad_max_norm", clip_grad_max_norm, 0.0, open_low=True)
+        self.clip_grad_max_norm = clip_grad_max_norm
+        self.losses = dict(losses)
+        self.rates = dict(rates)
+        self.followers = dict(followers)
+        self.register_buffer("n_updates", torch.zeros((), dtype=torch.long))
+        self.own_losses = nn.ModuleList()
+        self._seen: Tensor | None = None
+        groups = []
+        for name, part in parts.items():
+            parameters = _trainable(part)
+            if parameters:
+                decay = check_number(f"the weight decay of {name}", decays.get(name, 0.0), 0.0)
+                groups.append({"params": parameters, "name": name, "weight_decay": decay})
+        self.optim = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
+        refuse_other_shapes(self.optim)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy; its optimizer has lost its check."""
+        super().__setstate__(state)
+        refuse_other_shapes(self.optim)
+
+    def add(self, loss: TermsLoss, weights: Mapping[str, float], rate: LearningRate) -> None:
+        """Minimise one more loss; see :meth:`RewardPredictor.add_loss`."""
+        name = f"{type(loss).__name__}_{len(self.losses)}"
+        weighted = WeightedLoss(loss, weights)
+        known = {p for group in self.optim.param_groups for p in group["params"]}
+        own = [p for p in _trainable(loss) if p not in known]
+        if own:
+            self.optim.add_param_group({"params": own, "name": name})
+            self.own_losses.append(loss)
+            self.rates[name] = rate
+        self.losses[name] = weighted
+
+    # -- running ----------------------------------------------------------------------------
+
+    def run(
+        self,
+        experience: Experience,
+        n_updates: int,
+        *,
+        batch_size: int,
+        model_batch_size: int,
+        member_batches: MemberBatches,
+        n_total_env_steps: int,
+        warm_up: int = 0,
+        after_warm_up: Callable[[], None] | None = None,
+        annealed: Mapping[str, float] | None = None,
+        watch: HoldoutWatch | None = None,
+        states_move: bool = False,
+        bar: str | None = None,
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Take gradient steps on batches of ``experience``.
+
+        Args:
+            experience: Where the batches come from.
+            n_updates: How often.
+            batch_size: Slices in a batch.
+            model_batch_size: Transitions in a batch for the model.
+            member_batches: How the members share them.
+            n_total_env_steps: What the learning rates are functions of.
+            warm_up: First updates, counted over all calls, without model and value function.
+            after_warm_up: Called when they are over.
+            annealed: Share of this call's updates, at its end, over which the learning rate of a
+                part falls linearly to a tenth.
+            watch: Ends the model's updates early.
+            states_move: Whether states are old by the next update, as an encoder's that learns.
+            bar: What the progress bar is called; ``None`` for no bar.
+
+        Returns:
+            The mean loss and the mean terms.
+
+        Raises:
+            ValueError: Learning rates that are negative or not finite; a loss or gradient that is
+                not finite; and as :class:`Experience` and the losses raise.
+        """
+        rates = self._current_rates(n_total_env_steps)
+        self._settle()
+        n_ahead = min(_N_AHEAD, n_updates)
+        streams: dict[str, Iterator[Any]] = {}
+        for name, weighted in self.losses.items():
+            loss = weighted.loss
+            if isinstance(loss, ModelLoss):
+                n_rows = member_batches.n_rows(model_batch_size, loss.model.n_models)
+                ahead = 1 if states_move else n_ahead
+                streams[name] = experience.model_batches(loss, member_batches, n_rows, ahead)
+            else:
+                streams[name] = experience.slice_batches(loss, batch_size, n_ahead)
+        of_model = {n for n, w in self.losses.items() if isinstance(w.loss, ModelLoss)}
+        model_alone = all(group["name"] == "model" for group in self.optim.param_groups)
+        left = warm_up - int(self.n_updates)
+        totals: dict[str, Tensor] = {}
+        counts: Counter[str] = Counter()
+        for i in reporting.updates(n_updates, totals, counts, bar=bar):
+            stopped = watch is not None and watch.stopped
+            if stopped and model_alone:
+                break
+            if warm_up and after_warm_up is not None and i == left:
+                after_warm_up()
+            self._set_rates(rates, i, n_updates, annealed or {})
+            idle = of_model if stopped or i < left else set()
+            batch = {name: next(stream) for name, stream in streams.items() if name not in idle}
+            if i < left:
+                batch = {name: _without_value(one) for name, one in batch.items()}
+            terms = self.step(batch)
+            if watch is not None and not idle:
+                watch.after_update()
+            for name, value in terms.items():
+                totals[name] = totals[name] + value if name in totals else value
+            counts.update(terms.keys())
+        self._look()
+        info = {name: float(total) / counts[name] for name, total in totals.items()}
+        info |= {"n_updates": float(counts["loss"]), "model_updates": float(counts["nll"])}
+        if watch is not None:
+            info["holdout_nll"] = watch.finish()
+        return totals["loss"] / counts["loss"], info
+
+    def step(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Take one gradient step; returns the detached terms.
+
+        It waits for no device but the CPU, whose values it looks at at once.
+
+        Args:
+            batch: A prepared batch for each loss that takes part, by its name.
+
+        Raises:
+            ValueError: A term without a weight; on a CPU, a loss or gradient that is not finite,
+                which reaches no parameter.
+        """
+        found = [self.losses[name](prepared) for name, prepared in batch.items()]
+        loss = torch.stack([value for weighted, _ in found for value in weighted]).sum()
+        terms = {name: value for _, several in found for name, value in several.items()}
+        self.optim.zero_grad()
+        loss.backward()
+        norms = {}
+        for group in self.optim.param_groups:
+            grads = [p.grad for p in group["params"] if p.grad is not None]
+            if not grads:
+                continue
+            norm = norms[group["name"]] = get_total_norm(grads)
+            if self.clip_grad_max_norm is not None:
+                clip_grads_with_norm_(group["params"], self.clip_grad_max_norm, norm)
+        detached = {"loss": loss.detach(), **{name: v.detach() for name, v in terms.items()}}
+        self._watch(detached, norms)
+        self.optim.step()
+        for name, follow in self.followers.items():
+            if name in terms:
+                follow()
+        self.n_updates += 1
+        return detached
+
+    # -- learning rates ---------------------------------------------------------------------
+
+    def _current_rates(self, n_total_env_steps: int) -> dict[str, float]:
+        current = {
+            name: rate(n_total_env_steps) if callable(rate) else rate
+            for name, rate in self.rates.items()
+        }
+        return {name: float(check_number(f"{name}_lr", r, 0.0)) for name, r in current.items()}
+
+    def _set_rates(
+        self, rates: Mapping[str, float], i: int, n_updates: int, annealed: Mapping[str, float]
+    ) -> None:
+        for group in self.optim.param_groups:
+            share = annealed.get(group["name"], 0.0)
+            left = 1.0 - (i + 0.5) / n_updates
+            factor = min(1.0, 0.1 + 0.9 * left / share) if share else 1.0
+            rate = rates[group["name"]] * factor
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def _settle(self) -> None:
+        """Let the optimizer follow its parameters to the device where they are now.
+
+        On an accelerator the learning rate lies in a tensor there, so that a captured step sees it
+        change.
+        """
+        for group in self.optim.param_groups:
+            device = group["params"][0].device
+            on_accelerator = device.type != "cpu"
+            group["capturable"] = on_accelerator
+            rate = group["lr"]
+            if on_accelerator and not (isinstance(rate, Tensor) and rate.device == device):
+                group["lr"] = torch.zeros((), device=device)
+            elif not on_accelerator:
+                group["lr"] = 0.0
+            for p in group["params"]:
+                moments = self.optim.state.get(p, {})
+                for name, value in moments.items():
+                    if value.device != p.device:
+                        moments[name] = value.to(p.device)
+
+    # -- values that are not finite -----------------------------------------------------------
+
+    def _watch(self, terms: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
+        """Raise for values that are not finite: on a CPU now, elsewhere by :meth:`_look`."""
+        values = torch.stack([terms["loss"], *norms.values()])
+        if values.device.type == "cpu":
+            # Read together, and all at once.
+            if not math.isfinite(sum(values.tolist())):
+                self._refuse(terms, norms)
+            return
+        if self._seen is None or self._seen.device != values.device:
+            self._seen = torch.zeros_like(values[0])
+        self._seen.add_((values * 0.0).sum())  # NaN from the first bad value on
+
+    def _look(self) -> None:
+        if self._seen is None:
+            return
+        seen = float(self._seen)
+        self._seen.zero_()
+        if not math.isfinite(seen):
+            self._refuse({}, {})
+
+    def _refuse(self, terms: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
+        values = {name: value.item() for name, value in terms.items()}
+        sizes = {name: value.item() for name, value in norms.items()}
         raise ValueError(
-            f"the loss is {value} ({ {k: v.item() for k, v in terms.items()} }) and the norms of "
-            f"its gradients are {sizes}; it reached no parameter. Lower the learning rate or check "
+            f"the loss or its gradients are not finite: the terms are {values} and the norms of "
+            f"the gradients {sizes}; no parameter was changed. Lower the learning rate, or check "
             "the data's scale"
         )
-    limit = predictor.clip_grad_max_norm
-    for group, size in zip(grads, sizes, strict=True):
-        if limit is not None and size > limit:
-            torch._foreach_mul_(group, limit / size)
-    predictor.optim.step()
-    if model_batch is not None:
-        predictor.model.update_average()
-    if with_value:
-        predictor.update_target()
-    predictor.n_learn_updates += 1
-    return {"loss": loss.detach(), **{name: value.detach() for name, value in terms.items()}}
+
+
+def _trainable(part: object) -> list[nn.Parameter]:
+    if not isinstance(part, nn.Module):
+        return []
+    return [p for p in part.parameters() if p.requires_grad]
+
+
+def _without_value(prepared: Any) -> Any:
+    return prepared._replace(value=None) if hasattr(prepared, "value") else prepared

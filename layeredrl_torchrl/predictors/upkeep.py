@@ -1,103 +1,133 @@
-"""What :meth:`RewardPredictor.learn` keeps up to date beside the parameters."""
+"""The statistics that learning keeps up to date beside the parameters."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
-from tensordict import TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 
-from layeredrl_torchrl._checks import check_finite
-from layeredrl_torchrl.nets import EncoderNet, ScalarHead
-from layeredrl_torchrl.objectives import TransitionSlices
-from layeredrl_torchrl.predictors.transitions import (
-    encode_transitions,
-    entry,
-    held_out_transitions,
-)
+from layeredrl_torchrl.models import ProbabilisticEnsemble
+from layeredrl_torchrl.nets import Encoder, EncoderNet, ScalarHead
+from layeredrl_torchrl.predictors.experience import Experience
+from layeredrl_torchrl.predictors.standardizer import DeltaStandardizer
 
-if TYPE_CHECKING:
-    from layeredrl_torchrl.predictors.reward import RewardPredictor
+__all__ = ["N_STATISTICS", "Upkeep"]
 
-# Statistics are taken from this many transitions, and again whenever the buffer was written to
-# by another tenth of what had been written at the last time.
+# Transitions that statistics are taken from.
 N_STATISTICS = 10_000
 # Updates between two calibrations, at least.
-CALIBRATE_EVERY = 200
+_CALIBRATE_EVERY = 200
+# Places of the storage that tell whether it still holds the data that statistics are from.
+_N_PROBES = 64
 
 
-@torch.no_grad()
-def calibrate(predictor: RewardPredictor, slices: TransitionSlices, n_updates: int) -> None:
-    """Fit the model's calibration if it was updated often enough since the last time.
+class Upkeep(nn.Module):
+    """Refits normalisers, output scales, the encoder's mask and the calibration.
 
-    Args:
-        predictor: Whose model is calibrated.
-        slices: The buffer.
-        n_updates: How often the model was updated since the last call of this function.
-    """
-    predictor.n_since_calibration += n_updates
-    if not predictor.holdout_share or int(predictor.n_since_calibration) < CALIBRATE_EVERY:
-        return
-    data = held_out_transitions(predictor, slices, N_STATISTICS)
-    if not len(data):
-        return
-    keys = ("state", "context", "action", ("next", "state"))
-    predictor.model.calibrate(*(data.get(key) for key in keys))
-    predictor.n_since_calibration.zero_()
-
-
-@torch.no_grad()
-def update_statistics(
-    predictor: RewardPredictor, slices: TransitionSlices, *, anew: bool = False
-) -> None:
-    """Refit normalisers, output scales and the encoder's mask if the data has grown.
+    Statistics are taken anew whenever a tenth of the data is new: the buffer has grown by a tenth,
+    a tenth of what it held has been overwritten, or it is another buffer.
 
     Args:
-        predictor: Whose statistics they are.
-        slices: The buffer.
-        anew: Whether to do it in any case.
+        model: Whose normalisers and calibration they are.
+        encoder: An :class:`~layeredrl_torchrl.EncoderNet` gets its mask; ``None`` to leave the
+            encoder alone.
+        rew_func: Is scaled if it is a :class:`~layeredrl_torchrl.ScalarHead`.
+        value_heads: Likewise.
+        delta_standardizer: Is fitted to changes of the state.
     """
-    n_written = slices.n_written
-    last = 0 if anew else int(predictor.n_written_at_statistics)
-    if last and last <= n_written and 10 * n_written < 11 * last:
-        return
-    batch = slices.sample(min(max(len(slices), 1), N_STATISTICS), 1)[:, 0]
-    reward = _rewards(predictor, batch)
-    keys = predictor.predictor_loss.tensor_keys
-    encoder = predictor.encoder
-    encode_transitions(predictor, batch)  # raises for bad data before anything is changed
-    if isinstance(encoder, EncoderNet) and predictor.learn_encoder:
-        encoder.update_mask(batch.get(keys.observation), batch.get(keys.next_observation))
-    data = encode_transitions(predictor, batch)
-    state, context, action = (data.get(key) for key in ("state", "context", "action"))
-    next_state = data.get(("next", "state"))
-    predictor.model.fit_statistics(state, context, action, next_state)
-    if predictor.delta_standardizer is not None:
-        predictor.delta_standardizer.fit(next_state - state)
-    std, mean = torch.std_mean(reward, correction=0)
-    rms = reward.square().mean().sqrt()
-    unit = torch.where(rms > 0, rms, torch.ones_like(rms))
-    if isinstance(predictor.rew_func, ScalarHead):
-        predictor.rew_func.fit_inputs(state, context, action)
-        predictor.rew_func.rescale(mean, torch.where(std > 1e-3 * rms, std, unit))
-    # Returns are many rewards large, but a value function that starts at 0 and is told the size of
-    # one reward grows up to them from below, and so stays modest where there is no data; planners
-    # seek out states whose value is overrated.
-    for head in (predictor.val_func, predictor.target_val_func):
-        if isinstance(head, ScalarHead):
-            head.fit_inputs(state, context, action)
-            head.rescale(0.0, unit)
-    predictor.n_written_at_statistics.fill_(n_written)
 
+    n_since_calibration: Tensor  # []: updates of the model
+    n_written_at_statistics: Tensor  # []: transitions
+    n_stored_at_statistics: Tensor  # []: transitions
+    fingerprints: Tensor  # [64]: of what was stored
 
-def _rewards(predictor: RewardPredictor, batch: TensorDictBase) -> Tensor:
-    key = predictor.predictor_loss.tensor_keys.reward
-    reward = entry(batch, key)
-    if reward.shape != (len(batch), 1):
-        raise ValueError(
-            f"{key!r} has shape {tuple(reward.shape[1:])} in the buffer, expected (1,) for each "
-            "transition (TorchRL's layout); unsqueeze or select it"
-        )
-    check_finite(str(key), reward, hint="repair the environment's rewards")
-    return reward.float()
+    def __init__(
+        self,
+        model: ProbabilisticEnsemble,
+        encoder: Encoder | None,
+        rew_func: Callable[..., Tensor] | None,
+        value_heads: tuple[object, ...],
+        delta_standardizer: DeltaStandardizer | None,
+    ) -> None:
+        super().__init__()
+        # The parts belong to the predictor: a tuple keeps them from being registered twice.
+        self._parts = model, encoder, rew_func, delta_standardizer
+        self._value_heads = value_heads
+        for name in ("n_since_calibration", "n_written_at_statistics", "n_stored_at_statistics"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.long))
+        self.register_buffer("fingerprints", torch.zeros(_N_PROBES, dtype=torch.long))
+
+    @torch.no_grad()
+    def refit(self, experience: Experience, *, anew: bool = False) -> None:
+        """Take the statistics if a tenth of the data is new, or in any case if ``anew``.
+
+        Raises:
+            KeyError, TypeError, ValueError: As :meth:`Experience.encode` and
+                :meth:`Experience.rewards`.
+        """
+        if not anew and self._up_to_date(experience):
+            return
+        model, encoder, _, delta_standardizer = self._parts
+        n_stored = len(experience)
+        rows = experience.sample(min(max(n_stored, 1), N_STATISTICS))
+        reward = experience.rewards(rows)
+        if isinstance(encoder, EncoderNet):
+            experience.encode(rows)  # raises for bad data before anything is changed
+            encoder.update_mask(*experience.observations(rows))
+        data = experience.encode(rows)
+        state, context, action = (data.get(key) for key in ("state", "context", "action"))
+        next_state = data.get(("next", "state"))
+        model.fit_statistics(state, context, action, next_state)
+        if delta_standardizer is not None:
+            delta_standardizer.fit(next_state - state)
+        self._rescale(reward, state, context, action)
+        self.n_written_at_statistics.fill_(experience.n_written)
+        self.n_stored_at_statistics.fill_(n_stored)
+        self.fingerprints.copy_(experience.fingerprints(n_stored, _N_PROBES))
+
+    @torch.no_grad()
+    def calibrate(self, experience: Experience, n_updates: int) -> None:
+        """Fit the model's calibration if it was updated often enough since the last time.
+
+        Args:
+            experience: Its held-out transitions are used; without any, nothing happens.
+            n_updates: How often the model was updated since the last call of this function.
+        """
+        self.n_since_calibration += n_updates
+        if not experience.holdout_share or int(self.n_since_calibration) < _CALIBRATE_EVERY:
+            return
+        data = experience.held_out(N_STATISTICS)
+        if not len(data):
+            return
+        keys = ("state", "context", "action", ("next", "state"))
+        self._parts[0].calibrate(*(data.get(key) for key in keys))
+        self.n_since_calibration.zero_()
+
+    def _up_to_date(self, experience: Experience) -> bool:
+        """Whether less than a tenth of the data is new since the statistics were taken."""
+        n_written, n_stored = int(self.n_written_at_statistics), int(self.n_stored_at_statistics)
+        if not n_written or len(experience) < n_stored:
+            return False
+        if 10 * experience.n_written >= 11 * n_written:
+            return False
+        found = experience.fingerprints(n_stored, _N_PROBES)
+        n_changed = int((found != self.fingerprints.cpu()).sum())
+        return 10 * n_changed < _N_PROBES
+
+    def _rescale(self, reward: Tensor, state: Tensor, context: Tensor, action: Tensor) -> None:
+        reward = reward.float()
+        std, mean = torch.std_mean(reward, correction=0)
+        rms = reward.square().mean().sqrt()
+        unit = torch.where(rms > 0, rms, torch.ones_like(rms))
+        rew_func = self._parts[2]
+        if isinstance(rew_func, ScalarHead):
+            rew_func.fit_inputs(state, context, action)
+            rew_func.rescale(mean, torch.where(std > 1e-3 * rms, std, unit))
+        # Returns are many rewards large, but a value function that starts at 0 and is told the
+        # size of one reward grows up to them from below, and so stays modest where there is no
+        # data; planners seek out states whose value is overrated.
+        for head in self._value_heads:
+            if isinstance(head, ScalarHead):
+                head.fit_inputs(state, context, action)
+                head.rescale(0.0, unit)

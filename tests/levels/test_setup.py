@@ -12,6 +12,7 @@ from torchrl.data import Bounded, OneHot, Unbounded
 from layeredrl_torchrl import (
     ICEMPlanner,
     ModelFreeLevel,
+    ModelTraining,
     PartitionedBatch,
     PlannerLevel,
     PredictorFactory,
@@ -115,7 +116,9 @@ def test_after_a_setup_that_failed_it_can_be_set_up(make):
 
 def test_batches_that_the_members_cannot_share_are_refused_before_anything_is_collected():
     factory = PredictorFactory(
-        hidden_sizes=(8,), n_models=3, predictor_options={"member_batches": PartitionedBatch()}
+        hidden_sizes=(8,),
+        n_models=3,
+        predictor_options={"model_training": ModelTraining(member_batches=PartitionedBatch())},
     )
     with pytest.raises(ValueError, match=r"model_batch_size is 8, which 3 members.*multiple of 3"):
         planner_level(OBS, ACTIONS, predictor_factory=factory)

@@ -23,12 +23,12 @@ from torchrl.data import (
 
 from layeredrl_torchrl import (
     DADSReward,
-    DeltaStandardizer,
     SACLearner,
     SkillLevel,
     SPlaTESReward,
 )
 from layeredrl_torchrl.levels.skills_rewards import identifiability
+from layeredrl_torchrl.predictors import DeltaStandardizer
 
 BOX = Bounded(-1.0, 1.0, (2,))
 

@@ -45,7 +45,7 @@ def test_hashed_numbers_are_uniform_and_independent_of_content_and_salt(rows):
 @pytest.mark.parametrize("seed", [0, 3])
 def test_bootstrap_weights_are_poisson_for_many_members(seed):
     rows = torch.rand(5 * 4000, 2)
-    batch = TensorDict({"fingerprint": fingerprint(rows)}, [len(rows)])
+    batch = TensorDict({"storage_index": fingerprint(rows)}, [len(rows)])
     weight = BootstrappedBatches(seed).assign(batch, 5)["weight"]
     assert weight.shape == (5, 4000)
     torch.testing.assert_close(weight.mean(-1), torch.ones(5), rtol=0, atol=0.08)

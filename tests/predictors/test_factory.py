@@ -30,7 +30,6 @@ from torchrl.envs import (
 )
 
 from layeredrl_torchrl import (
-    EarlyStopping,
     EncoderNet,
     FixedEncoderNet,
     IdentityEncoder,
@@ -192,14 +191,14 @@ def test_every_option_reaches_its_part():
         gamma=0.5,
         context_dims=(0,),
         model_options={"predict_delta": False},
-        predictor_options={"k_steps": 2, "early_stopping": EarlyStopping()},
+        predictor_options={"k_steps": 2, "tau": 0.01},
     )
     predictor = factory(BOX, ACTION)
     assert predictor.rollout(torch.randn(3), torch.rand(2, 1)).shape == (3, 4, 2)
     assert predictor.model.n_modes == 2
     assert not predictor.model.predict_delta
     assert (predictor.predictor_loss.gamma, predictor.predictor_loss.k_steps) == (0.5, 2)
-    assert predictor.early_stopping == EarlyStopping()
+    assert predictor.tau == 0.01
     assert predictor.encoder.latent_state_dims.tolist() == [1, 2]
     for head in (predictor.val_func, predictor.rew_func):
         layers = [layer for layer in head.net if isinstance(layer, nn.Linear)]

@@ -219,3 +219,27 @@ def test_a_loss_that_diverged_reaches_no_parameter(make_predictor, make_buffer, 
         predictor.rew_func.net[-1].bias.fill_(float("inf"))
     with unchanged(predictor, predictor.optim), pytest.raises(ValueError, match="loss"):
         predictor.learn(buffer, **LEARN)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, RuntimeError, SystemExit])
+@pytest.mark.parametrize("where", ["model", "logger"])
+def test_whatever_is_raised_is_undone(predictor, make_buffer, unchanged, error, where):
+    """Wherever it comes from: here from the middle of an update, or from the logger at the end."""
+
+    class Broken:
+        def log_metrics(self, *args, **kwargs):
+            raise error
+
+    calls = []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) == 3:
+            raise error
+
+    logger = Broken() if where == "logger" else None
+    if where == "model":
+        predictor.model.members.register_forward_hook(fail)
+    torch.manual_seed(1)
+    with unchanged(predictor, predictor.optim), pytest.raises(error):
+        predictor.learn(make_buffer(), **LEARN, logger=logger)

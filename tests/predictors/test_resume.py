@@ -30,6 +30,7 @@ from torchrl.data import (
 from layeredrl_torchrl import (
     BootstrappedBatches,
     EncoderNet,
+    ModelTraining,
     ProbabilisticEnsemble,
     ProbFCDynamics,
     RewardNet,
@@ -86,7 +87,7 @@ def build(hidden: int = 8) -> RewardPredictor:
         latent_state_dim=2,
         context_dim=1,
         k_steps=2,
-        member_batches=BootstrappedBatches(),
+        model_training=ModelTraining(member_batches=BootstrappedBatches()),
         reward_lr=lambda n_steps: 3e-3 / (1.0 + n_steps / 100),
     )
 

@@ -18,7 +18,14 @@ from torchrl.data import (
     TensorDictReplayBuffer,
 )
 
-from layeredrl_torchrl import BootstrappedBatches, EncoderNet, ProbFCDynamics, SharedBatch
+from layeredrl_torchrl import (
+    BootstrappedBatches,
+    EncoderNet,
+    ModelTraining,
+    OwnBatches,
+    ProbFCDynamics,
+    SharedBatch,
+)
 
 LEARN = {"n_updates": 3, "batch_size": 8, "model_batch_size": 8, "n_total_env_steps": 60}
 
@@ -322,10 +329,10 @@ def test_another_scale_of_rewards_does_not_change_the_value(make_predictor, make
     torch.testing.assert_close(layer.bias * head.out_scale + head.out_loc, bias)
 
 
-@pytest.mark.parametrize("member_batches", [None, SharedBatch(), BootstrappedBatches()])
+@pytest.mark.parametrize("member_batches", [OwnBatches(), SharedBatch(), BootstrappedBatches()])
 def test_small_batches_are_enough(make_predictor, make_buffer, member_batches):
     """Whatever share of them is kept from the model, or from a member."""
-    predictor = make_predictor(member_batches=member_batches)
+    predictor = make_predictor(model_training=ModelTraining(member_batches=member_batches))
     _, info = predictor.learn(make_buffer(), 100, 1, 1, 0)
     assert info["n_updates"] == 100.0
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from layeredrl_torchrl import EarlyStopping, EncoderNet
-from layeredrl_torchrl.predictors.transitions import encode_transitions, held_out
+from layeredrl_torchrl import EarlyStopping, EncoderNet, ModelTraining
+from layeredrl_torchrl.predictors.experience import Experience
 
 LEARN = {"n_updates": 3, "batch_size": 8, "model_batch_size": 8, "n_total_env_steps": 60}
 
@@ -30,7 +30,10 @@ def warming(make_predictor, n, **options):
 
 
 def test_during_the_warm_up_only_reward_and_encoder_learn(make_predictor, make_buffer, unchanged):
-    predictor, buffer = warming(make_predictor, 6, model_weight_decay=0.1), make_buffer()
+    predictor, buffer = (
+        warming(make_predictor, 6, model_training=ModelTraining(weight_decay=0.1)),
+        make_buffer(),
+    )
     predictor.learn(buffer, **LEARN | {"n_updates": 1})  # takes the statistics
     nn.init.normal_(predictor.val_func.net[-1].weight)  # so that it differs from its target
     before = parameters(predictor)
@@ -104,7 +107,7 @@ def test_a_warm_up_with_nothing_to_learn_is_refused(make_predictor):
 
 def test_without_a_gain_the_model_stops_and_the_others_go_on(make_predictor, make_buffer):
     stop = EarlyStopping(patience=3, every=4)
-    predictor = make_predictor(early_stopping=stop, model_lr=0.0)
+    predictor = make_predictor(model_training=ModelTraining(early_stopping=stop), model_lr=0.0)
     before = parameters(predictor)
     buffer = make_buffer()
     for _ in range(2):  # the next call starts afresh
@@ -119,7 +122,9 @@ def test_without_a_gain_the_model_stops_and_the_others_go_on(make_predictor, mak
 def test_with_nothing_else_to_learn_the_call_ends(make_predictor, make_buffer):
     stop = EarlyStopping(patience=2, every=5)
     parts = {"rew_func": None, "val_func": None}
-    predictor = make_predictor(**parts, early_stopping=stop, model_lr=0.0)
+    predictor = make_predictor(
+        **parts, model_training=ModelTraining(early_stopping=stop), model_lr=0.0
+    )
     _, info = predictor.learn(make_buffer(), **LEARN | {"n_updates": 1000})
     assert info["n_updates"] == info["model_updates"] == 10.0
     assert int(predictor.n_learn_updates) == 10
@@ -132,7 +137,10 @@ def test_a_model_that_got_worse_is_put_back_with_its_moments(
     """Whether it stopped, or the call ended between two looks."""
     rates = {"model_lr": lambda n_steps: 1e-3 if n_steps == 0 else 1.0}
     stop = EarlyStopping(patience=2, every=5)
-    predictor, buffer = make_predictor(early_stopping=stop, **rates), make_buffer()
+    predictor, buffer = (
+        make_predictor(model_training=ModelTraining(early_stopping=stop), **rates),
+        make_buffer(),
+    )
     predictor.learn(buffer, **LEARN | {"n_updates": 20, "n_total_env_steps": 0})
     model = list(predictor.model.parameters())
     moments = [dict(predictor.optim.state[p]) for p in model if p in predictor.optim.state]
@@ -147,7 +155,7 @@ def test_a_model_that_got_worse_is_put_back_with_its_moments(
 
 def test_the_first_models_moments_are_none(make_predictor, make_buffer):
     stop = EarlyStopping(patience=2, every=5)
-    predictor = make_predictor(early_stopping=stop, model_lr=1.0)
+    predictor = make_predictor(model_training=ModelTraining(early_stopping=stop), model_lr=1.0)
     before = parameters(predictor.model)
     predictor.learn(make_buffer(), **LEARN | {"n_updates": 20})
     assert moved(predictor.model, before) == set()
@@ -160,11 +168,15 @@ def test_the_reported_number_is_what_is_predicted_with(
 ):
     data = make_transitions(200)
     predictor = make_predictor(
-        holdout_share=0.2, early_stopping=EarlyStopping(every=10), model={"n_modes": 2}
+        holdout_share=0.2,
+        model_training=ModelTraining(early_stopping=EarlyStopping(every=10)),
+        model={"n_modes": 2},
     )
-    _, info = predictor.learn(make_buffer(data), **LEARN | {"n_updates": 100})  # not calibrated yet
-    rows = encode_transitions(predictor, data)
-    rows = rows[held_out(predictor, rows["fingerprint"])]
+    buffer = make_buffer(data)
+    _, info = predictor.learn(buffer, **LEARN | {"n_updates": 100})  # not calibrated yet
+    # Drawn often enough that each held-out transition is among them.
+    keys, spec = predictor.predictor_loss.tensor_keys, predictor.model.action_spec
+    rows = Experience(buffer, predictor.encoder, spec, keys, holdout_share=0.2).held_out(10_000)
     assert 10 < len(rows) < 80
     with torch.no_grad():
         log_prob = predictor.model.dist(rows).log_prob(rows["next", "state"])
@@ -183,7 +195,7 @@ def test_it_prevents_learning_noise_by_heart(make_predictor, make_buffer, make_t
             hidden=(64,),
             holdout_share=0.3,
             model_lr=1e-2,
-            early_stopping=EarlyStopping(patience=patience, every=20),
+            model_training=ModelTraining(early_stopping=EarlyStopping(patience=patience, every=20)),
         )
         _, info = predictor.learn(buffer, **LEARN | {"n_updates": 200, "model_batch_size": 64})
         found[patience] = info
@@ -199,7 +211,9 @@ def test_a_gain_below_min_delta_buys_no_time_but_is_kept(make_predictor, make_bu
     for min_delta in (0.0, 100.0):
         torch.manual_seed(0)
         stop = EarlyStopping(patience=2, every=10, min_delta=min_delta)
-        predictor = make_predictor(early_stopping=stop, holdout_share=0.3, model_lr=1e-3)
+        predictor = make_predictor(
+            model_training=ModelTraining(early_stopping=stop), holdout_share=0.3, model_lr=1e-3
+        )
         before = parameters(predictor.model)
         found[min_delta] = predictor.learn(buffer, **LEARN | {"n_updates": 60})[1]
         assert moved(predictor.model, before) == set(before)
@@ -216,14 +230,20 @@ def test_off_it_neither_draws_nor_reports(make_predictor, make_buffer):
 def test_early_stopping_that_cannot_work_is_refused(make_predictor, make_buffer, unchanged):
     stop = EarlyStopping()
     with pytest.raises(ValueError, match="holdout_share"):
-        make_predictor(early_stopping=stop, holdout_share=0.0)
+        make_predictor(model_training=ModelTraining(early_stopping=stop), holdout_share=0.0)
     with pytest.raises(ValueError, match="learn_encoder"):
-        make_predictor(EncoderNet((2,), 2, 0), early_stopping=stop)
-    make_predictor(EncoderNet((2,), 2, 0), early_stopping=stop, learn_encoder=False)
+        make_predictor(EncoderNet((2,), 2, 0), model_training=ModelTraining(early_stopping=stop))
+    make_predictor(
+        EncoderNet((2,), 2, 0),
+        model_training=ModelTraining(early_stopping=stop),
+        learn_encoder=False,
+    )
     with pytest.raises(TypeError, match="EarlyStopping"):
-        make_predictor(early_stopping=10)
-    predictor = make_predictor(early_stopping=stop, holdout_share=1e-6)
-    with unchanged(predictor, predictor.optim), pytest.raises(ValueError, match=r"held-out.*60"):
+        ModelTraining(early_stopping=10)
+    predictor = make_predictor(
+        model_training=ModelTraining(early_stopping=stop), holdout_share=1e-6
+    )
+    with unchanged(predictor, predictor.optim), pytest.raises(ValueError, match="held-out"):
         predictor.learn(make_buffer(), **LEARN)
 
 
@@ -247,11 +267,13 @@ def test_options_out_of_range_are_refused(options, error):
 
 def test_weight_decay_shrinks_the_model_alone(make_predictor, make_buffer):
     """Without a loss on the model, each update multiplies by one minus rate times decay."""
-    options = {"consistency_loss_weight": 0.0, "model_lr": 0.1, "model_lr_annealing": 0.0}
+    options = {"consistency_loss_weight": 0.0, "model_lr": 0.1}
     found = {}
     for decay in (0.0, 0.5):
         torch.manual_seed(0)
-        predictor = make_predictor(**options, model_weight_decay=decay)
+        predictor = make_predictor(
+            **options, model_training=ModelTraining(weight_decay=decay, lr_annealing=0.0)
+        )
         start = parameters(predictor)
         predictor.learn(make_buffer(), **LEARN)
         found[decay] = parameters(predictor)
@@ -281,9 +303,9 @@ def test_without_decay_it_is_adam_to_the_bit():
 
 
 @pytest.mark.parametrize("decay", [-1.0, float("nan"), float("inf")])
-def test_a_decay_out_of_range_is_refused(make_predictor, decay):
-    with pytest.raises(ValueError, match="model_weight_decay"):
-        make_predictor(model_weight_decay=decay)
+def test_a_decay_out_of_range_is_refused(decay):
+    with pytest.raises(ValueError, match="weight_decay"):
+        ModelTraining(weight_decay=decay)
 
 
 def test_beta_reaches_the_models_loss_alone(make_predictor, make_buffer):

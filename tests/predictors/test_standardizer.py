@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layeredrl_torchrl import DeltaStandardizer, EncoderNet
+from layeredrl_torchrl import EncoderNet
+from layeredrl_torchrl.predictors import DeltaStandardizer
 
 LEARN = {"n_updates": 3, "batch_size": 8, "model_batch_size": 8, "n_total_env_steps": 60}
 

@@ -1,0 +1,193 @@
+"""A buffer's transitions as a predictor learns from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import ReplayBuffer, TensorSpec
+
+from layeredrl_torchrl._checks import check_finite, require
+from layeredrl_torchrl.nets import Encoder
+from layeredrl_torchrl.objectives import MemberBatches, ModelLoss, PredictorLoss, TransitionSlices
+from layeredrl_torchrl.objectives.batches import fingerprint, hashed_uniform
+from layeredrl_torchrl.objectives.model_loss import ModelInputs
+from layeredrl_torchrl.objectives.terms import TermsLoss
+from layeredrl_torchrl.specs import canonical_action
+
+__all__ = ["Experience"]
+
+_HINT = "name the entry to read with predictor_loss.set_keys()"
+
+
+class Experience:
+    """The transitions of a buffer: encoded, held out, and in batches.
+
+    Args:
+        buffer: The buffer; it is not changed.
+        encoder: Turns observations into states and contexts.
+        action_spec: The form that actions are brought into.
+        keys: Names of the entries to read, those of :class:`~layeredrl_torchrl.PredictorLoss`.
+        holdout_share: Share of the storage's places whose transitions are held out. A place keeps
+            its part when it is overwritten, so the same transitions are held out after a resume.
+            What occurs several times is trained on wherever it lies in another place.
+        device: Where batches are brought to.
+
+    Raises:
+        TypeError, ValueError: As :class:`~layeredrl_torchrl.TransitionSlices`.
+    """
+
+    def __init__(
+        self,
+        buffer: ReplayBuffer,
+        encoder: Encoder,
+        action_spec: TensorSpec,
+        keys: PredictorLoss._AcceptedKeys,
+        *,
+        holdout_share: float = 0.0,
+        device: torch.device | None = None,
+    ) -> None:
+        self.holdout_share = holdout_share
+        self._encoder, self._action_spec = encoder, action_spec
+        self._keys, self._device = keys, device
+        self._slices = TransitionSlices(
+            buffer,
+            observation_key=keys.observation,
+            terminated_key=keys.terminated,
+            valid_key=keys.valid,
+            index_key="storage_index",
+        )
+
+    def __len__(self) -> int:
+        """Number of stored transitions."""
+        return len(self._slices)
+
+    @property
+    def n_written(self) -> int:
+        """Number of transitions ever written."""
+        return self._slices.n_written
+
+    def sample(self, n: int) -> TensorDictBase:
+        """Stored transitions ``[N]``, drawn with replacement."""
+        return self._draw(n, 1)[:, 0]
+
+    @torch.no_grad()
+    def encode(self, rows: TensorDictBase) -> TensorDict:
+        """The model's inputs and targets ``[N]`` of stored transitions ``[N]``.
+
+        Raises:
+            KeyError: An entry that the buffer does not have.
+            TypeError, ValueError: Observations or actions that the encoder or the action spec
+                refuses.
+        """
+        keys = self._keys
+        state, context = self._encoder(self._get(rows, keys.observation))
+        next_state, _ = self._encoder(self._get(rows, keys.next_observation))
+        action = self._get(rows, keys.action)
+        return TensorDict(
+            {
+                "state": state,
+                "context": context,
+                "action": canonical_action(self._action_spec, action, rows.batch_size),
+                "storage_index": rows.get("storage_index"),
+                "next": {"state": next_state, "terminated": self._get(rows, keys.terminated)},
+            },
+            batch_size=rows.batch_size,
+        )
+
+    def observations(self, rows: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """Observations and next observations ``[N, obs]`` of stored transitions."""
+        return self._get(rows, self._keys.observation), self._get(rows, self._keys.next_observation)
+
+    def rewards(self, rows: TensorDictBase) -> Tensor:
+        """Rewards ``[N, 1]`` of stored transitions.
+
+        Raises:
+            KeyError: None are stored. ValueError: Another shape, or values that are not finite.
+        """
+        key = self._keys.reward
+        reward = self._get(rows, key)
+        if reward.shape != (len(rows), 1):
+            raise ValueError(
+                f"{key!r} has shape {tuple(reward.shape[1:])} in the buffer, expected (1,) for "
+                "each transition (TorchRL's layout); unsqueeze or select it"
+            )
+        check_finite(str(key), reward, hint="repair the environment's rewards")
+        return reward
+
+    def fingerprints(self, n_first: int, n_probes: int) -> Tensor:
+        """Numbers ``[n_probes]`` that stand for the contents of places in the storage, int64.
+
+        The places are spread evenly over the first ``n_first``, so that two calls with the same
+        numbers tell whether those have been overwritten in between.
+        """
+        places = torch.arange(n_probes).mul(n_first).floor_divide(n_probes)
+        rows = self._slices.stored(places)
+        keys = self._keys
+        read = (keys.observation, keys.action, keys.next_observation, keys.reward)
+        return fingerprint(*(self._get(rows, key) for key in read)).cpu()
+
+    def held_out(self, n_sampled: int) -> TensorDict:
+        """Encoded transitions that are held out among ``n_sampled``, each once; may be none."""
+        rows = self.sample(n_sampled)
+        rows = rows[self._is_held_out(rows.get("storage_index"))]
+        # Drawn with replacement: each place of the storage counts once.
+        order = rows.get("storage_index").argsort(stable=True)
+        rows = rows[order]
+        places = rows.get("storage_index")
+        return self.encode(rows[places.diff(prepend=places.new_full((1,), -1)) > 0])
+
+    def model_batches(
+        self, loss: ModelLoss, member_batches: MemberBatches, n_rows: int, n_ahead: int
+    ) -> Iterator[ModelInputs]:
+        """Batches for the model without end, each with something that counts for a member.
+
+        Args:
+            loss: What prepares them.
+            member_batches: How the members share them.
+            n_rows: Transitions of a batch, for all members together.
+            n_ahead: Batches that are drawn, encoded and checked at once.
+
+        Raises:
+            ValueError: A hundred draws in a row of which nothing counts.
+        """
+        n_missed = 0
+        while n_missed < 100:
+            data = self.encode(self.sample(n_rows * n_ahead))
+            if self.holdout_share:
+                data.set("valid", ~self._is_held_out(data.get("storage_index")))
+            batch = member_batches.assign(data, loss.model.n_models)
+            valid, weight = batch.get("valid", None), batch.get("weight", None)
+            counts = torch.ones(batch.shape, dtype=torch.bool) if valid is None else valid
+            if weight is not None:
+                counts = counts.to(weight.device) & (weight > 0)
+            useful = counts.unflatten(1, (n_ahead, -1)).any(-1).any(0).tolist()
+            if not any(useful):
+                n_missed += 1
+                continue
+            n_missed = 0
+            inputs = loss.prepare(batch).split(batch.shape[1] // n_ahead)
+            yield from (one for one, use in zip(inputs, useful, strict=True) if use)
+        raise ValueError(
+            f"none of the transitions sampled count for the model: all are held out with "
+            f"holdout_share={self.holdout_share}, or left out by member_batches; lower the share, "
+            "or collect more data"
+        )
+
+    def slice_batches(self, loss: TermsLoss, batch_size: int, n_ahead: int) -> Iterator[Any]:
+        """Batches of slices, prepared by ``loss``, without end; arguments as above."""
+        while True:
+            yield from loss.prepare(self._draw(batch_size * n_ahead, loss.length)).split(batch_size)
+
+    def _draw(self, n: int, length: int) -> TensorDictBase:
+        rows = self._slices.sample(n, length)
+        return rows if self._device is None else rows.to(self._device)
+
+    def _is_held_out(self, places: Tensor) -> Tensor:
+        return hashed_uniform(places, salt=-2) < self.holdout_share
+
+    def _get(self, rows: TensorDictBase, key: Any) -> Tensor:
+        return require(rows, key, reader="RewardPredictor.learn", hint=_HINT)

@@ -205,6 +205,12 @@ class ActionForm(nn.Module):
             bounds = (self.low.view(torch.float32), self.high.view(torch.float32))
         return canonical_action(self.spec, action, batch_shape, bounds=bounds)
 
+    def project(self, action: Tensor) -> Tensor:
+        """Move actions in the form of the spec to the nearest within its bounds."""
+        if not self._bounded:
+            return action
+        return action.clamp(self.low.view(torch.float32), self.high.view(torch.float32))
+
 
 def _check_bounds(action: Tensor, low: Tensor, high: Tensor) -> None:
     # Written so that NaN counts as outside.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchrl.data import Binary, Composite, Unbounded
 
 from layeredrl_torchrl._checks import check_instance, check_number, check_positive_int
+from layeredrl_torchrl._watch import refuse, watched
 from layeredrl_torchrl.optimizers.search import Parameters, Search
 
 __all__ = ["Cost", "Optimizer", "Solution"]
@@ -161,13 +162,12 @@ class Optimizer(nn.Module):
         self, batch: Sequence[int] = (), device: torch.device | str | None = None
     ) -> TensorDict:
         """Return an empty memory for problems ``[*B]``, by default where the search is."""
+        device = self.search.device if device is None else torch.device(device)
         empty = {
-            key: torch.zeros(
-                (*batch, *spec.shape), dtype=spec.dtype, device=device or self.search.device
-            )
+            key: torch.zeros((*batch, *spec.shape), dtype=spec.dtype, device=device)
             for key, spec in self.memory_spec.items()
         }
-        return TensorDict(empty, batch)
+        return TensorDict(empty, batch, device=device)
 
     def shift(self, memory: TensorDictBase, steps: int = 1) -> TensorDictBase:
         """Let ``steps`` steps of time pass: sequences begin later, their last step is repeated.
@@ -187,7 +187,7 @@ class Optimizer(nn.Module):
             last = value.narrow(axis, self.horizon - 1, 1)
             rest = value.narrow(axis, steps, self.horizon - steps)
             moved[key] = torch.cat([rest, *[last] * steps], axis)
-        return TensorDict(moved, memory.batch_size)
+        return TensorDict(moved, memory.batch_size, device=memory.device)
 
     # -- the loop ---------------------------------------------------------------------------
 
@@ -205,6 +205,7 @@ class Optimizer(nn.Module):
         white = torch.randn(shape, dtype=self.search.dtype, device=device or self.search.device)
         return self.colour(white).view(*batch, *shape[1:])
 
+    @watched
     @torch.no_grad()
     def optimize(
         self,
@@ -273,7 +274,8 @@ class Optimizer(nn.Module):
             x.view(*batch, *x.shape[1:]) for x in (self.search.mode(parameters), best, random)
         )
         found = {key: x.reshape(*batch, *x.shape[1:]) for key, x in found.items()}
-        return Solution(mean, best, best_cost.view(batch), random, TensorDict(found, batch))
+        left = TensorDict(found, batch, device=warm.device)
+        return Solution(mean, best, best_cost.view(batch), random, left)
 
     def _read(self, memory: TensorDictBase) -> dict[str, Tensor]:
         """The entries of a memory, flat ``[b, ...]``, checked."""
@@ -314,16 +316,16 @@ class Optimizer(nn.Module):
         return given.reshape(candidates.shape[:2]).to(dtype)
 
     def _check_costs(self, costs: Tensor, batch: torch.Size) -> None:
-        """Raise unless all costs ``[b, N]`` are finite: NaN would pass for best or worst."""
-        if bool(costs.isfinite().all()):
-            return
-        bad = ~costs.isfinite()
-        problems = bad.any(1).view(batch).nonzero().tolist()
-        raise ValueError(
-            f"the cost is not finite for {int(bad.sum())} candidates, of problem(s) "
-            f"{problems[:5]} in the batch {tuple(batch)}; the first is "
-            f"{costs[bad][0].item()}: repair the cost, or what it is computed from"
-        )
+        """Refuse costs ``[b, N]`` that are not finite: NaN would pass for best or worst."""
+
+        def error(bad: Tensor) -> Exception:
+            problems = bad.view(batch).nonzero().tolist()
+            return ValueError(
+                f"the cost is not finite for some candidates of problem(s) {problems[:5]} in the "
+                f"batch {tuple(batch)}; repair the cost, or what it is computed from"
+            )
+
+        refuse((~costs.isfinite()).any(1), error)
 
 
 def _like(x: Tensor, other: Tensor) -> Tensor:

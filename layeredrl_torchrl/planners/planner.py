@@ -7,19 +7,20 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
-from torch import Tensor, nn
+from torch import Tensor
 from torchrl.data import Composite, OneHot, TensorSpec
 from torchrl.envs import TensorDictPrimer
 from torchrl.modules.planners.common import MPCPlannerBase
 
 from layeredrl_torchrl._checks import check_callable, check_instance, require
+from layeredrl_torchrl._watch import watched
 from layeredrl_torchrl.imagination import PredictorEnv
 from layeredrl_torchrl.optimizers import Optimizer, Solution
 from layeredrl_torchrl.planners.proposals import Proposal
 from layeredrl_torchrl.planners.return_modes import ReturnMode, best_plan, find_return_mode
 from layeredrl_torchrl.planners.risk import Mean
 from layeredrl_torchrl.predictors import Predictor, ReturnOptions
-from layeredrl_torchrl.specs import Space, is_discrete, width
+from layeredrl_torchrl.specs import ActionForm, Space, is_discrete, width
 
 __all__ = ["PredictorPlanner"]
 
@@ -112,6 +113,7 @@ class PredictorPlanner(MPCPlannerBase):
         # The base registers the environment twice, and a state dict would hold it twice.
         del self._modules["env"]
         self.action_spec = env.full_action_spec[own_key]
+        self._action_form = ActionForm(self.action_spec.cpu()).to(env.device)
         event = () if is_discrete(self.action_spec) else tuple(self.action_spec.shape)
         if optimizer.search.event_shape != event:
             raise ValueError(
@@ -160,7 +162,8 @@ class PredictorPlanner(MPCPlannerBase):
             device: Where it is; by default where the planner is.
         """
         batch = torch.Size(batch)
-        return TensorDict({self.plan_key: self.optimizer.forget(batch, device)}, batch)
+        memory = self.optimizer.forget(batch, device)
+        return TensorDict({self.plan_key: memory}, batch, device=memory.device)
 
     def forward(
         self,
@@ -182,6 +185,7 @@ class PredictorPlanner(MPCPlannerBase):
         actions, solution = self.plan(td)
         return self._first(actions, solution)
 
+    @watched
     @torch.no_grad()
     def plan(
         self, tensordict: TensorDictBase, noise: Tensor | None = None
@@ -230,13 +234,13 @@ class PredictorPlanner(MPCPlannerBase):
         return self.risk(self.predictor.returns(state, context, actions, self.options))
 
     def _first(self, actions: Tensor, solution: Solution) -> Tensor:
-        return self.action_spec.project(actions.select(solution.memory.ndim, 0))
+        return self._action_form.project(actions.select(solution.memory.ndim, 0))
 
     def _form(self, candidates: Tensor) -> Tensor:
         """Candidates of the optimizer in the form of the action spec."""
         if isinstance(self.action_spec, OneHot):
-            one_hot = nn.functional.one_hot(candidates, width(self.action_spec))
-            return one_hot.to(self.action_spec.dtype)
+            choices = torch.arange(width(self.action_spec), device=candidates.device)
+            return (candidates.unsqueeze(-1) == choices).to(self.action_spec.dtype)
         return candidates.to(self.action_spec.dtype)
 
     def _read(self, tensordict: TensorDictBase) -> tuple[Tensor, TensorDictBase]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tensordict import NestedKey
-from torchrl.envs import CatTensors
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torchrl.data import Composite, Unbounded
+from torchrl.envs import CatTensors, EnvBase, Transform
 
 __all__ = ["JoinGoals"]
 
@@ -14,7 +16,8 @@ class JoinGoals(CatTensors):
     """Joins the entries of a goal environment's observation, and knows where each has gone.
 
     In an environment, ``state_dims`` and ``context_dims`` are what ``FixedEncoderNet`` takes.
-    It is TorchRL's ``CatTensors`` with the keys in the order given here.
+    It is TorchRL's ``CatTensors`` with the keys in the order given here, and the way back: an
+    environment that reads its entries where a step begins, as stateless ones do, gets them.
 
     >>> parts = {"observation": torch.zeros(3), "achieved_goal": torch.ones(2)}
     >>> td = TensorDict(parts | {"desired_goal": torch.full((2,), 2.0)})
@@ -47,6 +50,8 @@ class JoinGoals(CatTensors):
             )
         super().__init__(keys, out_key, del_keys=del_keys, sort=False)
         self.state_keys, self.context_keys = list(state_keys), list(context_keys)
+        # Where a step's input is split; looked up once in an environment.
+        self._parts: dict[NestedKey, tuple[range, torch.dtype]] | None = None
 
     @property
     def index_ranges(self) -> dict[NestedKey, range]:
@@ -83,3 +88,35 @@ class JoinGoals(CatTensors):
         """Indices of the context, for ``FixedEncoderNet(context_dims=)``."""
         ranges = self.index_ranges
         return [dim for key in self.context_keys for dim in ranges[key]]
+
+    def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Split the vector that a step begins with, for environments that read its entries."""
+        joined = tensordict.get(self.out_keys[0], None)
+        if self.parent is None or joined is None:
+            return tensordict
+        if self._parts is None:
+            spec = self.parent.observation_spec
+            self._parts = {key: (at, spec[key].dtype) for key, at in self.index_ranges.items()}
+        if joined.shape[-1] == sum(len(at) for at, _ in self._parts.values()):
+            for key, (at, dtype) in self._parts.items():
+                tensordict.set(key, joined[..., at.start : at.stop].to(dtype))
+        return tensordict
+
+    def set_container(self, container: Transform | EnvBase) -> None:
+        """As TorchRL's; in another environment the entries may have other sizes."""
+        self._parts = None
+        super().set_container(container)
+
+    def transform_input_spec(self, input_spec: Composite) -> Composite:
+        """Ask for the vector where the environment declares that its steps read an entry."""
+        state_spec = input_spec["full_state_spec"]
+        read = [] if state_spec is None else [k for k in self.in_keys if k in state_spec.keys(True)]
+        if read:
+            ranges, first = self.index_ranges, self.parent.observation_spec[self.in_keys[0]]
+            width = sum(map(len, ranges.values()))
+            for key in read if self._del_keys else []:
+                del state_spec[key]
+            state_spec[self.out_keys[0]] = Unbounded(
+                (*first.shape[:-1], width), dtype=first.dtype, device=first.device
+            )
+        return input_spec

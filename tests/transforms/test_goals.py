@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torchrl.collectors import Collector
-from torchrl.envs import Compose, DoubleToFloat, TransformedEnv
+from torchrl.data import Composite, Unbounded
+from torchrl.envs import Compose, DoubleToFloat, EnvBase, SerialEnv, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
 from layeredrl_torchrl import FixedEncoderNet, JoinGoals, get_task
@@ -75,6 +76,54 @@ def test_it_finds_the_dims_of_the_point_maze():
     assert env.observation_spec["observation"].shape == (task.observation_dim,)
     assert join.context_dims == list(task.context_dims)
     assert join.state_dims == [*task.state_dims, 4, 5]  # and the place once more
+
+
+class Stateless(EnvBase):
+    """Keeps nothing: a step begins at the entries that it is given."""
+
+    def __init__(self, declared):
+        super().__init__()
+        entries = {"observation": 2, "achieved_goal": 1, "desired_goal": 3}
+        self.observation_spec = Composite({key: Unbounded((n,)) for key, n in entries.items()})
+        if declared:
+            self.state_spec = self.observation_spec.clone()
+        self.action_spec, self.reward_spec = Unbounded((1,)), Unbounded((1,))
+
+    def _reset(self, tensordict=None, **kwargs):
+        return self.observation_spec.rand()
+
+    def _step(self, tensordict):
+        after = tensordict.select(*self.observation_spec.keys()).clone()
+        after["achieved_goal"] += tensordict["action"]
+        gap = (after["desired_goal"] - after["achieved_goal"]).sum(-1, keepdim=True)
+        return after.update({"reward": gap, "done": torch.zeros_like(gap, dtype=torch.bool)})
+
+    def _set_seed(self, seed):
+        torch.manual_seed(seed)
+
+
+@pytest.mark.parametrize("declared", [False, True])
+@pytest.mark.parametrize("out_key", ["observation", ("agent", "joined")])
+def test_an_environment_without_a_state_gets_its_entries_back(declared, out_key):
+    env = TransformedEnv(Stateless(declared), JoinGoals(out_key=out_key))
+    check_env_specs(env)
+    data = env.rollout(4)
+    first, after = data[out_key], data["next", *unravel(out_key)]
+    torch.testing.assert_close(after[:, 2:3], first[:, 2:3] + data["action"])
+    for kept in (slice(0, 2), slice(3, 6)):
+        assert torch.equal(after[:, kept], first[:1, kept].expand(4, -1))
+    torch.testing.assert_close(
+        data["next", "reward"], (after[:, 3:] - after[:, 2:3]).sum(-1, keepdim=True)
+    )
+    if declared:
+        serial = SerialEnv(2, lambda: TransformedEnv(Stateless(True), JoinGoals(out_key=out_key)))
+        data = serial.rollout(3)
+        moved = data["next", *unravel(out_key)][..., 2:3] - data[out_key][..., 2:3]
+        torch.testing.assert_close(moved, data["action"])
+
+
+def unravel(key):
+    return key if isinstance(key, tuple) else (key,)
 
 
 def test_errors():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -192,14 +191,6 @@ def test_answers_of_levels_are_checked(toy):
         run(Forgets(1))
     with pytest.raises(ValueError, match=r"Mumbles.hands_back gave torch.bool \(3,\), expected"):
         run(toy.Level(1), Mumbles(2, input_spec=ONE, duration=2))
-
-
-def test_copies_act_alike(three):
-    env, hierarchy = three(3)
-    held = TransformedEnv(env, hierarchy.make_tensordict_primer()).reset()
-    expected = hierarchy(held.clone())["action"]
-    for other in (copy.deepcopy(hierarchy), pickle.loads(pickle.dumps(hierarchy))):
-        assert torch.equal(other(held.clone())["action"], expected)
 
 
 def test_a_copy_of_a_child_knows_the_copy_of_its_parent(toy, make_planner_level):

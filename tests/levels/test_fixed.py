@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-
 import pytest
 import torch
 from tensordict import TensorDict
@@ -98,19 +95,6 @@ def test_choices_in_a_sequence():
     out = level(seen(3, n_played=torch.tensor([[0], [1], [2]])))
     assert out["action"].long().tolist() == [[0, 0, 1], [1, 0, 0], [1, 0, 0]]
     assert out["next", "n_played"].tolist() == [[1], [2], [3]]
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-@pytest.mark.parametrize(
-    "level", [RandomLevel(), ConstantLevel(torch.zeros(2)), ActionSequenceLevel(torch.ones(3, 2))]
-)
-def test_copies_do_the_same(level, duplicate):
-    setup(level, BOX)
-    td = seen(4, n_played=torch.zeros(4, 1, dtype=torch.int64))
-    torch.manual_seed(1)
-    expected = level(td.clone())["action"]
-    torch.manual_seed(1)
-    assert torch.equal(duplicate(level)(td)["action"], expected)
 
 
 def test_bad_input():

@@ -92,18 +92,6 @@ def test_the_time_left_can_be_left_out():
         assert equal is same
 
 
-@pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
-def test_a_batch_is_its_items_one_by_one(batch):
-    level = make_skill().eval()
-    level.learn(transitions(30))
-    n = max(1, torch.Size(batch).numel())
-    td = transitions(n).select("observation", "input", "n_actions")
-    alone = torch.stack([level(row.clone())["action"] for row in td])
-    out = level(td.reshape(batch))["action"]
-    assert out.shape == (*batch, 1)
-    torch.testing.assert_close(out.reshape(n, 1), alone)
-
-
 # -- which returns it learns ----------------------------------------------------------------
 
 
@@ -313,13 +301,6 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, learner):
     assert [resumed.learn(data) for data in batches[2:]] == expected
     assert [info["n_updates"] for info in expected] == [6, 7]
     torch.testing.assert_close(resumed.state_dict(), level.state_dict(), rtol=0, atol=0)
-
-
-def test_the_state_dict_holds_everything_once():
-    level = make_skill()
-    level.learn(transitions(30))
-    pointers = [value.data_ptr() for value in level.state_dict().values() if value.numel()]
-    assert len(set(pointers)) == len(pointers)
 
 
 def test_logger_and_bar(capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from functools import partial
 
 import pytest
@@ -193,16 +192,6 @@ def test_saved_and_resumed_bit_for_bit(tmp_path):
     a, b = first.state_dict(), second.state_dict()
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
-
-
-def test_a_copy_acts_alike():
-    env = Plane(3)
-    agent = make_agent(env)
-    copy = pickle.loads(pickle.dumps(agent)).eval()
-    agent.eval()
-    assert copy.levels[1].buffer is None
-    skill = torch.rand(7, 2)
-    assert torch.equal(ends(copy.levels[1], skill), ends(agent.levels[1], skill))
 
 
 @pytest.mark.parametrize("name", ["transform", "reward_func"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import gymnasium as gym
@@ -84,13 +83,6 @@ def test_far_from_the_data_trained_members_disagree_more():
     near = bonus(state[:100], None, action[:100]).mean()
     far = bonus(state[:100].sign() * 6, None, action[:100]).mean()
     assert far > 3 * near
-
-
-def test_copies_keep_working(fc, recorded):
-    ensemble, _ = recorded(fc)
-    bonus = copy.deepcopy(EnsembleDisagreement(ensemble))
-    given = torch.randn(5, 3), torch.randn(5, 2), torch.randn(5, 2)
-    assert torch.equal(bonus(*given), EnsembleDisagreement(ensemble)(*given))
 
 
 def test_bad_input_is_named(fc, recorded):

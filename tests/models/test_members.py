@@ -259,38 +259,3 @@ def test_loop_and_vmap_agree_over_heterogeneous_and_equal_members(tanh_net, box)
 
 
 # -- life as a module ----------------------------------------------------------------------
-
-KINDS = ["fc", "tanh_net", "table_net"]
-
-
-@pytest.fixture(params=KINDS)
-def ensemble(request, fc, tanh_net, table_net, recorded, tables):
-    if request.param == "table_net":
-        means = torch.randn(3, 2, D)
-        return tables([table_net(mean, 0.5, [0.3, 0.7], 0.1) for mean in means], c=C, a=A)
-    return recorded({"fc": fc, "tanh_net": tanh_net}[request.param])[0]
-
-
-def test_a_copy_says_the_same_and_is_its_own(ensemble):
-    given = tuple(x[0] for x in inputs(1))
-    before = [x.clone() for x in ensemble.predict(*given)]
-    twin = copy.deepcopy(ensemble)
-    with torch.no_grad():
-        for value in twin.members.state_dict().values():
-            value.mul_(0.5)
-    assert all(torch.equal(x, y) for x, y in zip(ensemble.predict(*given), before, strict=True))
-    assert not torch.equal(twin.predict(*given)[0], before[0])
-    twin.load_state_dict(ensemble.state_dict())
-    assert all(torch.equal(x, y) for x, y in zip(twin.predict(*given), before, strict=True))
-
-
-def test_a_saved_ensemble_is_loaded_without_running_code(tmp_path, ensemble):
-    given = tuple(x[0] for x in inputs(1))
-    ensemble.fit_statistics(*(torch.randn(9, n) for n in (D, C, A, D)))
-    before = [x.clone() for x in ensemble.predict(*given)]
-    torch.save(ensemble.state_dict(), tmp_path / "ensemble.pt")
-    with torch.no_grad():
-        for value in ensemble.state_dict().values():
-            value.zero_()
-    ensemble.load_state_dict(torch.load(tmp_path / "ensemble.pt", weights_only=True))
-    assert all(torch.equal(x, y) for x, y in zip(ensemble.predict(*given), before, strict=True))

@@ -84,19 +84,6 @@ def test_predict_equals_each_member_row_by_row(
         close(term_prob[index], sum(terms) / n_models)
 
 
-@settings(max_examples=20, deadline=None)
-@given(batch=st.sampled_from(BATCHES), kind=st.sampled_from(["fc", "tanh"]))
-def test_batched_equals_one_by_one(batch, kind, fc, tanh_net, recorded, transitions):
-    ensemble, _ = recorded(fc if kind == "fc" else tanh_net)
-    ensemble.fit_statistics(*transitions())
-    given = inputs(batch)
-    got = ensemble.predict(*given)
-    for index in itertools.product(*map(range, batch)):
-        one = ensemble.predict(*(x[index] for x in given))
-        for x, y in zip(got, one, strict=True):
-            torch.testing.assert_close(x[index], y, atol=1e-5, rtol=1e-5)
-
-
 # -- options -------------------------------------------------------------------------------
 
 
@@ -322,31 +309,6 @@ def test_called_with_a_tensordict_it_writes_the_prediction(batch, fc, recorded):
     assert torch.equal(td["state"], state)
 
 
-def test_keys_can_be_renamed(fc, recorded):
-    ensemble, _ = recorded(
-        fc,
-        in_keys=[("latent", "z"), "goal", ("agent", "action")],
-        out_keys=["loc", "weights", "scale", "term", ("latent", "next")],
-    )
-    assert ensemble.in_keys == [("latent", "z"), "goal", ("agent", "action")]
-    state, context, action = inputs((4,))
-    td = TensorDict(
-        {"latent": {"z": state}, "goal": context, "agent": {"action": action}}, batch_size=(4,)
-    )
-    ensemble(td)
-    mean, weights, std, term_prob = ensemble.predict(state, context, action)
-    assert torch.equal(td["loc"], mean)
-    assert torch.equal(td["weights"], weights)
-    assert torch.equal(td["scale"], std)
-    assert torch.equal(td["term"].squeeze(-1), term_prob)
-    assert td["latent", "next"].shape == state.shape
-    assert "next" not in td.keys()
-    log_prob = ensemble.dist(td).log_prob(state)
-    torch.testing.assert_close(
-        log_prob, ensemble.get_log_prob(state, context, action, state)[0], atol=1e-5, rtol=1e-5
-    )
-
-
 def test_a_missing_context_counts_as_empty(fc, recorded):
     ensemble, _ = recorded(fc, c=0)
     state, _, action = inputs((4,))
@@ -395,17 +357,6 @@ def test_no_call_changes_the_model_or_its_inputs(
 
 
 # -- precision -----------------------------------------------------------------------------
-
-
-def test_float64_inputs_are_brought_to_the_dtype_of_the_weights(fc, recorded, transitions):
-    ensemble, _ = recorded(fc)
-    ensemble.fit_statistics(*(x.double() for x in transitions()))
-    given = inputs((4,))
-    for x, y in zip(
-        ensemble.predict(*(x.double() for x in given)), ensemble.predict(*given), strict=True
-    ):
-        assert x.dtype == torch.float32
-        assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("kind", ["fc", "tanh"])

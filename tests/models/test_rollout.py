@@ -88,19 +88,6 @@ def test_state_and_next_state_share_their_memory(fc, recorded):
         assert traj["state"].untyped_storage().nbytes() == traj["state"].numel() * 4 * 5 // 4
 
 
-def test_keys_can_be_renamed(fc, recorded):
-    ensemble, _ = recorded(fc, in_keys=["z", "goal", ("agent", "action")])
-    traj = ensemble.rollout(*start((2,), 3))
-    assert set(traj.keys(include_nested=True, leaves_only=True)) == {
-        "z",
-        "goal",
-        ("agent", "action"),
-        ("next", "z"),
-        ("next", "term_prob"),
-    }
-    assert ensemble.uncertainty(traj)["mean"].shape == (2, 3, 3)
-
-
 # -- deterministic -------------------------------------------------------------------------
 
 
@@ -159,18 +146,6 @@ def test_deterministic_draws_no_random_number(fc, tanh_net, recorded):
         one = ensemble.rollout(*start((3,), 4), deterministic=True)
         assert torch.equal(torch.get_rng_state(), before)
         assert (one == ensemble.rollout(*start((3,), 4), deterministic=True)).all()
-
-
-@settings(max_examples=15, deadline=None)
-@given(batch=st.sampled_from(BATCHES[1:]), kind=st.sampled_from(["fc", "tanh"]))
-def test_batched_equals_one_by_one(batch, kind, fc, tanh_net, recorded):
-    ensemble, _ = recorded(fc if kind == "fc" else tanh_net, n_particles_per_model=2)
-    given = start(batch, 3)
-    traj = ensemble.rollout(*given, deterministic=True)
-    for index in itertools.product(*map(range, batch)):
-        one = ensemble.rollout(*(x[index] for x in given), deterministic=True)
-        for key in one.keys(include_nested=True, leaves_only=True):
-            torch.testing.assert_close(traj[index][key], one[key], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -392,21 +367,6 @@ def test_samples_follow_torch_manual_seed(kind, n_modes, fc, tanh_net, recorded)
 
 
 # -- precision and gradients ---------------------------------------------------------------
-
-
-def test_float64(fc, recorded):
-    ensemble, _ = recorded(fc)
-    given = start((2,), 3)
-    traj = ensemble.rollout(*(x.double() for x in given), deterministic=True)
-    assert traj["next", "state"].dtype == torch.float32
-    expected = ensemble.rollout(*given, deterministic=True)
-    assert (traj == expected).all()
-    ensemble.double()
-    traj = ensemble.rollout(*given, deterministic=True)
-    assert all(v.dtype == torch.float64 for v in traj.values(True, True))
-    torch.testing.assert_close(
-        traj["next", "state"].float(), expected["next", "state"], atol=1e-4, rtol=1e-4
-    )
 
 
 @pytest.mark.usefixtures("bf16_units")

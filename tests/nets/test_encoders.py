@@ -9,10 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
-from tensordict.nn import TensorDictSequential
 from torchrl.envs import GymEnv
 
-from layeredrl_torchrl import Encoder, EncoderNet, FixedEncoderNet, IdentityEncoder
+from layeredrl_torchrl import EncoderNet, FixedEncoderNet, IdentityEncoder
 
 BATCHES = [(), (1,), (4,), (2, 3)]
 
@@ -67,32 +66,6 @@ def test_tensor_and_tensordict_calls_agree_and_batched_equals_one_by_one(kind, b
         torch.testing.assert_close(got_context, one_context)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_keys_can_be_renamed(kind):
-    keys = {"in_keys": [("agent", "pixels")], "out_keys": [("latent", "z"), "goal"]}
-    encoder = make(kind, **keys)
-    assert encoder.in_keys == keys["in_keys"]
-    assert encoder.out_keys == keys["out_keys"]
-    obs = torch.randn(5, 4)
-    td = encoder(TensorDict({"agent": {"pixels": obs}}, batch_size=(5,)))
-    state, context = encoder(obs)
-    assert torch.equal(td["latent", "z"], state)
-    assert torch.equal(td["goal"], context)
-    assert "state" not in td.keys()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_encoder_is_a_part_of_a_tensordict_pipeline(kind):
-    first = make(kind)
-    second = IdentityEncoder(
-        (first.latent_state_dim,), in_keys=["state"], out_keys=["again", "nothing"]
-    )
-    chain = TensorDictSequential(first, second)
-    assert chain.in_keys == ["observation"]
-    td = chain(TensorDict({"observation": torch.randn(3, 4)}, batch_size=(3,)))
-    assert torch.equal(td["again"], td["state"])
-
-
 def test_observations_of_a_real_environment():
     env = GymEnv("InvertedPendulum-v5")
     td = env.rollout(3)
@@ -102,36 +75,6 @@ def test_observations_of_a_real_environment():
     assert state.dtype == torch.get_default_dtype()
     assert torch.equal(state, td["observation"].float())
     assert context.numel() == 0
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_float64_observations_are_converted(kind):
-    encoder = make(kind)
-    obs = torch.randn(6, 4)
-    for got, expected in zip(encoder(obs.double()), encoder(obs), strict=True):
-        assert got.dtype == torch.float32
-        assert torch.equal(got, expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_dtype_of_the_weights_decides(dtype):
-    encoder = make("net").double()
-    obs = torch.randn(6, 4, dtype=dtype)
-    state, context = encoder(obs)
-    assert state.dtype == context.dtype == torch.float64
-    expected = (obs.double() * torch.tensor([1.0, 1.0, 0.0, 0.0])) @ encoder.state_net.weight.T
-    torch.testing.assert_close(state, expected.double())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_encoding_changes_no_buffer(kind):
-    encoder = make(kind).train()
-    before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    encoder(torch.randn(20, 4))
-    encoder(TensorDict({"observation": torch.randn(20, 4)}, batch_size=(20,)))
-    after = encoder.state_dict()
-    assert set(before) == set(after)
-    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -157,12 +100,6 @@ def test_bad_observations_are_refused_and_say_why(kind, as_td, obs, error, messa
         encoder(given)
     if as_td:
         assert set(given.keys()) == {"observation"}
-
-
-def test_large_finite_observations_are_not_called_infinite():
-    obs = torch.full((4,), torch.finfo(torch.float32).max)
-    state, _ = IdentityEncoder((4,))(obs)
-    assert torch.equal(state, obs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -193,16 +130,6 @@ def test_only_flat_observations_are_supported(build, shape):
 def test_the_number_of_keys_is_checked(keys):
     with pytest.raises(ValueError, match="one in_key and two out_keys"):
         IdentityEncoder((3,), **keys)
-
-
-def test_somebodys_own_encoder_needs_only_split():
-    class Halves(Encoder):
-        def split(self, observation):
-            return observation[..., :2] * 2, observation[..., 2:]
-
-    state, context = Halves((3,), 2, 1)(torch.tensor([[1.0, 2.0, 3.0]]))
-    assert state.tolist() == [[2, 4]]
-    assert context.tolist() == [[3]]
 
 
 # -- each encoder -------------------------------------------------------------------------

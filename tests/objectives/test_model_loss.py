@@ -10,7 +10,6 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 from torchrl.data import Categorical, OneHot
-from torchrl.objectives import LossModule
 
 from layeredrl_torchrl import ModelLoss, ProbFCDynamics
 
@@ -238,54 +237,6 @@ def test_it_is_the_loss_of_the_weights_under_training(make_ensemble):
     plain.members.load_state_dict(model.members.state_dict())
     batch = make_batch(model)
     torch.testing.assert_close(ModelLoss(model)(batch).to_dict(), ModelLoss(plain)(batch).to_dict())
-
-
-def test_changes_no_state_and_draws_no_random_number(make_ensemble, unchanged):
-    model = make_ensemble().train()
-    loss = ModelLoss(model)
-    assert isinstance(loss, LossModule)
-    batch = make_batch(model, valid=True, weight=True)
-    before, rng = batch.clone(), torch.get_rng_state()
-    with unchanged(model, loss):
-        first = loss(batch)
-        (first["loss_dynamics"] + first["loss_termination"]).backward()
-        second = loss(batch)
-    assert torch.equal(torch.get_rng_state(), rng)
-    assert (batch == before).all()
-    torch.testing.assert_close(first.to_dict(), second.to_dict(), rtol=0, atol=0)
-
-
-def test_set_keys_renames_all_entries(make_ensemble):
-    model = make_ensemble(context_dim=1)
-    batch = make_batch(model, valid=True, weight=True)
-    expected = ModelLoss(model)(batch)
-    names = {
-        "state": "s",
-        "context": ("deep", "c"),
-        "action": "a",
-        "next_state": "s2",
-        "terminated": ("next", "end"),
-        "valid": "mask",
-        "weight": ("deep", "w"),
-    }
-    loss = ModelLoss(model)
-    renamed = TensorDict({}, batch.batch_size)
-    for old, new in names.items():
-        renamed[new] = batch[getattr(loss.tensor_keys, old)]
-
-    loss.set_keys(**names)
-
-    torch.testing.assert_close(loss(renamed).to_dict(), expected.to_dict())
-    assert loss.in_keys == ["s", ("deep", "c"), "a", "s2", ("next", "end")]
-
-
-@pytest.mark.parametrize(
-    "key", ["state", "context", "action", ("next", "state"), ("next", "terminated")]
-)
-def test_a_missing_entry_is_named(make_ensemble, key):
-    model = make_ensemble(context_dim=1)
-    with pytest.raises(KeyError, match=str(key).strip("()").replace("'", "\\W+")):
-        ModelLoss(model)(make_batch(model).exclude(key))
 
 
 @pytest.mark.parametrize("key", ["valid", "weight"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch import nn
-from torchrl.objectives import LossModule, SoftUpdate
+from torchrl.objectives import SoftUpdate
 
 from layeredrl_torchrl import EncoderNet, IdentityEncoder, PredictorLoss, RewardNet, ValueNet
 
@@ -251,20 +251,6 @@ def test_a_deep_copy_updates_its_own_target():
         torch.testing.assert_close(target.detach(), source.detach() - 0.75)
 
 
-def test_changes_no_state_and_draws_no_random_number(unchanged):
-    loss, batch = make_loss().train(), make_slices(5)
-    assert isinstance(loss, LossModule)
-    before, rng = batch.clone(), torch.get_rng_state()
-    with unchanged(loss):
-        out = loss(batch)
-        (out["loss_reward"] + out["loss_value"]).backward()
-        loss.value_target(batch)
-        again = loss(batch)
-    assert torch.equal(torch.get_rng_state(), rng)
-    assert (batch == before).all()
-    torch.testing.assert_close(out.to_dict(), again.to_dict(), rtol=0, atol=0)
-
-
 def test_without_a_chosen_action_there_is_no_value_to_learn():
     batch = make_slices(5, random=True)
     batch["random_action"].fill_(True)
@@ -287,45 +273,6 @@ def test_plain_callables_are_known_and_not_trained():
     assert {k for k in loss(batch).keys() if k.startswith("loss_")} == {"loss_value"}
     loss = make_loss(val_func=None, target_val_func=None)
     assert {k for k in loss(batch).keys() if k.startswith("loss_")} == {"loss_reward"}
-
-
-def test_set_keys_renames_all_entries():
-    loss, batch = make_loss(), make_slices(5, elapsed=True, random=True)
-    expected = loss(batch)
-    names = {
-        "observation": ("deep", "o"),
-        "next_observation": "o2",
-        "action": "a",
-        "reward": ("next", "r"),
-        "terminated": "end",
-        "elapsed_steps": "dt",
-        "random_action": "explored",
-        "valid": ("deep", "mask"),
-    }
-    renamed = TensorDict({}, batch.batch_size)
-    for old, new in names.items():
-        renamed[new] = batch[getattr(loss.tensor_keys, old)]
-
-    loss.set_keys(**names)
-
-    torch.testing.assert_close(loss(renamed).to_dict(), expected.to_dict())
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        "observation",
-        "action",
-        "valid",
-        ("next", "observation"),
-        ("next", "reward"),
-        ("next", "terminated"),
-    ],
-)
-def test_a_missing_entry_is_named(key):
-    name = key if isinstance(key, str) else key[-1]
-    with pytest.raises(KeyError, match=name):
-        make_loss()(make_slices(5).exclude(key))
 
 
 @pytest.mark.parametrize("length", [4, 6])

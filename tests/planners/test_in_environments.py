@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
-
 import gymnasium as gym
 import pytest
 import torch
@@ -126,54 +122,3 @@ def test_random_steps_first_leave_the_memory_cold(planner):
     assert not random["planner", "warm"].any()
     assert not first["planner", "warm"][0]
     assert first["next", "planner", "warm"].all()
-
-
-SCRIPT = """
-import torch
-from torchrl.collectors import MultiSyncCollector
-from torchrl.data import Bounded, Unbounded
-from torchrl.envs import GymEnv
-from layeredrl_torchrl import (
-    ICEMPlanner, IdentityEncoder, ProbabilisticEnsemble, RewardNet, StaticPredictor,
-)
-
-def main():
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    spec = Bounded(-3.0, 3.0, (1,))
-    model = ProbabilisticEnsemble(Unbounded((4,)), None, spec, n_models=2)
-    encoder = IdentityEncoder((4,))
-    predictor = StaticPredictor(model, None, RewardNet(4, 0, spec), encoder, 4)
-    planner = ICEMPlanner(predictor, horizon=3, n_samples=24, n_iterations=2)
-    collector = MultiSyncCollector(
-        [lambda: GymEnv("InvertedPendulum-v5")] * 2,
-        planner,
-        frames_per_batch=20,
-        total_frames=40,
-        auto_register_policy_transforms=True,
-        cat_results="stack",
-    )
-    batches = [data.clone() for data in collector]
-    collector.shutdown()
-    data = torch.cat(batches, -1)
-    assert data.batch_size == (2, 20), data.batch_size
-    assert spec.is_in(data["action"])
-    warm, ended = data["planner", "warm"][..., 0], data["next", "done"][..., 0]
-    assert not warm[:, 0].any()
-    assert torch.equal(warm[:, 1:], ~ended[:, :-1])
-    assert not torch.equal(data["action"][0], data["action"][1])
-    print("planned in two workers")
-
-if __name__ == "__main__":
-    main()
-"""
-
-
-@pytest.mark.slow
-def test_in_two_worker_processes(tmp_path):
-    script = tmp_path / "collect.py"
-    script.write_text(textwrap.dedent(SCRIPT))
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=240, check=False
-    )
-    assert "planned in two workers" in done.stdout, done.stderr[-3000:]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from torchrl.objectives.value import TDLambdaEstimator
 
 from layeredrl_torchrl import (
     Expectation,
-    FixedEncoderNet,
     IdentityEncoder,
     Model,
     PredictorEnv,
@@ -163,21 +161,6 @@ def test_discrete_actions(kind, observe, space, batch):
 # -- batches, memory, randomness ------------------------------------------------------------------
 
 
-def test_a_batch_gives_what_its_items_give(make_point, kind, observe):
-    planner = kind(make_point(lambda after: 0.3 * after.sigmoid()), horizon=3, n_samples=40)
-    td = observe(planner, torch.randn(2, 3, 2))
-    td["planner"] = planner(td.clone())["next", "planner"]
-    td["planner", "warm"][1, 2] = False
-    noise = planner.optimizer.draw_noise((2, 3))
-    actions, solution = planner.plan(td, noise)
-    assert actions.shape == (2, 3, 3, 1)
-    for i in range(2):
-        for j in range(3):
-            one, found = planner.plan(td[i, j], noise[i, j])
-            torch.testing.assert_close(actions[i, j], one, atol=1e-3, rtol=0)
-            torch.testing.assert_close(solution.best_cost[i, j], found.best_cost)
-
-
 def test_resetting_one_instance_leaves_the_others_bit_equal(make_point, kind, observe):
     planner = kind(make_point(), horizon=3, n_samples=40)
     td = observe(planner, torch.randn(3, 2))
@@ -226,20 +209,6 @@ def test_seed_gradients_and_modes(make_predictor, kind, observe):
         half = planner(td)["action"]
     assert half.dtype == torch.float32
     assert planner.action_spec.is_in(half)
-
-
-def test_a_predictor_is_held_once_and_a_planner_pickles(make_predictor, kind, observe):
-    planner = kind(make_predictor(), horizon=3, n_samples=20)
-    places = [v.data_ptr() for v in planner.state_dict().values() if v.numel()]
-    assert len(places) == len(set(places))
-    assert isinstance(planner.env, PredictorEnv)
-    copy = pickle.loads(pickle.dumps(planner))
-    td = observe(planner, torch.randn(2, 2))
-    results = []
-    for p in (planner, copy):
-        torch.manual_seed(0)
-        results.append(p(td.clone())["action"])
-    assert torch.equal(*results)
 
 
 # -- every option has an effect -------------------------------------------------------------------
@@ -398,23 +367,6 @@ def test_each_dimension_has_its_own_bounds(kind, observe):
     action = first(kind, predictor, obs, observe, action_spec=narrow)
     assert narrow.is_in(action)
     torch.testing.assert_close(action, (low + 0.05).expand(2, 2), atol=0.02, rtol=0)
-
-
-def test_other_keys(make_point, kind):
-    model = make_point().model
-    encoder = FixedEncoderNet(
-        (2,), latent_state_dims=[0], context_dims=[1], in_keys=[("agent", "pixels")]
-    )
-    predictor = StaticPredictor(model, None, make_point().rew_func, encoder, 1, 1)
-    planner = kind(predictor, horizon=2, n_samples=30, plan_key=("agent", "plan"))
-    obs = torch.randn(3, 2)
-    memory = planner.optimizer.forget((3,))
-    td = TensorDict({("agent", "pixels"): obs, ("agent", "plan"): memory}, [3])
-    planner(td)
-    assert td["next", "agent", "plan", "mean"].shape == (3, 2, 1)
-    assert set(planner.in_keys) | set(planner.out_keys) == set(td.keys(True, True))
-    primed = planner.make_tensordict_primer().primers
-    assert set(primed.keys(True, True)) == {("agent", "plan", k) for k in memory.keys()}
 
 
 # -- bad input ------------------------------------------------------------------------------------

@@ -56,16 +56,6 @@ def test_the_ends_of_cvar_are_the_mean_and_the_worst():
     torch.testing.assert_close(CVaR(1 / 12)(returns), WorstCase()(returns))
 
 
-@pytest.mark.parametrize("measure", [Mean(), CVaR(0.3), WorstCase()])
-def test_a_batch_gives_what_its_items_give(measure):
-    returns = torch.randn(2, 3, 4, 5)
-    batched = measure(returns)
-    assert batched.shape == (2, 3)
-    for i in range(2):
-        for j in range(3):
-            torch.testing.assert_close(batched[i, j], measure(returns[i, j]))
-
-
 @pytest.mark.parametrize("alpha", [0.0, -0.5, 1.1, math.nan])
 def test_an_alpha_that_is_no_share_is_refused(alpha):
     with pytest.raises(ValueError, match="alpha"):

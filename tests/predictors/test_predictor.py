@@ -76,15 +76,6 @@ def test_one_step_calls_are_the_composition_of_the_parts(predictor, batch):
     assert reward.shape == term_prob.shape == value.shape == batch
 
 
-def test_a_batch_gives_what_its_items_give(predictor):
-    obs, act = make_inputs((2, 3))
-    batched = (*predictor.predict(obs, act), predictor.value(obs))
-    for i in range(2):
-        for j in range(3):
-            single = (*predictor.predict(obs[i, j], act[i, j]), predictor.value(obs[i, j]))
-            torch.testing.assert_close(tuple(x[i, j] for x in batched), single)
-
-
 @pytest.mark.parametrize("batch", BATCHES)
 def test_rollout_equals_a_loop_over_single_predictions(build, batch):
     """Each particle of each member on its own; with one mode its mean is what ``predict`` says."""
@@ -222,23 +213,6 @@ def test_discrete_actions_in_either_form(build, space):
         for x in (plan, nn.functional.one_hot(plan, 3))
     )
     assert (traj == same).all()
-
-
-def test_keys_can_be_renamed(make_predictor):
-    latent, goal = "latent", ("deep", "goal")
-    out_keys = [("next", name) for name in ("mu", "w", "sigma", "ends", latent)]
-    predictor = make_predictor(
-        FixedEncoderNet((OBS,), [2, 0], [3], in_keys=[("obs", "flat")], out_keys=[latent, goal]),
-        context_dim=1,
-        model={"action_space": A, "in_keys": [latent, goal, "act"], "out_keys": out_keys},
-    )
-    obs, act = make_inputs((3,))
-    td = predictor(TensorDict({"obs": {"flat": obs}, "act": act}, [3]))
-    mean, *_ = predictor.predict(obs, act)
-    torch.testing.assert_close(td["next", latent], mean.mean((1, 2)))
-    torch.testing.assert_close(td["next", "deep", "goal"], obs[:, 3:])
-    assert predictor.in_keys == [("obs", "flat"), "act"]
-    assert set(predictor.out_keys) == set(td.keys(True, True)) - {("obs", "flat"), "act"}
 
 
 # -- errors ---------------------------------------------------------------------------------

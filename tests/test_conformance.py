@@ -371,10 +371,6 @@ class TestCEMPlanner(Conformance):
         out = {"plan": actions, "best_cost": found.best_cost, "memory": found.memory}
         return TensorDict(out, td.batch_size)
 
-    @pytest.mark.xfail(reason="a planner in float64 mixes dtypes")
-    def test_in_float64_it_says_the_same(self):
-        super().test_in_float64_it_says_the_same()
-
 
 class TestICEMPlanner(TestCEMPlanner):
     kind = lrl.ICEMPlanner

@@ -117,6 +117,7 @@ class Optimizer(nn.Module):
         self.populations = tuple(
             max(round(n_samples * decay**-i), least) for i in range(n_iterations)
         )
+        self._shapes = {key: tuple(spec.shape) for key, spec in self.memory_spec.items()}
 
     def colour(self, white: Tensor) -> Tensor:
         """Make the noise of candidates from independent standard normal one ``[b, N, H, *E]``.
@@ -233,7 +234,7 @@ class Optimizer(nn.Module):
         entries = self._read(memory)
         warm = entries.pop("warm").squeeze(-1)
         noise = self.draw_noise(batch, warm.device) if noise is None else noise
-        noise = noise.reshape(len(warm), *noise.shape[len(batch) :])
+        noise = noise.reshape(len(warm), *noise.shape[len(batch) :]).to(self.search.dtype)
         sizes = [*self.populations, self.n_kept, 1]
         if noise.shape[1] != sum(sizes):
             raise ValueError(
@@ -282,15 +283,17 @@ class Optimizer(nn.Module):
         batch, entries = memory.batch_size, {}
         if batch.numel() == 0:
             raise ValueError(f"the memory has batch shape {tuple(batch)}: there is no problem")
-        for key, spec in self.memory_spec.items():
+        for key, shape in self._shapes.items():
             value = memory.get(key, None)
-            if value is None or value.shape != (*batch, *spec.shape):
+            if value is None or value.shape != (*batch, *shape):
                 found = "is missing" if value is None else f"has shape {tuple(value.shape)}"
                 raise ValueError(
-                    f"the memory's entry {key!r} {found}, expected {(*batch, *spec.shape)}; start "
+                    f"the memory's entry {key!r} {found}, expected {(*batch, *shape)}; start "
                     "from forget(), or from the memory of an optimizer built like this one"
                 )
-            entries[key] = value.reshape(-1, *spec.shape)
+            entries[key] = value.reshape(-1, *shape)
+            if value.is_floating_point():
+                entries[key] = entries[key].to(self.search.dtype)
         return entries
 
     def _read_proposals(self, proposals: Tensor, batch: torch.Size) -> Tensor:

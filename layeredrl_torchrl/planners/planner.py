@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.data import Composite, OneHot, TensorSpec
 from torchrl.envs import TensorDictPrimer
 from torchrl.modules.planners.common import MPCPlannerBase
 
-from layeredrl_torchrl._checks import check_callable, check_instance, require
+from layeredrl_torchrl._checks import check_callable, check_flag, check_instance, require
+from layeredrl_torchrl._graphs import GraphCache
 from layeredrl_torchrl._watch import watched
 from layeredrl_torchrl.imagination import PredictorEnv
 from layeredrl_torchrl.optimizers import Optimizer, Solution
@@ -126,6 +127,7 @@ class PredictorPlanner(MPCPlannerBase):
         self.risk = Mean() if risk is None else risk
         self.proposal = proposal
         self.callback = callback
+        self._graphs: GraphCache | None = None
         self.action_key = unravel_key(action_key)
         self.plan_key = unravel_key(plan_key)
         below = plan_key if isinstance(plan_key, tuple) else (plan_key,)
@@ -142,6 +144,28 @@ class PredictorPlanner(MPCPlannerBase):
     def predictor(self) -> Predictor:
         """The predictor that is planned in."""
         return self.env.predictor
+
+    def compile(self, *, cudagraphs: bool = False, **options: Any) -> None:
+        """Compile what is imagined, and with ``cudagraphs`` replay whole searches as CUDA graphs.
+
+        The first plan of each batch shape then compiles and captures, which takes some seconds, in
+        each process. The plans are worth the same; on an accelerator the same noise and seed give
+        the same numbers but for rounding. Values that are not finite are reported one plan later.
+
+        Args:
+            cudagraphs: Capture the search, one graph for each batch shape. Needs networks, a
+                reward, a risk measure and a return mode that do not wait for the device (no
+                ``item()``, no ``if`` on a tensor). The callback and the proposal stay outside. On
+                a CPU nothing is captured.
+            **options: Of ``torch.compile``, as ``predictor.model.compile`` takes them.
+
+        Raises:
+            TypeError: A flag of another kind; a model that cannot be compiled.
+        """
+        self._graphs = GraphCache() if check_flag("cudagraphs", cudagraphs) else None
+        self.predictor.model.compile(**options)
+        if isinstance(self.predictor.rew_func, nn.Module):
+            self.predictor.rew_func.compile(**options)
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
         """The transform that carries the memory from step to step and clears it at resets."""
@@ -202,19 +226,19 @@ class PredictorPlanner(MPCPlannerBase):
         """
         obs, memory = self._read(tensordict)
         state, context = self.predictor.encode(obs)
-        batch = state.shape[:-1]
-        memory = TensorDict({key: memory.get(key) for key in memory.keys()}, batch)
-
-        def cost(candidates: Tensor) -> Tensor:
-            shape = (*batch, candidates.shape[len(batch)], -1)
-            starts = state.unsqueeze(-2).expand(shape), context.unsqueeze(-2).expand(shape)
-            return -self._score(*starts, self._form(candidates))
-
-        proposals = None
+        given = {"state": state, "context": context}
+        given |= {("memory", key): memory.get(key) for key in memory.keys()}
+        if noise is not None:
+            given["noise"] = noise
         if self.proposal is not None:
-            proposals = self.proposal(state, context, self.optimizer.horizon)
-        solution = self.optimizer.optimize(cost, memory, noise, proposals)
-        actions = self._form(self.return_mode(solution))
+            given["proposals"] = self.proposal(state, context, self.optimizer.horizon)
+        if self._graphs is None:
+            found = self._search(given)
+        else:
+            found = self._graphs.run(self._search, given, self._state_key())
+        actions = found.pop("actions")
+        left = {key[1]: found.pop(key) for key in list(found) if isinstance(key, tuple)}
+        solution = Solution(**found, memory=TensorDict(left, state.shape[:-1], device=state.device))
         if self.callback is not None:
             # What is drawn for the callback must not change what is drawn afterwards.
             devices = [state.device] if state.device.type == "cuda" else []
@@ -229,9 +253,42 @@ class PredictorPlanner(MPCPlannerBase):
                 )
         return actions, solution
 
-    def _score(self, state: Tensor, context: Tensor, actions: Tensor) -> Tensor:
-        """Scores ``[*B]`` of action sequences ``[*B, H, A]``."""
-        return self.risk(self.predictor.returns(state, context, actions, self.options))
+    def _state_key(self) -> Hashable:
+        """What a captured search depends on beside its inputs: which tensors and which parts."""
+        predictor = self.predictor
+        parts = (predictor.rew_func, predictor.terminal_value, self.risk, self.return_mode)
+        tensors = (*predictor.parameters(), *predictor.buffers(), *self.optimizer.buffers())
+        members = getattr(predictor.model, "predicting_members", None)
+        return (
+            predictor.training,
+            id(self.options),
+            *map(id, (*parts, members)),
+            *(tensor.data_ptr() for tensor in tensors),
+        )
+
+    def _search(self, given: dict[Any, Tensor]) -> dict[Any, Tensor]:
+        """Search from what :meth:`plan` has read; a function of tensors."""
+        state, context = given["state"], given["context"]
+        batch = state.shape[:-1]
+
+        def cost(candidates: Tensor) -> Tensor:
+            shape = (*batch, candidates.shape[len(batch)], -1)
+            starts = state.unsqueeze(-2).expand(shape), context.unsqueeze(-2).expand(shape)
+            returns = self.predictor.returns(*starts, self._form(candidates), self.options)
+            return -self.risk(returns)
+
+        memory = {key[1]: value for key, value in given.items() if isinstance(key, tuple)}
+        solution = self.optimizer.optimize(
+            cost, TensorDict(memory, batch), given.get("noise"), given.get("proposals")
+        )
+        found = {
+            "actions": self._form(self.return_mode(solution)),
+            "mean": solution.mean,
+            "best": solution.best,
+            "best_cost": solution.best_cost,
+            "random": solution.random,
+        }
+        return found | {("memory", key): value for key, value in solution.memory.items()}
 
     def _first(self, actions: Tensor, solution: Solution) -> Tensor:
         return self._action_form.project(actions.select(solution.memory.ndim, 0))

@@ -225,7 +225,7 @@ def learn(
 
 
 def checkpoint_of(level: PlannerLevel) -> Checkpoint:
-    return Checkpoint(level=level, optim=level.optimizer, buffer=level.buffer, rng=GlobalRNGState())
+    return Checkpoint(level=level, optim=level.optim, buffer=level.buffer, rng=GlobalRNGState())
 
 
 @torch.no_grad()

@@ -197,7 +197,7 @@ def skill_reward(config: Config, agent: Hierarchy, data: TensorDict) -> float:
     if not len(own):
         return NAN
     read = own["observation"], own["action"], own["next", "observation"]
-    return agent.levels[1].skill_reward.of(*read).mean().item()
+    return agent.levels[1].rate(*read).mean().item()
 
 
 def learn(config: Config, agent: Hierarchy, env: EnvBase, rows: list[dict[str, float]]) -> None:

@@ -1,16 +1,14 @@
-"""Calling levels: what they are handed, and what they answer."""
+"""What levels are handed, and what they answer."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from layeredrl_torchrl.levels import Level
 
-__all__ = ["ask", "hand", "take"]
+__all__ = ["ask", "hand"]
 
 
 def hand(level: Level, seen: Tensor, given: Tensor | None, n_actions: Tensor) -> TensorDict:
@@ -38,12 +36,3 @@ def ask(level: Level, handed: TensorDictBase) -> Tensor:
             f"{level.name}.hands_back gave {got}, expected a torch.bool {tuple(expected)}"
         )
     return done
-
-
-def take(tensordict: TensorDictBase, key: NestedKey, reason: str) -> Any:
-    """What is below ``key``; ``KeyError`` with ``reason`` if nothing is."""
-    value = tensordict.get(key, None)
-    if value is None:
-        names = sorted(map(str, tensordict.keys()))
-        raise KeyError(f"no {key!r} among {names}; {reason}")
-    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,21 +13,18 @@ from torchrl.checkpoint import Checkpoint, GlobalRNGState
 from torchrl.data import Composite, Unbounded
 from torchrl.envs import EnvBase, TensorDictPrimer
 
+from layeredrl_torchrl._checks import check_finite, require
 from layeredrl_torchrl._primers import OnePrimer
 from layeredrl_torchrl._state import WholeState
 from layeredrl_torchrl.hierarchies.building import assemble, names
-from layeredrl_torchrl.hierarchies.control import ask, hand, take
+from layeredrl_torchrl.hierarchies.control import ask, hand
+from layeredrl_torchrl.hierarchies.due import Due
 from layeredrl_torchrl.hierarchies.maps import Choice
-from layeredrl_torchrl.hierarchies.memory import (
-    MEMORY,
-    HierarchyPrimer,
-    Indices,
-    Layout,
-    Store,
-    memory_of,
-)
-from layeredrl_torchrl.hierarchies.transitions import cut
+from layeredrl_torchrl.hierarchies.memory import MEMORY, HierarchyPrimer, Layout, Store, memory_of
+from layeredrl_torchrl.hierarchies.transitions import Cut, EnvKeys
 from layeredrl_torchrl.levels import Level
+from layeredrl_torchrl.levels.learning import refuse_masks
+from layeredrl_torchrl.levels.undo import all_or_nothing
 
 __all__ = ["Hierarchy"]
 
@@ -67,8 +65,10 @@ class Hierarchy(OnePrimer, WholeState):
     Args:
         levels: Highest first; different objects.
         env: The environment it acts in, for its specs; it is not kept.
-        observation_maps: What each level sees of ``"observation"``: ``None`` for all, a list of
+        observation_maps: What each level sees of the observation: ``None`` for all, a list of
             indices, or a function ``[*B, obs]`` to ``[*B, obs_i]``.
+        observation_key: Key of the environment's observation. Keys of action and reward are those
+            of ``env``; levels have keys of their own.
 
     Raises:
         TypeError, ValueError: No levels, or one twice; a highest that takes an input, or one below
@@ -78,7 +78,6 @@ class Hierarchy(OnePrimer, WholeState):
     """
 
     levels: nn.ModuleList
-    observation_key = "observation"
 
     def __init__(
         self,
@@ -86,26 +85,29 @@ class Hierarchy(OnePrimer, WholeState):
         env: EnvBase,
         *,
         observation_maps: Sequence[Choice] | None = None,
+        observation_key: NestedKey = "observation",
     ) -> None:
         super().__init__()
-        spec, key = env.observation_spec_unbatched, self.observation_key
-        if key not in spec.keys() or len(spec[key].shape) != 1:
+        spec, key = env.observation_spec_unbatched, unravel_key(observation_key)
+        if key not in spec.keys(True, True) or len(spec[key].shape) != 1:
             raise ValueError(
-                f"the environment observes {spec}, expected one flat {key!r}; join or flatten "
-                "its entries by TorchRL's CatTensors or FlattenObservation"
+                f"the environment observes {spec}, expected one flat {key!r}; pass "
+                "observation_key=, or join or flatten its entries by TorchRL's CatTensors or "
+                "FlattenObservation"
             )
+        refuse_masks(env)
         levels = list(levels)
-        self.maps = nn.ModuleList(
-            assemble(levels, spec[key], env.action_spec_unbatched, observation_maps)
-        )
-        self.levels = nn.ModuleList(levels)
+        self.observation_key = key
         self.action_key = unravel_key(env.action_key)
         self.reward_key = unravel_key(env.reward_key)
+        action_spec = env.full_action_spec_unbatched[self.action_key]
+        maps = assemble(levels, spec[key], action_spec, observation_maps)
+        self.maps, self.levels = nn.ModuleList(maps), nn.ModuleList(levels)
         self.layout = Layout(levels, spec[key])
         memories = [memory_of(level) for level in levels]
         carried = self.layout.spec | {str(i): m for i, m in enumerate(memories) if m.keys()}
         if len(levels) > 1:
-            reward = env.reward_spec_unbatched
+            reward = env.full_reward_spec_unbatched[self.reward_key]
             carried["rewards"] = Unbounded((len(levels) - 1,), dtype=reward.dtype)
         self._carried = Composite({MEMORY: carried})
         # Keys below MEMORY, of levels that have none "".
@@ -132,36 +134,31 @@ class Hierarchy(OnePrimer, WholeState):
         Raises:
             KeyError: Without the observation, or without what the primer carries.
         """
-        carried = take(tensordict, MEMORY, _NEEDS)
-        observation = take(tensordict, self.observation_key, "the environment gives none")
+        carried: Any = require(tensordict, MEMORY, reader="Hierarchy", hint=_NEEDS)
+        hint = "the environment gives none; name it by observation_key="
+        observation = require(tensordict, self.observation_key, reader="Hierarchy", hint=hint)
+        check_finite("observation", observation, hint="repair it in the environment")
         layout, levels = self.layout, self._in_order()
         held = {key: carried.get(key) for key in carried.keys()}
         seen = [observation if see.is_identity else see(observation) for see in self.maps]
         new, given = layout.steps(held)[..., -1:] == 0, None
-        due, handed = self._due(levels, seen, held, new)
+        due = self._due(levels, seen, held, new)
         # What is held now, and the memories for the next step: entries are replaced, never changed.
         now, memories = dict(held), {key: held[key] for key in self._memories if key}
         for i, acts in enumerate(due):
-            n_due = int(acts.sum())
-            if n_due:
+            if not acts.nowhere:
                 n_actions = torch.where(new, 0, layout.get(held, i, "n_actions") + 1)
-                where = None if n_due == acts.numel() else _indices(acts)
-                start, saw, above = observation, seen[i], given
-                if where is not None:
-                    start, n_actions = start[where], n_actions[where]
-                    saw = start if self.maps[i].is_identity else saw[where]
-                    above = None if above is None else above[where]
-                part = hand(levels[i], saw, above, n_actions)
-                written = self._call(i, part, memories, where)
-                layout.begin(now, i, written | {"observation": start}, acts, where)
-                handed = None  # its input is another one now
-            given, new = layout.get(now, i, "action"), acts
-        if handed is None:
-            handed = hand(levels[-1], seen[-1], given, layout.steps(now)[..., -1:])
+                start, n_actions = acts.pick(observation), acts.pick(n_actions)
+                saw = start if self.maps[i].is_identity else acts.pick(seen[i])
+                part = hand(levels[i], saw, acts.pick(given), n_actions)
+                written = self._call(i, part, memories, acts)
+                layout.begin(now, i, written | {"observation": start}, acts)
+            given, new = layout.get(now, i, "action"), acts.mask
+        handed = hand(levels[-1], seen[-1], given, layout.steps(now)[..., -1:])
         written = self._call(len(levels) - 1, handed, memories, None)
         tensordict.set(self.action_key, written.pop("action"))
         if written:
-            layout.put(now, len(levels) - 1, written, None)
+            layout.put(now, len(levels) - 1, written)
 
         layout.step(now)
         tensordict.set(MEMORY, TensorDict(now, tensordict.batch_size, device=tensordict.device))
@@ -171,46 +168,38 @@ class Hierarchy(OnePrimer, WholeState):
 
     def _due(
         self, levels: list[Level], seen: list[Tensor], held: Store, reset: Tensor
-    ) -> tuple[list[Tensor], TensorDict | None]:
-        """Where each level but the lowest has to act, bool ``[*B, 1]`` each, highest first.
-
-        And what the lowest was asked with, if it was asked everywhere.
-        """
-        due: list[Tensor] = []
-        asked, first = ~reset, None
+    ) -> list[Due]:
+        """Where each level but the lowest has to act, highest first."""
+        due: list[Due] = []
+        asked = ~reset
         for i in range(len(levels) - 1, 0, -1):
-            n_asked = int(asked.sum())
-            if n_asked:
-                given, taken = self.layout.get(held, i - 1, "action"), self.layout.n_taken(held, i)
-                if n_asked == asked.numel():
-                    handed = hand(levels[i], seen[i], given, taken)
-                    first = handed if i == len(levels) - 1 else first
-                    asked = ask(levels[i], handed)
-                else:
-                    where, asked = _indices(asked), torch.zeros_like(asked)
-                    handed = hand(levels[i], seen[i][where], given[where], taken[where])
-                    asked[where] = ask(levels[i], handed)
-            due.insert(0, reset | asked)
-        return due, first
+            some = Due(asked)
+            if not some.nowhere:
+                given = some.pick(self.layout.get(held, i - 1, "action"))
+                taken = some.pick(self.layout.n_taken(held, i))
+                handed = hand(levels[i], some.pick(seen[i]), given, taken)
+                asked = some.merge(torch.zeros_like(asked), ask(levels[i], handed))
+            due.insert(0, Due(reset | asked))
+        return due
 
     def _call(
-        self, i: int, handed: TensorDict, memories: dict[str, TensorDictBase], where: Indices | None
+        self, i: int, handed: TensorDict, memories: dict[str, TensorDictBase], due: Due | None
     ) -> dict[NestedKey, Tensor]:
-        """Call level ``i`` with what is ``handed`` to it ``where`` it acts, and its memory there.
+        """Call level ``i`` with what is ``handed`` to it where it is ``due``, and its memory there.
 
         Its memory is replaced in ``memories``; the rest that it wrote is returned.
         """
         level, key = self._in_order()[i], self._memories[i]
         memory = memories.get(key)
         if memory is not None:
-            handed.update(memory if where is None else memory[where])
+            handed.update(memory if due is None else due.pick(memory))
         level(handed)
-        reason = f"{level.name} did not write it"
+        reader, hint = f"Hierarchy, after {level.name},", f"{level.name} did not write it"
         if memory is not None:
-            left = take(handed, "next", reason).select(*memory.keys())
-            memories[key] = left if where is None else _put(memory, where, left)
-        written = {key: take(handed, key, reason) for key in self._records[i]}
-        written["action"] = take(handed, level.action_key, reason)
+            following = require(handed, "next", reader=reader, hint=hint).select(*memory.keys())
+            memories[key] = following if due is None else due.merge(memory, following)
+        written = {k: require(handed, k, reader=reader, hint=hint) for k in self._records[i]}
+        written["action"] = require(handed, level.action_key, reader=reader, hint=hint)
         if i < len(self.levels) - 1:
             written["n_actions"] = handed.get("n_actions")
         return written
@@ -253,7 +242,9 @@ class Hierarchy(OnePrimer, WholeState):
             TypeError: Not a TensorDict. KeyError: Not collected by a hierarchy. ValueError: A
                 ``reward_func`` that gives another shape.
         """
-        return cut(self, data)
+        keys = EnvKeys(self.observation_key, self.action_key, self.reward_key)
+        maps: list[Any] = list(self.maps)
+        return Cut(self.layout, self._in_order(), maps, keys)(data)
 
     def learn(self, data: TensorDictBase) -> dict[str, float]:
         """Let each level learn from its :meth:`transitions`, the highest first.
@@ -264,12 +255,18 @@ class Hierarchy(OnePrimer, WholeState):
         Returns:
             What the levels' ``learn`` return, below ``"<name of the level>/"``; those of levels of
             the same name with their position: ``"<name>_<position>/"``.
+
+        Raises:
+            As :meth:`transitions` and the levels' ``learn``. After any error all levels are as they
+            were before.
         """
         info: dict[str, float] = {}
         levels = self._in_order()
-        for level, name, own in zip(levels, names(levels), self.transitions(data), strict=True):
-            if len(own):
-                info |= {f"{name}/{term}": value for term, value in level.learn(own).items()}
+        with ExitStack() as all_levels:
+            for level, name, own in zip(levels, names(levels), self.transitions(data), strict=True):
+                if len(own):
+                    all_levels.enter_context(all_or_nothing(level, len(own)))
+                    info |= {f"{name}/{term}": value for term, value in level.learn(own).items()}
         return info
 
     def checkpoint(self, **more: Any) -> Checkpoint:
@@ -280,17 +277,5 @@ class Hierarchy(OnePrimer, WholeState):
         """
         parts: dict[str, Any] = {"hierarchy": self, "rng": GlobalRNGState()}
         for i, level in enumerate(self.levels):
-            parts |= {f"optimizer_{i}": level.optimizer, f"buffer_{i}": level.buffer}
+            parts |= {f"optim_{i}": level.optim, f"buffer_{i}": level.buffer}
         return Checkpoint(**{k: part for k, part in parts.items() if part is not None}, **more)
-
-
-def _indices(mask: Tensor) -> Indices:
-    """The indices of ``mask [*B, 1]``, for tensors ``[*B, ...]``."""
-    return mask.squeeze(-1).nonzero(as_tuple=True)
-
-
-def _put(held: TensorDictBase, where: Indices, part: TensorDictBase) -> TensorDictBase:
-    """A copy of ``held [*B]`` with ``part [n]`` at the ``n`` places ``where``."""
-    whole = held.clone()
-    whole[where] = part
-    return whole

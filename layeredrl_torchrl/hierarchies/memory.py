@@ -11,15 +11,14 @@ from torch import Tensor
 from torchrl.data import Composite, TensorSpec, Unbounded
 from torchrl.envs import TensorDictPrimer
 
+from layeredrl_torchrl.hierarchies.due import Due
 from layeredrl_torchrl.levels import Level
 
-__all__ = ["MEMORY", "HierarchyPrimer", "Indices", "Layout", "Store", "memory_of"]
+__all__ = ["MEMORY", "HierarchyPrimer", "Layout", "Store", "memory_of"]
 
 MEMORY = "hierarchy"
 #: Tensors ``[*B, n]`` by dtype: what is held, packed.
 Store = dict[str, Tensor]
-#: Of some instances, one tensor for each batch axis.
-Indices = tuple[Tensor, ...]
 _COUNTS = "int64"
 
 
@@ -112,7 +111,7 @@ class Layout:
         """What level ``i`` holds below ``key``, ``[*B, ...]``."""
         field = self.fields[i][key]
         values = held[field.dtype][..., field.start : field.stop]
-        return values.reshape(*values.shape[:-1], *field.shape)
+        return values.reshape((*values.shape[:-1], *field.shape))
 
     def n_taken(self, held: Mapping[str, Tensor], i: int) -> Tensor:
         """Actions of level ``i`` on its input so far, ``[*B, 1]``."""
@@ -121,53 +120,42 @@ class Layout:
         return self.get(held, i, "n_actions") + 1
 
     def put(
-        self,
-        held: Store,
-        i: int,
-        values: Mapping[NestedKey, Tensor],
-        where: Indices | None,
+        self, held: Store, i: int, values: Mapping[NestedKey, Tensor], due: Due | None = None
     ) -> None:
         """Let level ``i`` hold ``values``, all that it holds; ``held`` gets copies.
 
         Args:
             held: What is held.
             i: Which level.
-            values: ``[*B, ...]``, or ``[n, ...]`` for the ``n`` instances of ``where``.
-            where: Indices of instances; everywhere if ``None``.
+            values: ``[*B, ...]``, or as ``due`` picked them.
+            due: Of which instances; of all by default.
         """
         packed: dict[str, list[Tensor]] = {}
         for key, field in self.fields[i].items():
             value = values[key]
-            flat = value.reshape(*value.shape[: value.ndim - len(field.shape)], -1)
+            flat = value.reshape((*value.shape[: value.ndim - len(field.shape)], -1))
             packed.setdefault(field.dtype, []).append(flat)
         for dtype, parts in packed.items():
-            held[dtype] = held[dtype].clone()
             start, stop = self._blocks[i][dtype]
             block = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
-            columns = held[dtype][..., start:stop]
-            columns[... if where is None else where] = block.to(columns.dtype)
+            whole = held[dtype].clone()
+            columns = whole[..., start:stop]
+            columns.copy_(block if due is None else due.merge(columns, block))
+            held[dtype] = whole
 
-    def begin(
-        self,
-        held: Store,
-        i: int,
-        values: Mapping[NestedKey, Tensor],
-        acts: Tensor,
-        where: Indices | None,
-    ) -> None:
+    def begin(self, held: Store, i: int, values: Mapping[NestedKey, Tensor], due: Due) -> None:
         """:meth:`put` what level ``i`` does anew, and count its steps and rewards from 0.
 
         Args:
             held: What is held.
             i: Which level.
             values: With ``"n_actions"``, so that the integers are a copy.
-            acts: Where, bool ``[*B, 1]``.
-            where: The indices of ``acts``; ``None`` for everywhere.
+            due: Of which instances.
         """
-        self.put(held, i, values, where)
-        held[_COUNTS][..., i : i + 1].masked_fill_(acts, 0)
+        self.put(held, i, values, due)
+        held[_COUNTS][..., i : i + 1].masked_fill_(due.mask, 0)
         held["rewards"] = held["rewards"].clone()
-        held["rewards"][..., i : i + 1].masked_fill_(acts, 0)
+        held["rewards"][..., i : i + 1].masked_fill_(due.mask, 0)
 
     def step(self, held: Store) -> None:
         """Count the environment step that is made now; ``held`` gets a copy of the integers."""

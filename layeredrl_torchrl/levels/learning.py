@@ -1,27 +1,44 @@
-"""What the levels that learn from stored transitions share."""
+"""The levels that learn from stored transitions, on a schedule."""
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypedDict
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
-from torchrl.data import ReplayBuffer, TensorSpec
-from torchrl.envs import EnvBase
+from torchrl.data import Composite, ReplayBuffer, TensorSpec
+from torchrl.envs import ActionMask, EnvBase, TransformedEnv
 from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.record.loggers import Logger
 
-from layeredrl_torchrl._checks import check_positive_int
+from layeredrl_torchrl._checks import check_flag, check_number, check_positive_int
 from layeredrl_torchrl._reporting import check_logger
 from layeredrl_torchrl.levels.level import Level
-from layeredrl_torchrl.levels.storing import make_buffer, match_layout, n_env_steps, uncut
+from layeredrl_torchrl.levels.rows import collected, n_env_steps, without_cut
+from layeredrl_torchrl.levels.storing import make_buffer, select_stored, write
+from layeredrl_torchrl.levels.undo import all_or_nothing
 from layeredrl_torchrl.specs import ObservationSpace, Space
 
-__all__ = ["LearningLevel", "spaces_of"]
+__all__ = ["LearningLevel", "LearningOptions", "spaces_of"]
+
+
+class LearningOptions(TypedDict, total=False):
+    """The arguments of :class:`LearningLevel`, which say what they mean."""
+
+    buffer: ReplayBuffer | None
+    buffer_size: int | None
+    store_keys: Iterable[NestedKey]
+    n_initial_random_steps: int
+    updates_per_step: float
+    n_initial_updates: int | None
+    batch_size: int
+    logger: Logger | None
+    progress: bool
+    reward_func: Callable[[TensorDictBase], Tensor] | None
+    each_step: bool
 
 
 def spaces_of(
@@ -32,7 +49,8 @@ def spaces_of(
     """Both spaces, from ``env`` if there is one; ``None`` for both if nothing is given.
 
     Raises:
-        ValueError: One space without the other, or spaces beside ``env``.
+        ValueError: One space without the other, or spaces beside ``env``; an environment with
+            masked actions.
     """
     given = {observation_space is not None, action_space is not None}
     if len(given) == 2 or (given == {True} and env is not None):
@@ -41,17 +59,66 @@ def spaces_of(
             f"hierarchy) none of them; got observation_space={observation_space!r}, "
             f"action_space={action_space!r}, env={env}"
         )
-    if env is not None:
-        return env.observation_spec_unbatched, env.action_spec_unbatched
-    return observation_space, action_space
+    if env is None:
+        return observation_space, action_space
+    refuse_masks(env)
+    return env.observation_spec_unbatched, env.full_action_spec_unbatched[env.action_key]
+
+
+def refuse_masks(env: EnvBase) -> None:
+    """Raise ``ValueError`` if some actions of ``env`` are illegal at times."""
+    masked = any(str(key[-1]) == "action_mask" for key in _tuples(env.observation_spec))
+    layer = env
+    while isinstance(layer, TransformedEnv):
+        parts = getattr(layer.transform, "transforms", [layer.transform])
+        masked |= any(isinstance(part, ActionMask) for part in parts)
+        layer = layer.base_env
+    if masked or getattr(env.full_action_spec[env.action_key], "mask", None) is not None:
+        raise ValueError(
+            "the environment masks actions ('action_mask'), and levels would take illegal ones: "
+            "neither random actions nor plans look at masks. Let the environment carry out a legal "
+            "action instead, or drop the mask (TorchRL's ExcludeTransform) where all are legal"
+        )
+
+
+def _tuples(spec: Composite) -> Iterable[tuple[str, ...]]:
+    return (key if isinstance(key, tuple) else (key,) for key in spec.keys(True, True))
 
 
 class LearningLevel(Level):
     """Stores transitions, and makes the updates that are due on a schedule.
 
-    A subclass implements ``_transitions`` (checks, and what is stored), ``_update``, and
-    ``_observe`` where it keeps statistics of the data. Its own docstring says what the arguments
-    mean to a user.
+    It acts randomly until :attr:`n_env_steps`, which :meth:`learn` counts, has reached
+    ``n_initial_random_steps``. In evaluation it does not: neither after ``level.eval()`` nor where
+    TorchRL's ``set_exploration_type`` asks for deterministic actions.
+
+    To save and resume, save the level, ``level.optim``, ``level.buffer`` and the state of the
+    random number generators (TorchRL's ``Checkpoint`` takes them as they are). Copies and pickles,
+    such as those in worker processes, come without buffer and logger: they act and do not learn.
+
+    A subclass implements ``_checked``, ``_update``, ``stored_keys``, and where it needs them
+    ``_observe`` and ``_can_update``.
+
+    Args:
+        buffer: Where transitions are stored: one on a tensor storage, whose rows this level
+            writes. By default one of ``buffer_size`` that is laid out for ``env``, or for the first
+            data.
+        buffer_size: Transitions that the default buffer holds; 100,000 by default.
+        store_keys: Further entries of the data that are stored, for transforms of the buffer or
+            losses of one's own that read them.
+        n_initial_random_steps: Environment steps before the first update, with random actions.
+        updates_per_step: Updates for each transition; what makes no whole update is carried over.
+        n_initial_updates: Updates at the end of the initial random steps, in place of those put
+            off until then; ``None`` to make up for them.
+        batch_size: Transitions, or slices of them, in an update.
+        logger: Gets the terms of the updates, with environment steps as the step.
+        progress: Whether a bar on stderr counts the updates of each call.
+        reward_func: See :class:`Level`.
+        each_step: See :class:`Level`.
+
+    Raises:
+        TypeError: Arguments of another kind. ValueError: Numbers outside their range;
+            ``buffer_size`` beside a ``buffer``; a buffer that a level cannot write to.
     """
 
     n_env_steps: Tensor  # [] int64
@@ -60,27 +127,25 @@ class LearningLevel(Level):
     def __init__(
         self,
         *,
+        n_axes: int | None = None,
         input_spec: TensorSpec | Space | None = None,
         duration: int | None = None,
+        buffer: ReplayBuffer | None = None,
+        buffer_size: int | None = None,
+        store_keys: Iterable[NestedKey] = (),
+        n_initial_random_steps: int = 500,
+        updates_per_step: float = 1.0,
+        n_initial_updates: int | None = None,
+        batch_size: int = 256,
+        logger: Logger | None = None,
+        progress: bool = False,
         reward_func: Callable[[TensorDictBase], Tensor] | None = None,
         each_step: bool = False,
-        buffer: ReplayBuffer | None,
-        buffer_size: int | None,
-        n_axes: int | None,
-        n_initial_random_steps: int,
-        updates_per_step: float,
-        n_initial_updates: int | None,
-        batch_size: int,
-        logger: Logger | None,
-        progress: bool,
     ) -> None:
         super().__init__(
             input_spec=input_spec, duration=duration, reward_func=reward_func, each_step=each_step
         )
-        if not 0.0 <= updates_per_step < math.inf:
-            raise ValueError(
-                f"updates_per_step must be finite and at least 0, got {updates_per_step}"
-            )
+        check_number("updates_per_step", updates_per_step, 0.0)
         if n_initial_updates is not None:
             check_positive_int("n_initial_updates", n_initial_updates, minimum=0)
         check_logger(logger)
@@ -91,16 +156,23 @@ class LearningLevel(Level):
         self.n_initial_updates = n_initial_updates
         self.batch_size = check_positive_int("batch_size", batch_size)
         self.logger = logger
-        self.progress = progress
+        self.progress = check_flag("progress", progress)
+        self.store_keys = list(store_keys)
         self.register_buffer("n_env_steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("updates_due", torch.zeros((), dtype=torch.float64))
-        # Without axes told, the first data says how many there are.
-        self._lays_out = n_axes is None and buffer is None
+        self._lays_out = buffer is None
         self.buffer: ReplayBuffer | None = make_buffer(buffer, buffer_size, n_axes or 1)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: without what only learning needs."""
         return {**self.__dict__, "buffer": None, "logger": None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """As torch's, but counters stay where reading them waits for no device."""
+        counters = self.n_env_steps, self.updates_due
+        super()._apply(fn, recurse)
+        self.n_env_steps, self.updates_due = counters
+        return self
 
     @property
     def explores(self) -> bool:
@@ -112,23 +184,41 @@ class LearningLevel(Level):
         """Whether the initial random steps are still to be taken."""
         return int(self.n_env_steps) < self.n_initial_random_steps
 
+    # -- for subclasses ---------------------------------------------------------------------
+
+    @property
     @abstractmethod
-    def _transitions(self, data: object) -> TensorDictBase:
-        """What is stored of ``data``, checked; changes nothing."""
+    def stored_keys(self) -> tuple[list[NestedKey], list[NestedKey]]:
+        """Entries that are stored always, and those that are stored where the data has them."""
+
+    @abstractmethod
+    def _checked(self, data: TensorDictBase) -> TensorDictBase:
+        """The rows that can be learned from; raises if something that learning needs is amiss."""
 
     @abstractmethod
     def _update(self, buffer: ReplayBuffer, n_updates: int) -> dict[str, float]:
         """Make updates; returns the terms."""
 
     def _observe(self, data: TensorDictBase) -> None:
-        """Take statistics of what was just stored. Overridden by levels that keep any."""
+        """Take statistics of what was just stored."""
+
+    def _can_update(self, buffer: ReplayBuffer) -> bool:
+        """Whether the buffer holds enough for an update."""
+        return len(buffer) > 0
+
+    # -- learning ---------------------------------------------------------------------------
 
     def learn(self, data: TensorDictBase) -> dict[str, float]:
         """Store transitions, and make the updates that are due.
 
         Transitions count as environment steps one each, or as many as ``("next",
         "elapsed_steps")`` says where it is present (as it is where actions are skills). One that
-        was cut short by a time limit (``("next", "interrupted")``) counts and is not stored.
+        was cut short by a time limit (``("next", "interrupted")``) counts and is not stored; rows
+        that pad trajectories (``("collector", "mask")``) neither. Updates wait until the buffer
+        holds enough for one.
+
+        Only what learning needs is stored (``stored_keys``, and ``store_keys`` of yours). After any
+        error, and after ``KeyboardInterrupt``, level and buffer are as they were before the call.
 
         Args:
             data: ``[T]`` or ``[env, T]``, as a collector of this level gives it; ``[N]`` in a
@@ -138,9 +228,10 @@ class LearningLevel(Level):
             ``n_env_steps``, ``n_updates`` of this call, and with updates the terms.
 
         Raises:
-            TypeError: Not a TensorDict. KeyError: One without what is learned from.
-            ValueError: NaN in it; other axes than the buffer's. In these cases nothing is
-                stored. And as the updates: then the data is stored, the updates stay due.
+            TypeError: Not a TensorDict. KeyError: One without what is learned from, or without what
+                was stored before.
+            ValueError: Values that are not finite or outside their space; other axes, shapes or
+                dtypes than what is stored; transitions of several steps. And as the updates.
             RuntimeError: A copy of a level, which has no buffer; a level without spaces.
         """
         if self.buffer is None:
@@ -148,15 +239,25 @@ class LearningLevel(Level):
                 f"this {self.name} is a copy that was made to act, and copies come without a "
                 "buffer; call learn() on the level that was copied"
             )
-        data = self._transitions(data)
+        self.action_spec  # noqa: B018 - raises before setup
+        made = collected(data)
+        rows, n_steps = made, 0
+        if made.shape.numel():
+            rows, n_steps = without_cut(self._checked(made)), n_env_steps(made)
+        if rows.shape.numel():
+            required, optional = self.stored_keys
+            optional = [*optional, *self.store_keys]
+            rows = select_stored(self.buffer, rows, required, optional, adapt=self._lays_out)
+        with all_or_nothing(self, rows.shape.numel()):
+            return self._learn(self.buffer, rows, n_steps)
+
+    def _learn(self, buffer: ReplayBuffer, rows: TensorDictBase, n_steps: int) -> dict[str, float]:
         before = int(self.n_env_steps)
-        n_steps, data = n_env_steps(data), uncut(data)
-        if data.shape.numel():
-            match_layout(self.buffer, data, adapt=self._lays_out)
-            self.buffer.extend(data)
-            self._observe(data)
+        if rows.shape.numel():
+            write(buffer, rows)
+            self._observe(rows)
         self.n_env_steps += n_steps
-        self.updates_due += self.updates_per_step * data.shape.numel()
+        self.updates_due += self.updates_per_step * rows.shape.numel()
         info = {"n_env_steps": float(self.n_env_steps), "n_updates": 0.0}
         if self.warming_up:
             return info
@@ -166,7 +267,7 @@ class LearningLevel(Level):
             self.updates_due.fill_(self.n_initial_updates)
         # Ten times 0.1 is one.
         n_updates = int(float(self.updates_due) + 1e-6)
-        if n_updates and len(self.buffer):
-            info |= self._update(self.buffer, n_updates)
+        if n_updates and self._can_update(buffer):
+            info |= self._update(buffer, n_updates)
             self.updates_due -= n_updates
         return info

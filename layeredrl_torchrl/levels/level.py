@@ -11,7 +11,7 @@ from torch import Tensor
 from torchrl.data import Composite, ReplayBuffer, TensorSpec
 from torchrl.envs import TensorDictPrimer
 
-from layeredrl_torchrl._checks import check_positive_int
+from layeredrl_torchrl._checks import check_callable, check_flag, check_positive_int
 from layeredrl_torchrl._primers import OnePrimer
 from layeredrl_torchrl._state import WholeState
 from layeredrl_torchrl.predictors import Predictor
@@ -35,7 +35,7 @@ class Level(OnePrimer, WholeState):
     :meth:`setup` on, which a hierarchy calls: the action space of a level is the ``input_spec``
     of the level below it, that of the lowest is the environment's.
 
-    ``name`` is what it is called in messages and logs: its class's name, until you set another.
+    ``name`` stands for it in messages and logs: the name of its class, until you set another.
 
     A subclass implements ``_build``, called once by :meth:`setup`, ``forward`` and ``learn``; it
     may name other keys, carry memory, and hand back control by another rule.
@@ -60,14 +60,18 @@ class Level(OnePrimer, WholeState):
         each_step: Whether it learns from every environment step under its action instead of from
             the action as a whole. Not for the lowest level, where both are the same.
 
+    Attributes:
+        observation_key, input_key, action_key, reward_key: Keys that it reads and writes, the
+            reward below ``"next"``. Set others before the level is used.
+
     Raises:
         TypeError, ValueError: As :func:`~layeredrl_torchrl.to_spec`; a duration below 1.
     """
 
-    #: Keys below which the level reads and writes.
     observation_key: NestedKey = "observation"
     input_key: NestedKey = "input"
     action_key: NestedKey = "action"
+    reward_key: NestedKey = "reward"
     #: What ``each_step`` of the level above has to be; ``None`` for either.
     parent_each_step: bool | None = None
     #: Where transitions are stored, if they are.
@@ -84,8 +88,9 @@ class Level(OnePrimer, WholeState):
         super().__init__()
         self.input_spec = None if input_spec is None else to_spec(input_spec, name="input_spec")
         self.duration = None if duration is None else check_positive_int("duration", duration)
+        check_callable("reward_func", reward_func, optional=True)
         self.reward_func = reward_func
-        self.each_step = each_step
+        self.each_step = check_flag("each_step", each_step)
         self.name = type(self).__name__
         self.observation_space: TensorSpec | None = None
         self._action_spec: TensorSpec | None = None
@@ -146,8 +151,8 @@ class Level(OnePrimer, WholeState):
         return None
 
     @property
-    def optimizer(self) -> torch.optim.Optimizer | None:
-        """What :meth:`learn` takes its steps with, to be saved beside the level."""
+    def optim(self) -> torch.optim.Optimizer | None:
+        """The torch optimizer of :meth:`learn`, to be saved beside the level; ``None`` for none."""
         return None
 
     @property
@@ -191,8 +196,6 @@ class Level(OnePrimer, WholeState):
     def make_tensordict_primer(self) -> TensorDictPrimer:
         """The transform that carries the level's memory over steps and clears it at resets."""
         return TensorDictPrimer(Composite(), expand_specs=True)
-
-    # -- state ------------------------------------------------------------------------------
 
     # -- acting and learning ----------------------------------------------------------------
 

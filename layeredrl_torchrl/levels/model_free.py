@@ -4,26 +4,41 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Unpack
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from torch import Tensor
-from torchrl.data import Composite, ReplayBuffer, TensorSpec
-from torchrl.envs import EnvBase, Transform
-from torchrl.record.loggers import Logger
+from torchrl.data import Composite, PrioritizedSampler, ReplayBuffer, SliceSampler, TensorSpec
+from torchrl.envs import EnvBase
 
-from layeredrl_torchrl._checks import check_width
+from layeredrl_torchrl._checks import (
+    check_callable,
+    check_finite,
+    check_flag,
+    check_instance,
+    check_width,
+    require,
+)
 from layeredrl_torchrl._reporting import log_terms, updates
 from layeredrl_torchrl.levels.features import InputFeatures
 from layeredrl_torchrl.levels.learners import Learner
-from layeredrl_torchrl.levels.learning import LearningLevel, spaces_of
-from layeredrl_torchrl.levels.storing import check_transitions
+from layeredrl_torchrl.levels.learning import LearningLevel, LearningOptions, spaces_of
+from layeredrl_torchrl.levels.random_actions import RandomActions
+from layeredrl_torchrl.levels.reward_scale import RewardScale
+from layeredrl_torchrl.levels.rows import (
+    check_choice,
+    check_flags,
+    check_numbers,
+    with_known_ends,
+)
 from layeredrl_torchrl.specs import ObservationSpace, Space, is_discrete, to_spec, width
 
 __all__ = ["ModelFreeLevel"]
 
 # Updates whose batches are drawn, and turned into features, at once.
 _N_AHEAD = 16
+_HINT = "pass what a collector of this level yields; what comes from above is given by a Hierarchy"
 
 
 class ModelFreeLevel(LearningLevel):
@@ -34,12 +49,12 @@ class ModelFreeLevel(LearningLevel):
     the end of an input, unless you say so. Alone it is a policy for any TorchRL collector; give it
     ``env=`` then.
 
-    It acts randomly until :attr:`n_env_steps` has reached ``n_initial_random_steps``, and later
-    explores as its learner does. In evaluation it does neither: after ``level.eval()``, and where
-    TorchRL's ``set_exploration_type`` asks for deterministic actions.
+    After its initial random steps (1,000 by default) it explores as its learner does; in evaluation
+    it does neither. Rewards are learned in units of their root mean square, so their scale does not
+    matter.
 
-    To save and resume, see :class:`~layeredrl_torchrl.PlannerLevel`. Copies and pickles act and do
-    not learn.
+    A subclass may override ``_sampled(data [N]) -> data``, which every sampled batch passes through
+    before it is learned from: rewards that change as others learn are worked out there.
 
     >>> env = get_task("InvertedPendulum-v5").make(seed=0)
     >>> level = ModelFreeLevel(env=env, learner_factory=SACLearner, n_initial_random_steps=10)
@@ -48,36 +63,28 @@ class ModelFreeLevel(LearningLevel):
     4.0
 
     Args:
-        observation_space: Spec (or gymnasium space) of one observation ``[obs]``.
+        observation_space: Spec (or gymnasium space) of one observation ``[obs]``; of several, in a
+            ``Composite``, the one below ``observation_key``.
         action_space: Spec or space of one action.
         learner_factory: Called as ``learner_factory(n_features, action_spec)``, gives the
             :class:`~layeredrl_torchrl.Learner`: ``partial(SACLearner, gamma=0.98)`` for actions
             within bounds, ``partial(DQNLearner, ...)`` for choices.
-        env: A TorchRL environment to take both spaces from.
+        env: A TorchRL environment to take both spaces, and the keys of action and reward from.
+        observation_key: Key of the observation.
         input_spec: See :class:`Level`.
         duration: See :class:`Level`; only with an ``input_spec``.
-        transform: A TorchRL transform that sampled transitions ``[N]`` pass through, where rewards
-            that change as others learn are worked out. It is appended to the buffer.
         input_ends: Whether an end of the input (``("next", "input_done")``) ends the return. With
             ``False`` the value goes on as if the same input were given again.
-        sees_time_left: Whether the share of the duration that is left is read (where there is a
-            duration).
-        buffer: Where transitions are stored, one axis ``[N]``; one of ``buffer_size`` by default.
-        buffer_size: Transitions that the default buffer holds; 100,000 by default.
-        n_initial_random_steps: Environment steps before the first update, with random actions.
-        updates_per_step: Updates for each transition; what makes no whole update is carried over.
-        n_initial_updates: Updates at the end of the initial random steps, in place of those put
-            off until then; ``None`` to make up for them.
-        batch_size: Transitions in an update.
-        logger: Gets the terms, with environment steps as the step.
-        progress: Whether a bar on stderr counts the updates of each call.
-        reward_func: See :class:`Level`.
-        each_step: See :class:`Level`.
+        **options: Those of ``LearningLevel``: the buffer, the schedule, ``batch_size``, ``logger``.
 
     Raises:
         TypeError: A factory that gives something else; other types. ValueError: Numbers outside
-            their range; options without effect; spaces that the learner cannot work with.
+            their range; options without effect; spaces that the learner cannot work with; a buffer
+            whose sampler draws slices, or by priorities, which this level does not update.
     """
+
+    #: Whether rewards are learned in units of the root mean square of those that were stored.
+    scales_rewards: bool = True
 
     def __init__(
         self,
@@ -86,49 +93,34 @@ class ModelFreeLevel(LearningLevel):
         *,
         learner_factory: Callable[[int, TensorSpec], Learner],
         env: EnvBase | None = None,
+        observation_key: NestedKey = "observation",
         input_spec: TensorSpec | Space | None = None,
         duration: int | None = None,
-        transform: Transform | None = None,
         input_ends: bool = True,
-        sees_time_left: bool = True,
-        buffer: ReplayBuffer | None = None,
-        buffer_size: int | None = None,
-        n_initial_random_steps: int = 1000,
-        updates_per_step: float = 1.0,
-        n_initial_updates: int | None = None,
-        batch_size: int = 256,
-        logger: Logger | None = None,
-        progress: bool = False,
-        reward_func: Callable[[TensorDictBase], Tensor] | None = None,
-        each_step: bool = False,
+        **options: Unpack[LearningOptions],
     ) -> None:
         observation_space, action_space = spaces_of(observation_space, action_space, env)
+        check_flag("input_ends", input_ends)
         for name, has_effect in (("duration", duration is None), ("input_ends", input_ends)):
             if input_spec is None and not has_effect:
                 raise ValueError(
                     f"{name} is about an input from above, and without an input_spec there is "
                     f"none; pass input_spec=, or leave {name} out"
                 )
-        super().__init__(
-            input_spec=input_spec,
-            duration=duration,
-            reward_func=reward_func,
-            each_step=each_step,
-            buffer=buffer,
-            buffer_size=buffer_size,
-            n_axes=1,
-            n_initial_random_steps=n_initial_random_steps,
-            updates_per_step=updates_per_step,
-            n_initial_updates=n_initial_updates,
-            batch_size=batch_size,
-            logger=logger,
-            progress=progress,
-        )
+        options = {"n_initial_random_steps": 1000, **options}
+        super().__init__(input_spec=input_spec, duration=duration, n_axes=1, **options)
+        sampler = None if self.buffer is None else self.buffer.sampler
+        if isinstance(sampler, PrioritizedSampler | SliceSampler):
+            raise ValueError(
+                f"buffer has a {type(sampler).__name__}, but a {self.name} learns from single "
+                "transitions and updates no priorities; use a RandomSampler"
+            )
+        check_callable("learner_factory", learner_factory)
         self.learner_factory = learner_factory
         self.input_ends = input_ends
-        self.sees_time_left = sees_time_left
-        if transform is not None and self.buffer is not None:
-            self.buffer.append_transform(transform)
+        self.observation_key = unravel_key(observation_key)
+        if env is not None:
+            self.action_key, self.reward_key = env.action_key, env.reward_key
         self.out_keys = [self.action_key]
         self.in_keys = [self.observation_key]
         if self.input_spec is not None:
@@ -138,6 +130,12 @@ class ModelFreeLevel(LearningLevel):
 
     def _build(self, observation_space: ObservationSpace, action_spec: TensorSpec) -> None:
         if isinstance(observation_space, Composite):
+            if self.observation_key not in observation_space.keys(True):
+                names = sorted(map(str, observation_space.keys(True, True)))
+                raise KeyError(
+                    f"{self.name} reads {self.observation_key!r}, but the environment observes "
+                    f"{names}; pass observation_key=, or join them by TorchRL's CatTensors"
+                )
             observation_space = observation_space[self.observation_key]
         spec = to_spec(observation_space, name="observation_space")
         if is_discrete(spec):
@@ -145,22 +143,24 @@ class ModelFreeLevel(LearningLevel):
                 f"observation_space is {spec}, expected a vector of floats; cast choices to "
                 "one-hot floats in the environment (DTypeCastTransform)"
             )
-        duration = self.duration if self.sees_time_left else None
         self.observation_dim = width(spec)
-        features = InputFeatures(self.observation_dim, self.input_spec, duration)
+        features = InputFeatures(self.observation_dim, self.input_spec, self.duration)
         learner = self.learner_factory(features.dim, action_spec)
-        if not isinstance(learner, Learner):
-            raise TypeError(
-                f"learner_factory gave a {type(learner).__name__}, expected a Learner; pass "
-                "partial(SACLearner, ...) or partial(DQNLearner, ...)"
-            )
+        hint = "pass partial(SACLearner, ...) or partial(DQNLearner, ...)"
+        check_instance("what learner_factory gives", learner, Learner, hint=hint)
         self.features, self.learner = features, learner
+        self.random_actions, self.reward_scale = RandomActions(action_spec), RewardScale()
 
     @property
-    def optimizer(self) -> torch.optim.Optimizer | None:
+    def optim(self) -> torch.optim.Optimizer | None:
         """The learner's; ``RuntimeError`` before :meth:`setup`, ``None`` in a copy."""
         self.action_spec  # noqa: B018 - raises
         return self.learner.optim
+
+    @property
+    def next_reward_key(self) -> NestedKey:
+        """Where the reward of a transition stands."""
+        return unravel_key(("next", self.reward_key))
 
     # -- acting -----------------------------------------------------------------------------
 
@@ -170,26 +170,17 @@ class ModelFreeLevel(LearningLevel):
 
         Raises:
             KeyError: Without the observation, or without what comes from above.
+            ValueError: Observations that are not finite.
             RuntimeError: Before :meth:`setup`.
         """
-        spec = self.action_spec
+        self.action_spec  # noqa: B018 - raises
+        read = [require(tensordict, k, reader=self.name, hint=_HINT) for k in self.in_keys]
+        check_finite("observation", read[0], hint="repair it in the environment")
         if self.explores and self.warming_up:
-            observation = self._read(tensordict, self.observation_key)
-            action = spec.rand(observation.shape[:-1]).to(observation.device)
+            action = self.random_actions(read[0].shape[:-1]).to(read[0].device)
         else:
-            read = (self._read(tensordict, key) for key in self.in_keys)
             action = self.learner.act(self._features(*read), explore=self.explores)
         return tensordict.set(self.action_key, action)
-
-    def _read(self, tensordict: TensorDictBase, key: NestedKey) -> Tensor:
-        value = tensordict.get(key, None)
-        if value is None:
-            names = sorted(map(str, tensordict.keys(True, True)))
-            raise KeyError(
-                f"{self.name} reads {key!r}, which is missing; it got {names}. What comes from "
-                "above is given by a Hierarchy"
-            )
-        return value
 
     def _features(
         self, observation: Tensor, given: Tensor | None = None, n_actions: Tensor | None = None
@@ -199,21 +190,46 @@ class ModelFreeLevel(LearningLevel):
 
     # -- learning ---------------------------------------------------------------------------
 
-    def _transitions(self, data: object) -> TensorDictBase:
-        """``data`` as it is, with one axis; checked."""
-        self.action_spec  # noqa: B018 - raises
-        done = [("next", key) for key in ("terminated", "done")]
-        read = [*self.in_keys, self.action_key, ("next", self.observation_key), ("next", "reward")]
+    @property
+    def stored_keys(self) -> tuple[list[NestedKey], list[NestedKey]]:
+        """What the networks read, and how the transition ended."""
+        done = ["terminated", "done"]
         if self.input_spec is not None and self.input_ends:
-            done.append(("next", "input_done"))
-        checked = check_transitions(data, [*read, *done]).reshape(-1)
-        hint = "the level was set up for observations of this width"
-        observation = checked.get(self.observation_key)
-        check_width("observation", observation, self.observation_dim, hint=hint)
-        return checked
+            done.append("input_done")
+        ends = [("next", key) for key in done]
+        following = unravel_key(("next", self.observation_key))
+        return [*self.in_keys, self.action_key, following, self.next_reward_key, *ends], []
+
+    def _checked(self, data: TensorDictBase) -> TensorDictBase:
+        """``data`` with one axis."""
+        rows = data.reshape(-1)
+        required, _ = self.stored_keys
+        flags = [("next", key) for key in ("terminated", "done", "input_done")]
+        check_flags(rows, [key for key in flags if key in required], self.name, _HINT)
+        following = unravel_key(("next", self.observation_key))
+        for key in (self.observation_key, following):
+            value = require(rows, key, reader=f"{self.name}.learn", hint=_HINT)
+            hint = "the level was set up for observations of this width"
+            check_width(str(key), value, self.observation_dim, hint=hint)
+        rows = with_known_ends(rows, self.observation_key, self.name)
+        check_numbers(rows, required, self.name, _HINT)
+        check_width(str(self.next_reward_key), rows.get(self.next_reward_key), 1, hint="[*B, 1]")
+        action = rows.get(self.action_key)
+        check_choice(str(self.action_key), self.action_spec, action, rows.shape)
+        if self.input_spec is not None:
+            given = rows.get(self.input_key)
+            check_choice(str(self.input_key), self.input_spec, given, rows.shape)
+        return rows
 
     def _observe(self, data: TensorDictBase) -> None:
+        data = data.to(self.features.mean.device)
         self.features.observe(*self._arguments(data))
+        if self.scales_rewards:
+            self.reward_scale.observe(data.get(self.next_reward_key))
+
+    def _sampled(self, data: TensorDictBase) -> TensorDictBase:
+        """What is learned of sampled transitions ``[N]``: the transitions themselves."""
+        return data
 
     def _arguments(self, data: TensorDictBase) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What the features are made of, of transitions ``[N]``."""
@@ -243,8 +259,9 @@ class ModelFreeLevel(LearningLevel):
     @torch.no_grad()
     def _prepare(self, data: TensorDictBase) -> TensorDict:
         """What the loss reads of transitions ``[N]``."""
+        data = self._sampled(data.to(self.features.mean.device))
         observation, given, n_actions = self._arguments(data)
-        following = data.get(("next", self.observation_key))
+        following = data.get(unravel_key(("next", self.observation_key)))
         terminated = data.get(("next", "terminated"))
         n_next = None
         if n_actions is not None:
@@ -258,7 +275,7 @@ class ModelFreeLevel(LearningLevel):
                 n_next = n_next.masked_fill(ended, 0)
         after = {
             "features": self._features(following, given, n_next),
-            "reward": data.get(("next", "reward")),
+            "reward": self.reward_scale(data.get(self.next_reward_key)),
             "terminated": terminated,
             "done": data.get(("next", "done")) | terminated,
         }

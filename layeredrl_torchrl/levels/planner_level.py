@@ -2,48 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, Unpack, runtime_checkable
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from torch import Tensor
 from torchrl.data import Binary, Composite, ReplayBuffer, TensorSpec, Unbounded
 from torchrl.envs import EnvBase, TensorDictPrimer
-from torchrl.record.loggers import Logger
 
-from layeredrl_torchrl._checks import check_positive_int
-from layeredrl_torchrl.levels.learning import LearningLevel, spaces_of
-from layeredrl_torchrl.levels.storing import check_transitions
-from layeredrl_torchrl.planners import PredictorPlanner
+from layeredrl_torchrl._checks import (
+    check_callable,
+    check_instance,
+    check_number,
+    check_positive_int,
+    check_width,
+    require,
+)
+from layeredrl_torchrl.levels.learning import LearningLevel, LearningOptions, spaces_of
+from layeredrl_torchrl.levels.random_actions import RandomActions
+from layeredrl_torchrl.levels.rows import check_choice, check_flags, check_numbers, with_known_ends
+from layeredrl_torchrl.levels.storing import n_rows_along_time
 from layeredrl_torchrl.predictors import Predictor, RewardPredictor
 from layeredrl_torchrl.specs import ObservationSpace, Space
 
-__all__ = ["PlannerLevel"]
+__all__ = ["Planner", "PlannerLevel"]
+
+_HINT = "pass what a collector of this level yields"
+
+
+@runtime_checkable
+class Planner(Protocol):
+    """What a :class:`PlannerLevel` needs of a planner: a policy whose memory can be forgotten.
+
+    It is called with a TensorDict ``[*B]`` that has its ``in_keys``, and writes the action below
+    ``action_key`` and what it remembers below ``"next"``. If it is a module that holds the
+    predictor, it is saved with the level.
+    """
+
+    in_keys: list[Any]
+    out_keys: list[Any]
+    action_key: NestedKey
+
+    def __call__(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write action and memory for ``[*B]``."""
+
+    def forget(
+        self, batch: Sequence[int] = (), device: torch.device | None = None
+    ) -> TensorDictBase:
+        """A memory of nothing for ``[*B]``, laid out as the root of a TensorDict carries it."""
+
+    def make_tensordict_primer(self) -> TensorDictPrimer:
+        """The transform that carries the memory over steps; zeros are a memory of nothing."""
 
 
 class PlannerLevel(LearningLevel):
     """A predictor, a planner in it, random phases and a learning schedule in one policy.
 
     It reads what the planner reads, and writes the action, the planner's memory one step on, and
-    ``random_action_key [*B, 1]``, bool: whether the action was drawn from the action spec instead
-    of planned. (So a value function learns from the planner's actions only; see
+    ``random_action_key [*B, 1]``, bool: whether the action was drawn at random instead of planned.
+    (So a value function learns from the planner's actions only; see
     :class:`~layeredrl_torchrl.PredictorLoss`.) A random step leaves the planner nothing to start
-    the next plan from.
+    the next plan from. Actions that this level did not choose, such as those of a collector's
+    ``init_random_frames``, are stored as random ones.
 
-    It acts randomly until :attr:`n_env_steps`, which :meth:`learn` counts, has reached
-    ``n_initial_random_steps``, and later in random phases. In evaluation it never does: neither
-    after ``level.eval()`` nor where TorchRL's ``set_exploration_type`` asks for deterministic
-    actions.
+    It acts randomly during the initial random steps (500 by default), and later in random phases;
+    in evaluation it never does.
 
     Without spaces it waits for :meth:`setup`, so that a hierarchy can put it above another level.
     An action may then take many environment steps (``("next", "elapsed_steps")``), by which values
     are discounted; one that was cut short by a time limit is not learned from, as it does not show
     where the action leads.
-
-    To save and resume, save the level, ``level.optimizer``, ``level.buffer`` and the state of the
-    random number generators (TorchRL's ``Checkpoint`` takes them as they are). Copies and pickles,
-    such as those in worker processes, come without buffer and logger: they act and do not learn.
 
     >>> from functools import partial
     >>> from torchrl.collectors import Collector
@@ -68,31 +97,25 @@ class PlannerLevel(LearningLevel):
         predictor_factory: Called with both, gives the predictor: a
             :class:`~layeredrl_torchrl.PredictorFactory`, or a function.
         planner_factory: Called as ``planner_factory(predictor, action_spec=...)``, gives the
-            planner: ``partial(ICEMPlanner, horizon=15)``.
+            planner: ``partial(ICEMPlanner, horizon=15)``, or another policy with ``action_key``,
+            ``make_tensordict_primer()`` and ``forget(batch, device)``.
         env: A TorchRL environment to take both spaces from, and the layout of the data.
-        buffer: Where transitions are stored; one of ``buffer_size`` by default, laid out for
-            ``env``, or for the first data.
-        buffer_size: Transitions that the default buffer holds; 100,000 by default.
-        n_initial_random_steps: Environment steps before the first plan and the first update.
         random_prob: Probability that a random phase begins at a step outside of one.
         random_duration: Steps of a random phase; its actions are independent of each other.
-        updates_per_step: Updates for each transition; what makes no whole update is carried over.
-        n_initial_updates: Updates at the end of the initial random steps, in place of those put
-            off until then; ``None`` to make up for them.
-        batch_size: Slices in a batch for reward, value and encoder.
-        model_batch_size: Transitions in a batch for the dynamics model.
-        logger: Gets the predictor's terms, with environment steps as the step.
-        progress: Whether a bar on stderr counts the updates of each call.
+        model_batch_size: Transitions in a batch for the dynamics model; ``batch_size`` is in
+            slices, for reward, value and encoder.
+        device: Where predictor and planner are put; they stay where they are by default.
         random_action_key: See above.
-        state_key: Key of what random phases carry from step to step.
-        reward_func: See :class:`Level`.
-        each_step: See :class:`Level`.
+        state_key: Key of what random phases carry from step to step: 0 until the level has acted,
+            then 1 plus the random steps that are left.
+        **options: Those of ``LearningLevel``: the buffer, the schedule, ``batch_size``, ``logger``.
 
     Raises:
         TypeError: A factory that gives something else; other types. ValueError: Numbers outside
             their range; ``env`` beside spaces, or one space without the other; ``buffer_size``
-            beside a ``buffer``; a planner in another predictor or for other actions; a
-            ``model_batch_size`` that the predictor's members cannot share.
+            beside a ``buffer``; a planner in another predictor or for other actions; keys that
+            are not the environment's; a ``model_batch_size`` that the predictor's members cannot
+            share.
     """
 
     def __init__(
@@ -101,78 +124,74 @@ class PlannerLevel(LearningLevel):
         action_space: TensorSpec | Space | None = None,
         *,
         predictor_factory: Callable[[Any, Any], Predictor],
-        planner_factory: Callable[..., PredictorPlanner],
+        planner_factory: Callable[..., Planner],
         env: EnvBase | None = None,
-        buffer: ReplayBuffer | None = None,
-        buffer_size: int | None = None,
-        n_initial_random_steps: int = 500,
         random_prob: float = 0.0,
         random_duration: int = 10,
-        updates_per_step: float = 1.0,
-        n_initial_updates: int | None = None,
-        batch_size: int = 256,
         model_batch_size: int = 256,
-        logger: Logger | None = None,
-        progress: bool = False,
+        device: torch.device | str | None = None,
         random_action_key: NestedKey = "random_action",
         state_key: NestedKey = "random_steps_left",
-        reward_func: Callable[[TensorDictBase], Tensor] | None = None,
-        each_step: bool = False,
+        **options: Unpack[LearningOptions],
     ) -> None:
         observation_space, action_space = spaces_of(observation_space, action_space, env)
-        super().__init__(
-            reward_func=reward_func,
-            each_step=each_step,
-            buffer=buffer,
-            buffer_size=buffer_size,
-            n_axes=None if env is None else 1 + len(env.batch_size),
-            n_initial_random_steps=n_initial_random_steps,
-            updates_per_step=updates_per_step,
-            n_initial_updates=n_initial_updates,
-            batch_size=batch_size,
-            logger=logger,
-            progress=progress,
-        )
-        if not 0.0 <= random_prob <= 1.0:
-            raise ValueError(f"random_prob must lie in [0, 1], got {random_prob}")
-        self.random_prob = random_prob
+        super().__init__(n_axes=None if env is None else 1 + len(env.batch_size), **options)
+        self.random_prob = check_number("random_prob", random_prob, 0.0, 1.0)
         self.random_duration = check_positive_int("random_duration", random_duration)
         self.model_batch_size = check_positive_int("model_batch_size", model_batch_size)
         self.random_action_key = unravel_key(random_action_key)
         self.state_key = unravel_key(state_key)
+        check_callable("predictor_factory", predictor_factory)
+        check_callable("planner_factory", planner_factory)
         self.predictor_factory, self.planner_factory = predictor_factory, planner_factory
+        self._device = device
         if observation_space is not None:
             self.setup(observation_space, action_space)
+        if env is not None:
+            self._check_keys(env)
 
     def _build(self, observation_space: ObservationSpace, action_spec: TensorSpec) -> None:
         predictor = self.predictor_factory(observation_space, action_spec)
-        if not isinstance(predictor, Predictor):
-            raise TypeError(
-                f"predictor_factory gave a {type(predictor).__name__}, expected a Predictor"
-            )
+        hint = "predictor_factory has to give one"
+        check_instance("predictor", predictor, Predictor, hint=hint)
         if isinstance(predictor, RewardPredictor):
             # Raises now what would otherwise be raised after the random phase.
             n_models = predictor.model.n_models
             predictor.model_training.member_batches.n_rows(self.model_batch_size, n_models)
+        if self._device is not None:
+            predictor = predictor.to(self._device)
         planner = self.planner_factory(predictor, action_spec=action_spec)
-        if not isinstance(planner, PredictorPlanner):
+        if not isinstance(planner, Planner) or isinstance(planner, type):
             raise TypeError(
-                f"planner_factory gave a {type(planner).__name__}, expected a PredictorPlanner "
-                "like ICEMPlanner; pass partial(ICEMPlanner, horizon=...)"
+                f"planner_factory gave a {type(planner).__name__}, expected a planner like "
+                "ICEMPlanner: a policy with in_keys, out_keys, action_key, forget() and "
+                "make_tensordict_primer(); pass partial(ICEMPlanner, horizon=...)"
             )
-        if planner.predictor is not predictor:
+        parts = list(planner.modules()) if isinstance(planner, torch.nn.Module) else []
+        held = [part for part in parts if isinstance(part, Predictor)]
+        if held and not any(part is predictor for part in held):
             raise ValueError(
                 "planner_factory gave a planner in another predictor than it was called with, so "
                 "what is learned would not be planned in; hand its first argument on"
             )
-        if planner.action_spec.cpu() != action_spec.cpu():
+        planned = getattr(planner, "action_spec", action_spec)
+        if planned.cpu() != action_spec.cpu():
             raise ValueError(
-                f"planner_factory gave a planner for {planner.action_spec}, but the level's "
-                f"actions are {action_spec}; hand action_spec= on"
+                f"planner_factory gave a planner for {planned}, but the level's actions are "
+                f"{action_spec}; hand action_spec= on"
             )
         self.planner = planner
+        # A predictor that the planner holds is not registered, and saved, a second time.
+        if held:
+            self.__dict__["_predictor"] = predictor
+        else:
+            self._predictor = predictor
+        self.random_actions = RandomActions(action_spec)
+        if self._device is not None:
+            self.to(self._device)
         self.observation_key = predictor.encoder.in_keys[0]
-        self.action_key = planner.action_key
+        self.action_key = unravel_key(planner.action_key)
+        self._memory_keys = list(planner.make_tensordict_primer().primers.keys(True, True))
         self.in_keys = [*planner.in_keys, self.state_key]
         self.out_keys = [
             *planner.out_keys,
@@ -180,11 +199,26 @@ class PlannerLevel(LearningLevel):
             unravel_key(("next", self.state_key)),
         ]
 
+    def _check_keys(self, env: EnvBase) -> None:
+        """Raise unless predictor and planner read and write the keys of ``env``."""
+        _, reward_key = self._learned_keys()
+        for what, own, there in (
+            ("observation", self.observation_key, list(env.observation_keys)),
+            ("action", self.action_key, [env.action_key]),
+            ("reward", reward_key, [unravel_key(("next", env.reward_key))]),
+        ):
+            if own not in [unravel_key(key) for key in there]:
+                raise ValueError(
+                    f"the level's {what} has the key {own!r}, but the environment's has "
+                    f"{there}; give the predictor this key (PredictorFactory and the keys of its "
+                    "losses), or rename the environment's by TorchRL's RenameTransform"
+                )
+
     @property
     def predictor(self) -> Predictor:
         """The predictor that is learned and planned in; ``RuntimeError`` before :meth:`setup`."""
         self.action_spec  # noqa: B018 - raises
-        return self.planner.predictor
+        return self._predictor
 
     @property
     def record(self) -> Composite:
@@ -192,47 +226,50 @@ class PlannerLevel(LearningLevel):
         return Composite({self.random_action_key: Binary(1, dtype=torch.bool)})
 
     @property
-    def optimizer(self) -> torch.optim.Optimizer | None:
+    def optim(self) -> torch.optim.Optimizer | None:
         """The predictor's; ``None`` where it has none, as a ``StaticPredictor``."""
         return getattr(self.predictor, "optim", None)
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
-        """The planner's memory, and the random steps that are left, ``[1]`` int64."""
+        """The planner's memory, and what random phases carry, ``[1]`` int64."""
         carried = self.planner.make_tensordict_primer().primers.clone()
         carried[self.state_key] = Unbounded((1,), dtype=torch.int64)
         return TensorDictPrimer(carried, expand_specs=True)
 
     # -- acting -----------------------------------------------------------------------------
 
+    @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the action for ``[*B]``, whether it is random, and what the next step needs.
 
         Raises:
             KeyError: Without the observation, or without what the primer carries.
         """
-        left = tensordict.get(self.state_key, None)
-        if left is None:
-            raise KeyError(
-                f"{self.name} carries {self.state_key!r} from step to step, which is missing; "
-                "append its make_tensordict_primer() to the environment (collectors do so with "
-                "auto_register_policy_transforms=True)"
-            )
-        random, left = self._phases(left)
-        if not bool(random.any()):
+        hint = (
+            "append its make_tensordict_primer() to the environment (collectors do so with "
+            "auto_register_policy_transforms=True)"
+        )
+        carried = require(tensordict, self.state_key, reader=self.name, hint=hint)
+        random, left = self._phases((carried - 1).clamp_min(0))
+        if random is None:
             self.planner(tensordict)
+            random = torch.zeros_like(left, dtype=torch.bool)
         else:
             self._act_randomly(tensordict, random.squeeze(-1))
         tensordict.set(self.random_action_key, random)
-        tensordict.set(unravel_key(("next", self.state_key)), left)
+        tensordict.set(unravel_key(("next", self.state_key)), left + 1)
         return tensordict
 
-    def _phases(self, left: Tensor) -> tuple[Tensor, Tensor]:
-        """Which instances act randomly now, and their random steps left after it, ``[*B, 1]``."""
+    def _phases(self, left: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Which instances act randomly now, and their random steps left after it, ``[*B, 1]``.
+
+        ``None`` stands for no instance.
+        """
         explores = self.explores
         if explores and self.warming_up:
             return torch.ones_like(left, dtype=torch.bool), torch.zeros_like(left)
         if not explores or not self.random_prob:
-            return torch.zeros_like(left, dtype=torch.bool), torch.zeros_like(left)
+            return None, torch.zeros_like(left)
         starts = torch.rand(left.shape, device=left.device) < self.random_prob
         left = torch.where(starts & (left == 0), self.random_duration, left)
         return left > 0, (left - 1).clamp_min(0)
@@ -240,18 +277,75 @@ class PlannerLevel(LearningLevel):
     def _act_randomly(self, tensordict: TensorDictBase, random: Tensor) -> None:
         """Draw the actions of the instances ``random [*B]``, plan those of the others."""
         batch, planner = random.shape, self.planner
-        action = self.action_spec.rand(batch).to(random.device)
-        memory = planner.optimizer.forget(batch, random.device)
-        planned = ~random
-        if bool(planned.any()):
-            read = {key: tensordict.get(key) for key in planner.in_keys}
-            part = planner(TensorDict(read, batch)[planned])
-            action[planned] = part.get(planner.action_key)
-            memory[planned] = part.get(("next", planner.plan_key))
+        read = [require(tensordict, k, reader=self.name, hint=_HINT) for k in planner.in_keys]
+        action = self.random_actions(batch).to(random.device)
+        memory = planner.forget(batch, random.device)
+        if not self._only_random:
+            planned = ~random
+            part = TensorDict(dict(zip(planner.in_keys, read, strict=True)), batch)
+            if random.device.type == "cpu":
+                # Reading the mask costs nothing here, so only what is needed is planned.
+                if bool(planned.any()):
+                    part = planner(part[planned])
+                    action[planned] = part.get(planner.action_key)
+                    memory[planned] = part.get("next").select(*memory.keys())
+            else:
+                part = planner(part)
+                action = _where(random, action, part.get(planner.action_key))
+                after = part.get("next").select(*memory.keys())
+                memory = memory.apply(lambda none, new: _where(random, none, new), after)
         tensordict.set(planner.action_key, action)
-        tensordict.set(unravel_key(("next", planner.plan_key)), memory)
+        for key in memory.keys(True, True):
+            tensordict.set(unravel_key(("next", key)), memory.get(key))
+
+    @property
+    def _only_random(self) -> bool:
+        return self.warming_up or self.random_prob == 1.0
 
     # -- learning ---------------------------------------------------------------------------
+
+    def _learned_keys(self) -> tuple[list[NestedKey], NestedKey]:
+        """Entries that the predictor's losses read, and the reward among them."""
+        loss = getattr(self.predictor, "predictor_loss", None)
+        if loss is None:
+            return [], unravel_key(("next", "reward"))
+        keys = vars(loss.tensor_keys)
+        return [unravel_key(key) for key in keys.values()], unravel_key(keys["reward"])
+
+    @property
+    def stored_keys(self) -> tuple[list[NestedKey], list[NestedKey]]:
+        """What the predictor's losses read, and what tells trajectories apart."""
+        read, reward = self._learned_keys()
+        observation = self.observation_key
+        required = [observation, ("next", observation), self.action_key, reward]
+        required += [("next", "done"), ("next", "terminated")]
+        optional = [("next", "truncated"), ("next", "elapsed_steps"), ("collector", "traj_ids")]
+        return required, [*optional, self.random_action_key, *read]
+
+    def _checked(self, data: TensorDictBase) -> TensorDictBase:
+        """``data``, with actions that others chose marked as random."""
+        (observation, following, action, *numbers), _ = self.stored_keys
+        flags = [("next", key) for key in ("done", "terminated")]
+        check_flags(data, flags, self.name, _HINT)
+        for key in (observation, following):
+            value = require(data, unravel_key(key), reader=f"{self.name}.learn", hint=_HINT)
+            hint = "the level's predictor was built for observations of this width"
+            check_width(str(key), value, self.predictor.encoder.obs_dim, hint=hint)
+        data = with_known_ends(data, observation, self.name)
+        read = [observation, following, action, *(key for key in numbers if key not in flags)]
+        check_numbers(data, read, self.name, _HINT)
+        check_width(str(numbers[0]), data.get(numbers[0]), 1, hint="a reward is [*B, 1]")
+        check_choice(str(action), self.action_spec, data.get(action), data.shape)
+        random = data.get(self.random_action_key, None)
+        acted = data.get(unravel_key(("next", self.state_key)), None)
+        if random is not None and acted is not None:
+            # The primer gives 0 where the level was not called.
+            data = data.copy().set(self.random_action_key, random | (acted == 0))
+        return data
+
+    def _can_update(self, buffer: ReplayBuffer) -> bool:
+        """Whether there are as many rows along time as an update's slices have."""
+        return n_rows_along_time(buffer) >= self.predictor.n_steps_needed
 
     def _update(self, buffer: ReplayBuffer, n_updates: int) -> dict[str, float]:
         _, terms = self.predictor.learn(
@@ -265,10 +359,7 @@ class PlannerLevel(LearningLevel):
         )
         return terms
 
-    def _transitions(self, data: object) -> TensorDictBase:
-        """What is stored of ``data``: all but what only acting needs; checked."""
-        observation = self.predictor.encoder.in_keys[0]
-        read = (observation, ("next", observation), self.planner.action_key, ("next", "reward"))
-        carried = (self.planner.plan_key, self.state_key)
-        following = (unravel_key(("next", key)) for key in carried)
-        return check_transitions(data, read).exclude(*carried, *following)
+
+def _where(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """``torch.where`` for a mask ``[*B]`` and values ``[*B, ...]``."""
+    return torch.where(mask.reshape(*mask.shape, *[1] * (yes.ndim - mask.ndim)), yes, no)

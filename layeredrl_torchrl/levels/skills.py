@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Unpack
 
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
 from torchrl.data import Bounded, TensorSpec
 
+from layeredrl_torchrl._checks import check_instance
 from layeredrl_torchrl.levels.learners import Learner
+from layeredrl_torchrl.levels.learning import LearningOptions
 from layeredrl_torchrl.levels.model_free import ModelFreeLevel
 from layeredrl_torchrl.levels.skills_rewards import SkillReward
 from layeredrl_torchrl.predictors import Predictor
@@ -19,10 +24,10 @@ __all__ = ["SkillLevel"]
 class SkillLevel(ModelFreeLevel):
     """Learns skills that the level above can predict and tell apart.
 
-    The environment's reward plays no part in it: what it is paid for is that, by the predictor of
-    the level above, what a skill does is unlike what other skills would have done. That reward
-    changes as the predictor learns, so it is worked out whenever transitions are sampled. What a
-    skill must not depend on, such as the goal of the task, the hierarchy's observation map hides.
+    The environment's reward plays no part in it: it is paid, by the predictor of the level above,
+    for doing with a skill what other skills would not have done. That reward changes as the
+    predictor learns, so it is worked out whenever transitions are sampled. What a skill must not
+    depend on, such as the goal of the task, the hierarchy's observation map hides.
 
     >>> skills = SkillLevel(
     ...     input_spec=Bounded(-1.0, 1.0, (2,)),
@@ -38,14 +43,15 @@ class SkillLevel(ModelFreeLevel):
             choices.
         duration: Own actions in a skill.
         skill_reward: :class:`~layeredrl_torchrl.SPlaTESReward` or
-            :class:`~layeredrl_torchrl.DADSReward`; one for each level.
-        learner_factory: As all that follows, see :class:`~layeredrl_torchrl.ModelFreeLevel`.
-        **options: Further arguments of it; ``transform`` and ``reward_func`` are not among them.
+            :class:`~layeredrl_torchrl.DADSReward`.
+        learner_factory: See :class:`~layeredrl_torchrl.ModelFreeLevel`.
+        **options: Those of ``LearningLevel``, without ``reward_func``.
 
     Raises:
-        TypeError, ValueError: As there; a ``skill_reward`` of another kind or of another level;
-            skills without bounds.
+        TypeError, ValueError: As there; a ``skill_reward`` of another kind; skills without bounds.
     """
+
+    scales_rewards = False  # nats need no unit
 
     def __init__(
         self,
@@ -54,19 +60,15 @@ class SkillLevel(ModelFreeLevel):
         duration: int,
         skill_reward: SkillReward,
         learner_factory: Callable[[int, TensorSpec], Learner],
-        **options: Any,
+        **options: Unpack[LearningOptions],
     ) -> None:
-        if not isinstance(skill_reward, SkillReward):
+        hint = "pass SPlaTESReward() or DADSReward()"
+        check_instance("skill_reward", skill_reward, SkillReward, hint=hint)
+        if "reward_func" in options:
             raise TypeError(
-                f"skill_reward must be a SkillReward, got {type(skill_reward).__name__}; pass "
-                "SPlaTESReward() or DADSReward()"
+                "a SkillLevel takes no reward_func: its reward is skill_reward's; use a "
+                "ModelFreeLevel for another"
             )
-        for name in ("transform", "reward_func"):
-            if name in options:
-                raise TypeError(
-                    f"a SkillLevel takes no {name}: its reward is skill_reward's; use a "
-                    "ModelFreeLevel for another"
-                )
         spec = to_spec(input_spec, name="input_spec")
         if not is_discrete(spec):
             ends = (spec.space.low, spec.space.high) if isinstance(spec, Bounded) else ()
@@ -78,18 +80,13 @@ class SkillLevel(ModelFreeLevel):
         if duration is None:
             raise ValueError("duration is None, but skills have to end; give a number of actions")
         super().__init__(
-            input_spec=spec,
-            duration=duration,
-            learner_factory=learner_factory,
-            transform=skill_reward,
-            **options,
+            input_spec=spec, duration=duration, learner_factory=learner_factory, **options
         )
-        skill_reward.bind(self)
         self.skill_reward = skill_reward
         self.parent_each_step = skill_reward.each_step
 
     def attach(self, parent_predictor: Predictor | None) -> None:
-        """As :meth:`Level.attach`; the predictor is what skills are told apart by.
+        """As :meth:`Level.attach`; skills are told apart by the predictor.
 
         Raises:
             TypeError, ValueError: None, or one that cannot tell skills apart; see ``skill_reward``.
@@ -99,5 +96,42 @@ class SkillLevel(ModelFreeLevel):
                 f"{self.name} learns by the predictor of the level above, but that has none; put "
                 "a PlannerLevel above it"
             )
-        self.skill_reward.attach(parent_predictor)
+        self.skill_reward.prepare(parent_predictor, self.input_spec)
         super().attach(parent_predictor)
+
+    def rate(self, observation: Tensor, skill: Tensor, next_observation: Tensor) -> Tensor:
+        """The reward ``[N]`` of skills as it is now, in nats.
+
+        Args:
+            observation: ``[N, obs]`` of the level above, where the predictor's step begins.
+            skill: ``[N, Z]``, or discrete ``[N]``.
+            next_observation: ``[N, obs]``, where it ends.
+        """
+        reward: Tensor = self.skill_reward(
+            self.parent_predictor,
+            self.input_spec,
+            observation,
+            skill,
+            next_observation,
+            int(self.n_env_steps),
+        )
+        return reward
+
+    @property
+    def stored_keys(self) -> tuple[list[NestedKey], list[NestedKey]]:
+        """Also what the level above saw."""
+        required, optional = super().stored_keys
+        return [*required, "parent_observation", ("next", "parent_observation")], optional
+
+    def _sampled(self, data: TensorDictBase) -> TensorDictBase:
+        """Replace the reward of sampled transitions ``[N]``."""
+        key = self.next_reward_key
+        n_actions: Tensor = data.get("n_actions")
+        reward = torch.zeros_like(data.get(key))
+        pays: Tensor = self.skill_reward.pays(n_actions, self.duration or 1)
+        paid = pays.squeeze(-1).nonzero().squeeze(-1)
+        if len(paid):
+            read = ("parent_observation", self.input_key, ("next", "parent_observation"))
+            value = self.rate(*(data.get(k)[paid] for k in read))
+            reward[paid] = value.unsqueeze(-1).to(reward)
+        return data.set(key, reward)

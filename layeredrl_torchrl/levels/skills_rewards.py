@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+import operator
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torchrl.data import Bounded, TensorSpec
-from torchrl.envs import Transform
 
 from layeredrl_torchrl._checks import check_positive_int
 from layeredrl_torchrl.predictors import Predictor, RewardPredictor
 from layeredrl_torchrl.specs import action_features, is_discrete, width
 
-if TYPE_CHECKING:
-    from layeredrl_torchrl.levels.skills import SkillLevel
-
 __all__ = ["DADSReward", "SPlaTESReward", "SkillReward", "identifiability"]
-
-_PARENT = "parent_observation"
-_NEEDS = "transitions of a skill level are made by Hierarchy.transitions"
 
 
 def identifiability(log_prob: Tensor) -> Tensor:
@@ -46,15 +39,13 @@ def identifiability(log_prob: Tensor) -> Tensor:
     return math.log(log_prob.shape[-1]) - relative.logsumexp(-1)
 
 
-class SkillReward(Transform):
-    r"""The reward of skills, by the predictor of the level above; replaces ``("next", "reward")``.
+class SkillReward(nn.Module, ABC):
+    r"""The reward of skills, by the predictor of the level above.
 
-    A transform of the replay buffer: the reward is worked out whenever a transition is sampled, by
-    the predictor as it is then. Which transitions have one the subclass says; the others have 0.
-    It is :func:`identifiability` under the predictor's model, with outcomes compared as
-    changes of the state that are whitened (see :class:`~layeredrl_torchrl.DeltaStandardizer`), and
-    all members predicting with one fixed ``std`` there. So every dimension counts alike, and what
-    the model is unsure of is no cheaper than the rest.
+    It is :func:`identifiability` under the predictor's model, with outcomes compared as changes of
+    the state that are whitened (see :class:`~layeredrl_torchrl.DeltaStandardizer`), and all members
+    predicting with one fixed ``std`` there. So every dimension counts alike, and what the model is
+    unsure of is no cheaper than the rest. A subclass says which actions of a skill are paid.
 
     At first no skill does anything, and a model of what they do tells none from another. For
     ``n_symmetry_breaking_steps`` a fixed random model, linear in the skill, stands in,
@@ -63,7 +54,7 @@ class SkillReward(Transform):
 
     whose reward is blended into the learned model's: its weight falls linearly from 1 to 0. ``L``
     has orthogonal columns (or rows, if it is wide) and spreads skills of the prior as widely as
-    the whitened changes are spread; it is drawn when the level is attached, and saved.
+    the whitened changes are spread; :meth:`prepare` draws it, and it is saved.
 
     >>> SPlaTESReward(state_dims=[0, 1], n_symmetry_breaking_steps=20_000).state_dims
     [0, 1]
@@ -80,7 +71,8 @@ class SkillReward(Transform):
         TypeError, ValueError: Numbers of other kinds, or outside their range.
     """
 
-    linear_model: Tensor  # [D', Z], 0 x 0 until the level is attached
+    std: Tensor  # [] or [D']
+    linear_model: Tensor  # [D', Z], 0 x 0 until it is drawn
     #: Whether every step of a skill is paid, by a level above that learns from every step.
     each_step: bool = False
 
@@ -92,15 +84,15 @@ class SkillReward(Transform):
         state_dims: Sequence[int] | None = None,
         n_symmetry_breaking_steps: int = 0,
     ) -> None:
-        super().__init__(in_keys=[], out_keys=[])
+        super().__init__()
         self.n_skill_samples = check_positive_int("n_skill_samples", n_skill_samples)
         self.n_symmetry_breaking_steps = check_positive_int(
             "n_symmetry_breaking_steps", n_symmetry_breaking_steps, minimum=0
         )
-        stds = torch.as_tensor(std, dtype=torch.float32)
+        stds = torch.as_tensor(std, dtype=torch.get_default_dtype())
         if stds.ndim > 1 or not bool(((stds > 0) & stds.isfinite()).all()):
             raise ValueError(f"std must be a positive number, or one for each dimension, got {std}")
-        self.state_dims = None if state_dims is None else list(state_dims)
+        self.state_dims = None if state_dims is None else [operator.index(d) for d in state_dims]
         if self.state_dims is not None and (
             not self.state_dims or len(set(self.state_dims)) < len(self.state_dims)
         ):
@@ -110,24 +102,17 @@ class SkillReward(Transform):
             )
         self.register_buffer("std", stds, persistent=False)
         self.register_buffer("linear_model", torch.zeros(0, 0))
-        self.__dict__["level"] = None
 
-    # -- setting up -------------------------------------------------------------------------
+    @abstractmethod
+    def pays(self, n_actions: Tensor, duration: int) -> Tensor:
+        """Whether an action of a skill has a reward, bool ``[N, 1]``.
 
-    def bind(self, level: SkillLevel) -> None:
-        """Become the reward of a level, whose predictor, skills, duration and clock are read.
-
-        Raises:
-            ValueError: It is the reward of another level already.
+        Args:
+            n_actions: Actions of the skill before this one, ``[N, 1]``.
+            duration: Actions in a skill.
         """
-        if self.level not in (None, level):
-            raise ValueError(
-                f"this {type(self).__name__} is the reward of another level already; build one "
-                "for each level"
-            )
-        self.__dict__["level"] = level
 
-    def attach(self, predictor: Predictor) -> None:
+    def prepare(self, predictor: Predictor, skill_spec: TensorSpec) -> None:
         """Check that ``predictor`` can tell skills apart; draw the linear model if there is none.
 
         Raises:
@@ -147,7 +132,7 @@ class SkillReward(Transform):
             )
         dim = predictor.latent_state_dim
         dims = range(dim) if self.state_dims is None else self.state_dims
-        if not all(isinstance(d, int) and 0 <= d < dim for d in dims):
+        if not all(0 <= d < dim for d in dims):
             raise ValueError(
                 f"{name} looks at state_dims {self.state_dims}, but the state of the predictor "
                 f"above has {dim} dimensions"
@@ -157,63 +142,41 @@ class SkillReward(Transform):
                 f"{name} has {self.std.numel()} stds for {len(dims)} dimensions of the state; "
                 "give one number, or one for each"
             )
-        shape = (len(dims), width(self._skill_spec))
+        shape = (len(dims), width(skill_spec))
         if tuple(self.linear_model.shape) != shape:
             # Both skills and changes have unit second moments.
             gain = math.sqrt(max(1.0, shape[0] / shape[1]))
             drawn = nn.init.orthogonal_(torch.empty(shape), gain)
-            self.linear_model = drawn.to(self.linear_model.device)
+            self.linear_model = drawn.to(self.linear_model)
 
-    @property
-    def _skill_spec(self) -> TensorSpec:
-        return self.level.input_spec
-
-    # -- rewarding --------------------------------------------------------------------------
-
-    @abstractmethod
-    def _rewarded(self, tensordict: TensorDictBase) -> Tensor:
-        """Which transitions have a reward, bool ``[N]``."""
-
-    @property
-    def symmetry_breaking(self) -> float:
-        """Weight of the linear model now."""
+    def symmetry_breaking(self, n_env_steps: int) -> float:
+        """Weight of the linear model after ``n_env_steps`` environment steps."""
         if not self.n_symmetry_breaking_steps:
             return 0.0
-        return max(0.0, 1.0 - int(self.level.n_env_steps) / self.n_symmetry_breaking_steps)
+        return max(0.0, 1.0 - n_env_steps / self.n_symmetry_breaking_steps)
 
     @torch.no_grad()
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Replace the reward of sampled transitions ``[N]``.
-
-        Raises:
-            KeyError: Transitions that a hierarchy did not make.
-        """
-        level = self.level
-        for key in (_PARENT, ("next", _PARENT), level.input_key, ("next", "reward")):
-            if tensordict.get(key, None) is None:
-                names = sorted(map(str, tensordict.keys(True, True)))
-                raise KeyError(f"{level.name} has no {key!r} among {names}; {_NEEDS}")
-        reward = torch.zeros_like(tensordict.get(("next", "reward")))
-        which = self._rewarded(tensordict).nonzero().squeeze(-1)
-        if len(which):
-            reward[which] = self.of(
-                tensordict.get(_PARENT)[which],
-                tensordict.get(level.input_key)[which],
-                tensordict.get(("next", _PARENT))[which],
-            ).unsqueeze(-1)
-        return tensordict.set(("next", "reward"), reward)
-
-    def of(self, observation: Tensor, skill: Tensor, next_observation: Tensor) -> Tensor:
+    def forward(
+        self,
+        predictor: Any,
+        skill_spec: TensorSpec,
+        observation: Tensor,
+        skill: Tensor,
+        next_observation: Tensor,
+        n_env_steps: int,
+    ) -> Tensor:
         """The reward ``[N]`` of skills, in nats.
 
         Args:
+            predictor: The ``RewardPredictor`` of the level above, as :meth:`prepare` was given it.
+            skill_spec: Whose uniform distribution is the prior of skills.
             observation: ``[N, obs]`` of the level above, where the predictor's step begins.
             skill: ``[N, Z]``, or discrete ``[N]``.
             next_observation: ``[N, obs]``, where it ends.
+            n_env_steps: Environment steps so far, by which the linear model is blended out.
         """
-        weight = self.symmetry_breaking
-        predictor, n = self.level.parent_predictor, len(skill)
-        others = self._skill_spec.rand((n, self.n_skill_samples)).to(skill)
+        weight, n = self.symmetry_breaking(n_env_steps), len(skill)
+        others = skill_spec.rand((n, self.n_skill_samples)).to(skill)
         skills = torch.cat([skill.unsqueeze(1), others], 1)
         state, context = predictor.encode(observation)
         next_state, _ = predictor.encode(next_observation)
@@ -232,15 +195,14 @@ class SkillReward(Transform):
         if weight > 0.0:
             loc = predictor.delta_standardizer.loc
             change = (next_state - state - loc) @ whitening.mT
-            expected = self._features(skills) @ self.linear_model.mT
+            expected = self._features(skill_spec, skills) @ self.linear_model.mT
             error = (change.unsqueeze(1) - expected) / self.std
             reward = reward + weight * identifiability(-0.5 * error.square().sum(-1))
         return reward
 
-    def _features(self, skills: Tensor) -> Tensor:
+    def _features(self, spec: TensorSpec, skills: Tensor) -> Tensor:
         """Skills ``[*B, ...]`` as features ``[*B, Z]`` of second moments 1 under the prior."""
-        spec, dtype = self._skill_spec, self.linear_model.dtype
-        features = action_features(spec, skills, dtype)
+        features = action_features(spec, skills, self.linear_model.dtype)
         if is_discrete(spec):
             return features * math.sqrt(width(spec))
         if not isinstance(spec, Bounded):
@@ -248,7 +210,7 @@ class SkillReward(Transform):
         low, high = spec.space.low.to(features), spec.space.high.to(features)
         return (features - (low + high) / 2) / (high - low) * math.sqrt(12.0)
 
-    def _whitening(self, predictor: Predictor) -> Tensor:
+    def _whitening(self, predictor: Any) -> Tensor:
         """The map ``[D', D]`` from changes of the state to whitened ones of chosen dimensions."""
         whitening: Tensor = predictor.delta_standardizer.whitening
         if self.state_dims is None:
@@ -276,11 +238,9 @@ class SPlaTESReward(SkillReward):
     64
     """
 
-    def _rewarded(self, tensordict: TensorDictBase) -> Tensor:
-        taken = tensordict.get("n_actions", None)
-        if taken is None:
-            raise KeyError(f"{self.level.name} has no 'n_actions' to tell last steps by; {_NEEDS}")
-        return (taken + 1 >= self.level.duration).squeeze(-1)
+    def pays(self, n_actions: Tensor, duration: int) -> Tensor:
+        """Whether it is the last action of a skill, bool ``[N, 1]``."""
+        return n_actions + 1 >= duration
 
 
 class DADSReward(SkillReward):
@@ -294,5 +254,6 @@ class DADSReward(SkillReward):
 
     each_step = True
 
-    def _rewarded(self, tensordict: TensorDictBase) -> Tensor:
-        return torch.ones(len(tensordict), dtype=torch.bool, device=tensordict.device)
+    def pays(self, n_actions: Tensor, duration: int) -> Tensor:
+        """True of every action, bool ``[N, 1]``."""
+        return torch.ones_like(n_actions, dtype=torch.bool)

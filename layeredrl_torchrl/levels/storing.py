@@ -1,84 +1,171 @@
-"""What of a collector's data a level stores, and where."""
+"""The replay buffer of a level: which one, what is written to it, and how a write is undone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from tensordict import NestedKey, TensorDictBase, unravel_key
-from torchrl.data import LazyTensorStorage, ReplayBuffer, TensorDictReplayBuffer
+from torchrl.data import (
+    LazyTensorStorage,
+    ReplayBuffer,
+    RoundRobinWriter,
+    TensorDictReplayBuffer,
+    TensorStorage,
+)
+from torchrl.envs.transforms import MultiStepTransform
 
-from layeredrl_torchrl._checks import check_finite, check_positive_int
+from layeredrl_torchrl._checks import check_instance, check_positive_int
 
-__all__ = ["check_transitions", "make_buffer", "match_layout", "n_env_steps", "uncut"]
+__all__ = ["Overwritten", "make_buffer", "n_rows_along_time", "select_stored", "write"]
 
 _BUFFER_SIZE = 100_000
+_REPLACE = "pass TensorDictReplayBuffer(storage=LazyTensorStorage(n)), or leave buffer out"
 
 
 def make_buffer(buffer: ReplayBuffer | None, size: int | None, n_axes: int) -> ReplayBuffer:
-    """``buffer`` itself, or one of ``size`` transitions for data of ``n_axes`` axes."""
+    """Return ``buffer`` if a level can write to it, or make one for data of ``n_axes`` axes.
+
+    Args:
+        buffer: The user's; ``None`` for a new one.
+        size: Transitions that a new one holds; 100,000 by default.
+        n_axes: Axes of the data, ``[T]`` or ``[env, T]``.
+
+    Raises:
+        TypeError: No TorchRL buffer; one without a tensor storage in this process, or with a
+            writer that does not write row after row. ValueError: ``size`` beside ``buffer``; a
+            transform that joins several steps.
+    """
     if buffer is None:
         size = check_positive_int("buffer_size", _BUFFER_SIZE if size is None else size)
         return TensorDictReplayBuffer(storage=LazyTensorStorage(size, ndim=n_axes))
     if size is not None:
         raise ValueError(f"buffer_size={size} has no effect beside a buffer; leave it out")
-    if not isinstance(buffer, ReplayBuffer):
-        raise TypeError(f"buffer must be a torchrl ReplayBuffer, got {type(buffer).__name__}")
+    check_instance("buffer", buffer, ReplayBuffer, hint="a torchrl ReplayBuffer; " + _REPLACE)
+    storage, writer = getattr(buffer, "storage", None), getattr(buffer, "writer", None)
+    if not isinstance(storage, TensorStorage):
+        raise TypeError(
+            f"buffer is a {type(buffer).__name__} on a {type(storage).__name__}, but a level "
+            f"writes to and learns from a storage of tensors in its own process; {_REPLACE}"
+        )
+    if not isinstance(writer, RoundRobinWriter):
+        raise TypeError(
+            f"buffer has a {type(writer).__name__}, but a level writes row after row, by a "
+            f"RoundRobinWriter; {_REPLACE}. (Learn from a data set by predictor.learn.)"
+        )
+    if any(isinstance(part, MultiStepTransform) for part in buffer.transform):
+        raise ValueError(
+            "buffer has a MultiStepTransform, which joins several steps into one transition, but "
+            "levels learn from single steps; leave it out"
+        )
     return buffer
 
 
-def match_layout(buffer: ReplayBuffer, data: TensorDictBase, *, adapt: bool) -> None:
-    """Raise ``ValueError`` unless ``buffer`` stores as many axes as ``data`` has.
+def n_rows_along_time(buffer: ReplayBuffer) -> int:
+    """Rows that are stored, of storages with several lanes those of one lane."""
+    storage = buffer.storage
+    return len(storage) // max(storage.shape[1:].numel(), 1) if len(storage) else 0
+
+
+def select_stored(
+    buffer: ReplayBuffer,
+    data: TensorDictBase,
+    required: Iterable[NestedKey],
+    optional: Iterable[NestedKey],
+    *,
+    adapt: bool,
+) -> TensorDictBase:
+    """Return the entries of ``data`` that are stored, if they fit what is stored already.
+
+    The first data decides which of the optional entries are stored, and all later data has to
+    have the same: TorchRL would store zeros for what is missing.
 
     Args:
         buffer: Where the data is to be stored.
-        data: ``[T]`` or ``[env, T]``.
-        adapt: Whether a buffer that is still empty may be laid out for the data.
+        data: ``[T]`` or ``[env, T]``, with all required entries.
+        required: Entries that are always stored.
+        optional: Entries that are stored where the first data has them.
+        adapt: Whether a buffer that is still empty may be laid out for the axes of the data.
+
+    Raises:
+        KeyError: Entries that the stored rows have and ``data`` has not, or the other way round.
+        ValueError: Other axes, another number of environments, other shapes or dtypes.
     """
     storage = buffer.storage
-    if adapt and not len(storage):
-        storage.ndim = data.ndim
+    if adapt and not storage.initialized:
+        # TorchRL takes the axis of time from the storage once, when the buffer is built.
+        storage.ndim, buffer._dim_extend = data.ndim, data.ndim - 1
     if data.ndim != storage.ndim:
         raise ValueError(
             f"data has the batch shape {tuple(data.shape)}, but the buffer stores {storage.ndim} "
             "axes; build the level with env=, or pass buffer="
             f"TensorDictReplayBuffer(storage=LazyTensorStorage(n, ndim={data.ndim}))"
         )
-
-
-def check_transitions(data: object, keys: Iterable[NestedKey]) -> TensorDictBase:
-    """``data``, if it has transitions with all of ``keys`` and nothing there is NaN or infinite."""
-    if not isinstance(data, TensorDictBase):
-        raise TypeError(
-            f"data must be a TensorDict of transitions, got {type(data).__name__}; pass what a "
-            "collector yields (one with replay_buffer= yields None: leave that out)"
+    found = set(data.keys(True, True))
+    wanted = {unravel_key(key) for key in required}
+    wanted |= {key for key in map(unravel_key, optional) if key in found}
+    if not storage.initialized:
+        return data.select(*wanted)
+    stored = storage[:]
+    keys = set(stored.keys(True, True)) - {"index"}  # which TorchRL adds
+    if keys - found or wanted - keys:
+        raise KeyError(
+            f"data lacks {_names(keys - found)} and adds {_names(wanted - keys)}, compared with "
+            "what the level stored before; give the same entries every time, or start with "
+            "another buffer. Nothing of the data is stored"
         )
-    if not data.ndim or not data.shape.numel():
+    if stored.batch_size[1:] != data.batch_size[:-1]:
         raise ValueError(
-            f"data has the batch shape {tuple(data.shape)}, expected transitions [T] or [env, T]"
+            f"data has the batch shape {tuple(data.shape)}, but the buffer has "
+            f"{tuple(stored.batch_size[1:])} environments beside time; use as many as before, or "
+            "another level for them. Nothing of the data is stored"
         )
     for key in keys:
-        value = data.get(unravel_key(key), None)
-        if value is None:
-            names = sorted(map(str, data.keys(True, True)))
-            raise KeyError(f"data has no {key!r}, which a level learns from; it has {names}")
-        if value.is_floating_point():
-            check_finite(str(key), value, hint="nothing of the data is stored; repair it first")
-    return data
+        has, got = stored.get(key), data.get(key)
+        if (has.shape[storage.ndim :], has.dtype) != (got.shape[data.ndim :], got.dtype):
+            raise ValueError(
+                f"data has {key!r} of {tuple(got.shape[data.ndim :])} {got.dtype}, but what is "
+                f"stored is {tuple(has.shape[storage.ndim :])} {has.dtype}; give the same every "
+                "time. Nothing of the data is stored"
+            )
+    return data.select(*keys)
 
 
-def n_env_steps(data: TensorDictBase) -> int:
-    """Environment steps that transitions took: one each, or ``("next", "elapsed_steps")``."""
-    elapsed = data.get(("next", "elapsed_steps"), None)
-    return data.shape.numel() if elapsed is None else int(elapsed.sum())
+def _names(keys: Iterable[NestedKey]) -> str:
+    return ", ".join(sorted(repr(key) for key in keys)) or "nothing"
 
 
-def uncut(data: TensorDictBase) -> TensorDictBase:
-    """The transitions ``[N]`` that show where their action leads.
+def write(buffer: ReplayBuffer, rows: TensorDictBase) -> None:
+    """Store ``rows [T]`` or ``[env, T]``."""
+    # TensorDictReplayBuffer.extend also writes indices into the rows, which fails for [env, 1].
+    ReplayBuffer.extend(buffer, rows)
 
-    One that a time limit cut short (``("next", "interrupted")``) does not, unless it is seen to
-    have terminated. Without the key, all of ``data``.
+
+class Overwritten:
+    """What the next ``n_rows`` written to a buffer would overwrite, to be put back.
+
+    Args:
+        buffer: On a tensor storage, with a writer that goes round.
+        n_rows: Rows along all axes; more than are written does no harm.
     """
-    cut = data.get(("next", "interrupted"), None)
-    if cut is None:
-        return data
-    return data[(~cut | data.get(("next", "terminated"))).squeeze(-1)]
+
+    def __init__(self, buffer: ReplayBuffer, n_rows: int) -> None:
+        storage, writer = buffer.storage, buffer.writer
+        self.buffer = buffer
+        self.writer, self.length = writer.state_dict(), len(storage)
+        self.last = storage._last_cursor
+        self.index = self.rows = None
+        if self.length:
+            n_filled, capacity = n_rows_along_time(buffer), storage._storage.shape[0]
+            ahead = torch.arange(min(n_rows, capacity))
+            index = (self.writer["_cursor"] + ahead) % capacity
+            self.index = index[index < n_filled]
+            self.rows = storage._storage[self.index].clone()
+
+    def put_back(self) -> None:
+        """Leave the buffer as it was, whatever was written since."""
+        storage = self.buffer.storage
+        if self.index is not None and len(self.index):
+            storage._storage[self.index] = self.rows
+        storage._len, storage._last_cursor = self.length, self.last
+        self.buffer.writer.load_state_dict(self.writer)

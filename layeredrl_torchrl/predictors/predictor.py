@@ -160,6 +160,11 @@ class Predictor(WholeState):
         return check_per_item("val_func", value, state.shape[:-1])
 
     @property
+    def n_steps_needed(self) -> int:
+        """Consecutive steps that one update of :meth:`learn` reads; a buffer needs as many."""
+        return 1
+
+    @property
     def terminal_value(self) -> RewardFunction | None:
         """The value function that planning ends with; a subclass may keep a steadier one."""
         return self.val_func

@@ -268,6 +268,11 @@ class RewardPredictor(Predictor):
             move_towards(self.target_val_func, self.val_func, self.tau)
 
     @property
+    def n_steps_needed(self) -> int:
+        """Steps of a slice that reward and value learn from."""
+        return int(self.predictor_loss.k_steps + self.predictor_loss.n_steps)
+
+    @property
     def terminal_value(self) -> RewardFunction | None:
         """The target network, an average over recent updates and so steadier than ``val_func``."""
         return self.val_func if self.target_val_func is None else self.target_val_func

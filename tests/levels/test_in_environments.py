@@ -98,6 +98,9 @@ def test_random_phases_end_with_their_episode():
     both = 0
     for row in data:
         left, onward = row["random_steps_left"][:, 0], row["next", "random_steps_left"][:, 0]
+        # What is carried is 0 until the level acts, and one more than is left from then on.
+        assert (onward > 0).all()
+        left, onward = (left - 1).clamp_min(0), onward - 1
         random, ended = row["random_action"][:, 0], row["next", "done"][:, 0]
         assert left[0] == 0
         assert torch.equal(left[1:], torch.where(ended[:-1], 0, onward[:-1]))

@@ -28,7 +28,7 @@ class Constant(Level):
 
 def test_a_level_without_predictor():
     level = Constant(gym.spaces.Discrete(3), input_spec=OneHot(4))
-    assert level.predictor is level.optimizer is level.parent_predictor is None
+    assert level.predictor is level.optim is level.parent_predictor is None
     assert level.action_spec.n == 3
     assert level.input_spec == OneHot(4)
     assert level.name == "Constant"

@@ -65,14 +65,14 @@ def test_set_up_later_it_is_as_if_built_with_its_spaces(make):
         actions.append(level(td.clone())["action"])
     assert torch.equal(*actions)
     assert later.in_keys == at_once.in_keys
-    assert later.optimizer is not None
+    assert later.optim is not None
 
 
 @both
 def test_set_up_again_it_stays_what_it_learned(make, make_transitions, unchanged):
     level = make(OBS, ACTIONS, updates_per_step=0.1)
     level.learn(make_transitions())
-    with unchanged(level, level.optimizer):
+    with unchanged(level, level.optim):
         level.setup(Unbounded((2,)), Bounded(-1.0, 1.0, (1,)))
     for spaces, message in (
         ((Unbounded((3,)), ACTIONS), "set up for the observation space"),
@@ -95,7 +95,7 @@ def test_before_it_is_set_up(make, make_transitions):
     level = make()
     for use in (
         lambda: level.action_spec,
-        lambda: level.optimizer,
+        lambda: level.optim,
         lambda: level.learn(make_transitions()),
     ):
         with pytest.raises(RuntimeError, match="knows no spaces yet; put it into a Hierarchy"):

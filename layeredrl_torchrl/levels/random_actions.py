@@ -1,0 +1,52 @@
+"""Random actions, drawn on the device that they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchrl.data import Bounded, OneHot, TensorSpec
+
+from layeredrl_torchrl.specs import is_discrete, width
+
+__all__ = ["RandomActions"]
+
+
+class RandomActions(nn.Module):
+    """Draws actions of a spec: uniform within bounds and among choices, otherwise normal.
+
+    TorchRL's ``spec.rand`` draws on the spec's device, from where actions would have to be copied;
+    here the bounds are buffers that move with the level.
+
+    Args:
+        spec: Of one action. Dimensions without finite bounds are drawn from a standard normal
+            distribution and moved to the bounds.
+    """
+
+    low: Tensor  # [A]
+    high: Tensor  # [A]
+
+    def __init__(self, spec: TensorSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        bounded = isinstance(spec, Bounded)
+        zeros = torch.zeros(() if is_discrete(spec) else spec.shape)
+        low = spec.space.low.float() if bounded else zeros - torch.inf
+        high = spec.space.high.float() if bounded else zeros + torch.inf
+        self.register_buffer("low", low.clone(), persistent=False)
+        self.register_buffer("high", high.clone(), persistent=False)
+
+    def forward(self, batch: Sequence[int]) -> Tensor:
+        """Independent draws ``[*B, A]``, or ``[*B]`` or one-hot as the spec says."""
+        spec, device = self.spec, self.low.device
+        if is_discrete(spec):
+            choice = torch.randint(width(spec), tuple(batch), device=device)
+            if isinstance(spec, OneHot):
+                choice = nn.functional.one_hot(choice, width(spec))
+            return choice.to(spec.dtype)
+        span, shape = self.high - self.low, (*batch, *spec.shape)
+        uniform = self.low + span * torch.rand(shape, dtype=self.low.dtype, device=device)
+        normal = torch.randn(shape, dtype=self.low.dtype, device=device)
+        draw = torch.where(span.isfinite(), uniform, normal)
+        return torch.minimum(torch.maximum(draw, self.low), self.high).to(spec.dtype)

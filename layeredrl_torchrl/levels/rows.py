@@ -1,0 +1,151 @@
+"""Which rows of collected data a level learns from, and what they have to be."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+from tensordict import NestedKey, TensorDictBase, unravel_key
+from torch import Tensor
+from torchrl.data import TensorSpec
+
+from layeredrl_torchrl._checks import check_finite, require
+from layeredrl_torchrl.specs import canonical_action
+
+__all__ = [
+    "check_choice",
+    "check_flags",
+    "check_numbers",
+    "collected",
+    "n_env_steps",
+    "with_known_ends",
+    "without_cut",
+]
+
+_MASK = ("collector", "mask")
+_NOTHING = "nothing of the data is stored"
+
+
+def collected(data: object) -> TensorDictBase:
+    """Return the transitions of ``data`` that were really made.
+
+    Rows that pad trajectories to one length (``("collector", "mask")`` is false there) are left
+    out, and the others are ``[N]`` then.
+
+    Raises:
+        TypeError: No TensorDict. ValueError: One of another shape; transitions that span several
+            steps.
+    """
+    if not isinstance(data, TensorDictBase):
+        raise TypeError(
+            f"data must be a TensorDict of transitions, got {type(data).__name__}; pass what a "
+            "collector yields (one with replay_buffer= yields None: leave that out)"
+        )
+    if not data.ndim or not data.shape.numel():
+        raise ValueError(
+            f"data has the batch shape {tuple(data.shape)}, expected transitions [T] or [env, T]"
+        )
+    spans = data.get("steps_to_next_obs", None)
+    if spans is not None and bool((spans != 1).any()):
+        raise ValueError(
+            f"data has transitions of up to {int(spans.max())} steps ('steps_to_next_obs', which "
+            "MultiStep writes), but levels learn from single steps and sum up rewards by "
+            f"themselves; leave MultiStep out of the collector. {_NOTHING.capitalize()}"
+        )
+    mask = data.get(_MASK, None)
+    if mask is None:
+        return data
+    if mask.dtype != torch.bool or mask.shape.numel() != data.shape.numel():
+        raise ValueError(
+            f"{_MASK!r} is {mask.dtype} {tuple(mask.shape)}, expected torch.bool "
+            f"{tuple(data.shape)}"
+        )
+    return data[mask.reshape(data.shape)]
+
+
+def n_env_steps(data: TensorDictBase) -> int:
+    """Environment steps that transitions took: one each, or ``("next", "elapsed_steps")``."""
+    elapsed = data.get(("next", "elapsed_steps"), None)
+    if elapsed is None:
+        return data.shape.numel()
+    if elapsed.is_floating_point() or bool((elapsed < 1).any()):
+        raise ValueError(
+            f"('next', 'elapsed_steps') is {elapsed.dtype} from {elapsed.min().item()}, expected "
+            f"whole numbers of at least 1; {_NOTHING}"
+        )
+    return int(elapsed.sum())
+
+
+def with_known_ends(data: TensorDictBase, key: NestedKey, name: str) -> TensorDictBase:
+    """Leave out the ends of episodes of which the last observation is not known, with a warning.
+
+    Environments that reset themselves give the next episode's first observation instead, and
+    TorchRL puts NaN where the last one should be.
+
+    Args:
+        data: ``[T]`` or ``[env, T]``; ``[N]`` is returned if any row is left out.
+        key: Of the observation.
+        name: Of the level, for the warning.
+    """
+    reached, done = data.get(unravel_key(("next", key))), data.get(("next", "done"))
+    if not reached.is_floating_point() or not done.any():
+        return data
+    unknown = reached.isnan().flatten(data.ndim).all(-1) & done.reshape(data.shape)
+    if not unknown.any():
+        return data
+    warnings.warn(
+        f"{name} leaves out {int(unknown.sum())} of {data.numel()} transitions: the last "
+        "observation of their episode is NaN, as environments that reset themselves have it, so "
+        "nothing is learned of how episodes end; let TorchRL reset the environment",
+        stacklevel=4,
+    )
+    return data[~unknown]
+
+
+def without_cut(data: TensorDictBase) -> TensorDictBase:
+    """The transitions that show where their action leads; ``[N]`` if any is left out.
+
+    One that a time limit cut short (``("next", "interrupted")``) does not, unless it is seen to
+    have terminated. Without the key, all of ``data``.
+    """
+    cut = data.get(("next", "interrupted"), None)
+    if cut is None:
+        return data
+    shows = (~cut | data.get(("next", "terminated"))).squeeze(-1)
+    return data if bool(shows.all()) else data[shows]
+
+
+def check_numbers(data: TensorDictBase, keys: Iterable[NestedKey], name: str, hint: str) -> None:
+    """Raise unless ``data`` has finite numbers below all of ``keys``.
+
+    Raises:
+        KeyError: A missing entry. ValueError: NaN or infinite values; empty entries.
+    """
+    for key in map(unravel_key, keys):
+        value = require(data, key, reader=f"{name}.learn", hint=f"{hint}; {_NOTHING}")
+        if value.is_floating_point():
+            check_finite(str(key), value, hint=f"{_NOTHING}; repair it first")
+
+
+def check_flags(data: TensorDictBase, keys: Iterable[NestedKey], name: str, hint: str) -> None:
+    """Raise unless ``data`` says below all of ``keys`` what happened, bool ``[*B, 1]``.
+
+    Raises:
+        KeyError: A missing entry. ValueError: Another dtype or shape.
+    """
+    for key in map(unravel_key, keys):
+        value = require(data, key, reader=f"{name}.learn", hint=f"{hint}; {_NOTHING}")
+        if value.dtype != torch.bool or value.shape != (*data.shape, 1):
+            raise ValueError(
+                f"{key!r} is {value.dtype} {tuple(value.shape)}, expected torch.bool "
+                f"{(*data.shape, 1)}, for what happened and not how likely it was; {_NOTHING}"
+            )
+
+
+def check_choice(name: str, spec: TensorSpec, value: Tensor, batch: torch.Size) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless ``value [*B, ...]`` is in ``spec``."""
+    try:
+        canonical_action(spec, value, batch)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}; {_NOTHING}") from error

@@ -1,0 +1,38 @@
+"""Learning as a whole, or not at all."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from layeredrl_torchrl.levels.level import Level
+from layeredrl_torchrl.levels.storing import Overwritten
+
+__all__ = ["all_or_nothing"]
+
+
+@contextmanager
+def all_or_nothing(level: Level, n_rows: int) -> Iterator[None]:
+    """Put ``level`` back to what it was if anything is raised, ``KeyboardInterrupt`` included.
+
+    Parameters, counters, statistics, the state of the optimizer and the buffer's rows are put
+    back; random number generators go on.
+
+    Args:
+        level: A level that may learn.
+        n_rows: Rows that it may store, at most.
+    """
+    state = copy.deepcopy(level.state_dict())
+    optim = level.optim
+    moments = {} if optim is None else copy.deepcopy(optim.state_dict())
+    rows = None if level.buffer is None else Overwritten(level.buffer, n_rows)
+    try:
+        yield
+    except BaseException:
+        level.load_state_dict(state)
+        if optim is not None:
+            optim.load_state_dict(moments)
+        if rows is not None:
+            rows.put_back()
+        raise

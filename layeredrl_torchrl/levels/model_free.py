@@ -115,7 +115,7 @@ class ModelFreeLevel(LearningLevel):
                 f"buffer has a {type(sampler).__name__}, but a {self.name} learns from single "
                 "transitions and updates no priorities; use a RandomSampler"
             )
-        check_callable("learner_factory", learner_factory)
+        check_callable("learner_factory", learner_factory, factory=True)
         self.learner_factory = learner_factory
         self.input_ends = input_ends
         self.observation_key = unravel_key(observation_key)

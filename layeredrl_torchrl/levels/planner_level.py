@@ -141,8 +141,8 @@ class PlannerLevel(LearningLevel):
         self.model_batch_size = check_positive_int("model_batch_size", model_batch_size)
         self.random_action_key = unravel_key(random_action_key)
         self.state_key = unravel_key(state_key)
-        check_callable("predictor_factory", predictor_factory)
-        check_callable("planner_factory", planner_factory)
+        check_callable("predictor_factory", predictor_factory, factory=True)
+        check_callable("planner_factory", planner_factory, factory=True)
         self.predictor_factory, self.planner_factory = predictor_factory, planner_factory
         self._device = device
         if observation_space is not None:

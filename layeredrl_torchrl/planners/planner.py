@@ -114,7 +114,7 @@ class PredictorPlanner(MPCPlannerBase):
         # The base registers the environment twice, and a state dict would hold it twice.
         del self._modules["env"]
         self.action_spec = env.full_action_spec[own_key]
-        self._action_form = ActionForm(self.action_spec.cpu()).to(env.device)
+        self._action_form = ActionForm(self.action_spec)
         event = () if is_discrete(self.action_spec) else tuple(self.action_spec.shape)
         if optimizer.search.event_shape != event:
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pretended import Accelerator
 
 from layeredrl_torchrl.optimizers import CEM, ICEM, MPPI, GaussianSearch
 
@@ -18,6 +19,12 @@ def gaussian(a=2, low=-1.0, high=1.0, sigma=None, dtype=torch.float32):
 def make_gaussian():
     """``make_gaussian(a, low, high, sigma)``: the same bounds in every dimension."""
     return gaussian
+
+
+@pytest.fixture(scope="session")
+def accelerator():
+    """A pretended device."""
+    return Accelerator()
 
 
 @pytest.fixture(scope="session", params=[CEM, ICEM, MPPI], ids=["cem", "icem", "mppi"])

@@ -375,6 +375,33 @@ def test_mppi_with_equal_costs_counts_all_alike(make_gaussian):
     assert torch.equal(weights, torch.full((2, 5), 0.2))
 
 
+# -- devices --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_it_neither_waits_for_a_device_nor_copies_to_it(make, make_gaussian, accelerator, discrete):
+    """Bounds, memory and noise are where the module is, and no shape is taken from data."""
+    search = CategoricalSearch(3) if discrete else make_gaussian(2)
+    optimizer = accelerator.move(make(search, n_iterations=3))
+    with accelerator.watched():
+        memory = optimizer.forget((5,))
+        step = () if discrete else (2,)
+        proposals = torch.zeros(5, 1, 4, *step, device=accelerator.device)
+        for _ in range(2):
+            found = optimizer.optimize(
+                lambda x: x.float().flatten(2).sum(-1), memory, None, proposals
+            )
+            memory = optimizer.shift(found.memory)
+        for value in (found.mean, found.best, found.best_cost, found.random, *memory.values()):
+            assert value.device == torch.empty((), device=accelerator.device).device
+    for cost, what in (
+        (lambda x: x.flatten(2).sum(-1) * x.sum().item(), "waits for"),
+        (lambda x: x.flatten(2).sum(-1) + torch.ones(()).to(x.device), "copies to"),
+    ):
+        with pytest.raises(AssertionError, match=what), accelerator.watched():
+            optimizer.optimize(cost, optimizer.forget((5,)))
+
+
 # -- bad input ------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,13 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
+BAD = {
+    "missing": lambda x: None,
+    "NaN": lambda x: x.clone().index_fill_(0, torch.tensor([1]), torch.nan),
+    "infinite": lambda x: x.clone().index_fill_(0, torch.tensor([1]), torch.inf),
+    "wider": lambda x: torch.cat([x, x[..., :1]], -1),
+    "integers": lambda x: x.long(),
+}
 DOES_NOT_FIT = "size mismatch|does not fit|Failed to update"
 COPIES = [copy.deepcopy, lambda part: pickle.loads(pickle.dumps(part))]
 
@@ -59,6 +66,8 @@ class Conformance:
     batches = [(), (1,), (3,), (2, 3)]
     #: Default keys, and what :meth:`make_renamed` calls them instead.
     renamed: dict = {}
+    #: Keys of what has to be there, of the right width, in floats and finite.
+    checked: list = []
     #: Whether it has a state that differs between two of them.
     stateful = True
     #: Whether all that it writes is float64 once it is; actions have the dtype of their spec.
@@ -129,6 +138,18 @@ class Conformance:
             self.run(part, given)
         read = set(leaves(td)) - set(getattr(part, "out_keys", ()))
         assert_same(given.select(*read), td.select(*read), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("kind", BAD)
+    def test_bad_input_is_named_and_changes_nothing(self, kind, unchanged):
+        part = self.make()
+        for key in self.checked:
+            if kind == "integers" and key == "action":  # which are numbers, too
+                continue
+            td = self.inputs(part, (3,))
+            bad = BAD[kind](td[key])
+            td = td.exclude(key) if bad is None else td.set(key, bad)
+            with unchanged(part), pytest.raises((KeyError, TypeError, ValueError), match=key):
+                self.run(part, td)
 
     @pytest.mark.parametrize("duplicate", COPIES, ids=["deepcopy", "pickle"])
     def test_copies_answer_alike_and_share_nothing(self, duplicate):

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
+from layeredrl_torchrl._checks import check_flag, check_instance, check_number, require
+from layeredrl_torchrl._watch import refuse, watched
 from layeredrl_torchrl.models import ProbabilisticEnsemble
 from layeredrl_torchrl.objectives.terms import TermsLoss
 
@@ -94,11 +96,10 @@ class ModelLoss(TermsLoss):
         self, model: ProbabilisticEnsemble, *, per_member: bool = False, beta: float = 0.0
     ) -> None:
         super().__init__()
-        if not 0.0 <= beta <= 1.0:
-            raise ValueError(f"beta must lie in [0, 1], got {beta}")
-        self.beta = beta
+        check_instance("model", model, ProbabilisticEnsemble, hint="give the ensemble to train")
+        self.beta = check_number("beta", beta, 0.0, 1.0)
         self.model = model
-        self.per_member = per_member
+        self.per_member = check_flag("per_member", per_member)
 
     @property
     def in_keys(self) -> list[NestedKey]:
@@ -106,6 +107,7 @@ class ModelLoss(TermsLoss):
         keys = self.tensor_keys
         return [keys.state, keys.context, keys.action, keys.next_state, keys.terminated]
 
+    @watched
     def prepare(self, tensordict: TensorDictBase) -> ModelInputs:
         """Check and mask a batch ``[N]``, or ``[M, N]`` with ``per_member``.
 
@@ -125,12 +127,7 @@ class ModelLoss(TermsLoss):
             )
         values = []
         for key in self.in_keys:
-            value = tensordict.get(key, None)
-            if value is None:
-                raise KeyError(
-                    f"ModelLoss reads {key!r}, which is missing; the batch has "
-                    f"{sorted(map(str, tensordict.keys(True, True)))}. Rename it with set_keys()"
-                )
+            value = require(tensordict, key, reader="ModelLoss", hint="rename it with set_keys()")
             if not self.per_member:
                 value = value.expand(self.model.n_models, *value.shape)
             values.append(value)
@@ -208,9 +205,13 @@ class ModelLoss(TermsLoss):
                     value = value.squeeze(-1)
                 weight = weight * value.to(weight.dtype)
                 masked = True
-        if not bool((weight > 0).any()):
-            raise ValueError(
-                f"no transition of the batch counts: {self.tensor_keys.valid!r} and "
-                f"{self.tensor_keys.weight!r} leave nothing; check the mask"
+        if masked:
+            keys = self.tensor_keys
+            refuse(
+                ~(weight > 0).any(),
+                lambda _: ValueError(
+                    f"no transition of the batch counts: {keys.valid!r} and {keys.weight!r} leave "
+                    "nothing; check the mask"
+                ),
             )
         return weight, masked

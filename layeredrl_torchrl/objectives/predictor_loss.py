@@ -13,7 +13,16 @@ from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
 from torchrl.data import TensorSpec
 
-from layeredrl_torchrl._checks import check_finite, check_positive_int
+from layeredrl_torchrl._checks import (
+    check_callable,
+    check_finite,
+    check_flag,
+    check_instance,
+    check_number,
+    check_positive_int,
+    require,
+)
+from layeredrl_torchrl._watch import refuse, watched
 from layeredrl_torchrl.nets import Encoder
 from layeredrl_torchrl.objectives.targets import n_step_targets
 from layeredrl_torchrl.objectives.terms import TermsLoss
@@ -129,8 +138,10 @@ class PredictorLoss(TermsLoss):
         action_spec: TensorSpec | None = None,
     ) -> None:
         super().__init__()
-        if not 0.0 <= gamma <= 1.0:
-            raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
+        check_instance("encoder", encoder, Encoder, hint="subclass Encoder")
+        check_callable("rew_func", rew_func, optional=True)
+        check_callable("val_func", val_func, optional=True)
+        check_number("gamma", gamma, 0.0, 1.0)
         self.encoder = encoder
         self.rew_func = rew_func
         self.val_func = val_func
@@ -138,7 +149,7 @@ class PredictorLoss(TermsLoss):
         self.k_steps = check_positive_int("k_steps", k_steps)
         self.n_steps = check_positive_int("n_steps", n_steps)
         self.length = k_steps + n_steps
-        self.learn_encoder = learn_encoder
+        self.learn_encoder = check_flag("learn_encoder", learn_encoder)
         self.action_spec = action_spec
         if isinstance(val_func, nn.Module):
             if target_val_func is None:
@@ -170,6 +181,7 @@ class PredictorLoss(TermsLoss):
         k = self.tensor_keys
         return [k.observation, k.action, k.next_observation, k.reward, k.terminated, k.valid]
 
+    @watched
     @torch.no_grad()
     def prepare(self, tensordict: TensorDictBase) -> PreparedSlices:
         """Check slices ``[B, L]``, and work out all that no parameter has a part in.
@@ -189,8 +201,10 @@ class PredictorLoss(TermsLoss):
         k = self.k_steps
         observation, action = data[keys.observation][:, :k], data[keys.action][:, :k]
         valid = data[keys.valid][:, :k]
-        if not bool(valid.any()):
-            raise ValueError(f"no step of the slices is valid; check {keys.valid!r}")
+        refuse(
+            ~valid.any(),
+            lambda _: ValueError(f"no step of the slices is valid; check {keys.valid!r}"),
+        )
         stored_reward = data[keys.reward]
         if stored_reward.shape != (*tensordict.shape, 1):
             raise ValueError(
@@ -285,10 +299,4 @@ class PredictorLoss(TermsLoss):
 
     @staticmethod
     def _get(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
-        value = tensordict.get(key, None)
-        if value is None:
-            raise KeyError(
-                f"PredictorLoss reads {key!r}, which is missing; the batch has "
-                f"{sorted(map(str, tensordict.keys(True, True)))}. Rename it with set_keys()"
-            )
-        return value
+        return require(tensordict, key, reader="PredictorLoss", hint="rename it with set_keys()")

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from layeredrl_torchrl._checks import check_finite, check_positive_int
+from layeredrl_torchrl._checks import check_finite, check_number, check_positive_int
+from layeredrl_torchrl._watch import refuse
 
 __all__ = ["NStepTargets", "n_step_targets"]
 
@@ -77,8 +78,7 @@ def n_step_targets(
     """
     check_positive_int("k_steps", k_steps)
     check_positive_int("n_steps", n_steps)
-    if not 0.0 <= gamma <= 1.0:
-        raise ValueError(f"gamma: got {gamma!r}, expected a number in [0, 1].")
+    check_number("gamma", gamma, 0.0, 1.0)
     _check_tensors(reward, terminated, valid, elapsed_steps, length=k_steps + n_steps - 1)
 
     # One window of n steps per target, [B, k, n], as views. What follows an invalid step in a
@@ -135,8 +135,11 @@ def _check_tensors(
     )
     if elapsed_steps is not None:
         passes = (elapsed_steps >= 1) | ~valid
-        if not passes.all():
-            raise ValueError(
-                f"elapsed_steps: got {elapsed_steps[~passes][0].item()} in a valid step, expected "
-                "at least 1 environment step per transition."
-            )
+        steps = elapsed_steps
+        refuse(
+            ~passes.all(),
+            lambda _: ValueError(
+                f"elapsed_steps: got {steps[~passes][0].item()} in a valid step, expected at least "
+                "1 environment step per transition."
+            ),
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from layeredrl_torchrl import _reporting as reporting
 from layeredrl_torchrl._checks import check_instance, check_number
 from layeredrl_torchrl._state import refuse_other_shapes
+from layeredrl_torchrl._watch import flush, refuse, watched
 from layeredrl_torchrl.objectives import MemberBatches, ModelLoss
 from layeredrl_torchrl.objectives.terms import TermsLoss
 from layeredrl_torchrl.predictors.early_stopping import HoldoutWatch
@@ -105,7 +105,6 @@ class Updates(nn.Module):
         self.followers = dict(followers)
         self.register_buffer("n_updates", torch.zeros((), dtype=torch.long))
         self.own_losses = nn.ModuleList()
-        self._seen: Tensor | None = None
         groups = []
         for name, part in parts.items():
             parameters = _trainable(part)
@@ -208,46 +207,69 @@ class Updates(nn.Module):
             for name, value in terms.items():
                 totals[name] = totals[name] + value if name in totals else value
             counts.update(terms.keys())
-        self._look()
+        flush()
         info = {name: float(total) / counts[name] for name, total in totals.items()}
         info |= {"n_updates": float(counts["loss"]), "model_updates": float(counts["nll"])}
         if watch is not None:
             info["holdout_nll"] = watch.finish()
         return totals["loss"] / counts["loss"], info
 
+    @watched
     def step(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Take one gradient step; returns the detached terms.
 
-        It waits for no device but the CPU, whose values it looks at at once.
+        It waits for no accelerator, and everything that it changes stays in the same memory.
 
         Args:
             batch: A prepared batch for each loss that takes part, by its name.
 
         Raises:
-            ValueError: A term without a weight; on a CPU, a loss or gradient that is not finite,
-                which reaches no parameter.
+            ValueError: A term without a weight; a loss or gradient that is not finite, which on a
+                CPU reaches no parameter, and on an accelerator is found by a later call.
         """
         found = [self.losses[name](prepared) for name, prepared in batch.items()]
         loss = torch.stack([value for weighted, _ in found for value in weighted]).sum()
         terms = {name: value for _, several in found for name, value in several.items()}
         self.optim.zero_grad()
         loss.backward()
-        norms = {}
-        for group in self.optim.param_groups:
-            grads = [p.grad for p in group["params"] if p.grad is not None]
-            if not grads:
-                continue
-            norm = norms[group["name"]] = get_total_norm(grads)
-            if self.clip_grad_max_norm is not None:
-                clip_grads_with_norm_(group["params"], self.clip_grad_max_norm, norm)
-        detached = {"loss": loss.detach(), **{name: v.detach() for name, v in terms.items()}}
-        self._watch(detached, norms)
+        norms = self._clip()
+        self._refuse_if_not_finite(
+            {"loss": loss, **terms, **{f"gradient norm of {n}": v for n, v in norms.items()}}
+        )
         self.optim.step()
         for name, follow in self.followers.items():
             if name in terms:
                 follow()
         self.n_updates += 1
-        return detached
+        return {"loss": loss.detach(), **{name: value.detach() for name, value in terms.items()}}
+
+    def _clip(self) -> dict[str, Tensor]:
+        """Clip the gradients of each part; returns their norms before that."""
+        norms = {}
+        limit = self.clip_grad_max_norm
+        for group in self.optim.param_groups:
+            grads = [p.grad for p in group["params"] if p.grad is not None]
+            if not grads:
+                continue
+            norm = norms[group["name"]] = get_total_norm(grads, foreach=True)
+            # A CPU is asked first: clipping nothing takes as long as clipping.
+            if limit is not None and (norm.device.type != "cpu" or float(norm) > limit):
+                clip_grads_with_norm_(group["params"], limit, norm, foreach=True)
+        return norms
+
+    @staticmethod
+    def _refuse_if_not_finite(named: Mapping[str, Tensor]) -> None:
+        values = torch.stack([value.detach() for value in named.values()])
+
+        def error(bad: Tensor) -> ValueError:
+            found = dict(zip(named, values.tolist(), strict=True))
+            names = [name for name, flag in zip(named, bad.tolist(), strict=True) if flag]
+            return ValueError(
+                f"the {', '.join(names)} is not finite, of {found}; no parameter was changed. "
+                "Lower the learning rate, or check the data's scale"
+            )
+
+        refuse(~values.isfinite(), error)
 
     # -- learning rates ---------------------------------------------------------------------
 
@@ -291,37 +313,6 @@ class Updates(nn.Module):
                 for name, value in moments.items():
                     if value.device != p.device:
                         moments[name] = value.to(p.device)
-
-    # -- values that are not finite -----------------------------------------------------------
-
-    def _watch(self, terms: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
-        """Raise for values that are not finite: on a CPU now, elsewhere by :meth:`_look`."""
-        values = torch.stack([terms["loss"], *norms.values()])
-        if values.device.type == "cpu":
-            # Read together, and all at once.
-            if not math.isfinite(sum(values.tolist())):
-                self._refuse(terms, norms)
-            return
-        if self._seen is None or self._seen.device != values.device:
-            self._seen = torch.zeros_like(values[0])
-        self._seen.add_((values * 0.0).sum())  # NaN from the first bad value on
-
-    def _look(self) -> None:
-        if self._seen is None:
-            return
-        seen = float(self._seen)
-        self._seen.zero_()
-        if not math.isfinite(seen):
-            self._refuse({}, {})
-
-    def _refuse(self, terms: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
-        values = {name: value.item() for name, value in terms.items()}
-        sizes = {name: value.item() for name, value in norms.items()}
-        raise ValueError(
-            f"the loss or its gradients are not finite: the terms are {values} and the norms of "
-            f"the gradients {sizes}; no parameter was changed. Lower the learning rate, or check "
-            "the data's scale"
-        )
 
 
 def _trainable(part: object) -> list[nn.Parameter]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchrl.data import (
     Bounded,
     Categorical,
+    Composite,
     MultiCategorical,
     MultiOneHot,
     OneHot,
@@ -50,24 +51,40 @@ def to_spec(space: Space | None, *, name: str = "space") -> TensorSpec:
     True
 
     Args:
-        space: ``Box`` with one axis, ``Discrete`` that starts at 0, or a TorchRL ``Bounded``,
-            ``Unbounded``, ``OneHot`` or ``Categorical``. ``None`` is the empty space ``[0]``.
+        space: ``Box`` of floats with one axis, ``Discrete`` that starts at 0, or a TorchRL
+            ``Bounded``, ``Unbounded``, ``OneHot`` or ``Categorical``, alone or as the only leaf of
+            a ``Composite`` (as ``env.action_spec`` is where the key is not ``"action"``). A
+            ``MultiCategorical`` or ``MultiOneHot`` of one choice, as ``ActionDiscretizer`` gives
+            it for one dimension, counts as that choice. ``None`` is the empty space ``[0]``.
         name: What the space is for, used in error messages.
 
     Returns:
         ``Bounded``/``Unbounded`` of shape ``[n]`` and a float dtype, ``OneHot`` of shape ``[n]``
-        or ``Categorical`` of shape ``[]``. A gymnasium ``Discrete`` becomes ``Categorical``
-        (integers, as gymnasium itself has it); TorchRL's ``GymEnv`` uses ``OneHot`` unless asked
-        otherwise, and its spec is taken as it is.
+        or ``Categorical`` of shape ``[]`` or ``[1]``. A gymnasium ``Discrete`` becomes
+        ``Categorical`` (integers, as gymnasium itself has it); TorchRL's ``GymEnv`` uses
+        ``OneHot`` unless asked otherwise, and its spec is taken as it is.
 
     Raises:
-        TypeError: Any other kind of space.
-        ValueError: A space with several axes, or a ``Discrete`` with another start.
+        TypeError: Any other kind of space, also a ``Box`` of integers.
+        ValueError: A space with several axes, a ``Discrete`` with another start, or choices with a
+            mask.
     """
     if space is None:
         return Unbounded(shape=(0,))
+    if isinstance(space, Composite):
+        leaves = list(space.keys(True, True))
+        if len(leaves) != 1:
+            raise TypeError(
+                f"{name} is a Composite of {leaves}, expected one leaf; pass the spec of one key"
+            )
+        return to_spec(space[leaves[0]], name=name)
     if isinstance(space, gym.spaces.Box):
         _check_one_axis(name, tuple(space.shape))
+        if not np.issubdtype(space.dtype, np.floating):
+            raise TypeError(
+                f"{name} is a Box of {space.dtype}; expected a Box of floats, or Discrete for "
+                "choices: integers would be treated as continuous values"
+            )
         if not (np.isfinite(space.low).any() or np.isfinite(space.high).any()):
             return Unbounded(shape=space.shape, dtype=torch.float32)
         low = torch.as_tensor(space.low, dtype=torch.float32)
@@ -88,25 +105,44 @@ def to_spec(space: Space | None, *, name: str = "space") -> TensorSpec:
                 "Categorical/OneHot for discrete values"
             )
         return space
-    if isinstance(space, MultiCategorical | MultiOneHot):
-        raise TypeError(
-            f"{name} is a {type(space).__name__}, several choices at once; expected a gymnasium "
-            "Box or Discrete, or a TorchRL spec of one choice: flatten them into one Categorical"
+    if getattr(space, "mask", None) is not None:
+        raise ValueError(
+            f"{name} has a mask, and illegal choices would be taken: masks are not looked at. Let "
+            "the environment carry out a legal choice instead"
         )
+    if isinstance(space, MultiCategorical | MultiOneHot):
+        return _only_choice(space, name)
     if isinstance(space, OneHot):
         _check_one_axis(name, tuple(space.shape))
         return space
     if isinstance(space, Categorical):
-        if space.shape.numel() != 1:
+        if tuple(space.shape) not in ((), (1,)):
             raise ValueError(
                 f"{name} is a Categorical of shape {tuple(space.shape)}; expected one choice, "
                 "shape () or (1,)"
             )
-        return Categorical(int(space.space.n), dtype=space.dtype)
+        return Categorical(
+            int(space.space.n), tuple(space.shape), dtype=space.dtype, device=space.device
+        )
     raise TypeError(
         f"{name} is {space!r} ({type(space).__name__}); expected a gymnasium Box or Discrete, or "
         "a TorchRL Bounded, Unbounded, OneHot or Categorical spec"
     )
+
+
+def _only_choice(spec: MultiCategorical | MultiOneHot, name: str) -> TensorSpec:
+    """The choice of a spec of several that has just one."""
+    sizes = [int(box.n) for box in spec.space]
+    wide = len(sizes) if isinstance(spec, MultiCategorical) else sum(sizes)
+    if len(sizes) != 1 or tuple(spec.shape) != (wide,):
+        raise TypeError(
+            f"{name} is a {type(spec).__name__} of shape {tuple(spec.shape)}, several choices at "
+            "once; expected one choice: leave the actions continuous, or make them one Categorical "
+            "of all combinations"
+        )
+    if isinstance(spec, MultiCategorical):
+        return Categorical(sizes[0], (1,), dtype=spec.dtype, device=spec.device)
+    return OneHot(sizes[0], dtype=spec.dtype, device=spec.device)
 
 
 def _check_one_axis(name: str, shape: tuple[int, ...]) -> None:
@@ -146,7 +182,7 @@ def canonical_action(
             (:class:`ActionForm` keeps them).
 
     Returns:
-        ``[*B, A]``; ``[*B, n]`` (``OneHot``); or ``[*B]`` (``Categorical``).
+        ``[*B, A]``; ``[*B, n]`` (``OneHot``); or ``[*B]`` or ``[*B, 1]`` as the ``Categorical``.
 
     Raises:
         TypeError: Non-integer choices.
@@ -238,7 +274,7 @@ def _canonical_choice(spec: TensorSpec, action: Tensor, batch_shape: torch.Size)
     n = width(spec)
     shape = tuple(action.shape)
     batch = tuple(batch_shape)
-    if shape == (*batch, n) and n > 1:
+    if shape == (*batch, n) and (n > 1 or isinstance(spec, OneHot)):
         ones = action.to(torch.float32)
         one_hot = ((ones == 0) | (ones == 1)).all(-1) & (ones.sum(-1) == 1)
         refuse(
@@ -270,7 +306,7 @@ def _canonical_choice(spec: TensorSpec, action: Tensor, batch_shape: torch.Size)
     if isinstance(spec, OneHot):
         choices = torch.arange(n, device=index.device)
         return (index.unsqueeze(-1) == choices).to(spec.dtype)
-    return index.to(spec.dtype)
+    return index.to(spec.dtype).reshape((*batch, *spec.shape))
 
 
 def action_features(spec: TensorSpec, action: Tensor, dtype: torch.dtype) -> Tensor:
@@ -281,5 +317,6 @@ def action_features(spec: TensorSpec, action: Tensor, dtype: torch.dtype) -> Ten
     """
     if isinstance(spec, Categorical):
         choices = torch.arange(width(spec), device=action.device)
-        return (action.unsqueeze(-1) == choices).to(dtype)
+        action = action if spec.shape else action.unsqueeze(-1)
+        return (action == choices).to(dtype)
     return action.to(dtype)

@@ -4,7 +4,8 @@ Shapes and devices are propagated by torch's fake tensors on a backend that only
 that nothing is computed and a whole plan takes a second. What a CPU forgives and a GPU does not is
 noted with the line that did it: a value that the host asks for (``item``, ``bool``, an ``if`` on
 a tensor), and a tensor that is made on the host and moved (``torch.tensor(..., device=)``, a
-constant's ``.to()``). An operation over two devices, or whose shape is taken from data, raises by itself.
+constant's ``.to()``). An operation over two devices, or whose shape is taken from data, raises by
+itself.
 """
 
 from __future__ import annotations

@@ -91,12 +91,21 @@ def test_a_spec_of_one_item_is_taken_as_it_is(spec):
 
 @pytest.mark.parametrize("shape", [(), (1,)])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_categorical_loses_a_trailing_axis_and_keeps_its_dtype(shape, dtype):
-    spec = to_spec(Categorical(3, shape=shape, dtype=dtype))
-    assert isinstance(spec, Categorical)
-    assert spec.shape == ()
-    assert spec.dtype == dtype
-    assert spec.space.n == 3
+def test_one_choice_keeps_its_shape_and_dtype(shape, dtype):
+    expected = Categorical(3, shape=shape, dtype=dtype)
+    assert to_spec(expected) == expected
+    if shape:
+        several = MultiCategorical([3], shape=shape, dtype=dtype, remove_singleton=False)
+        assert to_spec(several) == to_spec(Composite({("agent", "act"): several})) == expected
+
+
+def test_a_one_hot_choice_by_other_names():
+    assert to_spec(MultiOneHot([3])) == to_spec(Composite(u=OneHot(3))) == OneHot(3)
+
+
+def masked(spec):
+    spec.update_mask(torch.tensor([True, False, True]))
+    return spec
 
 
 @pytest.mark.parametrize("one_hot", [True, False])
@@ -144,9 +153,12 @@ def test_width_and_kind(space, features, discrete):
         (gym.spaces.MultiBinary(3), TypeError, r"MultiBinary\(3\).*expected a gymnasium Box"),
         (gym.spaces.MultiDiscrete([2, 3]), TypeError, r"MultiDiscrete.*expected a gymnasium Box"),
         (gym.spaces.Dict(a=gym.spaces.Discrete(2)), TypeError, r"Dict.*expected a gymnasium Box"),
-        (Composite(a=Unbounded((1,))), TypeError, r"Composite.*expected a gymnasium Box"),
-        (MultiOneHot([2, 3]), TypeError, r"MultiOneHot.*expected a gymnasium Box"),
-        (MultiCategorical([3]), TypeError, r"MultiCategorical.*expected a gymnasium Box"),
+        (gym.spaces.Box(0, 5, (1,), np.int64), TypeError, r"Box of int64.*Discrete"),
+        (Composite(a=Unbounded((1,)), b=OneHot(2)), TypeError, r"Composite.*'a', 'b'.*one leaf"),
+        (MultiOneHot([2, 3]), TypeError, r"MultiOneHot.*several choices.*expected one choice"),
+        (MultiCategorical([3, 3]), TypeError, r"MultiCategorical.*expected one choice"),
+        (masked(OneHot(3)), ValueError, "goal_space has a mask"),
+        (masked(Categorical(3)), ValueError, "goal_space has a mask"),
         (Binary(3), (TypeError, ValueError), r"goal_space.*expected"),
         (3, TypeError, r"goal_space is 3 \(int\).*expected a gymnasium Box"),
         ((3,), TypeError, r"goal_space is \(3,\) \(tuple\)"),
@@ -224,6 +236,9 @@ DISCRETE = {
     "Discrete": gym.spaces.Discrete(4),
     "Categorical": Categorical(4),
     "Categorical32": Categorical(4, dtype=torch.int32),
+    "Categorical of one": Categorical(1),
+    "Categorical with an axis": Categorical(4, (1,)),
+    "OneHot of one": OneHot(1),
     "OneHot": OneHot(4),
     "OneHotFloat": OneHot(4, dtype=torch.float32),
 }
@@ -246,8 +261,11 @@ def one_hot_rows(index, n):
 )
 def test_every_form_of_a_choice_becomes_the_form_of_the_spec(kind, batch, form, seed):
     spec = to_spec(DISCRETE[kind])
-    index = torch.randint(4, batch, generator=torch.Generator().manual_seed(seed))
-    rows = one_hot_rows(index, 4)
+    n = width(spec)
+    if n == 1:  # then [*B, 1] is what the spec says, and 0 is the only choice
+        form = "one-hot int" if isinstance(spec, OneHot) else "column"
+    index = torch.randint(n, batch, generator=torch.Generator().manual_seed(seed))
+    rows = one_hot_rows(index, n)
     action = {
         "int": index,
         "int8": index.to(torch.int8),
@@ -258,7 +276,8 @@ def test_every_form_of_a_choice_becomes_the_form_of_the_spec(kind, batch, form, 
     }[form]
     out = canonical_action(spec, action, torch.Size(batch))
     assert out.dtype == spec.dtype
-    assert out.tolist() == (rows if isinstance(spec, OneHot) else index).to(spec.dtype).tolist()
+    expected = rows if isinstance(spec, OneHot) else index.reshape((*batch, *spec.shape))
+    assert out.tolist() == expected.to(spec.dtype).tolist()
     assert spec.is_in(out) if not batch else spec.expand(*batch, *spec.shape).is_in(out)
 
     features = action_features(spec, out, torch.float64)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchrl.data import OneHot, TensorSpec
+from torchrl.data import Categorical, OneHot, TensorSpec
 from torchrl.modules import QValueActor
 from torchrl.objectives import DQNLoss
 
@@ -62,11 +62,13 @@ class DQNLearner(Learner):
         if not 0.0 <= epsilon <= 1.0:
             raise ValueError(f"epsilon must lie in [0, 1], got {epsilon}")
         n = width(action_spec)
+        # TorchRL's actor writes choices without a last axis, and its loss reads both.
+        spec = action_spec if isinstance(action_spec, OneHot) else Categorical(n)
         net = FlatMLP(["features"], ["action_value"], (n_features, *hidden_sizes, n))
         loss = DQNLoss(
-            QValueActor(net, in_keys=["features"], spec=action_spec),
+            QValueActor(net, in_keys=["features"], spec=spec),
             loss_function="smooth_l1",
-            action_space=action_spec,
+            action_space=spec,
             double_dqn=double,
         )
         super().__init__(loss, gamma=gamma, lr=lr, tau=tau)
@@ -82,5 +84,6 @@ class DQNLearner(Learner):
             random = torch.rand(choice.shape, device=choice.device) < self.epsilon
             choice = torch.where(random, other, choice)
         if isinstance(self.action_spec, OneHot):
-            choice = torch.nn.functional.one_hot(choice, values.shape[-1])
-        return choice.to(self.action_spec.dtype)
+            choices = torch.arange(values.shape[-1], device=choice.device)
+            return (choice.unsqueeze(-1) == choices).to(self.action_spec.dtype)
+        return choice.to(self.action_spec.dtype).reshape((*choice.shape, *self.action_spec.shape))

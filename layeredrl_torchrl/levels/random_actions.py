@@ -38,13 +38,14 @@ class RandomActions(nn.Module):
         self.register_buffer("high", high.clone(), persistent=False)
 
     def forward(self, batch: Sequence[int]) -> Tensor:
-        """Independent draws ``[*B, A]``, or ``[*B]`` or one-hot as the spec says."""
+        """Draw actions independently, ``[*B, A]``, or as the spec of choices says."""
         spec, device = self.spec, self.low.device
         if is_discrete(spec):
             choice = torch.randint(width(spec), tuple(batch), device=device)
             if isinstance(spec, OneHot):
-                choice = nn.functional.one_hot(choice, width(spec))
-            return choice.to(spec.dtype)
+                choices = torch.arange(width(spec), device=device)
+                return (choice.unsqueeze(-1) == choices).to(spec.dtype)
+            return choice.to(spec.dtype).reshape((*batch, *spec.shape))
         span, shape = self.high - self.low, (*batch, *spec.shape)
         uniform = self.low + span * torch.rand(shape, dtype=self.low.dtype, device=device)
         normal = torch.randn(shape, dtype=self.low.dtype, device=device)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from torch import Tensor, nn
-from torchrl.data import Composite, OneHot, TensorSpec
+from torchrl.data import Categorical, Composite, OneHot, TensorSpec
 from torchrl.envs import TensorDictPrimer
 from torchrl.modules.planners.common import MPCPlannerBase
 
@@ -295,6 +295,8 @@ class PredictorPlanner(MPCPlannerBase):
 
     def _form(self, candidates: Tensor) -> Tensor:
         """Candidates of the optimizer in the form of the action spec."""
+        if isinstance(self.action_spec, Categorical):
+            candidates = candidates.reshape((*candidates.shape, *self.action_spec.shape))
         if isinstance(self.action_spec, OneHot):
             choices = torch.arange(width(self.action_spec), device=candidates.device)
             return (candidates.unsqueeze(-1) == choices).to(self.action_spec.dtype)

@@ -120,7 +120,7 @@ def test_the_loss_is_torchrls():
     torch.testing.assert_close(results[0][1], results[1][1])
 
 
-@pytest.mark.parametrize("spec", [OneHot(4), Categorical(4)])
+@pytest.mark.parametrize("spec", [OneHot(4), Categorical(4), Categorical(4, (1,))])
 @pytest.mark.parametrize("double", [True, False])
 def test_the_loss_of_dqn_by_hand(spec, double):
     learner = DQNLearner(F, spec, hidden_sizes=(8, 6), gamma=0.8, double=double, tau=0.3, lr=0.1)
@@ -135,7 +135,7 @@ def test_the_loss_of_dqn_by_hand(spec, double):
         value = after.gather(-1, choose.argmax(-1, keepdim=True))
         goal = batch["next", "reward"] + 0.8 * (~batch["next", "terminated"]) * value
         index = batch["action"].long().argmax(-1) if isinstance(spec, OneHot) else batch["action"]
-        error = (run(own, batch["features"]).gather(-1, index.unsqueeze(-1)) - goal).abs()
+        error = (run(own, batch["features"]).gather(-1, index.reshape(-1, 1)) - goal).abs()
         expected = torch.where(error < 1, error.square() / 2, error - 0.5).mean()
     torch.testing.assert_close(loss(batch)["loss"], expected)
 
@@ -269,13 +269,13 @@ def test_sac_finds_the_action_that_the_input_asks_for():
     assert (action - 5 - 4 * given).abs().mean() < 0.25
 
 
-@pytest.mark.parametrize("spec", [OneHot(3), Categorical(3)])
+@pytest.mark.parametrize("spec", [OneHot(3), Categorical(3), Categorical(3, (1,))])
 def test_dqn_finds_the_choice_that_the_input_asks_for(spec):
     """Choices stand for -1, 0 and 1; the nearest one to the input is the best."""
 
     def place(action):
         index = action.long().argmax(-1) if isinstance(spec, OneHot) else action
-        return index.unsqueeze(-1) - 1.0
+        return index.reshape(-1, 1) - 1.0
 
     def factory(n, spec):
         return DQNLearner(n, spec, hidden_sizes=(32, 32), lr=1e-2, tau=0.1)

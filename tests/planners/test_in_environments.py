@@ -7,10 +7,23 @@ import pytest
 import torch
 from torchrl.collectors import Collector
 from torchrl.data import Bounded, Unbounded
-from torchrl.envs import GymEnv, GymWrapper, SerialEnv, StepCounter, TransformedEnv
+from torchrl.envs import (
+    ActionDiscretizer,
+    GymEnv,
+    GymWrapper,
+    SerialEnv,
+    StepCounter,
+    TransformedEnv,
+)
 from torchrl.envs.utils import check_env_specs
 
-from layeredrl_torchrl import IdentityEncoder, Model, StaticPredictor
+from layeredrl_torchrl import (
+    ICEMPlanner,
+    IdentityEncoder,
+    Model,
+    PredictorFactory,
+    StaticPredictor,
+)
 
 
 class Drift(Model):
@@ -85,6 +98,24 @@ def test_over_a_vector_environment(planner):
     data = env.rollout(30, planner, break_when_any_done=False)
     assert data.batch_size == (2, 30)
     check(data, planner, env.base_env.action_spec_unbatched)
+
+
+@pytest.mark.parametrize("categorical", [True, False])
+def test_actions_that_torchrl_has_discretized(categorical):
+    make = lambda: pendulum().append_transform(ActionDiscretizer(5, categorical=categorical))  # noqa: E731
+    for env in (make(), SerialEnv(2, make)):
+        spaces = env.observation_spec_unbatched, env.full_action_spec_unbatched
+        planner = ICEMPlanner(
+            PredictorFactory(hidden_sizes=(8,), n_models=2)(*spaces),
+            horizon=3,
+            n_samples=24,
+            n_iterations=2,
+        )
+        env = TransformedEnv(env, planner.make_tensordict_primer())
+        data = env.rollout(20, planner, break_when_any_done=False)
+        choices = data["action"].squeeze(-1) if categorical else data["action"].long().argmax(-1)
+        assert choices.shape == (*env.batch_size, 20)
+        assert len(choices.unique()) > 1
 
 
 @pytest.mark.parametrize("n", [None, 2])

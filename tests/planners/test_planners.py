@@ -34,6 +34,7 @@ from layeredrl_torchrl.planners import (
     best_plan,
     mean_plan,
 )
+from layeredrl_torchrl.specs import action_features
 
 # -- the optimum ----------------------------------------------------------------------------------
 
@@ -136,13 +137,17 @@ class Walk(Model):
         super().__init__(Unbounded((1,)), None, space)
 
     def predict_members(self, state, context, action):
-        step = action if action.ndim < state.ndim else action.float().argmax(-1)
-        after = (state + step.unsqueeze(-1) - 1.0).unsqueeze(-2)
+        choice = action_features(self.action_spec, action, state.dtype).argmax(-1, keepdim=True)
+        after = (state + choice - 1.0).unsqueeze(-2)
         weights = torch.ones_like(after[..., 0])
         return (after, torch.zeros_like(after)), weights, torch.zeros_like(weights[..., 0])
 
 
-@pytest.mark.parametrize("space", [OneHot(3), Categorical(3)], ids=["one-hot", "integer"])
+@pytest.mark.parametrize(
+    "space",
+    [OneHot(3), Categorical(3), Categorical(3, (1,))],
+    ids=["one-hot", "integer", "integer with an axis"],
+)
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
 def test_discrete_actions(kind, observe, space, batch):
     predictor = StaticPredictor(
@@ -152,10 +157,11 @@ def test_discrete_actions(kind, observe, space, batch):
     obs = torch.tensor([-3.0, 0.0, 2.0, 1.0, -1.0, 0.0])
     obs = obs[: torch.Size(batch).numel()].reshape(*batch, 1)
     action = planner(observe(planner, obs))["action"]
+    assert action.shape == (*batch, *space.shape)
     assert planner.action_spec.is_in(action)
     if isinstance(space, OneHot):
         action = action.float().argmax(-1)
-    assert torch.equal(action, 1 - obs.squeeze(-1).sign().long())
+    assert torch.equal(action.reshape(batch), 1 - obs.squeeze(-1).sign().long())
 
 
 # -- batches, memory, randomness ------------------------------------------------------------------

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -95,6 +96,28 @@ def check_positive_int(name: str, value: int, *, minimum: int = 1) -> int:
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
     return value
+
+
+def check_indices(name: str, value: Iterable[SupportsIndex], size: int | None = None) -> list[int]:
+    """Return ``value`` as a list if it holds integers, each once, from 0 to ``size - 1``.
+
+    Any sequence of integers will do: a list, a range, an array of numpy, a tensor.
+
+    Raises:
+        TypeError: Something else. ValueError: A number that is repeated or outside.
+    """
+    try:
+        found = [operator.index(index) for index in value]
+    except TypeError:
+        raise TypeError(f"{name} must be integers, like [0, 2], got {value!r}") from None
+    outside = [i for i in found if i < 0 or (size is not None and i >= size)]
+    if outside:
+        among = "0 and above" if size is None else f"the {size} dimensions from 0 to {size - 1}"
+        raise ValueError(f"{name} {outside} are not among {among} of an observation")
+    twice = sorted({i for i in found if found.count(i) > 1})
+    if twice:
+        raise ValueError(f"{name} has {twice} more than once; name each dimension once")
+    return found
 
 
 def check_number(

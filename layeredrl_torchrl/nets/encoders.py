@@ -10,7 +10,12 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from layeredrl_torchrl._checks import check_finite, check_positive_int, check_width
+from layeredrl_torchrl._checks import (
+    check_finite,
+    check_indices,
+    check_positive_int,
+    check_width,
+)
 
 __all__ = ["Encoder", "EncoderNet", "FixedEncoderNet", "IdentityEncoder"]
 
@@ -163,17 +168,19 @@ class FixedEncoderNet(Encoder):
         context_dims: Sequence[int] = (),
         **keys: Sequence[NestedKey],
     ) -> None:
-        state_dims, ctx_dims = list(latent_state_dims), list(context_dims)
+        state_dims = check_indices("latent_state_dims", latent_state_dims)
+        ctx_dims = check_indices("context_dims", context_dims)
         super().__init__(mapped_env_obs_shape, len(state_dims), len(ctx_dims), **keys)
         if not state_dims:
             raise ValueError("latent_state_dims is empty; name at least one dimension")
-        for name, dims in (("latent_state_dims", state_dims), ("context_dims", ctx_dims)):
-            outside = [d for d in dims if not 0 <= d < self.obs_dim]
-            if outside:
-                raise ValueError(
-                    f"{name} {outside} are not among the {self.obs_dim} dimensions of the "
-                    f"observation (0 to {self.obs_dim - 1})"
-                )
+        check_indices("latent_state_dims", state_dims, self.obs_dim)
+        check_indices("context_dims", ctx_dims, self.obs_dim)
+        shared = sorted(set(state_dims) & set(ctx_dims))
+        if shared:
+            raise ValueError(
+                f"dimension(s) {shared} are in latent_state_dims and in context_dims; the context "
+                "is constant in an episode and the state is not: leave them in one of the two"
+            )
         self.register_buffer("latent_state_dims", torch.tensor(state_dims, dtype=torch.long))
         self.register_buffer("context_dims", torch.tensor(ctx_dims, dtype=torch.long))
 

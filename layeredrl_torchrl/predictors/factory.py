@@ -13,6 +13,7 @@ import torch
 from torchrl.data import Composite, TensorSpec, Unbounded
 from torchrl.envs import CatTensors, EnvBase, Transform, TransformedEnv
 
+from layeredrl_torchrl._checks import check_indices
 from layeredrl_torchrl.models import ProbabilisticEnsemble
 from layeredrl_torchrl.nets import (
     Encoder,
@@ -81,6 +82,8 @@ class PredictorFactory:
     predictor_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        dims = tuple(check_indices("context_dims", self.context_dims))
+        object.__setattr__(self, "context_dims", dims)
         if self.context_dims and self.partial_encoder is not None:
             raise ValueError(
                 f"context_dims={list(self.context_dims)} has no effect with a partial_encoder; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -149,11 +150,14 @@ def test_identity(shape):
 @settings(max_examples=30, deadline=None)
 @given(data=st.data(), obs_dim=st.integers(1, 5), batch=st.sampled_from(BATCHES))
 def test_fixed_picks_the_named_dimensions_in_order(data, obs_dim, batch):
-    dims = st.lists(st.integers(0, obs_dim - 1), max_size=4)
-    state_dims = data.draw(dims.filter(bool))
-    context_dims = data.draw(dims)
+    order = data.draw(st.permutations(range(obs_dim)))
+    cut = data.draw(st.integers(1, obs_dim))
+    state_dims, context_dims = order[:cut], order[cut : data.draw(st.integers(cut, obs_dim))]
+    kind = data.draw(st.sampled_from([list, tuple, np.array, torch.tensor]))
     encoder = FixedEncoderNet(
-        mapped_env_obs_shape=(obs_dim,), latent_state_dims=state_dims, context_dims=context_dims
+        mapped_env_obs_shape=(obs_dim,),
+        latent_state_dims=kind(state_dims),
+        context_dims=kind(context_dims) if context_dims else (),
     )
     obs = torch.randn(*batch, obs_dim)
     state, context = encoder(obs)
@@ -170,11 +174,15 @@ def test_fixed_picks_the_named_dimensions_in_order(data, obs_dim, batch):
     [
         ([], [0], r"latent_state_dims is empty"),
         ([0, 4], [], r"latent_state_dims \[4\] are not among the 4 dimensions.*0 to 3"),
-        ([0], [1, -1, 7], r"context_dims \[-1, 7\] are not among the 4 dimensions"),
+        ([0], [1, -1], r"context_dims \[-1\] are not among"),
+        ([0, 1, 0], [], r"latent_state_dims has \[0\] more than once"),
+        ([0, 1, 2], np.array([1, 3]), r"\[1\] are in latent_state_dims and in context_dims"),
+        ([0.0, 1.0], [], r"latent_state_dims must be integers"),
+        (0, [], r"latent_state_dims must be integers"),
     ],
 )
-def test_fixed_refuses_dimensions_that_do_not_exist(state_dims, context_dims, message):
-    with pytest.raises(ValueError, match=message):
+def test_fixed_refuses_dimensions_that_do_not_fit(state_dims, context_dims, message):
+    with pytest.raises((TypeError, ValueError), match=message):
         FixedEncoderNet((4,), state_dims, context_dims)
 
 

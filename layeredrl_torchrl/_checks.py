@@ -120,6 +120,19 @@ def check_indices(name: str, value: Iterable[SupportsIndex], size: int | None = 
     return found
 
 
+def check_sizes(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return ``sizes`` as a tuple if they are at least one ``int``, all of at least 1.
+
+    Raises:
+        TypeError: Not a sequence of ``int``. ValueError: None, or one below 1.
+    """
+    if not isinstance(sizes, Sequence) or isinstance(sizes, str):
+        raise TypeError(f"{name} must be a sequence of int, e.g. (128, 128), got {sizes!r}")
+    if not sizes:
+        raise ValueError(f"{name} is empty; give at least one, e.g. (128,)")
+    return tuple(check_positive_int(f"{name}[{i}]", size) for i, size in enumerate(sizes))
+
+
 def check_number(
     name: str,
     value: float,

@@ -11,7 +11,13 @@ from torch import Tensor
 from torchrl.data import Binary, Bounded, Categorical, Composite, TensorSpec, Unbounded
 from torchrl.envs.model_based import ModelBasedEnvBase
 
-from layeredrl_torchrl._checks import check_finite
+from layeredrl_torchrl._checks import (
+    check_callable,
+    check_finite,
+    check_flag,
+    check_number,
+    check_positive_int,
+)
 from layeredrl_torchrl.imagination.members import draw_members, step_by_mean, step_by_members
 from layeredrl_torchrl.imagination.starts import draw_starts
 from layeredrl_torchrl.models import TS1, Expectation, Propagation, TSInfinity
@@ -111,15 +117,16 @@ class PredictorEnv(ModelBasedEnvBase):
         use_value_func: bool = False,
         discount: float | None = None,
     ) -> None:
+        check_flag("sample_termination", sample_termination)
+        check_flag("use_value_func", use_value_func)
+        batch_size = [check_positive_int(f"batch_size[{i}]", n) for i, n in enumerate(batch_size)]
         propagation = Expectation() if propagation is None else propagation
         if not isinstance(propagation, Expectation | TS1 | TSInfinity):
             raise TypeError(
                 f"propagation must be Expectation(), TS1() or TSInfinity(), got {propagation!r}"
             )
-        parts = {"exploration_bonus": exploration_bonus, "initial_states": initial_states}
-        for name, part in parts.items():
-            if part is not None and not callable(part):
-                raise TypeError(f"{name} must be callable or None, got {type(part).__name__}")
+        check_callable("exploration_bonus", exploration_bonus, optional=True)
+        check_callable("initial_states", initial_states, optional=True)
         if predictor.rew_func is None:
             raise ValueError("PredictorEnv needs a predictor with a rew_func, got None")
         if use_value_func and predictor.val_func is None:
@@ -131,8 +138,8 @@ class PredictorEnv(ModelBasedEnvBase):
             )
         if discount is not None and not use_value_func:
             raise ValueError("discount= has no effect without use_value_func=True; leave it out")
-        if discount is not None and not 0.0 < discount <= 1.0:
-            raise ValueError(f"discount must lie in (0, 1], got {discount}")
+        if discount is not None:
+            check_number("discount", discount, 0.0, 1.0, open_low=True)
         parameter = next(predictor.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
         super().__init__(predictor, device=device, batch_size=torch.Size(batch_size))

@@ -10,6 +10,7 @@ from torchrl.data import Categorical, OneHot, TensorSpec
 from torchrl.modules import QValueActor
 from torchrl.objectives import DQNLoss
 
+from layeredrl_torchrl._checks import check_flag, check_number, check_sizes
 from layeredrl_torchrl.levels.learners import Learner
 from layeredrl_torchrl.levels.mlp import FlatMLP, layers, mlp
 from layeredrl_torchrl.specs import is_discrete, width
@@ -59,8 +60,9 @@ class DQNLearner(Learner):
                 f"DQN needs choices, a OneHot or Categorical spec, got {action_spec}; for actions "
                 "within bounds pass SACLearner"
             )
-        if not 0.0 <= epsilon <= 1.0:
-            raise ValueError(f"epsilon must lie in [0, 1], got {epsilon}")
+        hidden_sizes = check_sizes("hidden_sizes", hidden_sizes)
+        check_number("epsilon", epsilon, 0.0, 1.0)
+        check_flag("double", double)
         n = width(action_spec)
         # TorchRL's actor writes choices without a last axis, and its loss reads both.
         spec = action_spec if isinstance(action_spec, OneHot) else Categorical(n)

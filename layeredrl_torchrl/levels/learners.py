@@ -10,6 +10,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torchrl.objectives import LossModule, SoftUpdate, ValueEstimators
 
+from layeredrl_torchrl._checks import check_number
 from layeredrl_torchrl._state import refuse_other_shapes
 
 __all__ = ["Learner"]
@@ -42,14 +43,9 @@ class Learner(nn.Module, ABC):
 
     def __init__(self, loss: LossModule, *, gamma: float, lr: float, tau: float) -> None:
         super().__init__()
-        for name, value, fits in (
-            ("gamma", gamma, 0.0 <= gamma <= 1.0),
-            ("lr", lr, 0.0 < lr < float("inf")),
-            ("tau", tau, 0.0 < tau <= 1.0),
-        ):
-            if not fits:
-                limits = {"gamma": "[0, 1]", "lr": "(0, inf)", "tau": "(0, 1]"}[name]
-                raise ValueError(f"{name} must lie in {limits}, got {value}")
+        check_number("gamma", gamma, 0.0, 1.0)
+        check_number("lr", lr, 0.0, open_low=True)
+        check_number("tau", tau, 0.0, 1.0, open_low=True)
         loss.make_value_estimator(ValueEstimators.TD0, gamma=gamma)
         self.loss = loss
         # It sets the targets to what they follow, so it is built before anything is loaded.

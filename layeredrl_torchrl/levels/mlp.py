@@ -24,20 +24,12 @@ class FlatMLP(TensorDictModuleBase):
         in_keys: What is read, ``[*B, n]`` each, and joined.
         out_keys: What is written.
         sizes: Widths, from the input to the output.
-
-    Raises:
-        ValueError: Without hidden layers, or with sizes below 1.
     """
 
     def __init__(
         self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey], sizes: Sequence[int]
     ) -> None:
         super().__init__()
-        if len(sizes) < 3 or min(sizes[1:]) < 1:
-            raise ValueError(
-                f"hidden_sizes is {tuple(sizes[1:-1])}; give the width of at least one hidden "
-                "layer, e.g. (128, 128)"
-            )
         self.in_keys, self.out_keys = list(in_keys), list(out_keys)
         self.n_layers = len(sizes) - 1
         for i, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):

@@ -14,7 +14,7 @@ from torchrl.data import Bounded, TensorSpec
 from torchrl.modules import TanhNormal
 from torchrl.objectives import SACLoss
 
-from layeredrl_torchrl._checks import check_positive_int
+from layeredrl_torchrl._checks import check_number, check_positive_int, check_sizes
 from layeredrl_torchrl.levels.learners import Learner
 from layeredrl_torchrl.levels.mlp import FlatMLP, layers, mlp
 from layeredrl_torchrl.specs import width
@@ -80,8 +80,10 @@ class SACLearner(Learner):
                 f"SAC needs finite bounds with high above low, got low={low.tolist()}, "
                 f"high={high.tolist()}; bound the actions in the environment"
             )
-        if not alpha_init > 0.0:
-            raise ValueError(f"alpha_init must be above 0, got {alpha_init}")
+        hidden_sizes = check_sizes("hidden_sizes", hidden_sizes)
+        check_number("alpha_init", alpha_init, 0.0, open_low=True)
+        if target_entropy is not None:
+            check_number("target_entropy", target_entropy)
         check_positive_int("n_critics", n_critics)
         n = width(action_spec)
         actor = ProbabilisticTensorDictSequential(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchrl.data import Bounded, TensorSpec
 
-from layeredrl_torchrl._checks import check_positive_int
+from layeredrl_torchrl._checks import check_number, check_positive_int
 from layeredrl_torchrl.predictors import Predictor, RewardPredictor
 from layeredrl_torchrl.specs import action_features, is_discrete, width
 
@@ -89,6 +89,8 @@ class SkillReward(nn.Module, ABC):
         self.n_symmetry_breaking_steps = check_positive_int(
             "n_symmetry_breaking_steps", n_symmetry_breaking_steps, minimum=0
         )
+        for one in std if isinstance(std, Sequence) and not isinstance(std, str) else [std]:
+            check_number("std", one, 0.0, open_low=True)
         stds = torch.as_tensor(std, dtype=torch.get_default_dtype())
         if stds.ndim > 1 or not bool(((stds > 0) & stds.isfinite()).all()):
             raise ValueError(f"std must be a positive number, or one for each dimension, got {std}")

@@ -9,6 +9,7 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
+from layeredrl_torchrl._checks import check_number
 from layeredrl_torchrl.models.ensemble import ProbabilisticEnsemble
 
 __all__ = ["EnsembleDisagreement"]
@@ -61,7 +62,7 @@ class EnsembleDisagreement(TensorDictModuleBase):
             )
         # Not registered: whoever owns the model saves and trains it.
         self.__dict__["model"] = model
-        self.scale = scale
+        self.scale = check_number("scale", scale)
         self.in_keys = list(model.in_keys)
         self.out_keys = list(out_keys)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layeredrl_torchrl._checks import check_finite
+from layeredrl_torchrl._checks import check_finite, check_flag, check_number
 from layeredrl_torchrl.models.calibration import Calibration
 from layeredrl_torchrl.models.fused import FusedStep
 from layeredrl_torchrl.models.inputs import check_parameters, excess_std
@@ -102,14 +102,17 @@ class ProbabilisticEnsemble(Model):
             n_particles_per_model=n_particles_per_model,
             **keys,
         )
-        self.predict_delta = predict_delta
-        self.normalize_targets = normalize_targets
-        self.normalize_inputs = normalize_inputs
+        self.predict_delta = check_flag("predict_delta", predict_delta)
+        self.normalize_targets = check_flag("normalize_targets", normalize_targets)
+        self.normalize_inputs = check_flag("normalize_inputs", normalize_inputs)
+        if clip_inputs is not None:
+            check_flag("clip_inputs", clip_inputs)
         if clip_inputs and not normalize_inputs:
             raise ValueError("clip_inputs=True has no effect without normalize_inputs=True")
         clip_inputs = normalize_inputs if clip_inputs is None else clip_inputs
-        if ema_decay is not None and not 0.0 <= ema_decay < 1.0:
-            raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}; None for no average")
+        if ema_decay is not None:
+            hint = "pass None for no average"
+            check_number("ema_decay", ema_decay, 0.0, 1.0, open_high=True, hint=hint)
         self.ema_decay = ema_decay
         spaces = (state_space, context_space, action_space)
         try:

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layeredrl_torchrl._checks import check_positive_int
+from layeredrl_torchrl._checks import (
+    check_callable,
+    check_flag,
+    check_instance,
+    check_positive_int,
+    check_sizes,
+)
 from layeredrl_torchrl.nets.gaussians import LogStdBounds, MemberOutput, mixture_parameters
 from layeredrl_torchrl.nets.stacked import StackedProbFCDynamics
 from layeredrl_torchrl.specs import Space, action_features, to_spec, width
@@ -62,13 +68,14 @@ class ProbFCDynamics(nn.Module):
         log_std_bounds: tuple[float, float] = (-6.0, 1.0),
     ) -> None:
         super().__init__()
-        if not hidden_sizes:
-            raise ValueError("hidden_sizes is empty; give at least one hidden layer, e.g. (128,)")
+        hidden_sizes = check_sizes("hidden_sizes", hidden_sizes)
+        check_callable("nonlinearity", nonlinearity, factory=True)
         self.action_spec = to_spec(action_space, name="action_space")
         self.state_dim = width(to_spec(state_space, name="state_space"))
         context_dim = width(to_spec(context_space, name="context_space"))
         self.n_modes = check_positive_int("n_modes", n_modes)
-        self.ignore_context = ignore_context
+        self.ignore_context = check_flag("ignore_context", ignore_context)
+        check_instance("log_std_bounds", log_std_bounds, tuple, hint="pass (low, high)")
         self.log_std_bounds = LogStdBounds(*log_std_bounds)
         n_in = self.state_dim + (0 if ignore_context else context_dim) + width(self.action_spec)
         n_out = n_modes * (2 * self.state_dim + 1) + 1

@@ -7,6 +7,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from layeredrl_torchrl._checks import check_number
+
 __all__ = ["LogStdBounds", "MemberOutput", "mixture_parameters", "split_output"]
 
 # (mean, std), weights, term_prob: what a member network returns.
@@ -29,6 +31,8 @@ class LogStdBounds:
     """
 
     def __init__(self, low: float, high: float) -> None:
+        for end in (low, high):
+            check_number("one of log_std_bounds", end)
         if not low < high:
             raise ValueError(f"log_std_bounds are ({low}, {high}); the lower must come first")
         self.center = (low + high) / 2

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchrl.modules import MLP
 
+from layeredrl_torchrl._checks import check_callable, check_flag, check_positive_int, check_sizes
 from layeredrl_torchrl._precision import worthwhile_autocast
 from layeredrl_torchrl.nets.normalizer import Normalizer
 from layeredrl_torchrl.specs import Space, action_features, to_spec, width
@@ -46,8 +47,9 @@ class ScalarHead(nn.Module, ABC):
         layer_norm: bool = False,
     ) -> None:
         super().__init__()
-        if not hidden_sizes:
-            raise ValueError("hidden_sizes is empty; give at least one hidden layer, e.g. (128,)")
+        hidden_sizes = check_sizes("hidden_sizes", hidden_sizes)
+        check_callable("nonlinearity", nonlinearity, factory=True)
+        check_flag("layer_norm", layer_norm)
         self.inputs = Normalizer(in_features)
         self.net = MLP(
             in_features=in_features,
@@ -132,6 +134,8 @@ class RewardNet(ScalarHead):
     ) -> None:
         spec = None if isinstance(action_dim, int) else to_spec(action_dim, name="action_dim")
         n_action = action_dim if isinstance(action_dim, int) else width(spec)
+        check_positive_int("state_dim", state_dim)
+        check_positive_int("context_dim", context_dim, minimum=0)
         super().__init__(state_dim + context_dim + n_action, hidden_sizes, nonlinearity, layer_norm)
         self.action_spec = spec
 
@@ -169,6 +173,8 @@ class ValueNet(ScalarHead):
         nonlinearity: type[nn.Module] = nn.SiLU,
         layer_norm: bool = True,
     ) -> None:
+        check_positive_int("state_dim", state_dim)
+        check_positive_int("context_dim", context_dim, minimum=0)
         super().__init__(state_dim + context_dim, hidden_sizes, nonlinearity, layer_norm)
 
     def features(self, state: Tensor, context: Tensor, action: Tensor | None = None) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from layeredrl_torchrl._checks import check_positive_int
+
 __all__ = [
     "BootstrappedBatches",
     "MemberBatches",
@@ -117,7 +119,7 @@ class BootstrappedBatches(OwnBatches):
     """
 
     def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
+        self.seed = check_positive_int("seed", seed, minimum=0)
 
     def assign(self, batch: TensorDictBase, n_models: int) -> TensorDictBase:
         """Cut into equal parts and weight them; reads ``"storage_index"``, int64 ``[R]``."""

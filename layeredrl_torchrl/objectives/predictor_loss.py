@@ -142,6 +142,7 @@ class PredictorLoss(TermsLoss):
         check_callable("rew_func", rew_func, optional=True)
         check_callable("val_func", val_func, optional=True)
         check_number("gamma", gamma, 0.0, 1.0)
+        check_flag("learn_encoder", learn_encoder)
         self.encoder = encoder
         self.rew_func = rew_func
         self.val_func = val_func

@@ -137,6 +137,8 @@ class GaussianSearch(Search):
         if sigma is None:
             sigma = (high - low) / 4
         else:
+            if not isinstance(sigma, Tensor):
+                check_number("sigma", sigma, 0.0, open_low=True, hint="pass a number or a tensor")
             sigma = torch.as_tensor(sigma, dtype=low.dtype, device=low.device)
             if sigma.ndim > 1 or sigma.numel() not in (1, len(low)):
                 raise ValueError(f"sigma has shape {tuple(sigma.shape)}, expected [{len(low)}]")

@@ -134,6 +134,13 @@ class RewardPredictor(Predictor):
         self.tau = check_number("tau", tau, 0.0, 1.0)
         self.encoder_warm_up = check_positive_int("encoder_warm_up", encoder_warm_up, minimum=0)
         self.model_training = model_training
+        check_number("beta_nll", beta_nll, 0.0, 1.0)
+        check_number("value_loss_weight", value_loss_weight, 0.0)
+        check_number("rew_loss_weight", rew_loss_weight, 0.0)
+        rates = {"model": model_lr, "reward": reward_lr, "value": value_lr, "encoder": encoder_lr}
+        for part, rate in rates.items():
+            if not callable(rate):
+                check_number(f"{part}_lr", rate, 0.0)
         self._check_schedule()
         # The losses share this module's parameters, so they are not registered a second time;
         # the target network is the one thing that they add to the state.
@@ -185,12 +192,7 @@ class RewardPredictor(Predictor):
                 "value": val_func,
                 "encoder": encoder if learn_encoder else None,
             },
-            rates={
-                "model": model_lr,
-                "reward": reward_lr,
-                "value": value_lr,
-                "encoder": encoder_lr,
-            },
+            rates=rates,
             decays={"model": model_training.weight_decay},
             clip_grad_max_norm=clip_grad_max_norm,
             followers={"loss_dynamics": model.update_average, "loss_value": self.update_target},

@@ -11,6 +11,8 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 from torchrl.envs import TerminateTransform
 
+from layeredrl_torchrl._checks import check_callable, check_instance, check_number
+
 __all__ = ["Angle", "FlipTermination", "QuaternionTilt"]
 
 
@@ -27,6 +29,9 @@ class Angle:
     """
 
     index: int
+
+    def __post_init__(self) -> None:
+        check_instance("index", self.index, int, hint="pass where the angle stands")
 
     def __call__(self, observation: Tensor) -> Tensor:
         """``[*B, obs] -> [*B]`` rad."""
@@ -46,6 +51,9 @@ class QuaternionTilt:
     """
 
     first: int
+
+    def __post_init__(self) -> None:
+        check_instance("first", self.first, int, hint="pass where the quaternion begins")
 
     def __call__(self, observation: Tensor) -> Tensor:
         """``[*B, obs] -> [*B]`` rad, in ``[0, pi]``."""
@@ -95,6 +103,6 @@ class FlipTermination(TerminateTransform):
         limit: float = math.pi / 2,
         key: NestedKey = "observation",
     ) -> None:
-        if not limit > 0.0:
-            raise ValueError(f"limit must be above 0 rad, got {limit}")
+        check_callable("tilt", tilt)
+        check_number("limit", limit, 0.0, open_low=True)
         super().__init__(_Flipped(tilt, float(limit), key))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 
@@ -11,6 +10,8 @@ from tensordict import NestedKey
 from torch import Tensor
 from torchrl.data import Bounded, Composite, TensorSpec
 from torchrl.envs import Transform
+
+from layeredrl_torchrl._checks import check_number
 
 __all__ = ["AffineReward", "LogReward"]
 
@@ -114,8 +115,7 @@ class LogReward(_MappedReward):
         in_keys: Sequence[NestedKey] | None = None,
         out_keys: Sequence[NestedKey] | None = None,
     ) -> None:
-        if not 0.0 < floor < math.inf:
-            raise ValueError(f"floor must be a finite number above 0, got {floor}")
+        check_number("floor", floor, 0.0, open_low=True)
         _check_affine(scale, offset)
         super().__init__(in_keys, out_keys)
         self.floor, self.scale, self.offset = float(floor), float(scale), float(offset)
@@ -133,7 +133,6 @@ class LogReward(_MappedReward):
 
 
 def _check_affine(scale: float, offset: float) -> None:
-    if not (math.isfinite(scale) and math.isfinite(offset)) or scale == 0.0:
-        raise ValueError(
-            f"scale must be finite and not 0, and offset finite; got {scale} and {offset}"
-        )
+    check_number("offset", offset)
+    if check_number("scale", scale) == 0.0:
+        raise ValueError("scale must not be 0; every reward would be the same")

@@ -336,8 +336,6 @@ def test_the_state_holds_every_part_of_the_predictor_once(build):
         ({"rew_func": None}, {}, "rew_func"),
         ({}, {"use_value_func": True}, "val_func"),
         ({}, {"discount": 0.9}, "use_value_func"),
-        ({"val_func": potential}, {"use_value_func": True, "discount": 0.0}, "discount"),
-        ({"val_func": potential}, {"use_value_func": True, "discount": 1.1}, "discount"),
         ({}, {"action_spec": Bounded(-1, 1, (2,))}, "action_spec"),
         ({}, {"action_spec": Bounded(-1, 1, (3, 1))}, "action_spec"),
     ],

@@ -322,20 +322,6 @@ def test_bad_options():
     spaces = Unbounded((2,)), Bounded(-1.0, 1.0, (1,))
     env = get_task("InvertedPendulum-v5").make()
     for options, error, message in (
-        (
-            {"random_prob": 1.5},
-            ValueError,
-            r"random_prob must be finite and lie in \[0, 1\]",
-        ),
-        ({"random_duration": 0}, ValueError, "random_duration must be at least 1"),
-        ({"updates_per_step": -1.0}, ValueError, "updates_per_step must be finite"),
-        ({"updates_per_step": math.nan}, ValueError, "updates_per_step must be finite"),
-        ({"n_initial_random_steps": -1}, ValueError, "n_initial_random_steps must be at least 0"),
-        ({"n_initial_updates": 0.5}, TypeError, "n_initial_updates must be an int"),
-        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
-        ({"model_batch_size": 0}, ValueError, "model_batch_size must be at least 1"),
-        ({"buffer_size": 0}, ValueError, "buffer_size must be at least 1"),
-        ({"logger": 3}, TypeError, "logger must be a"),
         ({"buffer": [1]}, TypeError, "buffer must be an object of ReplayBuffer, got list"),
         (
             {"buffer": TensorDictReplayBuffer(batch_size=8)},

@@ -366,8 +366,6 @@ def test_bad_options():
     for options, error, message in (
         ({"duration": 3}, ValueError, "duration is about an input from above"),
         ({"input_ends": False}, ValueError, "input_ends is about an input from above"),
-        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
-        ({"updates_per_step": -1.0}, ValueError, "updates_per_step must be finite"),
         (
             {"learner_factory": lambda *_: torch.nn.Linear(1, 1)},
             TypeError,

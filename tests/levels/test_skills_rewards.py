@@ -324,24 +324,6 @@ def test_recomputed_when_sampled(make_linear, make_skills):
 # -- bad input ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"n_skill_samples": 0}, "n_skill_samples"),
-        ({"std": 0.0}, "std must be"),
-        ({"std": float("nan")}, "std must be"),
-        ({"std": [1.0, -1.0]}, "std must be"),
-        ({"state_dims": []}, "state_dims"),
-        ({"state_dims": [1, 1]}, "state_dims"),
-        ({"n_symmetry_breaking_steps": -1}, "n_symmetry_breaking_steps"),
-    ],
-)
-@pytest.mark.parametrize("kind", [SPlaTESReward, DADSReward])
-def test_bad_options(kind, options, message):
-    with pytest.raises(ValueError, match=message):
-        kind(**options)
-
-
 def test_what_cannot_be_attached(make_linear, make_predictor, make_point, make_skills):
     with pytest.raises(ValueError, match="above has 2 dimensions"):
         make_skills(SPlaTESReward(state_dims=[0, 2]), make_linear())

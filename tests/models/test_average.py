@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
 from tensordict import TensorDict
 from torch import nn
-
-from layeredrl_torchrl import ProbabilisticEnsemble
 
 
 def inputs():
@@ -176,9 +173,3 @@ def test_members_without_parameters_have_nothing_to_average(table_net, tables):
     before = ensemble.predict(*given)[0]
     ensemble.update_average()
     assert torch.equal(ensemble.predict(*given)[0], before)
-
-
-@pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5, math.nan])
-def test_a_decay_outside_its_range_is_refused(decay, box):
-    with pytest.raises(ValueError, match=rf"ema_decay must lie in \[0, 1\), got {decay}; None"):
-        ProbabilisticEnsemble(box(2), None, box(1), ema_decay=decay)

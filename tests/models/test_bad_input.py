@@ -21,22 +21,6 @@ N_MODES, D = 2, 3
 # -- building ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["n_models", "n_modes", "n_particles_per_model"])
-@pytest.mark.parametrize(
-    ("value", "error", "message"),
-    [
-        (0, ValueError, "must be at least 1, got 0"),
-        (-2, ValueError, "must be at least 1, got -2"),
-        (2.0, TypeError, r"must be an int, got 2\.0 \(float\)"),
-        (True, TypeError, r"must be an int, got True \(bool\)"),
-        (None, TypeError, r"must be an int, got None \(NoneType\)"),
-    ],
-)
-def test_counts(name, value, error, message, box):
-    with pytest.raises(error, match=f"{name} {message}"):
-        ProbabilisticEnsemble(box(2), None, box(1), **{name: value})
-
-
 @pytest.mark.parametrize(
     ("spaces", "error", "message"),
     [
@@ -264,17 +248,6 @@ BAD = {
         r"action must be a torch\.Tensor, got ndarray",
     ),
 }
-
-
-@pytest.mark.parametrize("what", BAD)
-@pytest.mark.parametrize("call", ["predict", "get_log_prob"])
-def test_inputs_that_do_not_fit(what, call, fc, recorded):
-    changes, error, message = BAD[what]
-    ensemble, _ = recorded(fc)
-    extra = (torch.zeros(4, 3),) if call == "get_log_prob" else ()
-    getattr(ensemble, call)(*inputs(), *extra)
-    with pytest.raises(error, match=message):
-        getattr(ensemble, call)(*inputs(**changes), *extra)
 
 
 def test_actions_outside_their_space(fc, recorded):

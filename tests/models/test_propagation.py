@@ -106,7 +106,7 @@ def test_expectation_averages_over_modes_too(fc, recorded, transitions):
         torch.testing.assert_close(got, term_prob, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("propagation", [TSInfinity(), TS1(), Expectation()], ids=repr)
+@pytest.mark.parametrize("propagation", [TSInfinity(), TS1(), Expectation()])
 @pytest.mark.parametrize("n_modes", [1, 2])
 def test_gradients_reach_actions_through_every_propagation(propagation, n_modes, fc, recorded):
     ensemble, _ = recorded(fc, n_models=2, n_modes=n_modes, n_particles_per_model=2)

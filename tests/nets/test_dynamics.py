@@ -162,11 +162,6 @@ def test_a_nonlinearity_is_used():
     torch.testing.assert_close((means[0] + means[2]) / 2, means[1], atol=1e-5, rtol=1e-5)
 
 
-def test_no_hidden_layer_is_refused():
-    with pytest.raises(ValueError, match=r"hidden_sizes is empty.*\(128,\)"):
-        make(hidden_sizes=())
-
-
 def test_a_space_that_is_none_of_ours_is_refused_by_name():
     with pytest.raises(TypeError, match="state_space is MultiBinary"):
         ProbFCDynamics(gym.spaces.MultiBinary(2), None, box(1))
@@ -250,12 +245,6 @@ def test_the_stack_holds_every_parameter_once_and_its_own_copy():
                 parameter.zero_()
     (after, _), _, _ = stacked(*given)
     assert torch.equal(before, after)
-
-
-@pytest.mark.parametrize(("n_modes", "error"), [(0, ValueError), (1.5, TypeError)])
-def test_a_number_of_modes_that_is_none_is_refused(n_modes, error):
-    with pytest.raises(error, match="n_modes must be"):
-        make(n_modes=n_modes)
 
 
 def test_bounds_in_the_wrong_order_are_refused():

@@ -239,12 +239,6 @@ def test_the_nonlinearity_is_used():
     assert ((low + high) / 2 - mid).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("build", [lambda h: RewardNet(D, C, A, h), lambda h: ValueNet(D, C, h)])
-def test_no_hidden_layer_is_refused(build):
-    with pytest.raises(ValueError, match=r"hidden_sizes is empty.*\(128,\)"):
-        build(())
-
-
 def test_an_action_space_that_is_none_of_ours_is_refused():
     with pytest.raises(TypeError, match="action_dim is MultiBinary"):
         RewardNet(D, C, gym.spaces.MultiBinary(2))

@@ -305,21 +305,6 @@ def test_rewards_without_a_last_axis_are_refused():
         loss(batch)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "error"),
-    [
-        ("gamma", -0.1, ValueError),
-        ("gamma", 1.1, ValueError),
-        ("k_steps", 0, ValueError),
-        ("n_steps", 0, ValueError),
-        ("n_steps", 1.5, TypeError),
-    ],
-)
-def test_bad_options_are_refused(name, value, error):
-    with pytest.raises(error, match=name):
-        make_loss(**{name: value})
-
-
 def test_descends_to_known_reward_and_value():
     """Reward ``s0`` in a world that stands still: the value is ``s0 / (1 - gamma)``."""
     loss = PredictorLoss(

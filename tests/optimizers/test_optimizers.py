@@ -439,40 +439,6 @@ def test_a_memory_that_does_not_fit_is_refused(make, make_gaussian):
         optimizer.shift(optimizer.forget(), -1)
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "match"),
-    [
-        ({"horizon": 0}, ValueError, "horizon"),
-        ({"horizon": 2.0}, TypeError, "horizon"),
-        ({"n_iterations": 0}, ValueError, "n_iterations"),
-        ({"n_samples": 1}, ValueError, "n_samples"),
-        ({"elite_ratio": 1.5}, ValueError, "elite_ratio must"),
-        ({"elite_ratio": 0.01}, ValueError, "elite_ratio=0.01 .*at least 2"),
-        ({"momentum": 1.0}, ValueError, "momentum"),
-        ({"momentum": -0.1}, ValueError, "momentum"),
-    ],
-)
-def test_options_out_of_range_are_refused(make, options, error, match):
-    with pytest.raises(error, match=match):
-        make(**options)
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "match"),
-    [
-        (ICEM, {"decay": 0.9}, "decay"),
-        (ICEM, {"decay": math.inf}, "decay"),
-        (ICEM, {"keep_ratio": 1.1}, "keep_ratio"),
-        (ICEM, {"beta": -1.0}, "beta"),
-        (MPPI, {"temperature": 0.0}, "temperature"),
-        (MPPI, {"temperature": math.inf}, "temperature"),
-    ],
-)
-def test_own_options_out_of_range_are_refused(make_gaussian, kind, options, match):
-    with pytest.raises(ValueError, match=match):
-        kind(make_gaussian(), **options)
-
-
 def test_a_search_is_needed(kind):
     for none in (None, CategoricalSearch):
         with pytest.raises(TypeError, match=r"search must be an object of Search.*make_search"):

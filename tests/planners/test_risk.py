@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 
 import pytest
@@ -54,9 +53,3 @@ def test_the_ends_of_cvar_are_the_mean_and_the_worst():
     returns = torch.randn(5, 3, 4)
     torch.testing.assert_close(CVaR(1.0)(returns), Mean()(returns))
     torch.testing.assert_close(CVaR(1 / 12)(returns), WorstCase()(returns))
-
-
-@pytest.mark.parametrize("alpha", [0.0, -0.5, 1.1, math.nan])
-def test_an_alpha_that_is_no_share_is_refused(alpha):
-    with pytest.raises(ValueError, match="alpha"):
-        CVaR(alpha)

@@ -218,18 +218,6 @@ def test_discrete_actions_in_either_form(build, space):
 # -- errors ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("call", ["predict", "predict_reward", "value", "rollout", "encode"])
-def test_observations_that_do_not_fit_are_refused(predictor, call):
-    obs, act = make_inputs((3,), 2) if call == "rollout" else make_inputs((3,))
-    args = () if call in ("encode", "value") else (act,)
-    nan = obs.clone()
-    nan[1, 2] = float("nan")
-    with pytest.raises(ValueError, match=r"observation.*expected"):
-        getattr(predictor, call)(obs[:, :3], *args)
-    with pytest.raises(ValueError, match=r"observation.*nan"):
-        getattr(predictor, call)(nan, *args)
-
-
 @pytest.mark.parametrize("call", ["predict", "predict_reward", "rollout", "value", "forward"])
 def test_actions_that_do_not_fit_are_refused(predictor, call):
     obs, act = make_inputs((3,), 2) if call == "rollout" else make_inputs((3,))
@@ -262,14 +250,6 @@ def test_a_reward_or_value_of_another_shape_is_refused(build, call):
         run()
 
 
-@pytest.mark.parametrize("key", ["observation", "action"])
-def test_a_missing_key_is_named(predictor, key):
-    obs, act = make_inputs((3,))
-    td = TensorDict({"observation": obs, "action": act}, [3]).exclude(key)
-    with pytest.raises(KeyError, match=key):
-        predictor(td)
-
-
 def test_parts_that_were_left_out_are_named(build):
     predictor = build(val_func=None, rew_func=None)
     obs, act = make_inputs((3,))
@@ -293,13 +273,6 @@ def test_parts_that_were_left_out_are_named(build):
 def test_dimensions_that_do_not_fit_are_refused(make_predictor, encoder, kwargs, name):
     with pytest.raises(ValueError, match=f"{name}.*encoder.*model"):
         make_predictor(encoder, **kwargs)
-
-
-@pytest.mark.parametrize("n", [0, -1])
-@pytest.mark.parametrize("name", ["n_models", "n_modes", "n_particles_per_model"])
-def test_counts_below_one_are_refused(make_predictor, name, n):
-    with pytest.raises(ValueError, match=f"{name}.*{n}"):
-        make_predictor(model={name: n})
 
 
 @pytest.mark.parametrize("name", ["val_func", "rew_func", "encoder"])

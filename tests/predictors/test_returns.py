@@ -31,7 +31,7 @@ def predictor(make_predictor):
     return predictor
 
 
-@pytest.mark.parametrize("propagation", [TSInfinity(), TS1(), Expectation()], ids=repr)
+@pytest.mark.parametrize("propagation", [TSInfinity(), TS1(), Expectation()])
 @pytest.mark.parametrize("batch", [(), (3,), (2, 2)])
 @pytest.mark.parametrize(
     "options",
@@ -43,7 +43,6 @@ def predictor(make_predictor):
         {"discount": 0.8, "use_value_func": True, "use_term_prob": False},
         {"bonus": True},
     ],
-    ids=str,
 )
 def test_returns_are_those_of_the_trajectory(predictor, propagation, batch, options):
     options = dict(options)

@@ -58,7 +58,9 @@ class Hierarchy(OnePrimer, WholeState):
     ...     learner_factory=SACLearner, input_spec=Bounded(-1.0, 1.0, (2,)), duration=3
     ... )
     >>> hierarchy = Hierarchy([RandomLevel(), lower], env=env)  # highest first
-    >>> data = env.append_transform(hierarchy.make_tensordict_primer()).rollout(4, hierarchy)
+    >>> data = env.append_transform(hierarchy.make_tensordict_primer()).rollout(
+    ...     4, hierarchy, break_when_any_done=False
+    ... )
     >>> data["action"].shape
     torch.Size([4, 1])
 

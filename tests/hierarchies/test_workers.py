@@ -8,16 +8,14 @@ import textwrap
 
 import pytest
 
-# TorchRL 0.14 stops its way of sharing weights in a __del__, which starts a thread; where that runs
-# as the interpreter ends, it waits for ever. So the script shares them by an object of its own, and
-# stops it: collector.shutdown() does not.
+# The collector is still referred to when the interpreter ends, and TorchRL 0.14 stops the sharing of
+# weights in a __del__, which starts a thread: without the package's help the script would never end.
 SCRIPT = """
 from functools import partial
 
 import torch
 from torchrl.collectors import MultiSyncCollector
 from torchrl.data import Bounded
-from torchrl.weight_update import SharedMemWeightSyncScheme
 
 from layeredrl_torchrl import (
     Hierarchy, ICEMPlanner, Level, PlannerLevel, PredictorFactory, get_task
@@ -44,7 +42,6 @@ def main():
     )
     lower = Push(input_spec=Bounded(-1.0, 1.0, (2,)), duration=2)
     hierarchy = Hierarchy([upper, lower], env=task.make())
-    weights = SharedMemWeightSyncScheme()
     collector = MultiSyncCollector(
         [task.make] * 2,
         hierarchy,
@@ -52,26 +49,23 @@ def main():
         total_frames=80,
         auto_register_policy_transforms=True,
         cat_results=-1,
-        weight_sync_schemes={"policy": weights},
     )
-    try:
-        for i, data in enumerate(collector):
-            own, rows = hierarchy.transitions(data)
-            assert len(rows) == 40
-            assert ((own["next", "elapsed_steps"] == 2) | own["next", "done"]).all()
-            # What learn has counted reaches the workers: they plan from the second batch on.
-            assert own["random_action"].all() if i == 0 else not own["random_action"][-3:].any()
-            info = hierarchy.learn(data)
-            assert info["Push/n"] == 40
-            assert info["PlannerLevel/n_updates"] > 0, info
-    finally:
-        collector.shutdown()
-        weights.shutdown()
+    for i, data in enumerate(collector):
+        own, rows = hierarchy.transitions(data)
+        assert len(rows) == 40
+        assert ((own["next", "elapsed_steps"] == 2) | own["next", "done"]).all()
+        # What learn has counted reaches the workers: they plan from the second batch on.
+        assert own["random_action"].all() if i == 0 else not own["random_action"][-3:].any()
+        info = hierarchy.learn(data)
+        assert info["Push/n"] == 40
+        assert info["PlannerLevel/n_updates"] > 0, info
+    collector.shutdown()
     print("learned from two workers")
+    return collector
 
 
 if __name__ == "__main__":
-    main()
+    kept = main()
 """
 
 

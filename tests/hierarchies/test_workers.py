@@ -8,8 +8,8 @@ import textwrap
 
 import pytest
 
-# The collector is still referred to when the interpreter ends, and TorchRL 0.14 stops the sharing of
-# weights in a __del__, which starts a thread: without the package's help the script would never end.
+# The collector is still referred to when the interpreter ends, and TorchRL 0.14 stops the sharing
+# of weights in a __del__ that starts a thread: without the package's help it would never end.
 SCRIPT = """
 from functools import partial
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -51,9 +52,15 @@ class ObservationMap(nn.Module):
                 )
             self.space = Unbounded((seen.shape[-1],), dtype=seen.dtype)
             return
-        width, index = space.shape[-1], list(choice)
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in index):
-            raise TypeError(f"its observation map is {choice!r}, expected a list of indices")
+        width = space.shape[-1]
+        try:
+            index = [operator.index(i) for i in choice if not isinstance(i, bool)]
+        except TypeError as error:
+            raise TypeError(
+                f"its observation map is {choice!r}, expected a list of indices"
+            ) from error
+        if len(index) < len(choice):
+            raise TypeError(f"its observation map is {choice!r}, expected indices, not flags")
         if not index or len(set(index)) < len(index) or not all(0 <= i < width for i in index):
             raise ValueError(
                 f"its observation map is {index}, expected different indices from 0 to "

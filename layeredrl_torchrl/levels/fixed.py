@@ -8,7 +8,9 @@ from torch import Tensor
 from torchrl.data import Composite, TensorSpec, Unbounded
 from torchrl.envs import TensorDictPrimer
 
+from layeredrl_torchrl._checks import require
 from layeredrl_torchrl.levels.level import Level
+from layeredrl_torchrl.levels.random_actions import RandomActions
 from layeredrl_torchrl.specs import Space, canonical_action
 
 __all__ = ["ActionSequenceLevel", "ConstantLevel", "RandomLevel"]
@@ -23,12 +25,8 @@ class _FixedLevel(Level):
 
     def _batch(self, tensordict: TensorDictBase) -> tuple[torch.Size, torch.device]:
         """Shape ``*B`` and device, which the observation says."""
-        observation = tensordict.get(self.observation_key, None)
-        if observation is None:
-            raise KeyError(
-                f"{self.name} acts for each {self.observation_key!r}, which is missing; it got "
-                f"{sorted(map(str, tensordict.keys(True, True)))}"
-            )
+        hint = "it acts once for each observation"
+        observation = require(tensordict, self.observation_key, reader=self.name, hint=hint)
         return observation.shape[:-1], observation.device
 
 
@@ -51,10 +49,14 @@ class RandomLevel(_FixedLevel):
         super().__init__(input_spec=input_spec, duration=duration)
         self.in_keys, self.out_keys = [self.observation_key], [self.action_key]
 
+    def _build(self, observation_space: TensorSpec, action_spec: TensorSpec) -> None:
+        self.random_actions = RandomActions(action_spec)
+
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write independent draws for ``[*B]``."""
         batch, device = self._batch(tensordict)
-        return tensordict.set(self.action_key, self.action_spec.rand(batch).to(device))
+        self.action_spec  # noqa: B018 - raises before setup
+        return tensordict.set(self.action_key, self.random_actions(batch).to(device))
 
 
 class ConstantLevel(_FixedLevel):
@@ -169,12 +171,8 @@ class ActionSequenceLevel(_FixedLevel):
             KeyError: Without the observation, or the position in the sequence.
         """
         self._batch(tensordict)
-        position = tensordict.get(self.position_key, None)
-        if position is None:
-            raise KeyError(
-                f"{self.name} reads {self.position_key!r}, which is missing; append its "
-                "make_tensordict_primer() to the environment, or put it into a Hierarchy"
-            )
+        hint = "append its make_tensordict_primer() to the environment, or put it into a Hierarchy"
+        position = require(tensordict, self.position_key, reader=self.name, hint=hint)
         at = position.squeeze(-1).clamp_max(len(self.actions) - 1)
         tensordict.set(self.action_key, self.actions[at].to(self.action_spec.dtype))
         if self.input_spec is None:

@@ -30,6 +30,7 @@ from layeredrl_torchrl.levels.rows import (
     check_choice,
     check_flags,
     check_numbers,
+    check_observations,
     with_known_ends,
 )
 from layeredrl_torchrl.specs import ObservationSpace, Space, is_discrete, to_spec, width
@@ -206,11 +207,7 @@ class ModelFreeLevel(LearningLevel):
         required, _ = self.stored_keys
         flags = [("next", key) for key in ("terminated", "done", "input_done")]
         check_flags(rows, [key for key in flags if key in required], self.name, _HINT)
-        following = unravel_key(("next", self.observation_key))
-        for key in (self.observation_key, following):
-            value = require(rows, key, reader=f"{self.name}.learn", hint=_HINT)
-            hint = "the level was set up for observations of this width"
-            check_width(str(key), value, self.observation_dim, hint=hint)
+        check_observations(rows, self.observation_key, self.observation_dim, self.name, _HINT)
         rows = with_known_ends(rows, self.observation_key, self.name)
         check_numbers(rows, required, self.name, _HINT)
         check_width(str(self.next_reward_key), rows.get(self.next_reward_key), 1, hint="[*B, 1]")

@@ -21,7 +21,13 @@ from layeredrl_torchrl._checks import (
 )
 from layeredrl_torchrl.levels.learning import LearningLevel, LearningOptions, spaces_of
 from layeredrl_torchrl.levels.random_actions import RandomActions
-from layeredrl_torchrl.levels.rows import check_choice, check_flags, check_numbers, with_known_ends
+from layeredrl_torchrl.levels.rows import (
+    check_choice,
+    check_flags,
+    check_numbers,
+    check_observations,
+    with_known_ends,
+)
 from layeredrl_torchrl.levels.storing import n_rows_along_time
 from layeredrl_torchrl.predictors import Predictor, RewardPredictor
 from layeredrl_torchrl.specs import ObservationSpace, Space
@@ -198,6 +204,25 @@ class PlannerLevel(LearningLevel):
             self.random_action_key,
             unravel_key(("next", self.state_key)),
         ]
+        self._check_learned_keys(predictor)
+
+    def _check_learned_keys(self, predictor: Predictor) -> None:
+        """Raise unless the predictor learns from the entries that it is acted upon with."""
+        loss = getattr(predictor, "predictor_loss", None)
+        if loss is None:
+            return
+        keys = loss.tensor_keys
+        following = unravel_key(("next", self.observation_key))
+        for name, own, learned in (
+            ("observation", self.observation_key, keys.observation),
+            ("next_observation", following, keys.next_observation),
+            ("action", self.action_key, keys.action),
+        ):
+            if unravel_key(learned) != own:
+                raise ValueError(
+                    f"the predictor learns from the {name} {learned!r}, but the level has it below "
+                    f"{own!r}; name it by predictor.predictor_loss.set_keys({name}=...)"
+                )
 
     def _check_keys(self, env: EnvBase) -> None:
         """Raise unless predictor and planner read and write the keys of ``env``."""
@@ -327,10 +352,8 @@ class PlannerLevel(LearningLevel):
         (observation, following, action, *numbers), _ = self.stored_keys
         flags = [("next", key) for key in ("done", "terminated")]
         check_flags(data, flags, self.name, _HINT)
-        for key in (observation, following):
-            value = require(data, unravel_key(key), reader=f"{self.name}.learn", hint=_HINT)
-            hint = "the level's predictor was built for observations of this width"
-            check_width(str(key), value, self.predictor.encoder.obs_dim, hint=hint)
+        width = self.predictor.encoder.obs_dim
+        check_observations(data, observation, width, self.name, _HINT)
         data = with_known_ends(data, observation, self.name)
         read = [observation, following, action, *(key for key in numbers if key not in flags)]
         check_numbers(data, read, self.name, _HINT)

@@ -10,13 +10,14 @@ from tensordict import NestedKey, TensorDictBase, unravel_key
 from torch import Tensor
 from torchrl.data import TensorSpec
 
-from layeredrl_torchrl._checks import check_finite, require
+from layeredrl_torchrl._checks import check_finite, check_width, require
 from layeredrl_torchrl.specs import canonical_action
 
 __all__ = [
     "check_choice",
     "check_flags",
     "check_numbers",
+    "check_observations",
     "collected",
     "n_env_steps",
     "with_known_ends",
@@ -25,6 +26,7 @@ __all__ = [
 
 _MASK = ("collector", "mask")
 _NOTHING = "nothing of the data is stored"
+_COMPACT = "; a collector with compact_obs=True leaves it out: build one without"
 
 
 def collected(data: object) -> TensorDictBase:
@@ -114,6 +116,19 @@ def without_cut(data: TensorDictBase) -> TensorDictBase:
         return data
     shows = (~cut | data.get(("next", "terminated"))).squeeze(-1)
     return data if bool(shows.all()) else data[shows]
+
+
+def check_observations(
+    data: TensorDictBase, key: NestedKey, width: int, name: str, hint: str
+) -> None:
+    """Raise unless ``data`` has observations ``[*B, width]``, before and after each step.
+
+    Raises:
+        KeyError: A missing entry. TypeError: No floats. ValueError: Another width.
+    """
+    for at, more in ((key, ""), (unravel_key(("next", key)), _COMPACT)):
+        value = require(data, at, reader=f"{name}.learn", hint=f"{hint}{more}; {_NOTHING}")
+        check_width(str(at), value, width, hint=f"{name} was built for this width; {_NOTHING}")
 
 
 def check_numbers(data: TensorDictBase, keys: Iterable[NestedKey], name: str, hint: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchrl.collectors import Collector
 from torchrl.data import Bounded, Categorical, OneHot, Unbounded
-from torchrl.envs import SerialEnv, TransformedEnv
+from torchrl.envs import RenameTransform, SerialEnv, TransformedEnv
 from torchrl.envs.utils import ExplorationType, check_env_specs, set_exploration_type
 from torchrl.modules.utils import get_primers_from_module
 
@@ -133,8 +133,60 @@ def test_modes_reach_the_levels(three):
     assert all(level.training for level in hierarchy.train().levels)
 
 
-def test_discrete_inputs(toy):
-    """Choices as input: integers between levels."""
+@pytest.mark.parametrize("n", [None, 3])
+def test_in_keys_are_all_that_it_reads(three, n):
+    env, hierarchy = three(n)
+    td = TransformedEnv(env, hierarchy.make_tensordict_primer()).reset()
+    assert {str(key) for key in hierarchy.in_keys} == {
+        "observation",
+        *(str(key) for key in hierarchy.make_tensordict_primer().primers.keys(True, True)),
+    }
+    expected = hierarchy(td.clone())["action"]
+    assert torch.equal(hierarchy(td.select(*hierarchy.in_keys))["action"], expected)
+    for key in hierarchy.in_keys:
+        with pytest.raises(KeyError):
+            hierarchy(td.select(*(other for other in hierarchy.in_keys if other != key)))
+
+
+def test_one_hierarchy_in_environments_of_several_sizes(three):
+    """A primer that is fitted to an environment leaves those of others alone."""
+    _, hierarchy = three()
+    for n in (3, None, 2):
+        env, _ = three(n)
+        env = TransformedEnv(env, hierarchy.make_tensordict_primer())
+        assert env.rollout(3, hierarchy)["action"].shape == ((3, 1) if n is None else (n, 3, 1))
+
+
+def test_keys_of_the_environment_can_be_renamed(toy, three):
+    """Nested ones, too; the transitions are the same."""
+    names = ["observation", "reward"], [("agents", "observation"), ("agents", "pay")]
+    plain, hierarchy = three(2)
+    renamed = toy.Env(2).append_transform(
+        RenameTransform(*names, ["action"], [("agents", "action")])
+    )
+    maps = [None, [2, 3], None]
+    with pytest.raises(ValueError, match="pass observation_key="):
+        Hierarchy(list(hierarchy.levels), renamed, observation_maps=maps)
+    other = Hierarchy(
+        list(hierarchy.levels), renamed, observation_maps=maps, observation_key=names[1][0]
+    )
+    (data,), (moved,) = toy.collect(plain, hierarchy, 1, 9), toy.collect(renamed, other, 1, 9)
+    assert torch.equal(moved["agents", "action"], data["action"])
+    for one, two in zip(hierarchy.transitions(data), other.transitions(moved), strict=True):
+        assert (one == two).all()
+
+
+def test_observations_that_are_not_finite_are_refused(three):
+    env, hierarchy = three(2)
+    td = TransformedEnv(env, hierarchy.make_tensordict_primer()).reset()
+    td["observation"][1, 2] = torch.nan
+    with pytest.raises(ValueError, match="observation holds 1 non-finite"):
+        hierarchy(td)
+
+
+@pytest.mark.parametrize("n", [None, 3])
+def test_discrete_inputs(toy, n):
+    """Choices as input: integers between levels, also of a single environment."""
     for spec in (OneHot(3), Categorical(3)):
 
         class Chooses(toy.Level):
@@ -151,7 +203,7 @@ def test_discrete_inputs(toy):
             level.record = toy.Base.record
             level.make_tensordict_primer = toy.Base.make_tensordict_primer
             level.hands_back = toy.Base.hands_back
-        env = toy.Env(3)
+        env = toy.Env(n)
         hierarchy = Hierarchy([Chooses(1), Follows(1, input_spec=spec, duration=2)], env)
         (data,) = toy.collect(env, hierarchy, 1, 9)
         upper, lower = hierarchy.transitions(data)

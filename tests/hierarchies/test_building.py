@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torchrl.data import Bounded, OneHot, Unbounded
 
 from layeredrl_torchrl import Hierarchy, ICEMPlanner, PlannerLevel, PredictorFactory
+from layeredrl_torchrl.hierarchies.maps import ObservationMap
 
 ONE = Unbounded((1,))
 
@@ -135,7 +137,9 @@ def test_a_level_set_up_for_other_spaces(build, lower, toy):
     top = toy.Level(1)
     top.setup(Unbounded((4,)), Bounded(-1.0, 1.0, (1,)))
     with pytest.raises(
-        ValueError, match=r"level 0 .* was set up for Bounded.*level 1 .* takes Unb"
+        ValueError,
+        match=r"level 0 .* was set up for Bounded\w* of shape \(1,\) \(torch.float32\) from "
+        r"\[-1.0\] to \[1.0\], but level 1 .* takes Unbounded\w* of shape \(1,\) ",
     ):
         build(top, lower())
     top = toy.Level(1)
@@ -161,6 +165,7 @@ def test_a_level_that_needs_a_predictor(build, lower, toy):
 @pytest.mark.parametrize(
     ("error", "message", "choice"),
     [
+        (TypeError, "expected indices, not flags", [True, False]),
         (ValueError, "different indices from 0 to 3", [0, 4]),
         (ValueError, "different indices from 0 to 3", [-1]),
         (ValueError, "different indices from 0 to 3", [1, 1]),
@@ -200,3 +205,19 @@ def test_memory_starts_from_zeros(toy, build):
 
     with pytest.raises(ValueError, match="memory in a hierarchy starts from zeros"):
         build(Ones(1))
+
+
+def test_maps_see_what_they_choose(toy):
+    """By indices of numpy as well; a map says of what shape and dtype."""
+    env, obs = toy.Env(), torch.arange(24.0).reshape(2, 3, 4)
+    for choice, expected in (
+        (None, obs),
+        (np.array([3, 1]), obs[..., [3, 1]]),
+        (lambda o: 2 * o[..., :1], 2 * obs[..., :1]),
+        (lambda o: o[..., 1:].double(), obs[..., 1:].double()),
+    ):
+        see = ObservationMap(choice, env.observation_spec["observation"])
+        assert torch.equal(see(obs), expected)
+        assert see.is_identity is (choice is None)
+        assert see.space.shape == expected.shape[-1:]
+        assert see.space.dtype == expected.dtype

@@ -7,7 +7,10 @@ import pickle
 
 import pytest
 import torch
-from torchrl.data import Bounded, OneHot, Unbounded
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModuleBase
+from torchrl.data import Bounded, Composite, OneHot, Unbounded
+from torchrl.envs import TensorDictPrimer
 from torchrl.envs.utils import ExplorationType, set_exploration_type, step_mdp
 
 from layeredrl_torchrl import ICEMPlanner, PlannerLevel, PredictorFactory
@@ -212,3 +215,71 @@ def test_factories_see_what_they_should():
     assert seen["action_spec"] == spaces[1]
     assert level.planner.optimizer.horizon == 3
     assert level.optim is level.predictor.optim
+
+
+class Shooting(TensorDictModuleBase):
+    """A planner of one's own: it tries actions for one step and remembers the best one's score."""
+
+    def __init__(self, predictor, *, action_spec):
+        super().__init__()
+        self.predictor, self.spec = predictor, action_spec
+        self.action_key = "action"
+        self.in_keys = ["observation", ("shooting", "score")]
+        self.out_keys = ["action", ("next", "shooting", "score")]
+
+    def forget(self, batch=(), device=None):
+        score = torch.zeros(*batch, 1, device=device)
+        return TensorDict({"shooting": {"score": score}}, torch.Size(batch))
+
+    def make_tensordict_primer(self):
+        spec = Composite(shooting=Composite(score=Unbounded((1,))))
+        return TensorDictPrimer(spec, expand_specs=True)
+
+    def forward(self, tensordict):
+        obs = tensordict["observation"]
+        tried = self.spec.rand((40, *obs.shape[:-1]))
+        rewards = self.predictor.predict_reward(obs.expand(40, *obs.shape), tried)
+        score, best = rewards.max(0)
+        index = best[None, ..., None].expand(1, *best.shape, 1)
+        tensordict["action"] = tried.gather(0, index)[0]
+        tensordict["next", "shooting", "score"] = score.unsqueeze(-1) + 1e3
+        return tensordict
+
+
+def test_a_planner_of_ones_own(make_learner, make_transitions, observe, unchanged):
+    """Its memory is carried, forgotten in random steps, and not stored; it is saved once."""
+    level = make_learner(planner_factory=Shooting, random_prob=0.5)
+    td = observe(level, torch.randn(200, 2))
+    with unchanged(level):
+        out = level(td)
+    random = out["random_action"]
+    assert torch.equal(out["next", "shooting", "score"] == 0.0, random)
+    assert 60 < random.sum() < 140
+    assert level.optim is level.predictor.optim
+    assert level.learn(make_transitions())["n_updates"] == 60
+    pointers = [value.data_ptr() for value in level.state_dict().values() if value.numel()]
+    assert len(set(pointers)) == len(pointers)
+
+
+def test_what_is_no_planner(make_learner):
+    class Forgetful(Shooting):
+        forget = property()
+
+    with pytest.raises(TypeError, match=r"gave a Forgetful, expected .* forget\(\)"):
+        make_learner(planner_factory=Forgetful)
+
+
+def test_with_a_predictor_that_is_given(make_level, make_transitions, observe, unchanged):
+    """It plans, stores and counts; updates are due, and change nothing."""
+    level = make_level(random_prob=0.3, updates_per_step=0.5)
+    assert level.optim is None
+    before = {name: x.clone() for name, x in level.predictor.state_dict().items()}
+    for n in (1, 2):
+        td = observe(level, far_goals(5))
+        assert level(td)["action"].abs().max() <= 1.0
+        info = level.learn(make_transitions(n_steps=20))
+        assert info == {"n_env_steps": 20.0 * n, "n_updates": 0.0}
+        assert level.n_env_steps == len(level.buffer) == 20 * n
+    assert level.updates_due == 0.0
+    after = level.predictor.state_dict()
+    assert all(torch.equal(after[name], x) for name, x in before.items())

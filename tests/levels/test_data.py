@@ -23,11 +23,12 @@ from torchrl.data import (
     Unbounded,
 )
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
-from torchrl.envs import MultiStepTransform, StepCounter
+from torchrl.envs import MultiStepTransform, RenameTransform, StepCounter
 
 from layeredrl_torchrl import (
     Hierarchy,
     ICEMPlanner,
+    IdentityEncoder,
     ModelFreeLevel,
     PlannerLevel,
     PredictorFactory,
@@ -40,9 +41,9 @@ SPACES = Unbounded((2,)), Bounded(-1.0, 1.0, (1,))
 
 def planner_level(*spaces, **options):
     small = {"n_initial_random_steps": 0, "batch_size": 8, "model_batch_size": 8}
+    small["predictor_factory"] = PredictorFactory(hidden_sizes=(8,), n_models=2)
     return PlannerLevel(
         *spaces,
-        predictor_factory=PredictorFactory(hidden_sizes=(8,), n_models=2),
         planner_factory=partial(ICEMPlanner, horizon=2, n_samples=24, n_iterations=2),
         **small | {"updates_per_step": 0.1} | options,
     )
@@ -303,6 +304,76 @@ def test_learning_after_every_step(make, n, make_transitions):
     assert torch.equal(got.sort()[0], expected.sort()[0])
     if make is planner_level:
         assert torch.equal(got, expected)
+
+
+# -- keys -----------------------------------------------------------------------------------
+
+OBS, ACTION, PAY = ("agents", "observation"), ("agents", "u"), ("agents", "pay")
+
+
+def renamed_predictor(observation_space, action_space, **keys):
+    factory = PredictorFactory(
+        hidden_sizes=(8,),
+        n_models=2,
+        partial_encoder=partial(IdentityEncoder, in_keys=[OBS]),
+        model_options={"in_keys": ["state", "context", ACTION]},
+    )
+    predictor = factory(observation_space[OBS], action_space)
+    given = {
+        "observation": OBS,
+        "next_observation": ("next", *OBS),
+        "action": ACTION,
+        "reward": ("next", *PAY),
+    }
+    predictor.predictor_loss.set_keys(**given | keys)
+    return predictor
+
+
+def run(make, rename):
+    """What a level does and learns in an environment, and the environment."""
+    torch.manual_seed(0)
+    env = get_task("InvertedPendulum-v5").make(seed=0)
+    if rename:
+        names = ["observation", "reward"], [OBS, PAY]
+        env.append_transform(RenameTransform(*names, ["action"], [ACTION]))
+    options = {"n_initial_random_steps": 10, "env": env}
+    if make is model_free_level:
+        options |= {"observation_key": OBS} if rename else {}
+    else:
+        options["predictor_factory"] = renamed_predictor if rename else make_factory()
+    level, actions = make(**options), []
+    for data in Collector(
+        env, level, frames_per_batch=20, total_frames=60, auto_register_policy_transforms=True
+    ):
+        actions.append(data[level.action_key].clone())
+        level.learn(data)
+    return level, torch.cat(actions), env
+
+
+def make_factory():
+    return PredictorFactory(hidden_sizes=(8,), n_models=2)
+
+
+@both
+def test_keys_of_the_environment_can_be_renamed(make):
+    (level, actions, _), (renamed, others, _) = run(make, False), run(make, True)
+    assert torch.equal(others, actions)
+    torch.testing.assert_close(renamed.state_dict(), level.state_dict(), rtol=0, atol=0)
+    assert {OBS, ACTION} <= set(renamed.buffer[:].keys(True, True))
+
+
+def test_keys_that_are_not_the_environments_are_named():
+    _, _, env = run(model_free_level, True)
+    options = {"env": env, "n_initial_random_steps": 10}
+    with pytest.raises(KeyError, match="pass observation_key="):
+        model_free_level(**options)
+    for keys, message in (
+        ({"reward": ("next", "reward")}, "reward has the key .* environment's has"),
+        ({"observation": "observation"}, "learns from the observation 'observation'"),
+        ({"action": "action"}, "learns from the action 'action'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            planner_level(predictor_factory=partial(renamed_predictor, **keys), **options)
 
 
 # -- the unit of rewards --------------------------------------------------------------------

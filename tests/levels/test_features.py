@@ -35,6 +35,9 @@ def test_features_are_observation_input_and_time_left():
     assert out.tolist() == [[1, 2, 0, 0, 1, 1], [1, 2, 1, 0, 0, 0.25]]
     assert out.dtype == torch.float32
     # What never varies is centred and not blown up; what lies far out is cut off.
-    features.observe(obs, torch.tensor([2, 2]), torch.tensor([[1], [1]]))
-    out = features(obs + torch.tensor([0.5, 1e6]), torch.tensor([2, 2]), torch.tensor([[1], [1]]))
-    assert out[0].tolist() == [0.5, 10, 0, 0, 0, 0]
+    for sign in (1.0, -1.0):
+        features = InputFeatures(2, Categorical(3), 4)
+        rest = torch.tensor([2, 2]), torch.tensor([[1], [1]])
+        features.observe(sign * obs, *rest)
+        out = features(sign * obs + torch.tensor([0.5, 1e6]), *rest)
+        assert out[0].tolist() == [0.5, 10, 0, 0, 0, 0]

@@ -111,7 +111,7 @@ def test_bad_input():
     with pytest.raises(RuntimeError, match="knows no spaces yet"):
         RandomLevel()(seen(3))
     for level in (RandomLevel(), ConstantLevel(torch.zeros(2))):
-        with pytest.raises(KeyError, match="for each 'observation', which is missing"):
+        with pytest.raises(KeyError, match="reads 'observation', which is missing"):
             setup(level, BOX)(TensorDict(batch_size=[3]))
     with pytest.raises(KeyError, match="reads 'n_played', which is missing"):
         setup(ActionSequenceLevel(torch.zeros(4, 2)), BOX)(seen(3))

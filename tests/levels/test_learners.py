@@ -16,6 +16,7 @@ from torchrl.modules import MLP, NormalParamExtractor, ProbabilisticActor, TanhN
 from torchrl.objectives import SACLoss, ValueEstimators
 
 from layeredrl_torchrl import DQNLearner, ModelFreeLevel, SACLearner
+from layeredrl_torchrl.levels.mlp import FlatMLP, layers, mlp
 
 BOX = Bounded(torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 10.0]), (2,))
 F = 3
@@ -43,6 +44,22 @@ def run(layers, x):
 def layers_of(params, member=None):
     pick = (lambda x: x) if member is None else (lambda x: x[member])
     return [(pick(params[f"weight_{i}"]), pick(params[f"bias_{i}"])) for i in range(3)]
+
+
+def test_networks_take_any_batch_and_several_of_them_at_once():
+    nets = [FlatMLP(["x", "y"], ["out"], (5, 8, 7, 2)) for _ in range(3)]
+    x, y = torch.randn(4, 6, 2), torch.randn(4, 6, 3)
+    outs = [net(TensorDict({"x": x, "y": y}, [4, 6]))["out"] for net in nets]
+    own = [layers(TensorDict(dict(net.named_parameters()))) for net in nets]
+    for net, out in zip(own, outs, strict=True):
+        torch.testing.assert_close(out, run(net, torch.cat([x, y], -1)))
+    stacked = [
+        tuple(map(torch.stack, zip(*layer, strict=True))) for layer in zip(*own, strict=True)
+    ]
+    both = mlp(torch.cat([x, y], -1).reshape(24, 5), stacked)
+    torch.testing.assert_close(both.reshape(3, 4, 6, 2), torch.stack(outs))
+    with pytest.raises(ValueError, match="at least one hidden layer"):
+        FlatMLP(["x"], ["out"], (5, 2))
 
 
 # -- the losses -----------------------------------------------------------------------------

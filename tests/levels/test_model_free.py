@@ -198,6 +198,8 @@ def test_random_at_first_then_exploring_and_neither_in_evaluation(unchanged):
     td = TensorDict({"observation": torch.zeros(3000, 2)}, [3000])
     with unchanged(level):
         action = level(td.clone())["action"]
+    assert not level.eval()(td.clone())["action"].requires_grad
+    level.train()
     # Uniform: mean 0 and variance 1/3, within four standard errors.
     assert abs(action.mean()) < 4 * (1 / 3 / 3000) ** 0.5
     assert abs(action.var() - 1 / 3) < 4 * (4 / 45 / 3000) ** 0.5
@@ -339,7 +341,7 @@ def test_bad_data_is_refused_before_it_is_stored():
         (transitions(3).exclude(("next", "input_done")), KeyError, "learn reads .*input_done"),
         (transitions(3).exclude(("next", "terminated")), KeyError, "learn reads .*terminated"),
         (broken, ValueError, r"observation.*1 non-finite.*nothing of the data is stored"),
-        (wide, ValueError, r"observation has shape \(3, 5\), expected \[..., 2\]"),
+        (wide, ValueError, r"observation has shape \(3, 5\), expected \[\.\.\., 2\]"),
     ):
         with pytest.raises(error, match=message):
             level.learn(data)

@@ -94,7 +94,7 @@ class PredictorPlanner(MPCPlannerBase):
         plan_key: NestedKey = "planner",
         **scoring: Any,
     ) -> None:
-        check_instance("predictor", predictor, Predictor, hint="pass a StaticPredictor, say")
+        check_instance("predictor", predictor, Predictor, hint="of an environment: env.predictor")
         check_instance("optimizer", optimizer, Optimizer, hint="pass ICEM(make_search(spec)), say")
         check_callable("risk", risk, optional=True)
         check_callable("proposal", proposal, optional=True)

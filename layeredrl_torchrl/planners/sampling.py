@@ -37,7 +37,7 @@ class _SamplingPlanner(PredictorPlanner):
         return_mode: ReturnMode | str = mean_plan,
         **options: Any,
     ) -> None:
-        check_instance("predictor", predictor, Predictor, hint="pass a StaticPredictor, say")
+        check_instance("predictor", predictor, Predictor, hint="of an environment: env.predictor")
         space = predictor.model.action_spec if action_spec is None else action_spec
         optimizer = kind(
             make_search(space, initial_sigma),

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import Transform
 
-__all__ = ["SuccessRate"]
+from layeredrl_torchrl._checks import check_positive_int
 
-_EPISODE, _RATE, _COUNT = "episode_success", "success_rate", "episode_count"
+__all__ = ["SuccessRate"]
 
 
 class SuccessRate(Transform):
     """Whether an episode has succeeded so far, and the share of those that did.
 
     ====================  ======================================================================
-    written               ``[*B, 1]`` each, at resets and steps
+    written by default    ``[*B, 1]`` each, at resets and steps
     ====================  ======================================================================
     ``episode_success``   bool: ``success_key`` held at a step of this episode
     ``success_rate``      share of the last ``window`` finished episodes, of all instances, that
@@ -30,8 +32,8 @@ class SuccessRate(Transform):
     this object, as ``VecNormV2``'s are, saved in its ``state_dict``, and each worker process has
     its own; :meth:`clear` starts them over (after ``check_env_specs``, for instance).
 
-    An episode counts where ``done`` becomes true, so this transform comes after those that end
-    episodes (``StepCounter``, ``FlipTermination``).
+    An episode counts where ``done_key`` becomes true, so this transform comes after those that
+    end episodes (``StepCounter``, ``FlipTermination``).
 
     >>> from torchrl.envs import StepCounter
     >>> env = get_task("PointMaze-U").make().append_transform(StepCounter(5))
@@ -42,19 +44,34 @@ class SuccessRate(Transform):
     Args:
         success_key: What says that the goal is reached, ``[*B, 1]``; anything but 0 is success.
         window: Episodes over which the rate runs.
+        done_key: What says that an episode has ended, of the same shape.
+        out_keys: The three keys that are written, in the order of the table.
 
     Raises:
-        ValueError: A window below 1.
-        KeyError: An environment that does not give ``success_key``.
+        TypeError, ValueError: A window that is no integer of at least 1; other than three
+            ``out_keys``; success of another shape than ``done_key``.
+        KeyError: An environment that gives no ``success_key`` or ``done_key``.
     """
 
     outcomes: Tensor  # [window] bool, a ring: episode e is at e % window
     count: Tensor  # [] int64
 
-    def __init__(self, success_key: NestedKey = "success", window: int = 100) -> None:
-        if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-            raise ValueError(f"window must be an int of at least 1, got {window!r}")
-        super().__init__(in_keys=[success_key], out_keys=[_EPISODE, _RATE, _COUNT])
+    def __init__(
+        self,
+        success_key: NestedKey = "success",
+        window: int = 100,
+        *,
+        done_key: NestedKey = "done",
+        out_keys: Sequence[NestedKey] = ("episode_success", "success_rate", "episode_count"),
+    ) -> None:
+        check_positive_int("window", window)
+        if len(out_keys) != 3 or len(set(out_keys)) < 3:
+            raise ValueError(
+                f"out_keys must be three keys, for success of the episode, rate and count; got "
+                f"{list(out_keys)}"
+            )
+        super().__init__(in_keys=[success_key], out_keys=list(out_keys))
+        self.done_key = done_key
         self.register_buffer("outcomes", torch.zeros(window, dtype=torch.bool))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
@@ -70,8 +87,9 @@ class SuccessRate(Transform):
         return self.outcomes[:n].sum() / max(n, 1)
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        success = next_tensordict.get(self.in_keys[0]).bool() | tensordict.get(_EPISODE)
-        finished = success[next_tensordict.get("done")].to(self.outcomes.device)
+        episode = self.out_keys[0]
+        success = next_tensordict.get(self.in_keys[0]).bool() | tensordict.get(episode)
+        finished = success[next_tensordict.get(self.done_key)].to(self.outcomes.device)
         if finished.numel():
             # More instances than the window may finish at once: the last ones stay.
             self.count += len(finished)
@@ -79,7 +97,7 @@ class SuccessRate(Transform):
             first = self.count - len(finished)
             places = first + torch.arange(len(finished), device=first.device)
             self.outcomes[places % len(self.outcomes)] = finished
-        return self._write(next_tensordict.set(_EPISODE, success))
+        return self._write(next_tensordict.set(episode, success))
 
     def _reset(
         self, tensordict: TensorDictBase | None, tensordict_reset: TensorDictBase
@@ -87,13 +105,14 @@ class SuccessRate(Transform):
         # For all instances; where one is not reset, TorchRL keeps what it had.
         self._check_key(tensordict_reset)
         like = tensordict_reset.get(self.in_keys[0])
-        tensordict_reset.set(_EPISODE, torch.zeros_like(like, dtype=torch.bool))
+        tensordict_reset.set(self.out_keys[0], torch.zeros_like(like, dtype=torch.bool))
         return self._write(tensordict_reset)
 
     def _write(self, tensordict: TensorDictBase) -> TensorDictBase:
-        like = tensordict.get(_EPISODE)
-        tensordict.set(_RATE, self.rate.to(like.device).expand(like.shape).clone())
-        return tensordict.set(_COUNT, self.count.to(like.device).expand(like.shape).clone())
+        episode, rate, count = self.out_keys
+        like = tensordict.get(episode)
+        tensordict.set(rate, self.rate.to(like.device).expand(like.shape).clone())
+        return tensordict.set(count, self.count.to(like.device).expand(like.shape).clone())
 
     def _check_key(self, found: Composite | TensorDictBase) -> None:
         if self.in_keys[0] not in found.keys(True, True):
@@ -103,18 +122,35 @@ class SuccessRate(Transform):
                 "another key with success_key="
             )
 
+    def _check_done(self, shape: torch.Size) -> None:
+        """Raise unless an episode ends where it may succeed."""
+        done = self.parent.full_done_spec
+        if self.done_key not in done.keys(True, True):
+            raise KeyError(
+                f"SuccessRate counts episodes by {self.done_key!r}, but the environment ends them "
+                f"by {sorted(map(str, done.keys(True, True)))}; name one with done_key="
+            )
+        if done[self.done_key].shape != shape:
+            raise ValueError(
+                f"{self.in_keys[0]!r} has shape {tuple(shape)}, but {self.done_key!r} has "
+                f"{tuple(done[self.done_key].shape)}; success must be one flag for each end of an "
+                "episode: name others with success_key= or done_key="
+            )
+
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         """Add what is written."""
         self._check_key(observation_spec)
         success = observation_spec[self.in_keys[0]]
         shape, device = success.shape, success.device
-        observation_spec[_EPISODE] = Binary(1, shape, dtype=torch.bool, device=device)
-        observation_spec[_RATE] = Bounded(0.0, 1.0, shape, dtype=torch.float32, device=device)
-        observation_spec[_COUNT] = Unbounded(shape, dtype=torch.int64, device=device)
+        self._check_done(shape)
+        episode, rate, count = self.out_keys
+        observation_spec[episode] = Binary(1, shape, dtype=torch.bool, device=device)
+        observation_spec[rate] = Bounded(0.0, 1.0, shape, dtype=torch.float32, device=device)
+        observation_spec[count] = Unbounded(shape, dtype=torch.int64, device=device)
         return observation_spec
 
     def transform_input_spec(self, input_spec: Composite) -> Composite:
-        """Ask for ``episode_success`` of the step before: batched environments pass on no more."""
+        """Ask for the success so far of the step before, which batched environments then pass."""
         parent = self.parent.observation_spec
         self._check_key(parent)
         success = parent[self.in_keys[0]]
@@ -122,7 +158,12 @@ class SuccessRate(Transform):
         state_spec = input_spec["full_state_spec"]
         if state_spec is None:
             state_spec = Composite(shape=input_spec.shape, device=input_spec.device)
-        state_spec[_EPISODE] = spec
+        key = self.out_keys[0]
+        group = key[:-1] if isinstance(key, tuple) else ()
+        if group and group in parent.keys(True) and group not in state_spec.keys(True):
+            # A group of its own would have another shape than the environment's.
+            state_spec[group] = Composite(shape=parent[group].shape, device=parent[group].device)
+        state_spec[key] = spec
         input_spec["full_state_spec"] = state_spec
         return input_spec
 

@@ -220,6 +220,19 @@ def test_what_is_cold_does_not_count(make):
     assert torch.equal(results[0], results[2])
 
 
+def test_no_gradient_is_kept(make):
+    optimizer, weight = make(), torch.ones((), requires_grad=True)
+
+    def cost(x):
+        assert not torch.is_grad_enabled()
+        return weight * x.sum((-2, -1))
+
+    solution = optimizer.optimize(cost)
+    assert not solution.mean.requires_grad
+    assert not solution.best_cost.requires_grad
+    assert torch.is_grad_enabled()
+
+
 @pytest.mark.parametrize("steps", [0, 1, 2, 9])
 def test_shifting_lets_time_pass(make, steps):
     optimizer = make(horizon=4)

@@ -36,6 +36,23 @@ def test_samples_never_leave_the_bounds(bounds, scale, seed):
         assert (x <= high).all()
 
 
+def test_a_search_keeps_its_own_bounds():
+    """What becomes of the tensors that it was built from does not matter, nor they to it."""
+    low, high, sigma = torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 4.0]), torch.tensor([0.1, 0.2])
+    search = GaussianSearch(low, high, sigma)
+    same = GaussianSearch(low, high)
+    for tensor in (low, high, sigma):
+        tensor.fill_(9.0)
+    noise = torch.randn(1, 50, 3, 2)
+    for one, spread in ((search, [0.1, 0.2]), (same, [0.5, 1.0])):
+        parameters = one.start({"mean": torch.zeros(1, 3, 2)}, torch.tensor([False]))
+        expected = torch.tensor([0.0, 2.0]) + torch.tensor(spread) * noise
+        expected = torch.stack(
+            [expected[..., 0].clamp(-1.0, 1.0), expected[..., 1].clamp(0.0, 4.0)], -1
+        )
+        torch.testing.assert_close(one.sample(parameters, noise), expected)
+
+
 def test_inside_the_bounds_a_sample_is_mean_plus_std_times_noise(make_gaussian):
     mean, std, noise = torch.randn(2, 3, 2), torch.rand(2, 3, 2), torch.randn(2, 5, 3, 2)
     samples = make_gaussian(low=-100.0, high=100.0).sample((mean, std), noise)
@@ -138,6 +155,8 @@ def test_every_space_gets_its_search(space, kind):
         (Unbounded((2,)), None, ValueError, "bounds"),
         (gym.spaces.Box(-math.inf, math.inf, (2,)), None, ValueError, "bounds"),
         (Bounded(torch.tensor([-1.0, -torch.inf]), torch.ones(2)), None, ValueError, r"\[1\]"),
+        (Bounded(-3.4e38, 3.4e38, (2,)), None, ValueError, r"\[0, 1\] are too far apart"),
+        (Bounded(0.0, 1e30, (2,)), 1.0, ValueError, "too far apart.*really taken"),
         (Bounded(-1, 1, (2,)), 0.0, ValueError, "sigma"),
         (Bounded(-1, 1, (2,)), math.nan, ValueError, "sigma"),
         (Bounded(-1, 1, (2,)), [0.1, 0.2, 0.3], ValueError, "sigma"),

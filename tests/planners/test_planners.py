@@ -34,6 +34,7 @@ from layeredrl_torchrl.planners import (
     best_plan,
     mean_plan,
 )
+from layeredrl_torchrl.predictors import ReturnOptions
 from layeredrl_torchrl.specs import action_features
 
 # -- the optimum ----------------------------------------------------------------------------------
@@ -215,6 +216,28 @@ def test_seed_gradients_and_modes(make_predictor, kind, observe):
         half = planner(td)["action"]
     assert half.dtype == torch.float32
     assert planner.action_spec.is_in(half)
+
+
+def test_defaults_are_those_that_are_documented(make_point, kind):
+    """What a plan is by default decides what anybody's agent does."""
+    planner = kind(make_point())
+    optimizer = planner.optimizer
+    ours = {
+        CEMPlanner: (mean_plan, (256,) * 6, 0),
+        ICEMPlanner: (best_plan, (256, 205, 164, 131, 105, 84), 8),
+        MPPIPlanner: (mean_plan, (256,) * 6, 0),
+    }[kind]
+    assert (planner.return_mode, optimizer.populations, optimizer.n_kept) == ours
+    assert (optimizer.horizon, optimizer.n_elites, optimizer.momentum) == (15, 26, 0.1)
+    assert planner.options == ReturnOptions()
+    assert planner.risk == Mean()
+    assert planner.proposal is planner.callback is None
+    if kind is MPPIPlanner:
+        assert optimizer.temperature == 1.0
+    if kind is ICEMPlanner:
+        assert optimizer.beta == 1.0
+    plain = PredictorPlanner(make_point(), optimizer)
+    assert (plain.return_mode, plain.options) == (best_plan, ReturnOptions())
 
 
 # -- every option has an effect -------------------------------------------------------------------

@@ -8,6 +8,7 @@ from tensordict import TensorDict
 from torchrl.collectors import Collector
 from torchrl.envs import Compose, GymEnv, StepCounter, TransformedEnv
 from torchrl.envs.utils import check_env_specs
+from torchrl.testing.mocking_classes import NestedCountingEnv
 
 from layeredrl_torchrl import SuccessRate, make_batched
 
@@ -141,6 +142,36 @@ def test_on_the_point_maze():
 def test_an_environment_without_success_is_an_error():
     env = TransformedEnv(GymEnv("InvertedPendulum-v5"), SuccessRate())
     with pytest.raises(KeyError, match=r"reads 'success', but the environment gives"):
+        env.reset()
+
+
+def test_other_keys():
+    """In an environment of groups, and under names of one's own."""
+    out = [("data", "won"), ("data", "rate"), "ended"]
+    rate = SuccessRate(("data", "states"), done_key=("data", "done"), out_keys=out)
+    env = TransformedEnv(NestedCountingEnv(max_steps=3), rate)
+    check_env_specs(env)
+    rate.clear()
+    data = env.rollout(10, break_when_any_done=False)
+    ends = data["next", "data", "done"][:, 0, 0].cumsum(0)
+    assert ends[-1] > 1
+    for agent in range(3):
+        assert torch.equal(data["next", "ended"][:, agent, 0], 3 * ends)
+        assert torch.equal(data["next", "data", "rate"][:, agent, 0], (ends > 0).float())
+    assert data["next", "data", "won"].all()
+    assert not data["data", "won"][0].any()
+
+
+def test_keys_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="out_keys must be three keys"):
+        SuccessRate(out_keys=["a", "b"])
+    env = TransformedEnv(NestedCountingEnv(), SuccessRate(("data", "states")))
+    with pytest.raises(
+        KeyError, match=r"counts episodes by.*but the environment ends them by.*data.*done_key="
+    ):
+        env.reset()
+    env = TransformedEnv(NestedCountingEnv(has_root_done=True), SuccessRate(("data", "states")))
+    with pytest.raises(ValueError, match=r"shape \(3, 1\), but 'done' has \(1,\)"):
         env.reset()
 
 

@@ -51,6 +51,8 @@ class Config:
     """Seeds."""
     eval_episodes: int = 30
     """Episodes of the final evaluation."""
+    device: str = "cpu"
+    """Where networks learn and act."""
     threads: int = 1
     """Threads that torch may use."""
     run: bool = True
@@ -66,8 +68,8 @@ def run(config: Config, task: str, seed: int) -> None:
         return
     command = [sys.executable, str(EXAMPLE), "--task", task, "--seed", str(seed)]
     command += ["--threads", str(config.threads), "--eval-episodes", str(config.eval_episodes)]
-    command += ["--output", str(folder), *OPTIONS.get(task, "").split()]
-    if (folder / "checkpoints").exists():
+    command += ["--device", config.device, "--output", str(folder), *OPTIONS.get(task, "").split()]
+    if any((folder / "checkpoints").glob("checkpoint-*")):
         command.append("--resume")
     subprocess.run(command, check=True)
 

@@ -19,7 +19,7 @@ from tensordict import TensorDict
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from planning_with_model import Config as DemoConfig
-from planning_with_model import make_env, make_policy, make_predictor
+from planning_with_model import make_env, make_planner, make_predictor
 
 
 @dataclass
@@ -28,7 +28,9 @@ class Config:
 
     repeats: int = 15
     """Runs that a median is taken over."""
-    threads: int = 2
+    device: str = "cpu"
+    """Where it is planned."""
+    threads: int = 1
     """Threads that torch may use."""
 
 
@@ -37,16 +39,16 @@ def main(config: Config) -> None:
     """Print the times and their ratios."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(0)
-    demo = DemoConfig()
-    predictor = make_predictor(demo, make_env(demo.env, 1))
-    policy = make_policy(demo, predictor)
+    demo = DemoConfig(device=config.device)
+    predictor = make_predictor(demo, make_env(demo, 1, 0))
+    policy = make_planner(demo, predictor).to(config.device)
 
     def plan(n: int) -> TensorDict:
-        memory = policy.optimizer.forget([n])
-        obs = 0.01 * torch.randn(n, 4)
-        return policy(TensorDict(observation=obs, planner=memory, batch_size=[n]))
+        obs = 0.01 * torch.randn(n, 4, device=config.device)
+        return policy(policy.forget([n], device=config.device).set("observation", obs))
 
-    ms = medians(config.repeats, "cpu", **{f"{n}": lambda n=n: plan(n) for n in (1, 2, 4, 8)})
+    plans = {f"{n}": lambda n=n: plan(n) for n in (1, 2, 4, 8)}
+    ms = medians(config.repeats, config.device, **plans)
     for n, value in ms.items():
         print(f"one plan for {n}: {value:7.2f} ms, {value / ms['1']:.2f} times one plan for 1")
 

@@ -1,223 +1,200 @@
 """Learn any task of `layeredrl_torchrl.envs` by SAC on what a learned world model imagines.
 
 Model-based policy optimisation (MBPO, arXiv 1906.08253) out of TorchRL's own parts: `SACLoss`
-learns from two `TensorDictReplayBuffer`s. A `Collector` fills one with real experience, the other
-gets short imagined episodes that branch off from there: a `RewardPredictor` stepped by
-`PredictorEnv`, an environment like any other.
+learns from two replay buffers. A collector fills one with real experience; the other gets short
+imagined episodes that branch off from there, out of a predictor stepped by `PredictorEnv`.
 
     python examples/dyna_sac.py --task HalfCheetah-v5
-    python examples/dyna_sac.py --task HalfCheetah-v5 --imagined-share 0 --output output/sac
-    python examples/dyna_sac.py --task HalfCheetah-v5 --resume --plan
-    python examples/dyna_sac.py --task HalfCheetah-v5 --n-workers 2 --output output/ray
+    python examples/dyna_sac.py --resume
 """
 
 from __future__ import annotations
 
-import time
-from dataclasses import asdict, dataclass
-from functools import partial
+import math
+from dataclasses import dataclass
+from functools import partial, reduce
+from operator import add
 from pathlib import Path
 
-import pictures
 import torch
-import tyro
-from collecting import CollectorConfig, WorkerDiedError, check_options, collecting, save_and_explain
-from dyna_agent import Agent, AgentConfig, make_planner
-from runs import load_latest, read_csv, rotation_of, write_csv
-from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
-from torch import Tensor
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequential
+from torch import nn
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import EnvBase, ExplorationType, RewardSum, set_exploration_type
-from tqdm import tqdm
+from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
+from torchrl.objectives import SACLoss, SoftUpdate
 
-from layeredrl_torchrl import ICEMPlanner, Task, get_task, make_batched
+import layeredrl_torchrl as lt
+from layeredrl_torchrl import runs
 
 
 @dataclass
-class Config(AgentConfig, CollectorConfig):
+class Config(runs.WorkerOptions):
     """Learn to control a task by SAC on real and imagined experience."""
 
     task: str = "HalfCheetah-v5"
     """Name of the task."""
-    seed: int = 0
-    """Seed of everything random."""
-    total_env_steps: int | None = None
-    """Steps taken in the real environment; the task's budget by default."""
-    n_envs: int = 1
-    """Real environments stepped side by side (in each worker)."""
-    steps_per_batch: int = 100
-    """Real steps between two learning phases."""
-    eval_episodes: int = 10
-    """Episodes of the final evaluation."""
-    plan: bool = False
-    """Evaluate also plans that start from the policy's and end in the critics' values."""
-    steps_per_checkpoint: int = 1000
-    """Real steps between two checkpoints; the last two are kept."""
+    random_steps: runs.Natural | None = None
+    """Real steps with random actions at the start; a quarter of all by default."""
+    imagined_share: runs.Share = 0.9
+    """Share of a batch for SAC that is imagined; 0 for SAC alone, without a model."""
+    horizon: runs.Count = 1
+    """Steps of an imagined episode, from a tenth of the run on; targets sum up their rewards."""
+    hidden_size: runs.Count = 128
+    """Width of the two hidden layers of all networks."""
+    updates_per_step: runs.Positive = 20.0
+    """Gradient steps of SAC's critics for every real step; the model makes one."""
+    updates_per_actor_update: runs.Count = 2
+    """Updates of the critics for one of the actor and of the entropy's weight."""
+    batch_size: runs.Count = 256
+    """Steps in a batch, for SAC and for each member of the ensemble."""
+    gamma: runs.Share = 0.99
+    """Discount."""
+    compile: bool = False
+    """Compile SAC's losses: a third of the time of an update, after a minute or two."""
     output: Path = Path("output/dyna_sac")
-    """Folder of the learning curve (CSV and picture) and of the checkpoints."""
-    resume: bool = False
-    """Go on from the last checkpoint in the output folder."""
-    threads: int = 1
-    """Threads that torch may use."""
+    """Folder of the learning curve, of the evaluation and of the checkpoints."""
 
 
-# What a resumed run shares with its checkpoint, which would not fit, or brings its own.
-SHAPE = (
-    "task",
-    "n_envs",
-    "n_workers",
-    "imagined_share",
-    "imagined_size",
-    "n_models",
-    "model_hidden_size",
-    "hidden_size",
-    "gamma",
-    "entropy_per_action",
-)
-NAN = float("nan")
+def make_loss(config: Config, task: lt.Task, env: EnvBase) -> SACLoss:
+    """SAC's actor and two critics; layer norm keeps many updates per step from diverging."""
+    spec, widths = env.full_action_spec_unbatched["action"], [config.hidden_size] * 2
+    n_in, n_act = task.observation_dim, task.action_dim
+    # ReLU keeps a mask for the backward pass, which Inductor writes one bool at a time.
+    mlp = partial(MLP, num_cells=widths, activation_class=nn.SiLU)
+    norm = {"norm_class": nn.LayerNorm, "norm_kwargs": [{"normalized_shape": n} for n in widths]}
+    net = mlp(n_in, 2 * n_act).append(NormalParamExtractor())
+    net = TensorDictModule(net, ["state", "context"], ["loc", "scale"])
+    tanh = partial(TanhNormal, low=spec.space.low, high=spec.space.high)
+    actor = ProbabilisticActor(net, ["loc", "scale"], spec=spec, distribution_class=tanh)
+    critic = ValueOperator(mlp(n_in + n_act, 1, **norm), in_keys=["state", "context", "action"])
+    # Half a nat below a uniform distribution's, for each dimension of an action in [-1, 1].
+    entropy = (((spec.space.high - spec.space.low) / 2).log() - 0.5).sum().item()
+    # TorchRL's smooth_l1 bounds the gradients: values of hundreds would take long to learn.
+    loss = SACLoss(actor, critic, loss_function="l2", alpha_init=0.1, target_entropy=entropy)
+    loss.make_value_estimator(gamma=config.gamma)
+    return loss.to(config.device)
 
 
-def make_env(task: Task, n: int, seed: int) -> EnvBase:
-    env = make_batched(task, n, seed=seed)
-    env.append_transform(RewardSum())
-    return env
+# What SAC learns from, and what is stored of real steps: the predictor learns from observations.
+FOLLOWING = tuple(("next", key) for key in ("state", "context", "reward", "done", "terminated"))
+KEYS = ("state", "context", "action", "steps_to_next_obs", *FOLLOWING)
+REAL_KEYS = (*KEYS, "observation", ("next", "observation"), ("collector", "traj_ids"))
 
 
-def row_of(
-    data: TensorDictBase, info: dict[str, float], steps: int, last: float
-) -> dict[str, float]:
-    """A row of the learning curve; `last` is the return to repeat where no episode has ended."""
-    so_far = data["next", "episode_reward"]
-    returns = so_far[data["next", "done"]]
-    row = {
-        "env_steps": float(steps),
-        "episodes": float(len(returns)),
-        "return": returns.mean().item() if len(returns) else last,
-        "return_so_far": so_far[:, -1].mean().item(),
-    }
-    terms = ("horizon", "nll", "loss_reward", "loss_termination", "loss_qvalue", "td_error")
-    return row | {name: info.get(name, NAN) for name in (*terms, "alpha")}
+class Agent:
+    """Everything that learns or stores; SAC alone has no `predictor`."""
 
+    def __init__(self, config: Config, task: lt.Task, env: EnvBase, total: int) -> None:
+        self.config, self.total = config, total
+        dims = {"latent_state_dims": task.state_dims, "context_dims": task.context_dims}
+        encoder = partial(lt.FixedEncoderNet, **dims)
+        self.encoder = encoder((task.observation_dim,))
+        self.loss = make_loss(config, task, env)
+        self.policy = TensorDictSequential(self.encoder, self.loss.actor_network)
+        losses = (self.loss.qvalue_v2_loss, self.loss.actor_loss)
+        if config.compile:  # (Inductor's own random numbers take longer to draw.)
+            losses = [torch.compile(loss, options={"fallback_random": True}) for loss in losses]
+        self.critic_loss, self.actor_loss = losses
+        self.target = SoftUpdate(self.loss, tau=0.01)
+        self.optim = torch.optim.Adam(self.loss.parameters(), lr=1e-3, fused=True)
+        # Room for more steps, as a run may be resumed with more.
+        self.real = TensorDictReplayBuffer(storage=LazyTensorStorage(max(total, 100_000), ndim=2))
+        # A model that has seen little leads HalfCheetah onto its back, where it stays.
+        n_random = total // 4 if config.random_steps is None else config.random_steps
+        self.counts = {"steps": 0, "updates": 0, "random_steps": n_random}
+        self.parts = {name: vars(self)[name] for name in ("optim", "real", "counts")}
+        self.parts["loss"] = self.loss
+        if config.imagined_share:
+            options = {"gamma": config.gamma, "predictor_options": {"n_steps": 1}}
+            options |= {"hidden_sizes": (config.hidden_size,) * 2, "partial_encoder": encoder}
+            spaces = env.observation_spec_unbatched, env.action_spec_unbatched
+            self.predictor = lt.PredictorFactory(**options)(*spaces).to(config.device)
+            # Older imagined steps were met by older policies and models.
+            self.imagined = TensorDictReplayBuffer(storage=LazyTensorStorage(100_000))
+            self.parts |= {"predictor": self.predictor, "imagined": self.imagined}
+            self.parts["model_optim"] = self.predictor.optim
 
-def learn(
-    config: Config, task: Task, agent: Agent, env: EnvBase, total: int, rows: list[dict[str, float]]
-) -> None:
-    """Collect and learn until `total` steps are taken; a row of `rows` for each batch."""
-    rotation = rotation_of(config.output)
-    checkpoint = agent.checkpoint()
-    steps = saved = agent.counters["env_steps"]
-    start = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
+    def learn(self, data: TensorDictBase) -> dict[str, float]:
+        """Store real experience `[env, T]`, then update the model, imagine, and update SAC."""
+        config, counts, n_steps = self.config, self.counts, data.numel()
+        self.encoder(data), self.encoder(data["next"])
+        data["steps_to_next_obs"] = torch.ones(data.shape, dtype=torch.int64)
+        self.real.extend(data.select(*REAL_KEYS, strict=False))
+        counts["steps"] += n_steps
+        if counts["steps"] < counts["random_steps"]:
+            return {}
+        # The first phase makes up for those in which there was nothing to learn for.
+        n_steps, info = (n_steps if counts["updates"] else counts["steps"]), {}
+        if config.imagined_share:
+            sizes = (config.batch_size, config.batch_size)
+            _, info = self.predictor.learn(self.real, n_steps, *sizes, counts["steps"])
+            grown = min(1.0, 10 * counts["steps"] / self.total)  # errors are large at first
+            info["horizon"] = 1 + round((config.horizon - 1) * grown)
+            episodes = self.imagine(min(100 * n_steps, 100_000), info["horizon"])
+            episodes = lt.sum_rewards(episodes, config.gamma).select(*KEYS)
+            self.imagined.extend(episodes.reshape(-1))
+        n_updates = max(round(config.updates_per_step * n_steps), 1)
+        terms = reduce(add, map(self.update, self.batches(n_updates)))
+        return info | {name: value.item() / n_updates for name, value in terms.items()}
 
-    def save() -> None:
-        write_csv(config.output / "curve.csv", rows)
-        metadata = {**asdict(config), "output": str(config.output)}
-        rotation.save(checkpoint, step=steps, metadata=metadata)
+    @torch.no_grad()
+    def imagine(self, n: int, horizon: int) -> TensorDict:
+        """About `n` steps of episodes of the policy that start where real steps did, `[N, T]`."""
+        starts, batch = lt.FromBuffer(self.real, self.predictor), [max(n // horizon, 1)]
+        options = {"propagation": lt.TS1(), "sample_termination": True, "initial_states": starts}
+        env = lt.PredictorEnv(self.predictor, batch_size=batch, **options)
+        with set_exploration_type(ExplorationType.RANDOM):
+            return env.rollout(horizon, self.loss.actor_network, break_when_any_done=False)
 
-    source = collecting(
-        config,
-        env,
-        partial(make_env, task, config.n_envs),
-        agent.policy,
-        frames_per_batch=config.steps_per_batch,
-        total_frames=total - steps,
-        init_random_frames=agent.random_steps_left,
-    )
-    try:
-        with (
-            source as batches,
-            tqdm(total=total, initial=steps, unit="step", desc=config.task) as bar,
-        ):
-            for data in batches:
-                info = agent.learn(data)
-                steps = agent.counters["env_steps"]
-                row = row_of(data, info, steps, rows[-1]["return"] if rows else NAN)
-                rows.append(row | {"seconds": time.monotonic() - start})
-                bar.set_postfix(ended=f"{row['return']:.1f}", so_far=f"{row['return_so_far']:.1f}")
-                bar.update(data.numel())
-                # TorchRL cannot save a buffer that was not written to, as the imagined one at
-                # first.
-                due = steps - saved >= config.steps_per_checkpoint and agent.counters["updates"] > 0
-                if due or steps >= total:
-                    save()
-                    saved = steps
-    except WorkerDiedError as error:
-        new = steps > saved and agent.counters["updates"] > 0
-        raise save_and_explain(error, save if new else None, rotation) from error
+    def batches(self, n: int):
+        """`n` batches of real and imagined steps; to draw many at once takes hardly longer."""
+        n_imagined = round(self.config.imagined_share * self.config.batch_size)
+        shares = {"real": self.config.batch_size - n_imagined, "imagined": n_imagined}
+        for count in (min(100, n - start) for start in range(0, n, 100)):
+            drawn = [(vars(self)[name].sample(count * k), k) for name, k in shares.items() if k]
+            parts = [data.select(*KEYS).reshape(count, k) for data, k in drawn]
+            yield from torch.cat(parts, 1).to(self.config.device).unbind(0)
 
-
-@torch.no_grad()
-def evaluate(config: Config, task: Task, policy: TensorDictModuleBase) -> Tensor:
-    """Returns of `eval_episodes` episodes of the middle of a policy, side by side."""
-    env = make_env(task, config.eval_episodes, config.seed + 10_000)
-    if isinstance(policy, ICEMPlanner):
-        env.append_transform(policy.make_tensordict_primer())
-    data, returns = env.reset(), torch.full((config.eval_episodes,), NAN)
-    with set_exploration_type(ExplorationType.DETERMINISTIC):
-        while returns.isnan().any():
-            data, following = env.step_and_maybe_reset(policy(data))
-            ended = data["next", "done"].squeeze(-1) & returns.isnan()
-            returns[ended] = data["next", "episode_reward"].squeeze(-1)[ended]
-            data = following
-    env.close()
-    return returns
-
-
-def report(
-    config: Config, task: Task, agent: Agent, policy: TensorDictModuleBase, how: str
-) -> float:
-    """Evaluate a policy and print it in a line; returns the mean return."""
-    returns = evaluate(config, task, policy)
-    goal = "" if task.solved_at is None else f", solved from {task.solved_at:g}"
-    print(
-        f"{config.task}, seed {config.seed}, {agent.counters['env_steps']} steps, {how}mean return "
-        f"{returns.mean():.2f} over {len(returns)} episodes (lowest {returns.min():.2f}, highest "
-        f"{returns.max():.2f}{goal})"
-    )
-    return returns.mean().item()
-
-
-def resume(config: Config, agent: Agent) -> list[dict[str, float]]:
-    """Load the last checkpoint of the output folder; returns the curve up to it."""
-    load_latest(config.output, agent.checkpoint(), asdict(config), SHAPE)
-    return read_csv(config.output / "curve.csv", agent.counters["env_steps"])
+    def update(self, batch: TensorDictBase) -> TensorDict:
+        """One gradient step of the critics, and of the actor if it is its turn."""
+        self.counts["updates"] += 1
+        loss, _ = self.critic_loss(batch)
+        terms = {"loss_qvalue": loss.detach(), "alpha": self.loss.log_alpha.detach().exp()}
+        if self.counts["updates"] % self.config.updates_per_actor_update == 0:
+            loss_actor, found = self.actor_loss(batch)
+            loss = loss + loss_actor + self.loss.alpha_loss(found["log_prob"]).mean()
+        self.optim.zero_grad()
+        loss.backward()
+        self.optim.step()
+        self.target.step()
+        return TensorDict(terms)
 
 
 def main(config: Config) -> None:
-    """Run the example."""
-    try:
-        task = get_task(config.task)
-    except KeyError as error:
-        raise SystemExit(error.args[0]) from None
-    total = task.budget if config.total_env_steps is None else config.total_env_steps
+    """Learn, saving on the way; then evaluate."""
+    task = runs.find_task(config.task)
+    total = config.total_env_steps or task.budget
     if config.random_steps is not None and config.random_steps >= total:
-        raise SystemExit(
-            f"random_steps is {config.random_steps} of {total} steps: nothing would be learned; "
-            "lower --random-steps"
-        )
-    if not 0.0 <= config.imagined_share <= 1.0:
-        raise SystemExit(f"imagined_share is {config.imagined_share}, expected one in [0, 1]")
-    if config.plan and not config.imagined_share:
-        raise SystemExit("plan needs a world model, but imagined_share is 0; leave one of them out")
-    if (config.output / "checkpoints").exists() and not config.resume:
-        raise SystemExit(f"{config.output} holds a run; add --resume, or choose another --output")
-    check_options(config)
-    torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
-    env = make_env(task, config.n_envs, config.seed)
-    agent = Agent(config, task, env, total)
-    rows = resume(config, agent) if config.resume else []
-    config.output.mkdir(parents=True, exist_ok=True)
-    if agent.counters["env_steps"] < total:
-        learn(config, task, agent, env, total, rows)
-    mean = report(config, task, agent, agent.policy, "")
-    how = "SAC on imagined experience" if config.imagined_share else "SAC on real experience"
-    picture = config.output / "learning_curve.png"
-    pictures.learning_curve(rows, mean, picture, config.task, how)
-    if config.plan:
-        report(config, task, agent, make_planner(config, agent), "planned, ")
-    minutes = rows[-1]["seconds"] / 60
-    print(f"Learned in {minutes:.1f} minutes; curve and checkpoints: {config.output}")
+        raise runs.RunError(f"--random-steps is {config.random_steps} of {total}: too many")
+    terms = ("horizon", "nll", "loss_reward", "loss_termination", "loss_qvalue", "alpha")
+
+    def make_env(seed: int, n: int = config.n_envs) -> EnvBase:
+        return lt.make_batched(task, n, seed=seed).append_transform(RewardSum())
+
+    with runs.Run(config, total) as run:
+        env = make_env(config.seed)
+        agent = Agent(config, task, env, total)
+        run.keep(**agent.parts)
+        n_random = agent.counts["random_steps"]
+        for data in run.collect(env, agent.policy, make_env=make_env, init_random_frames=n_random):
+            row = dict.fromkeys(terms, math.nan) | agent.learn(data)
+            run.log(run.returns(data) | {name: row[name] for name in terms})
+        env = make_env(config.seed + 10_000, config.eval_episodes)
+        ends = runs.play_episodes(env, agent.policy, config.device)
+        run.report(ends, solved_at=task.solved_at)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    runs.command(main, Config, __doc__)

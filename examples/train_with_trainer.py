@@ -5,7 +5,7 @@ Dynamics, reward and value are learned from random experience by two TorchRL los
 the gradient step becomes a hook: statistics, sampling, the average of the weights, the target
 network. In the end the trained parts make a predictor that is used as any other.
 
-    python examples/train_with_trainer.py --env InvertedPendulum-v5 --total-env-steps 2000
+    python examples/train_with_trainer.py --task InvertedPendulum-v5 --total-env-steps 2000
 """
 
 from __future__ import annotations
@@ -15,14 +15,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import tyro
 from tensordict import TensorDict, TensorDictBase
-from torchrl.checkpoint import Checkpoint
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
-from torchrl.envs import DoubleToFloat, EnvBase, GymEnv, TransformedEnv
+from torchrl.envs import EnvBase
 from torchrl.objectives import LossModule, SoftUpdate
-from torchrl.record.loggers import CSVLogger
 from torchrl.trainers import (
     DefaultOptimizationStepper,
     ReplayBufferTrainer,
@@ -31,6 +28,7 @@ from torchrl.trainers import (
 )
 
 from layeredrl_torchrl import (
+    CollectorState,
     IdentityEncoder,
     ModelLoss,
     PredictorLoss,
@@ -40,41 +38,36 @@ from layeredrl_torchrl import (
     StaticPredictor,
     TransitionSlices,
     ValueNet,
+    runs,
 )
 
 
 @dataclass
-class Config:
+class Config(runs.RunOptions):
     """Train a predictor's parts by TorchRL's Trainer."""
 
-    env: str = "InvertedPendulum-v5"
-    """Gymnasium id of the task."""
-    seed: int = 0
-    """Seed of everything random."""
-    total_env_steps: int = 2000
+    total_env_steps: runs.Count = 2000
     """Random steps to learn from."""
-    held_out_steps: int = 500
+    held_out_steps: runs.Count = 500
     """Random steps to score with."""
-    steps_per_batch: int = 500
+    steps_per_batch: runs.Count = 500
     """Steps between two learning phases."""
-    updates_per_batch: int = 250
+    updates_per_batch: runs.Count = 250
     """Gradient steps of a learning phase."""
-    batch_size: int = 128
+    batch_size: runs.Count = 128
     """Slices in a training batch."""
-    n_models: int = 5
+    n_models: runs.Count = 5
     """Members of the ensemble."""
-    hidden_size: int = 64
+    hidden_size: runs.Count = 64
     """Width of the two hidden layers of all networks."""
-    n_steps: int = 3
+    n_steps: runs.Count = 3
     """Rewards in a value target."""
-    lr: float = 3e-3
+    lr: runs.Positive = 3e-3
     """Learning rate of all parts."""
-    tau: float = 0.01
+    tau: runs.Share = 0.01
     """Share of the value network that its target takes over at each update."""
     output: Path = Path("output/train_with_trainer")
-    """Folder of the logged scalars and the checkpoint."""
-    threads: int = 2
-    """Threads that torch may use."""
+    """Folder of the scores (CSV) and the checkpoints."""
 
 
 class AllLosses(LossModule):
@@ -95,12 +88,6 @@ class AllLosses(LossModule):
         return losses.update(self.model_loss(self.encoder(tensordict[:, 0])))
 
 
-def make_env(config: Config, seed: int) -> EnvBase:
-    env = TransformedEnv(GymEnv(config.env), DoubleToFloat())
-    env.set_seed(seed)
-    return env
-
-
 def make_predictor(config: Config, env: EnvBase) -> StaticPredictor:
     """Untrained parts; StaticPredictor, as its own `learn` is not used."""
     observation, action = env.observation_spec["observation"], env.action_spec
@@ -113,19 +100,20 @@ def make_predictor(config: Config, env: EnvBase) -> StaticPredictor:
         partial_net=partial(ProbFCDynamics, hidden_sizes=hidden),
         n_models=config.n_models,
     )
-    return StaticPredictor(
+    predictor = StaticPredictor(
         model=model,
         val_func=ValueNet(dim, 0, hidden),
         rew_func=RewardNet(dim, 0, action, hidden),
         encoder=IdentityEncoder((dim,)),
         latent_state_dim=dim,
     )
+    return predictor.to(config.device)
 
 
 @torch.no_grad()
-def fit_statistics(predictor: StaticPredictor, buffer: TensorDictReplayBuffer) -> None:
+def fit_statistics(predictor: StaticPredictor, buffer: TensorDictReplayBuffer, device: str) -> None:
     """Let the networks' normalised inputs and outputs fit all that was collected so far."""
-    data = buffer[:]
+    data = buffer[:].to(device)
     state, context = predictor.encode(data["observation"])
     next_state, _ = predictor.encode(data["next", "observation"])
     predictor.model.fit_statistics(state, context, data["action"], next_state)
@@ -149,53 +137,52 @@ def score(predictor: StaticPredictor, held_out: TensorDictBase) -> dict[str, flo
 
 def main(config: Config) -> None:
     """Train, and score before, in between and after."""
-    torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
-    env = make_env(config, config.seed)
-    held_out = make_env(config, config.seed + 1).rollout(
-        config.held_out_steps, break_when_any_done=False
-    )
-    predictor = make_predictor(config, env)
-    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(config.total_env_steps))
-    slices = TransitionSlices(buffer)
-    losses = AllLosses(predictor, config.n_steps)
-    trained = torch.nn.ModuleList([predictor.model, predictor.rew_func, predictor.val_func])
-    optim = torch.optim.Adam(
-        [p for p in trained.parameters() if p.requires_grad], lr=config.lr, fused=True
-    )
-    trainer = Trainer(
-        collector=Collector(
-            env, frames_per_batch=config.steps_per_batch, total_frames=config.total_env_steps
-        ),
-        total_frames=config.total_env_steps,
-        frame_skip=1,
-        optim_steps_per_batch=config.updates_per_batch,
-        loss_module=losses,
-        optimizer=optim,
-        optimization_stepper=DefaultOptimizationStepper(),
-        clip_norm=200.0,
-        logger=CSVLogger("scalars", log_dir=str(config.output)),
-        log_interval=1,
-        progress_bar=True,
-        seed=config.seed,
-    )
-    length = losses.predictor_loss.k_steps + losses.predictor_loss.n_steps
-    target = SoftUpdate(losses.predictor_loss, tau=config.tau)
-    trainer.register_op("batch_process", ReplayBufferTrainer(buffer).extend)
-    trainer.register_op("pre_optim_steps", partial(fit_statistics, predictor, buffer))
-    trainer.register_op("process_optim_batch", lambda _: slices.sample(config.batch_size, length))
-    trainer.register_op("post_optim", predictor.model.update_average)
-    trainer.register_op("post_optim", TargetNetUpdaterHook(target))
-    trainer.register_op("post_steps_log", lambda _: score(predictor, held_out) | {"log_pbar": True})
-
-    before = score(predictor, held_out)
-    trainer.train()
-    after = score(predictor, held_out)
-    Checkpoint(predictor=predictor, optim=optim).save(config.output / "checkpoint")
-    for name in before:
-        print(f"{name}: {before[name]:.3f} before, {after[name]:.3f} after")
-    print(f"Scalars and checkpoint: {config.output}")
+    task, device, total = runs.find_task(config.task), config.device, config.total_env_steps
+    with runs.Run(config, total) as run:
+        env, other = task.make(seed=config.seed), task.make(seed=config.seed + 1)
+        held_out = other.rollout(config.held_out_steps, break_when_any_done=False).to(device)
+        predictor = make_predictor(config, env)
+        size = max(total, 100_000)  # a run may be resumed with more steps
+        buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(size))
+        slices, losses = TransitionSlices(buffer), AllLosses(predictor, config.n_steps)
+        trained = torch.nn.ModuleList([predictor.model, predictor.rew_func, predictor.val_func])
+        weights = [p for p in trained.parameters() if p.requires_grad]
+        collector = Collector(env, frames_per_batch=config.steps_per_batch, total_frames=total)
+        run.keep(predictor=predictor, buffer=buffer, collector=CollectorState(collector))
+        trainer = Trainer(
+            collector=collector,
+            total_frames=total,
+            frame_skip=1,
+            optim_steps_per_batch=config.updates_per_batch,
+            loss_module=losses,
+            optimizer=torch.optim.Adam(weights, lr=config.lr, fused=True),
+            optimization_stepper=DefaultOptimizationStepper(),
+            clip_norm=200.0,
+            progress_bar=True,
+            seed=config.seed,
+            # It saves what it knows beside what the run keeps.
+            checkpoint=run.checkpoint,
+            checkpoint_rotation=run.rotation,
+            save_trainer_interval=config.steps_per_checkpoint,
+        )
+        length = losses.predictor_loss.k_steps + losses.predictor_loss.n_steps
+        target = SoftUpdate(losses.predictor_loss, tau=config.tau)
+        draw = partial(slices.sample, config.batch_size, length)
+        trainer.register_op("batch_process", run.count)
+        trainer.register_op("batch_process", ReplayBufferTrainer(buffer).extend)
+        trainer.register_op("pre_optim_steps", partial(fit_statistics, predictor, buffer, device))
+        trainer.register_op("process_optim_batch", lambda _: draw().to(device))
+        trainer.register_op("post_optim", predictor.model.update_average)
+        trainer.register_op("post_optim", TargetNetUpdaterHook(target))
+        trainer.register_op("post_steps", lambda: run.log(score(predictor, held_out)))
+        if run.resumed:
+            trainer.load_from_file(run.resumed)
+        else:
+            run.log(score(predictor, held_out))
+        trainer.train()
+        for name in ("held_out_nll", "held_out_reward_error"):
+            print(f"{name}: {run.rows[0][name]:.3f} before, {run.rows[-1][name]:.3f} after")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    runs.command(main, Config, __doc__)

@@ -8,6 +8,12 @@ _here = _Path(__file__).parent
 if not (_here / "envs").is_dir() and (_here.parent / "envs" / "__init__.py").is_file():
     __path__.append(str(_here.parent))
 
+from layeredrl_torchrl.checkpoints import (  # noqa: E402
+    CollectorState,
+    EnvState,
+    SafeCheckpoint,
+    SafeRotation,
+)
 from layeredrl_torchrl.envs import (  # noqa: E402
     TASKS,
     Task,
@@ -103,6 +109,7 @@ from layeredrl_torchrl.transforms import (  # noqa: E402
     LogReward,
     QuaternionTilt,
     SuccessRate,
+    sum_rewards,
 )
 
 __version__ = "0.1.0"
@@ -119,6 +126,7 @@ __all__ = [
     "BootstrappedBatches",
     "CEMPlanner",
     "CVaR",
+    "CollectorState",
     "ConstantLevel",
     "DADSReward",
     "DQNLearner",
@@ -126,6 +134,7 @@ __all__ = [
     "Encoder",
     "EncoderNet",
     "EnsembleDisagreement",
+    "EnvState",
     "Expectation",
     "FixedEncoderNet",
     "FlipTermination",
@@ -165,6 +174,8 @@ __all__ = [
     "RiskMeasure",
     "SACLearner",
     "SPlaTESReward",
+    "SafeCheckpoint",
+    "SafeRotation",
     "ScalarHead",
     "Search",
     "SharedBatch",
@@ -186,5 +197,6 @@ __all__ = [
     "mean_plan",
     "point_maze",
     "random_plan",
+    "sum_rewards",
     "to_spec",
 ]

@@ -26,9 +26,11 @@ FLOORS = [
     "planners",
     "levels",
     "hierarchies",
+    "runs",
 ]
-ASIDE = {"optimizers", "transforms", "envs"}  # of the package, they know only specs
-USED_BY = {"optimizers": {"planners"}}  # of the floors; any floor may use specs
+ASIDE = {"checkpoints", "optimizers", "transforms", "envs"}  # of the package, they know only specs
+# Of the floors; any floor may use specs.
+USED_BY = {"optimizers": {"planners"}, "checkpoints": {"hierarchies", "runs"}, "envs": {"runs"}}
 
 # Files that are in a circle today: delete a line once its file is in none.
 KNOWN_CIRCLES = {

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from torch import Tensor, nn
-from torchrl.checkpoint import Checkpoint, GlobalRNGState
+from torchrl.checkpoint import GlobalRNGState
 from torchrl.data import Composite, Unbounded
 from torchrl.envs import EnvBase, TensorDictPrimer
 
 from layeredrl_torchrl._checks import check_finite, require
 from layeredrl_torchrl._primers import OnePrimer
 from layeredrl_torchrl._state import WholeState
+from layeredrl_torchrl.checkpoints import SafeCheckpoint
 from layeredrl_torchrl.hierarchies.building import assemble, names
 from layeredrl_torchrl.hierarchies.control import ask, hand
 from layeredrl_torchrl.hierarchies.due import Due
@@ -271,13 +272,18 @@ class Hierarchy(OnePrimer, WholeState):
                     info |= {f"{name}/{term}": value for term, value in level.learn(own).items()}
         return info
 
-    def checkpoint(self, **more: Any) -> Checkpoint:
-        """All that a run needs to go on bit for bit: save it, load it into a new hierarchy.
-
-        Args:
-            **more: Further parts of the run, as TorchRL's ``Checkpoint`` takes them.
-        """
-        parts: dict[str, Any] = {"hierarchy": self, "rng": GlobalRNGState()}
+    def parts(self) -> dict[str, Any]:
+        """All that a checkpoint of it holds: itself, and its levels' optimizers and buffers."""
+        parts: dict[str, Any] = {"hierarchy": self}
         for i, level in enumerate(self.levels):
             parts |= {f"optim_{i}": level.optim, f"buffer_{i}": level.buffer}
-        return Checkpoint(**{k: part for k, part in parts.items() if part is not None}, **more)
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def checkpoint(self, **more: Any) -> SafeCheckpoint:
+        """All that learning needs to go on bit for bit: save it, load it into a new hierarchy.
+
+        Args:
+            **more: Further parts of the run, as ``SafeCheckpoint`` takes them, for instance a
+                ``CollectorState``.
+        """
+        return SafeCheckpoint(**self.parts(), rng=GlobalRNGState(), **more)

@@ -9,6 +9,8 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
+from layeredrl_torchrl._checks import check_positive_int
+
 __all__ = ["TS1", "Expectation", "Propagation", "TSInfinity"]
 
 # (state [M, R, D], context [M, R, C], action [M, R, *]) -> next state [M, R, D], term_prob [M, R]
@@ -74,11 +76,33 @@ class Propagation(ABC):
         return moved
 
 
-class TSInfinity(Propagation):
+class _Sampled(Propagation):
+    """Propagations whose number of particles is free.
+
+    Args:
+        n_particles: ``P``, particles in each member; the model's by default.
+    """
+
+    def __init__(self, n_particles: int | None = None) -> None:
+        if n_particles is not None:
+            check_positive_int("n_particles", n_particles)
+        self.n_particles = n_particles
+
+    def particles(self, n_models: int, n_particles_per_model: int) -> tuple[int, int]:
+        """``M`` and ``P``."""
+        return n_models, self.n_particles or n_particles_per_model
+
+
+class TSInfinity(_Sampled):
     """Particles stay within their member: what the members disagree on adds up over a rollout.
 
     >>> TSInfinity().particles(n_models=5, n_particles_per_model=4)
     (5, 4)
+    >>> TSInfinity(n_particles=50).particles(n_models=5, n_particles_per_model=4)
+    (5, 50)
+
+    Args:
+        n_particles: ``P``, particles in each member; the model's by default.
     """
 
     def advance(
@@ -111,7 +135,7 @@ class TSInfinity(Propagation):
         ]
 
 
-class TS1(Propagation):
+class TS1(_Sampled):
     """Each particle is moved by a newly drawn member at every step.
 
     The ``M * P`` particles of a start are dealt out to the members anew, ``P`` to each, so that
@@ -122,6 +146,9 @@ class TS1(Propagation):
     >>> model = ProbabilisticEnsemble(*spaces, n_models=2, n_particles_per_model=4)
     >>> model.rollout(torch.zeros(3), None, torch.zeros(6, 1), propagation=TS1()).batch_size
     torch.Size([2, 4, 6])
+
+    Args:
+        n_particles: ``P``, so that there are ``M * P`` particles; the model's by default.
     """
 
     def advance(

@@ -1,7 +1,8 @@
-"""Transforms of environments that TorchRL does not have."""
+"""Transforms of environments and of data that TorchRL does not have."""
 
 from layeredrl_torchrl.transforms.flips import Angle, FlipTermination, QuaternionTilt
 from layeredrl_torchrl.transforms.goals import JoinGoals
+from layeredrl_torchrl.transforms.multi_step import sum_rewards
 from layeredrl_torchrl.transforms.rewards import AffineReward, LogReward
 from layeredrl_torchrl.transforms.success import SuccessRate
 
@@ -13,4 +14,5 @@ __all__ = [
     "LogReward",
     "QuaternionTilt",
     "SuccessRate",
+    "sum_rewards",
 ]

@@ -1,42 +1,74 @@
-"""Running an example as a user does, and reading what it leaves."""
+"""The examples with small numbers, in this process or as a user runs them."""
 
 from __future__ import annotations
 
 import csv
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tyro
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+PENDULUM = (
+    "--task=InvertedPendulum-v5 --total-env-steps=160 --random-steps=60 --n-envs=2 "
+    "--steps-per-batch=20 --steps-per-checkpoint=80 --eval-episodes=2 --hidden-size=8 "
+)
+PLANS = "--n-models=2 --horizon=2 --n-samples=24 --n-iterations=1 "
+SMALL = {
+    "planning_with_model": PENDULUM + PLANS + "--updates-per-step=0.2",
+    "learn_to_control": PENDULUM + PLANS + "--updates-per-step=0.2 --batch-size=16",
+    "dyna_sac": PENDULUM + "--updates-per-step=0.2 --batch-size=16 --horizon=3",
+    "skill_hierarchy": PLANS + "--total-env-steps=400 --skill-steps=200 --n-envs=2 "
+    "--steps-per-batch=100 --steps-per-checkpoint=200 --symmetry-breaking-steps=300 --duration=25 "
+    "--sac-updates-per-step=0.1 --model-updates-per-action=0.2 --hidden-size=8 --eval-episodes=2",
+    "train_with_trainer": "--total-env-steps=600 --steps-per-batch=200 --steps-per-checkpoint=200 "
+    "--held-out-steps=200 --updates-per-batch=80 --batch-size=64 --n-models=2 --hidden-size=32",
+}
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """``example(name)``: an example as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    return importlib.import_module
+
+
+@pytest.fixture
+def run(example):
+    """``run(name, *options)``: an example in this process, with small numbers."""
+
+    def call(name: str, *options: str) -> None:
+        module = example(name)
+        module.main(tyro.cli(module.Config, args=(*SMALL[name].split(), *options)))
+
+    return call
 
 
 @pytest.fixture(scope="session")
 def run_script():
-    """``run_script(name, *options)``: the example in a process of its own, one thread."""
+    """``run_script(path, *options)``: a script of the checkout in a process of its own."""
 
-    def run(name: str, *options: str) -> subprocess.CompletedProcess[str]:
-        environment = {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
+    def call(path: str, *options: str) -> subprocess.CompletedProcess[str]:
+        environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(ROOT / path), *options]
+        environment = os.environ | environment
         return subprocess.run(
-            [sys.executable, str(EXAMPLES / name), *options],
-            capture_output=True,
-            text=True,
-            env=os.environ | environment,
-            timeout=280,
-            check=False,
+            command, capture_output=True, text=True, env=environment, timeout=280, check=False
         )
 
-    return run
+    return call
 
 
 @pytest.fixture(scope="session")
 def curve():
     """``curve(folder)``: the rows of the learning curve."""
 
-    def read(folder: Path) -> list[dict[str, str]]:
+    def read(folder: Path) -> list[dict[str, float]]:
         with (folder / "curve.csv").open() as file:
-            return list(csv.DictReader(file))
+            return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
     return read

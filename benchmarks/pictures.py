@@ -1,9 +1,32 @@
-"""The pictures of the examples: learning curves, predictions, skills and plans, animations."""
+"""The pictures of runs: learning curves, predictions, animations, skills and plans.
+
+    python benchmarks/pictures.py output/learn_to_control
+    python benchmarks/pictures.py output/skill_hierarchy/*      # also the agents beside each other
+
+Of any example but `train_with_trainer.py`. A run of `planning_with_model.py` is loaded from its
+last checkpoint for a prediction and an animation, one of `skill_hierarchy.py` for plans and skills.
+"""
 
 from __future__ import annotations
 
+import csv
+import ctypes
+import importlib
 import os
+import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated
+
+if sys.platform == "linux" and not {"MUJOCO_GL", "DISPLAY"} & os.environ.keys():
+    # Without a screen MuJoCo renders through EGL; it fails on import where told to and EGL is not
+    # there, so it is told only where it is.
+    try:
+        ctypes.CDLL("libEGL.so.1")
+    except OSError:
+        pass
+    else:
+        os.environ["MUJOCO_GL"] = "egl"
 
 import matplotlib as mpl
 
@@ -12,9 +35,22 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import tyro
 from tensordict import TensorDict
-from torchrl.envs import DoubleToFloat, GymEnv, TransformedEnv
 
+from layeredrl_torchrl import (
+    PlannerLevel,
+    SafeCheckpoint,
+    SafeRotation,
+    TSInfinity,
+    get_task,
+    make_batched,
+)
+from layeredrl_torchrl.runs import RunOptions
+from layeredrl_torchrl.runs.options import read_settings
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+EXAMPLES = ("planning_with_model", "learn_to_control", "dyna_sac", "skill_hierarchy")
 BLUE, ORANGE, GREY = "#2a6fbb", "#d9722b", "#888888"
 
 
@@ -77,12 +113,10 @@ def prediction(predictor, played: TensorDict, path: Path, title: str, horizon: i
     start = 10 if lengths[episode] > horizon + 10 else 0
     steps = min(horizon, int(lengths[episode]) - start)
     real = played[episode, start : start + steps]
-    model = predictor.model
-    n_particles, model.n_particles_per_model = model.n_particles_per_model, 50
-    traj = predictor.rollout(real["observation"][0], real["action"])
-    model.n_particles_per_model = n_particles
+    sampled = TSInfinity(n_particles=50)
+    traj = predictor.rollout(real["observation"][0], real["action"], propagation=sampled)
     state, _ = predictor.encode(real["next", "observation"])
-    parts = model.uncertainty(traj)
+    parts = predictor.model.uncertainty(traj)
     mean = parts["mean"].numpy()
     epistemic = parts["epistemic_var"].numpy()
     total = epistemic + parts["aleatoric_var"].numpy()
@@ -122,15 +156,19 @@ def prediction(predictor, played: TensorDict, path: Path, title: str, horizon: i
 
 
 @torch.no_grad()
-def animation(name: str, policy, path: Path, seed: int, max_steps: int = 150) -> None:
+def animation(task, policy, path: Path, seed: int, max_steps: int = 150) -> None:
     """An animated picture of one episode; says in one line why where MuJoCo cannot render."""
     import imageio
 
     try:
-        env = TransformedEnv(GymEnv(name, from_pixels=True, pixels_only=False), DoubleToFloat())
+        env = task.make(seed=seed, render_mode="rgb_array")
         env.append_transform(policy.make_tensordict_primer())
-        env.set_seed(seed)
-        data = env.reset()
+        data, frames = env.reset(), []
+        for _ in range(max_steps):
+            frames.append(env.base_env._env.render()[::2, ::2])
+            data = env.step(policy(data))["next"]
+            if data["done"].any():
+                break
     except Exception as error:  # noqa: BLE001 - each rendering backend fails in its own way
         backend = os.environ.get("MUJOCO_GL", "not set")
         reason = (str(error).splitlines() or [""])[0]
@@ -139,12 +177,6 @@ def animation(name: str, policy, path: Path, seed: int, max_steps: int = 150) ->
             f"MUJOCO_GL is {backend}, try egl or osmesa)"
         )
         return
-    frames = []
-    for _ in range(max_steps):
-        frames.append(data["pixels"].numpy()[::2, ::2])
-        data = env.step(policy(data))["next"]
-        if data["done"].any():
-            break
     env.close()
     imageio.mimsave(path, frames[::2], duration=40, loop=0)
 
@@ -272,3 +304,148 @@ def success_curves(
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     _finish(figure, path)
+
+
+# -- runs ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    """Draw runs."""
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of runs."""
+    if_any: bool = False
+    """Say nothing of folders that hold no run."""
+
+
+def read_csv(path: Path) -> list[dict[str, float]]:
+    with path.open(newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def example_of(folder: Path) -> tuple[object, RunOptions] | None:
+    """The example that made a run, and its options; None where there is no run."""
+    saved = read_settings(folder)
+    if saved is None:
+        return None
+    for name in EXAMPLES:
+        module = importlib.import_module(name)
+        if {f.name for f in fields(module.Config)} == saved.keys():
+            return module, module.Config(**saved | {"output": Path(saved["output"])})
+    raise SystemExit(f"{folder} is not of one of {EXAMPLES}")
+
+
+def restore(folder: Path, **parts: object) -> None:
+    """Load parts of the last checkpoint of a run."""
+    if (
+        SafeRotation(folder / "checkpoints", keep_last=2).load_latest(SafeCheckpoint(**parts))
+        is None
+    ):
+        raise SystemExit(f"{folder} has no checkpoint yet")
+
+
+def draw_curve(folder: Path, config: RunOptions) -> None:
+    rows, final = read_csv(folder / "curve.csv"), folder / "evaluation.csv"
+    mean = np.mean([row["return"] for row in read_csv(final)]) if final.exists() else np.nan
+    how = "planned in a model learned from scratch"
+    if hasattr(config, "imagined_share"):
+        how = f"SAC on {'imagined' if config.imagined_share else 'real'} experience"
+    learning_curve(rows, float(mean), folder / "learning_curve.png", config.task, how)
+
+
+@torch.no_grad()
+def draw_prediction(folder: Path, example: object, config: RunOptions) -> None:
+    """A prediction and an animation, of `planning_with_model.py`."""
+    task = get_task(config.task)
+    env = example.make_env(config, 5, config.seed + 10_000)
+    predictor = example.make_predictor(config, env)
+    restore(folder, predictor=predictor)
+    policy = example.make_planner(config, predictor.eval())
+    env.append_transform(policy.make_tensordict_primer())
+    played = env.rollout(min(task.horizon, 100), policy, break_when_any_done=False)
+    prediction(predictor, played, folder / "prediction.png", config.task)
+    animation(task, policy, folder / "policy.gif", config.seed + 20_000)
+
+
+@torch.no_grad()
+def draw_maze(folder: Path, example: object, config: RunOptions) -> None:
+    """Episodes with the plans at their start, and the skills, of `skill_hierarchy.py`."""
+    task = get_task(config.task)
+    env = example.make_env(task, 8, config.seed + 100_000)
+    agent = example.make_agent(config, task, env)
+    restore(folder, hierarchy=agent)
+    env.append_transform(agent.eval().make_tensordict_primer())
+    played = env.rollout(task.horizon, agent)
+    maze, top, first = task.make_gym().unwrapped.maze, agent.levels[0], played[:, 0]
+    plans = None
+    if isinstance(top, PlannerLevel):
+        start = top.planner.forget([len(first)]).set("observation", first["observation"])
+        actions, _ = top.planner.plan(start)
+        imagined = top.predictor.rollout(first["observation"], actions, deterministic=True)
+        reached = imagined["next", "state"][:, :, 0, :, :2]
+        begin = first["observation"][:, None, None, :2].expand(-1, reached.shape[1], 1, 2)
+        plans = torch.cat([begin, reached], 2).numpy()
+    skills = len(agent.levels) > 1
+    maze_plans(
+        played["observation"][..., :2].numpy(),
+        first["observation"][:, list(task.context_dims)].numpy(),
+        played["next", "episode_success"][:, -1, 0].numpy(),
+        plans,
+        config.duration if skills else 1,
+        maze,
+        folder / "plans.png",
+        f"{config.task}: new starts and goals ({config.agent})",
+    )
+    if skills:
+        paths, chosen = play_skills(config, task, agent.levels[-1])
+        title = f"{config.task}: what {config.duration} steps of each skill do, from rest"
+        skill_fan(paths.numpy(), chosen.numpy(), maze, folder / "skills.png", title)
+
+
+def play_skills(config: RunOptions, task, level) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places `[n, duration + 1, 2]` under skills `[n, 2]` on a circle, each from rest."""
+    n = 80
+    angle = torch.arange(n) * (2 * torch.pi / n)
+    skill = torch.stack([angle.cos(), angle.sin()], -1)
+    env = make_batched(task, n, seed=config.seed + 200_000)
+    data, places = env.reset(), []
+    for step in range(config.duration + 1):
+        seen = data["observation"][:, list(task.state_dims)]
+        places.append(seen[:, :2])
+        given = {"observation": seen, "input": skill, "n_actions": torch.full((n, 1), step)}
+        data = env.step(data.set("action", level(TensorDict(given, [n]))["action"]))["next"]
+    env.close()
+    return torch.stack(places, 1), skill
+
+
+def main(config: Config) -> None:
+    """Draw all that there is to be drawn of each run."""
+    agents: dict[str, Path] = {}
+    for folder in config.folders:
+        found = example_of(folder)
+        if found is None:
+            if not config.if_any and folder.is_dir() and folder.suffix != ".png":
+                raise SystemExit(f"{folder} holds no run")
+            continue
+        example, options = found
+        draw_curve(folder, options)
+        if example.__name__ == "planning_with_model":
+            draw_prediction(folder, example, options)
+        if example.__name__ == "skill_hierarchy":
+            draw_maze(folder, example, options)
+            agents[options.agent] = folder
+        print(f"Pictures: {folder}")
+    if agents:
+        final = {
+            name: np.mean([row["success"] for row in read_csv(folder / "evaluation.csv")])
+            for name, folder in agents.items()
+            if (folder / "evaluation.csv").exists()
+        }
+        curves = {name: read_csv(folder / "curve.csv") for name, folder in agents.items()}
+        path = options.output / "success.png"
+        success_curves(curves, final, options.skill_steps, path, options.task)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

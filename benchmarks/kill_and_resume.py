@@ -1,0 +1,188 @@
+"""Kill each example at random moments, resume it, and compare it with a run that was left alone.
+
+    python benchmarks/kill_and_resume.py                     # 20 kills of each example
+    python benchmarks/kill_and_resume.py --examples dyna_sac --kills 3
+
+A run is a fork of this process, which has imported everything. It is killed (SIGKILL) at a moment
+drawn from the time that the whole run takes, every fourth while it writes a checkpoint, and resumed
+to the end. Equal means: the same learning curve (but for the seconds), the same evaluation, and the
+same bytes in the last checkpoint. The exit status is 1 if any run is another.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+PENDULUM = "--task InvertedPendulum-v5 --n-envs 2 --eval-episodes 1"
+PLANS = "--horizon 2 --n-samples 20 --n-models 2 --hidden-size 8"
+OPTIONS = {
+    "planning_with_model": f"{PENDULUM} {PLANS} --total-env-steps 500 --random-steps 100 "
+    "--steps-per-batch 50 --steps-per-checkpoint 100 --updates-per-step 0.1",
+    "learn_to_control": f"{PENDULUM} {PLANS} --total-env-steps 500 --random-steps 100 "
+    "--steps-per-batch 50 --steps-per-checkpoint 100 --updates-per-step 0.1 --random-prob 0.1",
+    "dyna_sac": f"{PENDULUM} --total-env-steps 200 --random-steps 60 --steps-per-batch 20 "
+    "--steps-per-checkpoint 40 --updates-per-step 0.3 --batch-size 16 --hidden-size 8 --horizon 3",
+    "skill_hierarchy": f"{PLANS} --n-envs 2 --total-env-steps 800 --skill-steps 400 --duration 5 "
+    "--steps-per-batch 100 --steps-per-checkpoint 100 --eval-episodes 2 "
+    "--sac-updates-per-step 0.1 --model-updates-per-action 0.2 --symmetry-breaking-steps 300",
+    "train_with_trainer": "--task InvertedPendulum-v5 --total-env-steps 1000 --steps-per-batch 100 "
+    "--steps-per-checkpoint 150 --held-out-steps 200 --updates-per-batch 20 --batch-size 32 "
+    "--n-models 2 --hidden-size 8",
+}
+
+
+@dataclass
+class Config:
+    """Options of the benchmark."""
+
+    examples: tuple[str, ...] = tuple(OPTIONS)
+    """Names of the examples."""
+    kills: int = 20
+    """Runs of each that are killed once."""
+    seed: int = 0
+    """Seed of the moments."""
+    output: Path = Path("output/kill_and_resume")
+    """Folder of the runs; emptied."""
+
+
+def start(name: str, folder: Path, resume: bool) -> int:
+    """Start an example in a process of its own; returns the process id."""
+    example = importlib.import_module(name)
+    options = [*OPTIONS[name].split(), "--output", str(folder), *(["--resume"] * resume)]
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    with (folder.parent / f"{folder.name}.log").open("a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            example.main(tyro.cli(example.Config, args=options))
+            status = 0
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the child ends here
+            print(repr(error))
+        sys.stdout.flush()
+    os._exit(status)
+
+
+def wait(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kill(pid: int, folder: Path, delay: float, saving: bool) -> bool:
+    """Kill a run after a delay, or when it next saves after that; False if it ended before."""
+    end = time.monotonic() + delay
+    while os.waitpid(pid, os.WNOHANG) == (0, 0):
+        late = time.monotonic() >= end
+        if late and (not saving or any(folder.rglob(".checkpoint-*stage*/**/*.memmap"))):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return True
+        time.sleep(0.0005)
+    return False
+
+
+def content(folder: Path) -> dict[str, object]:
+    """What a run has left, without times."""
+    found: dict[str, object] = {}
+    for table in folder.rglob("*.csv"):
+        with table.open() as file:
+            rows = [
+                {k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)
+            ]
+        found[str(table.relative_to(folder))] = rows
+    newest = max(folder.rglob("checkpoint-*/checksums.json")).parent
+    for path in newest.rglob("*"):
+        name = str(path.relative_to(newest))
+        if "-curve/" in name or name in ("manifest.json", "checksums.json") or path.is_dir():
+            continue
+        data = path.read_bytes()
+        found[f"{newest.name}/{name}"] = plain(json.loads(data)) if path.suffix == ".json" else data
+    settings = next(folder.rglob("settings.json"))
+    found["settings"] = json.loads(settings.read_text()) | {"resume": None, "output": None}
+    return found
+
+
+def plain(tree: object) -> object:
+    """JSON without what differs from process to process and has no effect.
+
+    These are the generators of spaces, which nobody draws from, and the paths of a maze's model.
+    """
+    if isinstance(tree, str) and tree.startswith("{"):
+        return plain(json.loads(tree))
+    if isinstance(tree, dict):
+        return {k: plain(v) for k, v in tree.items() if not k.endswith(("_space", "path"))}
+    return [plain(item) for item in tree] if isinstance(tree, list) else tree
+
+
+def steps_in(folder: Path) -> int:
+    """Steps of the last checkpoint, 0 without one."""
+    names = [path.parent.name for path in folder.rglob("checkpoint-*/checksums.json")]
+    return int(max(names).split("-")[1]) if names else 0
+
+
+def compare(config: Config, name: str) -> int:
+    """Kill and resume one example; prints a row of the table, returns how many are another run."""
+    root = config.output / name
+    alone = root / "alone"
+    root.mkdir(parents=True)
+    begun = time.monotonic()
+    if wait(start(name, alone, False)):
+        raise SystemExit(f"{name} failed: {(root / 'alone.log').read_text()[-2000:]}")
+    seconds, expected = time.monotonic() - begun, content(alone)
+    moments, equal, dead, from_start, killed = random.Random(config.seed), 0, 0, 0, 0
+    for i in range(config.kills):
+        folder = root / f"{i}"
+        delay = moments.uniform(0.0, 0.95 * seconds)
+        killed += kill(start(name, folder, False), folder, delay, i % 4 == 3)
+        begun_again = not any(folder.rglob("settings.json"))
+        from_start += steps_in(folder) == 0
+        if wait(start(name, folder, not begun_again)):
+            dead += 1
+            print(f"  {folder}: {(root / f'{i}.log').read_text().splitlines()[-1]}")
+            continue
+        found = content(folder)
+        other = [
+            key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)
+        ]
+        equal += not other
+        if other:
+            print(f"  {folder} differs in {sorted(other)[:5]}")
+        else:
+            shutil.rmtree(folder)
+    row = (name, f"{seconds:.1f}", config.kills, killed, from_start, dead, equal)
+    print("| " + " | ".join(map(str, row)) + " |", flush=True)
+    return config.kills - equal
+
+
+def main(config: Config) -> None:
+    """Print the table."""
+    shutil.rmtree(config.output, ignore_errors=True)
+    print(
+        "| example | seconds alone | runs | killed before the end | before the first checkpoint ",
+        end="",
+    )
+    print("| dead ends | equal to the run left alone |\n|---|---|---|---|---|---|---|")
+    for name in config.examples:
+        importlib.import_module(name)
+    if sum(compare(config, name) for name in config.examples):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

@@ -1,0 +1,106 @@
+"""What planning adds to a policy: plans that try the policy and end in what its critics say.
+
+    python benchmarks/plan_with_policy.py output/dyna_sac --eval-episodes 3
+
+Evaluates the policy of a run of `examples/dyna_sac.py`, and iCEM in its world model with the policy
+as a proposal, on the same episodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from pictures import example_of, restore
+from tensordict import TensorDict
+from torch import Tensor
+from torchrl.envs import ExplorationType, RewardSum, set_exploration_type
+
+from layeredrl_torchrl import ICEMPlanner, PolicyProposal, StaticPredictor, make_batched
+from layeredrl_torchrl.runs import find_task, play_episodes
+
+
+@dataclass
+class Config:
+    """Plan with a policy that SAC has learned."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run."""
+    eval_episodes: int = 10
+    """Episodes."""
+    horizon: int = 4
+    """Steps that are planned ahead."""
+    n_samples: int = 64
+    """Candidate plans in the first iteration, beside the policy's."""
+    device: str = "cpu"
+    """Where networks act."""
+    threads: int = 1
+    """Threads that torch may use."""
+
+
+def make_planner(config: Config, agent, gamma: float) -> ICEMPlanner:
+    """Plans in the world model that try what the policy does, and end in what the critics say."""
+    actor, loss, known = agent.loss.actor_network, agent.loss, agent.predictor
+
+    def value(state: Tensor, context: Tensor, action: Tensor) -> Tensor:
+        """The lower of the critics' values `[*B]` of what the policy does in a state."""
+        td = TensorDict({"state": state, "context": context}, state.shape[:-1])
+        with set_exploration_type(ExplorationType.DETERMINISTIC):
+            actor(td)
+        found = []
+        for params in loss.qvalue_network_params.unbind(0):
+            with params.to_module(loss.qvalue_network):
+                found.append(loss.qvalue_network(td)["state_action_value"].squeeze(-1))
+        return torch.minimum(*found)
+
+    guided = StaticPredictor(
+        model=known.model,
+        val_func=value,
+        rew_func=known.rew_func,
+        encoder=known.encoder,
+        latent_state_dim=known.latent_state_dim,
+        context_dim=known.context_dim,
+    )
+    return ICEMPlanner(
+        guided,
+        horizon=config.horizon,
+        n_samples=config.n_samples,
+        n_iterations=3,
+        discount=gamma,
+        use_value_func=True,
+        proposal=PolicyProposal(guided, actor),
+    )
+
+
+@torch.no_grad()
+def main(config: Config) -> None:
+    """Print both mean returns."""
+    torch.set_num_threads(config.threads)
+    found = example_of(config.folder)
+    if found is None or found[0].__name__ != "dyna_sac" or not found[1].imagined_share:
+        raise SystemExit(f"{config.folder} holds no run of examples/dyna_sac.py with a model")
+    example, options = found
+    options.device = config.device
+    task = find_task(options.task)
+    env = make_batched(task, 1, seed=0)
+    agent = example.Agent(options, task, env, options.total_env_steps or task.budget)
+    restore(config.folder, loss=agent.loss, predictor=agent.predictor)
+    torch.manual_seed(options.seed)
+    planner = make_planner(config, agent, options.gamma)
+    for how, policy in (("the policy", agent.policy), ("planned", planner)):
+        env = make_batched(task, config.eval_episodes, seed=options.seed + 10_000)
+        env.append_transform(RewardSum())
+        if policy is planner:
+            env.append_transform(planner.make_tensordict_primer())
+        returns = play_episodes(env, policy, config.device)["episode_reward"]
+        print(
+            f"{how}: mean return {returns.mean():.2f} over {len(returns)} episodes "
+            f"(lowest {returns.min():.2f}, highest {returns.max():.2f})"
+        )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

@@ -1,0 +1,314 @@
+"""Checkpoints that are verified before they are read, and never unpickle anything."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDictBase
+from torchrl.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointLoadResult,
+    CheckpointOptions,
+    CheckpointRotation,
+)
+from torchrl.data import ReplayBuffer
+
+from layeredrl_torchrl.checkpoints.buffers import BufferAdapter
+
+__all__ = ["SafeCheckpoint", "SafeRotation"]
+
+_CHECKSUMS = "checksums.json"
+_BLOCK = 4096  # what a file takes on a disk at least
+# TorchRL and tensordict read these without running anything that they hold.
+_KINDS = (".json", ".memmap")
+_TYPES = {
+    f"<class 'tensordict.{name}'>"
+    for name in (
+        "_td.TensorDict",
+        "_lazy.LazyStackedTensorDict",
+        "tensorclass.NonTensorData",
+        "tensorclass.NonTensorStack",
+    )
+}
+
+
+class SafeCheckpoint(Checkpoint):
+    """TorchRL's ``Checkpoint`` that trusts no file: checksums, and no pickles.
+
+    :meth:`save` writes the sizes and SHA-256 sums of all files, last. :meth:`load` compares them
+    before it reads anything, and refuses any file that would have to be unpickled, which can run
+    code of whoever wrote it. Replay buffers are saved without TorchRL's ``prefetch.pkl``, also
+    those that nothing was written to yet.
+
+    >>> net = torch.nn.Linear(2, 1)
+    >>> path = SafeCheckpoint(net=net).save("checkpoint", metadata={"step": 3})
+    >>> with open("checkpoint/components/0000-net/state.json", "a") as file:
+    ...     _ = file.write(" ")
+    >>> SafeCheckpoint(net=net).load("checkpoint")
+    Traceback (most recent call last):
+    torchrl.checkpoint._checkpoint.CheckpointError: ...state.json is ... bytes long, expected ...
+
+    Args:
+        strict: As ``Checkpoint``.
+        save_components: As ``Checkpoint``.
+        **components: What is saved: modules, optimizers, replay buffers, JSON values, and whatever
+            has ``state_dict`` and ``load_state_dict``.
+
+    Raises:
+        ValueError: ``format="archive"``: a directory is what is verified.
+    """
+
+    def __init__(
+        self,
+        *,
+        strict: str = "error",
+        save_components: Collection[str] | None = None,
+        **components: Any,
+    ) -> None:
+        if "format" in components:
+            raise ValueError(f"format must be 'directory', got {components['format']!r}")
+        super().__init__(strict=strict, save_components=save_components, **components)
+        self.register_adapter(ReplayBuffer, BufferAdapter())
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        components: Collection[str] | None = None,
+        component_options: Mapping[str, CheckpointOptions] | None = None,
+        format: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Save the components atomically, then their checksums; returns the path.
+
+        Raises:
+            ValueError: ``format="archive"``.
+            CheckpointError: Less room on the disk than the checkpoint takes (found before anything
+                is written: to write a memory map to a full disk ends the process), or a component
+                whose files only a pickle can read.
+        """
+        if format not in (None, "directory"):
+            raise ValueError(f"format must be 'directory', got {format!r}")
+        destination = Path(path).expanduser().absolute()
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        self._check_room(destination, components)
+        stage = destination.parent / f".{destination.name}.stage-{uuid.uuid4().hex}"
+        stage.mkdir()
+        try:
+            written = super().save(
+                stage / "checkpoint",
+                components=components,
+                component_options=component_options,
+                metadata=metadata,
+            )
+            _check_kinds(written, "cannot be saved")
+            _write_checksums(written)
+            if destination.exists():
+                os.replace(destination, stage / "before")
+            os.replace(written, destination)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+        return destination
+
+    def load(self, path: str | Path, **options: Any) -> CheckpointLoadResult:
+        """Verify a checkpoint, then restore components from it; ``options`` as ``Checkpoint.load``.
+
+        Raises:
+            CheckpointError: As :meth:`verify`, before anything is read; or what does not fit.
+        """
+        self.verify(path)
+        result: CheckpointLoadResult = super().load(path, **options)
+        return result
+
+    @staticmethod
+    def verify(path: str | Path) -> None:
+        """Compare all files of a checkpoint with their checksums, and refuse pickles.
+
+        Raises:
+            FileNotFoundError: Nothing is there.
+            CheckpointError: Names the file that is missing, too short or long, changed, unexpected,
+                or of a kind that can run code.
+        """
+        root = Path(path).expanduser().absolute()
+        if not root.exists():
+            raise FileNotFoundError(f"there is no checkpoint at {root}")
+        _check_kinds(root, "is not loaded")
+        expected = _read_checksums(root)
+        found = {file.relative_to(root).as_posix() for file in _files(root)} - {_CHECKSUMS}
+        for name in sorted(found - expected.keys()):
+            raise CheckpointError(f"{root / name} is not part of the checkpoint; remove it")
+        for name, (size, digest) in sorted(expected.items()):
+            file, instead = root / name, "use another checkpoint, this one is damaged"
+            if name not in found:
+                raise CheckpointError(f"{file} is missing; {instead}")
+            if file.stat().st_size != size:
+                raise CheckpointError(
+                    f"{file} is {file.stat().st_size} bytes long, expected {size}; {instead}"
+                )
+            if _digest(file) != digest:
+                raise CheckpointError(f"{file} does not match its checksum; {instead}")
+            if file.name == "meta.json":
+                _check_types(file)
+
+    def _check_room(self, destination: Path, components: Collection[str] | None) -> None:
+        selected = self.components.keys() if components is None else components
+        needed = sum(_size(self.components[name]) for name in selected if name in self)
+        free = shutil.disk_usage(destination.parent).free
+        if needed > free:
+            raise CheckpointError(
+                f"no room for the checkpoint {destination}: it takes {needed / 1e6:.1f} MB and "
+                f"{free / 1e6:.1f} MB are free; make room, or choose another disk. What was saved "
+                "before is untouched"
+            )
+
+
+class SafeRotation(CheckpointRotation):
+    """TorchRL's ``CheckpointRotation`` that passes over damaged checkpoints, and says so.
+
+    What saving left behind when it was killed is cleared by the next :meth:`save`.
+
+    >>> rotation = SafeRotation("checkpoints", keep_last=2)
+    >>> path = rotation.save(SafeCheckpoint(value={"loss": 0.5}), step=100)
+    >>> rotation.latest().name
+    'checkpoint-000000000100'
+
+    Args:
+        directory: Folder of the checkpoints.
+        keep_last: How many of the newest are kept.
+        keep_best: As ``CheckpointRotation``.
+        prefix: How their names begin.
+    """
+
+    def save(self, checkpoint: Checkpoint, *, step: int, **options: Any) -> Path:
+        """Save at ``step`` and remove old checkpoints; ``options`` as ``CheckpointRotation.save``.
+
+        Raises:
+            TypeError: Not a :class:`SafeCheckpoint`. CheckpointError: As ``SafeCheckpoint.save``.
+        """
+        if not isinstance(checkpoint, SafeCheckpoint):
+            raise TypeError(f"expected a SafeCheckpoint, got {type(checkpoint).__name__}")
+        self.clear()
+        path: Path = super().save(checkpoint, step=step, **options)
+        return path
+
+    def clear(self) -> None:
+        """Remove the halves of checkpoints that were being written, or removed, at a kill."""
+        for path in self.directory.glob(f".{self.prefix}-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint that is sound; ``None`` if there are none at all.
+
+        Each damaged one that is newer is named in a warning.
+
+        Raises:
+            CheckpointError: There are checkpoints, and all are damaged.
+        """
+        first: CheckpointError | None = None
+        for path in sorted(self.directory.glob(f"{self.prefix}-[0-9]*"), reverse=True):
+            try:
+                SafeCheckpoint.verify(path)
+            except CheckpointError as error:
+                warnings.warn(f"{error}; trying the one before", stacklevel=2)
+                first = first or error
+                continue
+            return path
+        if first is not None:
+            raise CheckpointError(f"no checkpoint in {self.directory} is sound: {first}")
+        return None
+
+    def load_latest(self, checkpoint: Checkpoint, **options: Any) -> CheckpointLoadResult | None:
+        """Load the newest sound checkpoint; ``options`` as ``Checkpoint.load``.
+
+        Returns:
+            What was loaded; ``None`` if there is no checkpoint.
+        """
+        path = self.latest()
+        return None if path is None else checkpoint.load(path, **options)
+
+
+def _files(root: Path) -> Iterator[Path]:
+    return (path for path in root.rglob("*") if path.is_symlink() or not path.is_dir())
+
+
+def _check_kinds(root: Path, what: str) -> None:
+    for file in _files(root):
+        if file.is_symlink() or file.suffix not in _KINDS:
+            raise CheckpointError(
+                f"{file} {what}: only JSON and memory-mapped tensors can be read without running "
+                "code, which pickles and links may do; save tensors and plain values only"
+            )
+
+
+def _check_types(file: Path) -> None:
+    kind = json.loads(file.read_bytes()).get("_type")
+    if kind not in _TYPES:
+        raise CheckpointError(f"{file} is not loaded: it asks for {kind}, expected a TensorDict")
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _seal(files: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _write_checksums(root: Path) -> None:
+    sums = {
+        file.relative_to(root).as_posix(): [file.stat().st_size, _digest(file)]
+        for file in _files(root)
+        if file != root / _CHECKSUMS
+    }
+    with (root / _CHECKSUMS).open("w") as opened:
+        json.dump({"files": sums, "seal": _seal(sums)}, opened, indent=1)
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def _read_checksums(root: Path) -> dict[str, tuple[int, str]]:
+    path = root / _CHECKSUMS
+    try:
+        found = json.loads(path.read_bytes())
+        files: dict[str, tuple[int, str]] = found["files"]
+        sound = _seal(files) == found["seal"]
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} is missing: not a checkpoint that SafeCheckpoint has written, or one that was "
+            "not finished"
+        ) from None
+    except (ValueError, KeyError, TypeError, NotADirectoryError):
+        sound, files = False, {}
+    if not sound:
+        raise CheckpointError(f"{path} is damaged; use another checkpoint")
+    return files
+
+
+def _size(value: Any) -> int:
+    """Bytes that a component takes on a disk, at most, as far as it is known before."""
+    if isinstance(value, ReplayBuffer):
+        return _size(value.storage[:]) + 8 * _BLOCK if len(value) else _BLOCK
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return int(value.nbytes) + _BLOCK
+    if isinstance(value, TensorDictBase):
+        return sum(_size(leaf) for leaf in value.values(True, True)) + _BLOCK
+    if isinstance(value, Mapping):
+        return sum(_size(item) + len(str(key)) + 64 for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return sum(map(_size, value))
+    if isinstance(value, str | bytes):
+        return 2 * len(value) + 64
+    state = getattr(value, "state_dict", None)
+    return _BLOCK + (_size(state()) if callable(state) else 0)

@@ -1,0 +1,33 @@
+"""Long runs in a folder of their own, which can be killed at any moment and resumed."""
+
+from layeredrl_torchrl.runs.options import (
+    Count,
+    Natural,
+    Number,
+    Positive,
+    RunError,
+    RunOptions,
+    Share,
+    command,
+    find_task,
+)
+from layeredrl_torchrl.runs.playing import play_episodes
+from layeredrl_torchrl.runs.run import Run
+from layeredrl_torchrl.runs.workers import WorkerDiedError, WorkerOptions, collect_with_workers
+
+__all__ = [
+    "Count",
+    "Natural",
+    "Number",
+    "Positive",
+    "Run",
+    "RunError",
+    "RunOptions",
+    "Share",
+    "WorkerDiedError",
+    "WorkerOptions",
+    "collect_with_workers",
+    "command",
+    "find_task",
+    "play_episodes",
+]

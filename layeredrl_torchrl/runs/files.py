@@ -1,0 +1,88 @@
+"""Files of a run: locked, written as a whole, or row by row."""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Curve", "lock", "write_rows", "write_whole"]
+
+
+class Curve:
+    """Rows of numbers in a CSV file, which a killed run leaves complete up to its last row.
+
+    Its state, in a checkpoint, is what the file is cut back to when it is loaded.
+
+    >>> curve = Curve(Path("curve.csv"))
+    >>> curve.add({"env_steps": 100.0, "return": 4.5})
+    >>> Path("curve.csv").read_text().splitlines()
+    ['env_steps,return', '100.0,4.5']
+
+    Args:
+        path: The file; it is not touched before the first row.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, float]] = []
+
+    def add(self, row: Mapping[str, float]) -> None:
+        """Write one more row; ``ValueError`` if it has other columns than the first."""
+        columns = list(row)
+        if self.rows and columns != list(self.rows[0]):
+            raise ValueError(f"{self.path} has columns {list(self.rows[0])}, got {columns}")
+        with self.path.open("a", newline="") as file:
+            writer = csv.writer(file)
+            if not self.rows:
+                writer.writerow(columns)
+            writer.writerow(row.values())
+        self.rows.append(dict(row))
+
+    def rewrite(self) -> None:
+        """Let the file have the rows that are known, and no others."""
+        write_rows(self.path, list(self.rows[0]) if self.rows else [], self._values())
+
+    def _values(self) -> list[list[float]]:
+        return [list(row.values()) for row in self.rows]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The columns, and the values of each row."""
+        return {"columns": list(self.rows[0]) if self.rows else [], "values": self._values()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Replace the rows, also those in the file, by those that were saved."""
+        columns = state_dict["columns"]
+        self.rows[:] = [dict(zip(columns, row, strict=True)) for row in state_dict["values"]]
+        self.rewrite()
+
+
+def write_rows(path: Path, columns: list[str], rows: Iterable[Iterable[float]]) -> None:
+    """Write a CSV file as a whole; an empty one without columns."""
+    lines = [columns, *([str(value) for value in row] for row in rows)] if columns else []
+    write_whole(path, "".join(f"{','.join(line)}\r\n" for line in lines))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that at any moment there is the old one or the new one."""
+    stage = path.with_name(f".{path.name}.stage")
+    with stage.open("w", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(stage, path)
+
+
+def lock(file: int) -> None:
+    """Lock an open file until this process ends; ``OSError`` at once if another has it."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,226 @@
+"""Options of a run: their names, what they may be, and how a command line reads them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar, Union, get_args, get_origin
+from typing import get_type_hints as type_hints
+
+import torch
+
+from layeredrl_torchrl._checks import check_number
+from layeredrl_torchrl.envs import Task, get_task
+
+__all__ = [
+    "Count",
+    "Natural",
+    "Number",
+    "Positive",
+    "RunError",
+    "RunOptions",
+    "Share",
+    "command",
+    "find_task",
+]
+
+
+class RunError(RuntimeError):
+    """What ends a run, and what to do about it, in one line."""
+
+
+@dataclass(frozen=True)
+class _Range:
+    """The numbers that an option may be."""
+
+    low: float
+    high: float = float("inf")
+    open_low: bool = False
+
+
+Count: TypeAlias = Annotated[int, _Range(1)]
+"""At least 1."""
+Natural: TypeAlias = Annotated[int, _Range(0)]
+"""At least 0."""
+Positive: TypeAlias = Annotated[float, _Range(0.0, open_low=True)]
+"""Above 0."""
+Number: TypeAlias = Annotated[float, _Range(float("-inf"))]
+"""Any that is finite."""
+Share: TypeAlias = Annotated[float, _Range(0.0, 1.0)]
+"""Between 0 and 1, both included."""
+
+
+_KINDS = {
+    "Count": Count,
+    "Natural": Natural,
+    "Number": Number,
+    "Positive": Positive,
+    "Share": Share,
+}
+
+
+@dataclass
+class RunOptions:
+    """Options that every run has; a subclass adds its own and may change the defaults.
+
+    Each number has one of the types :data:`Count`, :data:`Natural`, :data:`Number`,
+    :data:`Positive` and :data:`Share`, by which :meth:`check` knows its range.
+
+    >>> RunOptions(n_envs=0).check()
+    Traceback (most recent call last):
+    layeredrl_torchrl.runs.options.RunError: --n-envs must be finite and lie in [1, inf], got 0
+    """
+
+    task: str = "InvertedPendulum-v5"
+    """Name of the task."""
+    seed: Natural = 0
+    """Seed of everything random."""
+    total_env_steps: Count | None = None
+    """Steps taken in the real environment; the task's budget by default."""
+    n_envs: Count = 1
+    """Environments stepped side by side."""
+    steps_per_batch: Count = 100
+    """Real steps between two learning phases."""
+    eval_episodes: Count = 10
+    """Episodes of the final evaluation."""
+    steps_per_checkpoint: Count = 1000
+    """Real steps between two checkpoints; the last two are kept."""
+    output: Path = Path("output/run")
+    """Folder of the learning curve and the checkpoints."""
+    resume: bool = False
+    """Go on from the last checkpoint in the output folder, with the options saved there."""
+    device: str = "cpu"
+    """Where networks learn and act; the environments stay on the CPU."""
+    threads: Count = 1
+    """Threads that torch may use."""
+
+    #: Options that a resumed run may change; all others are those of its checkpoint.
+    free: ClassVar[frozenset[str]] = frozenset(
+        {
+            "total_env_steps",
+            "eval_episodes",
+            "steps_per_checkpoint",
+            "output",
+            "resume",
+            "device",
+            "threads",
+        }
+    )
+
+    @property
+    def folder(self) -> Path:
+        """Where this run writes; a subclass may divide ``output`` among several runs."""
+        return self.output
+
+    def settings(self) -> dict[str, Any]:
+        """The options as JSON has them."""
+        return {name: _plain(value) for name, value in asdict(self).items()}
+
+    def check(self) -> None:
+        """Look at every option; a subclass adds what depends on several.
+
+        Raises:
+            RunError: Names the option, what it is and what it may be.
+        """
+        # Scripts that are run from strings, as notebooks do, have no module to look names up in.
+        for name, hint in type_hints(type(self), None, _KINDS, include_extras=True).items():
+            bounds = _range_of(hint)
+            value = getattr(self, name, None)
+            if bounds is None or value is None:
+                continue
+            option = "--" + name.replace("_", "-")
+            try:
+                check_number(option, value, bounds.low, bounds.high, open_low=bounds.open_low)
+            except (TypeError, ValueError) as error:
+                raise RunError(str(error)) from None
+        if self.steps_per_batch % self.n_envs:
+            raise RunError(
+                f"--steps-per-batch is {self.steps_per_batch}, expected a multiple of the "
+                f"{self.n_envs} environments (--n-envs)"
+            )
+        try:
+            kind = torch.device(self.device).type
+            if kind != "cpu":
+                torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise RunError(f"--device {self.device} cannot be used: {reason}") from None
+
+
+Options = TypeVar("Options", bound=RunOptions)
+
+
+def command(main: Callable[[Options], None], options: type[Options], description: str) -> None:
+    """Run ``main`` with the options of the command line.
+
+    A run that is resumed has the options it was started with, as far as none are given. Errors of
+    a run end the program in one line. Needs tyro, of the extra ``examples``.
+    """
+    import tyro
+
+    settings = (tyro.conf.EnumChoicesFromValues,)
+    given = tyro.cli(options, description=description, config=settings)
+    if given.resume and (saved := read_settings(given.folder)) is not None:
+        default = replace(_like(given, saved), output=given.output)
+        given = tyro.cli(options, description=description, config=settings, default=default)
+    try:
+        main(given)
+    except RunError as error:
+        print(error, file=sys.stderr)  # noqa: T201 - this is a command
+        raise SystemExit(1) from None
+
+
+def find_task(name: str) -> Task:
+    """The task of that name; :class:`RunError` with the nearest names if there is none."""
+    try:
+        return get_task(name)
+    except KeyError as error:
+        raise RunError(f"--task: {error.args[0]}") from None
+
+
+def settings_path(folder: Path) -> Path:
+    """The file that says which options a run was started with."""
+    return folder / "settings.json"
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """The options that the run in ``folder`` was started with; ``None`` where there is none."""
+    path = settings_path(folder)
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise RunError(f"{path} holds a {type(found).__name__}, expected the options of a run")
+    return found
+
+
+def _like(given: Options, saved: dict[str, Any]) -> Options:
+    """The options that were ``saved``; those that JSON has no type for as they are now."""
+    known = {f.name for f in fields(given)}
+    values = {name: value for name, value in saved.items() if name in known}
+    for name in known & values.keys():
+        if isinstance(getattr(given, name), Path):
+            values[name] = Path(values[name])
+    return replace(given, **values)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def _range_of(hint: object) -> _Range | None:
+    """The range in ``Annotated[...]``, also of an optional one."""
+    if get_origin(hint) is Annotated:
+        return next((found for found in get_args(hint)[1:] if isinstance(found, _Range)), None)
+    if get_origin(hint) in (Union, types.UnionType):
+        return next((r for part in get_args(hint) if (r := _range_of(part)) is not None), None)
+    return None

@@ -1,0 +1,38 @@
+"""Rewards of several steps as those of one."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDictBase
+from torchrl.data import MultiStep
+
+__all__ = ["sum_rewards"]
+
+
+def sum_rewards(data: TensorDictBase, gamma: float) -> TensorDictBase:
+    """Turn each step of trajectories into one that leads to the end of its episode, or of the data.
+
+    TorchRL's ``MultiStep`` with all steps that there are, which sums the discounted rewards and
+    moves the next states, but leaves ``"done"`` and ``"terminated"`` with the first step, so that a
+    value target would go on behind the end of an episode; here they are those of the last.
+
+    >>> step = {"reward": torch.ones(1, 3, 1), "observation": torch.arange(3.0).reshape(1, 3, 1)}
+    >>> ends = torch.tensor([[[False], [True], [False]]])
+    >>> data = TensorDict({"next": step | {"done": ends, "terminated": ends}}, [1, 3])
+    >>> found = sum_rewards(data, gamma=0.5)
+    >>> found["next", "reward"].flatten(), found["next", "terminated"].flatten()
+    (tensor([1.5000, 1.0000, 1.0000]), tensor([ True,  True, False]))
+
+    Args:
+        data: ``[N, T]``: ``N`` trajectories, each a row in the order of time.
+        gamma: Discount of one step.
+
+    Returns:
+        ``[N, T]``, with ``"steps_to_next_obs"``, which TorchRL's value estimators discount by.
+    """
+    ends = data["next"].select("done", "terminated")
+    data = MultiStep(gamma=gamma, n_steps=data.shape[1])(data)
+    steps = data["steps_to_next_obs"]
+    last = torch.arange(data.shape[1], device=steps.device) + steps - 1
+    data["next"].update(ends.gather(1, last))
+    return data

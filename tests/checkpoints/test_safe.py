@@ -1,0 +1,302 @@
+"""Checkpoints on a real disk: whatever happens to a file is noticed before anything is read."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tensordict import NonTensorData, TensorDict
+from torchrl.checkpoint import Checkpoint, CheckpointError
+from torchrl.data import (
+    CompressedListStorage,
+    LazyTensorStorage,
+    ListStorage,
+    TensorDictReplayBuffer,
+)
+from torchrl.envs import VecNormV2
+
+from layeredrl_torchrl import SafeCheckpoint, SafeRotation
+
+
+def make_buffer(size=40, ndim=1, **kwargs):
+    return TensorDictReplayBuffer(storage=LazyTensorStorage(size, ndim=ndim), **kwargs)
+
+
+def steps(n, *batch):
+    shape = (*batch, n)
+    return TensorDict(
+        {"obs": torch.randn(*shape, 2), "next": {"obs": torch.rand(*shape, 2)}}, shape
+    )
+
+
+def make_parts(filled=True):
+    """A network that has learned, its optimizer and a buffer."""
+    net = torch.nn.Linear(3, 2)
+    optim = torch.optim.Adam(net.parameters())
+    buffer = make_buffer()
+    if filled:
+        net(torch.randn(4, 3)).sum().backward()
+        optim.step()
+        buffer.extend(steps(25))
+    return {"net": net, "optim": optim, "buffer": buffer}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("saved") / "checkpoint"
+    return SafeCheckpoint(**make_parts(), counts={"steps": 3}).save(path, metadata={"seed": 1})
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def restored(path):
+    parts = make_parts(filled=False) | {"counts": {}}
+    SafeCheckpoint(**parts).load(path)
+    return parts
+
+
+def test_what_is_loaded_is_what_was_saved(saved):
+    torch.manual_seed(0)
+    parts, found = make_parts(), restored(saved)
+    assert found["counts"] == {"steps": 3}
+    assert Checkpoint.manifest(saved)["metadata"] == {"seed": 1}
+    for a, b in zip(parts["net"].parameters(), found["net"].parameters(), strict=True):
+        assert torch.equal(a, b)
+    moments = [p["optim"].state_dict()["state"][0] for p in (parts, found)]
+    assert all(torch.equal(value, moments[1][name]) for name, value in moments[0].items())
+    assert (parts["buffer"][:] == found["buffer"][:]).all()
+    assert not list(saved.parent.glob(".*"))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "removed": Path.unlink,
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "emptied": lambda path: os.truncate(path, 0),
+    "lengthened": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "flipped": flip,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_no_damaged_file_is_read(damage, saved, copy):
+    """Every file of the checkpoint in turn, the checksums included; the message names it."""
+    files = sorted(p.relative_to(saved) for p in saved.rglob("*") if p.is_file())
+    assert len(files) > 15
+    for name in files:
+        DAMAGES[damage](copy / name)
+        parts = make_parts(filled=False)
+        before = parts["net"].weight.clone()
+        with pytest.raises(CheckpointError, match=name.name):
+            SafeCheckpoint(**parts).load(copy)
+        assert torch.equal(parts["net"].weight, before)
+        assert not len(parts["buffer"])
+        shutil.copy(saved / name, copy / name)
+    restored(copy)
+
+
+def test_a_file_too_many_is_not_read(copy):
+    (copy / "components" / "0000-buffer" / "next" / "more.memmap").parent.mkdir(parents=True)
+    (copy / "components" / "0000-buffer" / "next" / "more.memmap").write_bytes(b"1234")
+    with pytest.raises(CheckpointError, match=r"more.memmap is not part of the checkpoint"):
+        restored(copy)
+
+
+class Evil:
+    """Leaves a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def forge(path: Path, change) -> Path:
+    """A checkpoint by somebody who also writes right checksums."""
+    change(path)
+    from layeredrl_torchrl.checkpoints import safe
+
+    safe._write_checksums(path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["buffer/prefetch.pkl", "buffer/transform.t", "net/state.pt"])
+def test_nothing_is_unpickled(name, copy, tmp_path):
+    part, file = name.split("/")
+    (folder,) = copy.glob(f"components/*-{part}")
+    trap = tmp_path / "was-run"
+    forge(copy, lambda _: (folder / file).write_bytes(pickle.dumps(Evil(trap))))
+    with pytest.raises(CheckpointError, match=f"{file} is not loaded.*without running code"):
+        restored(copy)
+    assert not trap.exists()
+
+
+def test_no_object_hides_in_a_tensordict(copy, tmp_path):
+    (state,) = copy.glob("components/*-net/state")
+    trap = tmp_path / "was-run"
+
+    def hide(_):
+        data = TensorDict.load_memmap(state).clone()
+        shutil.rmtree(state)
+        data.set("extra", NonTensorData(Evil(trap))).save(state)
+
+    forge(copy, hide)
+    with pytest.raises(CheckpointError, match=r"other.pickle is not loaded"):
+        restored(copy)
+    assert not trap.exists()
+
+
+def test_other_classes_and_links_are_refused(copy, tmp_path):
+    (meta,) = copy.glob("components/*-net/state/meta.json")
+    good = meta.read_text()
+    forge(copy, lambda _: meta.write_text(good.replace("_td.TensorDict", "persistent.Other")))
+    with pytest.raises(CheckpointError, match="expected a TensorDict"):
+        restored(copy)
+    outside = tmp_path / "meta.json"
+    outside.write_text(good)
+    meta.unlink()
+    forge(copy, lambda _: meta.symlink_to(outside))
+    with pytest.raises(CheckpointError, match="is not loaded"):
+        restored(copy)
+
+
+def test_checkpoints_of_others_are_refused(tmp_path):
+    path = Checkpoint(net=torch.nn.Linear(3, 2)).save(tmp_path / "plain")
+    with pytest.raises(CheckpointError, match=r"checksums.json is missing"):
+        SafeCheckpoint(net=torch.nn.Linear(3, 2)).load(path)
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        SafeCheckpoint(net=torch.nn.Linear(3, 2)).load(tmp_path / "nowhere")
+
+
+def test_archives_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="format must be 'directory'"):
+        SafeCheckpoint(format="archive")
+    with pytest.raises(ValueError, match="format must be 'directory'"):
+        SafeCheckpoint(a=1).save(tmp_path / "a", format="archive")
+
+
+def test_a_disk_without_room_is_noticed_before(tmp_path):
+    """More numbers than any disk holds, which take no memory; what was saved before stays."""
+    net = torch.nn.Module()
+    net.register_buffer("few", torch.ones(3))
+    path = SafeCheckpoint(net=net).save(tmp_path / "checkpoint")
+    net.register_buffer("many", torch.zeros(1).expand(10**15))
+    with pytest.raises(CheckpointError, match=r"no room for the checkpoint .* 4000000\d+.\d MB"):
+        SafeCheckpoint(net=net).save(path)
+    SafeCheckpoint.verify(path)
+    assert os.listdir(tmp_path) == ["checkpoint"]
+
+
+# -- buffers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3])
+@pytest.mark.parametrize("batch", [(), (4,)])
+def test_buffers_go_on_as_they_were(n, batch, tmp_path):
+    """Empty, partly filled, full and overwritten; also with an axis of environments."""
+    one, other = (make_buffer(40, 1 + len(batch)) for _ in range(2))
+    for _ in range(n):
+        one.extend(steps(20 // (1 + len(batch) * 3), *batch))
+    other.extend(steps(3, *batch))
+    path = SafeCheckpoint(buffer=one).save(tmp_path / "checkpoint")
+    SafeCheckpoint(buffer=other).load(path)
+    for _ in range(4):
+        assert len(one) == len(other)
+        if len(one):
+            assert (one[:] == other[:]).all()
+        new = steps(3, *batch)
+        one.extend(new)
+        other.extend(new.clone())
+
+
+def test_buffers_take_the_room_that_they_fill(tmp_path):
+    small, large = (make_buffer(size) for size in (40, 100_000))
+    sizes = []
+    for buffer in (small, large):
+        buffer.extend(steps(30))
+        path = SafeCheckpoint(buffer=buffer).save(tmp_path / f"{len(sizes)}")
+        sizes.append(sum(p.stat().st_size for p in path.rglob("*.memmap")))
+    assert sizes[0] == sizes[1] < 1000
+    tiny = make_buffer(10)
+    tiny.extend(steps(10))
+    with pytest.raises(CheckpointError, match="room for 10 rows, saved were 30"):
+        SafeCheckpoint(buffer=tiny).load(path)
+
+
+def test_transforms_keep_their_state(tmp_path):
+    """A buffer's transform that counts what it has seen is saved without TorchRL's pickle."""
+
+    def build():
+        return make_buffer(transform=VecNormV2(in_keys=["obs"], out_keys=["norm"]))
+
+    one, other = build(), build()
+    one.extend(steps(20))
+    path = SafeCheckpoint(buffer=one).save(tmp_path / "checkpoint")
+    SafeCheckpoint(buffer=other).load(path)
+    states = [buffer.transform.state_dict() for buffer in (one, other)]
+    assert states[0]
+    assert str(states[0]) == str(states[1])
+
+
+@pytest.mark.parametrize("storage", [ListStorage, CompressedListStorage])
+def test_buffers_that_need_a_pickle_are_refused(storage, tmp_path):
+    buffer = TensorDictReplayBuffer(storage=storage(40))
+    buffer.extend(steps(3))
+    with pytest.raises(CheckpointError, match="use LazyTensorStorage"):
+        SafeCheckpoint(buffer=buffer).save(tmp_path / "checkpoint")
+    ahead = make_buffer(prefetch=2, batch_size=4)
+    with pytest.raises(CheckpointError, match="without prefetch="):
+        SafeCheckpoint(buffer=ahead).save(tmp_path / "checkpoint")
+    assert not os.listdir(tmp_path)
+
+
+# -- rotation ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["components/0000-count/value.json", "manifest.json"])
+def test_the_last_sound_checkpoint_is_loaded(file, tmp_path):
+    rotation = SafeRotation(tmp_path, keep_last=3)
+    assert rotation.latest() is None
+    for step in (9, 10, 11):
+        rotation.save(SafeCheckpoint(count={"n": step}), step=step)
+    flip(tmp_path / "checkpoint-000000000011" / file)
+    flip(tmp_path / "checkpoint-000000000010" / "checksums.json")
+    count: dict[str, int] = {}
+    with pytest.warns(UserWarning, match="trying the one before") as said:
+        rotation.load_latest(SafeCheckpoint(count=count))
+    assert count == {"n": 9}
+    assert [Path(file).name in str(said[0].message), "checksums" in str(said[1].message)] == [
+        True
+    ] * 2
+    flip(tmp_path / "checkpoint-000000000009" / file)
+    with (
+        pytest.warns(UserWarning, match="trying"),
+        pytest.raises(CheckpointError, match="is sound"),
+    ):
+        rotation.latest()
+
+
+def test_halves_are_cleared_and_never_loaded(tmp_path):
+    rotation = SafeRotation(tmp_path, keep_last=1)
+    path = rotation.save(SafeCheckpoint(count={"n": 1}), step=1)
+    for name in (".checkpoint-000000000002.stage-0", ".checkpoint-000000000000.delete-0"):
+        shutil.copytree(path, tmp_path / name)
+    assert rotation.latest() == path
+    rotation.save(SafeCheckpoint(count={"n": 2}), step=2)
+    assert os.listdir(tmp_path) == ["checkpoint-000000000002"]
+    with pytest.raises(TypeError, match="expected a SafeCheckpoint"):
+        rotation.save(Checkpoint(a=1), step=3)

@@ -1,0 +1,110 @@
+"""Every example with real MuJoCo and small numbers: what it leaves, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from layeredrl_torchrl.runs import RunError
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
+NAMES = [path.stem for path in EXAMPLES]
+LEARNS = [name for name in NAMES if name != "train_with_trainer"]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=NAMES)
+def test_can_be_read_as_a_whole(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 200
+    assert not [name for name in NAMES if f"import {name}" in text or f"from {name}" in text]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEARNS)
+def test_leaves_a_curve_and_goes_on(name, run, curve, capsys, tmp_path):
+    if name == "skill_hierarchy":
+        pytest.importorskip("gymnasium_robotics")
+    folder = tmp_path / "hierarchy" if name == "skill_hierarchy" else tmp_path
+    run(name, f"--output={tmp_path}")
+    rows = curve(folder)
+    every = 100 if name == "skill_hierarchy" else 20
+    assert [row["env_steps"] for row in rows] == [every * (i + 1) for i in range(len(rows))]
+    total = int(rows[-1]["env_steps"])
+    # Models are learned when the random phase ends.
+    learned = [not math.isnan(row["nll"]) for row in rows]
+    assert learned == sorted(learned)
+    assert learned[-1]
+    assert learned[0] == (name == "skill_hierarchy")
+    assert f"{total} steps" in capsys.readouterr().out
+    assert len((folder / "evaluation.csv").read_text().splitlines()) == 3
+    assert len(list((folder / "checkpoints").iterdir())) == 2
+
+    with pytest.raises(RunError, match="add --resume"):
+        run(name, f"--output={tmp_path}")
+    with pytest.raises(RunError, match=r"was made with \{'hidden_size': 8\}"):
+        run(name, f"--output={tmp_path}", "--resume", "--hidden-size=9")
+    run(name, f"--output={tmp_path}", "--resume", f"--total-env-steps={total + every}")
+    assert curve(folder)[:-1] == rows
+    assert curve(folder)[-1]["env_steps"] == total + every
+    assert not math.isnan(curve(folder)[-1]["nll"])  # no second random phase
+
+
+@pytest.mark.slow
+def test_the_trainer_learns_to_predict(run, capsys, tmp_path):
+    run("train_with_trainer", f"--output={tmp_path}")
+    lines = capsys.readouterr().out.splitlines()
+    found = [line.split() for line in lines if line.startswith("held_out")]
+    nll, reward = ([float(line[1]), float(line[3])] for line in found)
+    assert nll[1] < nll[0] - 2.0  # nats per dimension
+    assert reward[1] < 0.5 * reward[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("agent", ["planner", "sac"])
+def test_flat_agents_of_the_maze(agent, run, curve, capsys, tmp_path):
+    pytest.importorskip("gymnasium_robotics")
+    run("skill_hierarchy", f"--agent={agent}", "--total-env-steps=200", f"--output={tmp_path}")
+    assert "success rate" in capsys.readouterr().out
+    rows = curve(tmp_path / agent)
+    assert all(math.isnan(row["skill_reward"]) for row in rows)
+    assert math.isnan(rows[-1]["nll"]) == (agent == "sac")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        *((name, "--task=Pendulum", "no task is called 'Pendulum'") for name in NAMES),
+        *((name, "--eval-episodes=0", "--eval-episodes must be") for name in NAMES),
+        *((name, "--steps-per-batch=0", "--steps-per-batch must be") for name in NAMES),
+        *((name, "--resume", "holds no run") for name in NAMES),
+        *((name, "--horizon=0", "--horizon must be") for name in LEARNS),
+        *((name, "--random-steps=500", "--random-steps is 500 of 160") for name in LEARNS[:3]),
+        ("dyna_sac", "--imagined-share=1.5", "--imagined-share must be"),
+        ("skill_hierarchy", "--duration=999", "--duration is 999, episodes have 300 steps"),
+        ("skill_hierarchy", "--task=Reacher-v5", "choose a point maze"),
+    ],
+)
+def test_bad_options_end_it_before_anything_is_done(name, options, message, run, tmp_path):
+    with pytest.raises(RunError, match=message) as said:
+        run(name, options, f"--output={tmp_path / 'run'}")
+    assert "\n" not in str(said.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_user_sees_one_line(run_script, tmp_path):
+    done = run_script("examples/learn_to_control.py", "--n-envs=0", f"--output={tmp_path}/run")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("--n-envs must be")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_killed_runs_go_on_bit_for_bit(run_script, tmp_path):
+    """A short version of the benchmark, of one example that plans and one that imagines."""
+    options = ("--kills=2", "--examples", "learn_to_control", "dyna_sac")
+    done = run_script("benchmarks/kill_and_resume.py", *options, f"--output={tmp_path}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line[-5:] for line in done.stdout.splitlines()[-2:]] == ["| 2 |"] * 2

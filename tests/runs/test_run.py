@@ -1,0 +1,180 @@
+"""Runs that are stopped at any point: they go on as they would have, or say why they cannot."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from layeredrl_torchrl import SafeCheckpoint, make_batched
+from layeredrl_torchrl.runs import Run, RunError, RunOptions
+
+
+class StopError(Exception):
+    """As a kill: nothing is tidied up after it but what the system does."""
+
+
+def stop_at(steps):
+    def after(run):
+        if run.steps == steps:
+            raise StopError
+
+    return after
+
+
+def numbers(folder):
+    """The rows of the curve without the seconds, as they stand in the file."""
+    return [line.rsplit(",", 1)[0] for line in (folder / "curve.csv").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("steps", [20, 40, 60, 80])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(steps, small, tmp_path):
+    """Also before its first checkpoint (at 20) and before the evaluation (at 80)."""
+    alone = small(seed=3)
+    expected, drawn = numbers(alone.folder), torch.rand(3)
+    shutil.rmtree(alone.folder)
+    with pytest.raises(StopError):
+        small(stop_at(steps), seed=3)
+    assert numbers(alone.folder) == expected[: 1 + steps // 20]
+    torch.rand(1)
+    resumed = small(seed=3, resume=True)
+    assert numbers(alone.folder) == expected
+    assert torch.equal(torch.rand(3), drawn)
+    assert resumed.steps == 80
+    seconds = [row["seconds"] for row in resumed.rows]
+    assert seconds == sorted(seconds)
+
+
+@pytest.mark.parametrize("left", ["", "env_steps,rew", None])
+def test_a_cut_curve_is_made_whole_again(left, small):
+    run = small(seed=3)
+    whole = numbers(run.folder)
+    if left is None:
+        (run.folder / "curve.csv").unlink()
+    else:
+        (run.folder / "curve.csv").write_text(left)
+    small(seed=3, resume=True, total_env_steps=120)
+    assert numbers(run.folder)[: len(whole)] == whole
+    assert [line.split(",")[0] for line in numbers(run.folder)[1:]] == [
+        f"{steps:.1f}" for steps in range(20, 121, 20)
+    ]
+
+
+def test_a_damaged_checkpoint_is_passed_over(small, capsys):
+    run = small(seed=3)
+    whole = numbers(run.folder)
+    last, before = sorted((run.folder / "checkpoints").iterdir(), reverse=True)
+    os.truncate(next(last.rglob("*.memmap")), 3)
+    small(seed=3, resume=True)
+    assert "trying the one before" in capsys.readouterr().out
+    assert numbers(run.folder) == whole
+    for path in (last, before):
+        (path / "checksums.json").write_text("")
+    with pytest.raises(RunError, match=r"no checkpoint in .* is sound"):
+        small(seed=3, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": 7, "resume": True}, r"was made with \{'seed': 3\}; use the same"),
+        ({"seed": 3, "n_envs": 1, "resume": True}, r"was made with \{'n_envs': 2\}"),
+        ({"seed": 3}, "holds a run; add --resume"),
+    ],
+)
+def test_a_folder_belongs_to_one_run(options, message, small):
+    run = small(seed=3)
+    before = numbers(run.folder)
+    with pytest.raises(RunError, match=message):
+        small(**options)
+    assert numbers(run.folder) == before
+
+
+def test_nothing_to_resume_is_said(small, tmp_path):
+    with pytest.raises(RunError, match="holds no run"):
+        small(resume=True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_killed_in_its_first_checkpoint_a_run_begins_again(resume, small, capsys, tmp_path):
+    expected = numbers(small(seed=3).folder)
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(StopError):
+        small(stop_at(20), seed=3)
+    half = tmp_path / "run" / "checkpoints" / ".checkpoint-000000000040.stage-1" / "checkpoint"
+    half.mkdir(parents=True)
+    (half / "manifest.json").write_text("{")
+    small(seed=3, resume=resume)
+    assert ("has no checkpoint yet" in capsys.readouterr().out) == resume
+    assert numbers(tmp_path / "run") == expected
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
+def _hold(folder, taken, release):
+    with Run(RunOptions(output=folder, n_envs=1), 10):
+        taken.set()
+        release.wait(60)
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    context = multiprocessing.get_context("fork")
+    taken, release = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(tmp_path / "run", taken, release))
+    other.start()
+    try:
+        assert taken.wait(60)
+        with pytest.raises(RunError, match="another process runs in"):
+            Run(RunOptions(output=tmp_path / "run"), 10).__enter__()
+    finally:
+        other.kill()  # the lock ends with it
+        other.join()
+    with Run(RunOptions(output=tmp_path / "run"), 10):
+        pass
+
+
+def test_parts_are_loaded_when_they_are_given(tmp_path):
+    options = {"output": tmp_path / "run", "steps_per_batch": 10}
+    net = torch.nn.Linear(2, 2)
+    with Run(RunOptions(**options), 10) as run:
+        run.keep(net=net, nothing=None)
+        list(run.collect(make_batched("InvertedPendulum-v5", 1, seed=0)))
+    other = torch.nn.Linear(2, 2)
+    with Run(RunOptions(**options, resume=True), 10) as run:
+        run.keep(net=other)
+        assert torch.equal(net.weight, other.weight)
+        with pytest.raises(RunError, match=r"--resume: .*more"):
+            run.keep(more=torch.nn.Linear(2, 2))
+    with (
+        pytest.raises(RunError, match=r"--resume: .*'net'[\s\S]*size mismatch"),
+        Run(RunOptions(**options, resume=True), 10) as run,
+    ):
+        run.keep(net=torch.nn.Linear(3, 2))
+
+
+def test_a_full_disk_ends_the_run_in_one_line(tmp_path):
+    net = torch.nn.Module()
+    net.register_buffer("many", torch.zeros(1).expand(10**15))
+    options = RunOptions(output=tmp_path / "run", steps_per_batch=10)
+
+    def go():
+        with Run(options, 10) as run:
+            run.keep(net=net)
+            list(run.collect(make_batched("InvertedPendulum-v5", 1, seed=0)))
+
+    with pytest.raises(RunError, match="no room for the checkpoint"):
+        go()
+
+
+def test_settings_are_plain(small):
+    run = small(seed=3)
+    settings = json.loads((run.folder / "settings.json").read_text())
+    assert settings["seed"] == 3
+    assert Path(settings["output"]) == run.folder
+    newest = max((run.folder / "checkpoints").iterdir())
+    assert SafeCheckpoint.manifest(newest)["metadata"] == settings

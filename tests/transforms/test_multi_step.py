@@ -1,0 +1,30 @@
+"""Sums of rewards, against a loop over the steps that follow each step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from layeredrl_torchrl import sum_rewards
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (6, 5)])
+def test_up_to_the_end_of_the_episode_or_of_the_data(shape):
+    ended = torch.rand(*shape, 1) < 0.3
+    following = {"reward": torch.randn(*shape, 1), "state": torch.randn(*shape, 2)}
+    following |= {"done": ended, "terminated": ended & (torch.rand(*shape, 1) < 0.5)}
+    data = TensorDict({"state": torch.randn(*shape, 2), "next": following}, shape)
+    found = sum_rewards(data.clone(), gamma=0.9)
+    for i in range(shape[0]):
+        for t in range(shape[1]):
+            total, last = 0.0, t
+            for last in range(t, shape[1]):
+                total += 0.9 ** (last - t) * data["next", "reward"][i, last].item()
+                if ended[i, last]:
+                    break
+            assert found["next", "reward"][i, t].item() == pytest.approx(total, abs=1e-5)
+            assert int(found["steps_to_next_obs"][i, t]) == last - t + 1
+            for key in ("state", "done", "terminated"):
+                assert torch.equal(found["next", key][i, t], data["next", key][i, last])
+    assert torch.equal(found["state"], data["state"])

@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from torchrl.data import Bounded, Unbounded
 
 import layeredrl_torchrl as lrl
-from layeredrl_torchrl.planners import Mean
+from layeredrl_torchrl.planners import Mean, RiskMeasure
 
 D, C, A = 3, 2, 2
 ACTIONS = Bounded(-1.0, 1.0, (A,))
@@ -492,7 +492,7 @@ BASES = (
     lrl.Model,
     lrl.Predictor,
     lrl.Optimizer,
-    lrl.RiskMeasure,
+    RiskMeasure,
     lrl.PredictorPlanner,
     lrl.Level,
     lrl.Hierarchy,

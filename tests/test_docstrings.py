@@ -1,20 +1,31 @@
-"""The examples in the docstrings of public names run and print what they say."""
+"""The examples in the docstrings of public names run and print what they say.
+
+Public is what the flat list or a package's own list names.
+"""
 
 from __future__ import annotations
 
 import doctest
+import importlib
 import inspect
+import pkgutil
 from pathlib import Path
 
 import pytest
 
 import layeredrl_torchrl
 
+PACKAGES = [
+    importlib.import_module(f"layeredrl_torchrl.{found.name}")
+    for found in pkgutil.iter_modules(layeredrl_torchrl.__path__)
+    if found.ispkg and found.name in dir(layeredrl_torchrl)
+]
 INDEX = Path(__file__).parents[1] / "docs" / "api" / "index.md"  # has the imports they assume
 NAMES = {
-    name: thing
-    for name in layeredrl_torchrl.__all__
-    if inspect.isclass(thing := getattr(layeredrl_torchrl, name)) or inspect.isfunction(thing)
+    name: (package, thing)
+    for package in PACKAGES
+    for name in package.__all__
+    if inspect.isclass(thing := getattr(package, name)) or inspect.isfunction(thing)
 }
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.FAIL_FAST
 
@@ -29,13 +40,15 @@ def test_examples(name, run_examples, tmp_path, monkeypatch):
     if name == "SuccessRate":  # in a point maze
         pytest.importorskip("gymnasium_robotics")
     monkeypatch.chdir(tmp_path)
-    tests = examples(NAMES[name], run_examples(INDEX))
+    package, thing = NAMES[name]
+    tests = examples(thing, run_examples(INDEX) | vars(package))
     said = []
     for test in tests:
         doctest.DocTestRunner(optionflags=FLAGS).run(test, out=said.append)
     assert not said, "".join(said)
 
 
-@pytest.mark.parametrize("name", [name for name, thing in NAMES.items() if inspect.isclass(thing)])
-def test_classes_have_examples(name):
-    assert ">>> " in (NAMES[name].__doc__ or "")
+@pytest.mark.parametrize("name", sorted(NAMES.keys() & set(layeredrl_torchrl.__all__)))
+def test_flat_classes_have_examples(name):
+    thing = NAMES[name][1]
+    assert not inspect.isclass(thing) or ">>> " in (thing.__doc__ or "")

@@ -44,7 +44,7 @@ KNOWN_CIRCLES = {
     "nets.stacked",
 }
 
-MAX_FLAT_NAMES = 87  # 75 in the end
+MAX_FLAT_NAMES = 75
 
 
 @cache

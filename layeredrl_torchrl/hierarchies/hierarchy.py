@@ -54,7 +54,7 @@ class Hierarchy(OnePrimer, WholeState):
     level did, and asks ``hands_back`` again for it: that must depend on what it is asked with
     alone. :meth:`learn` lets each level learn from it.
 
-    >>> env = get_task("InvertedPendulum-v5").make(seed=0)
+    >>> env = get_task("Reacher-v5").make(seed=0)
     >>> lower = ModelFreeLevel(
     ...     learner_factory=SACLearner, input_spec=Bounded(-1.0, 1.0, (2,)), duration=3
     ... )
@@ -63,7 +63,7 @@ class Hierarchy(OnePrimer, WholeState):
     ...     4, hierarchy, break_when_any_done=False
     ... )
     >>> data["action"].shape
-    torch.Size([4, 1])
+    torch.Size([4, 2])
 
     Args:
         levels: Highest first; different objects.

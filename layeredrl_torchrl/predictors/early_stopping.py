@@ -24,12 +24,13 @@ class EarlyStopping:
     and value function go on. At the end of a call, stopped or not, the model is the best one that
     was seen in it, the one at its start included.
 
-    ``model_lr_annealing`` makes the weights settle in the last updates of a call, which the looks
-    before that do not see: with it, ``patience * every`` should not be far below the updates
-    of a call.
+    ``lr_annealing`` of :class:`~layeredrl_torchrl.ModelTraining` makes the weights settle in the
+    last updates of a call, which earlier looks do not see: with it, ``patience * every`` should
+    not be far below the updates of a call.
 
-    >>> factory = PredictorFactory(predictor_options={"early_stopping": EarlyStopping(patience=3)})
-    >>> factory(Unbounded((3,)), Bounded(-1.0, 1.0, (1,))).early_stopping.every
+    >>> training = ModelTraining(early_stopping=EarlyStopping(patience=3))
+    >>> factory = PredictorFactory(predictor_options={"model_training": training})
+    >>> factory(Unbounded((3,)), Bounded(-1.0, 1.0, (1,))).model_training.early_stopping.every
     100
 
     Args:

@@ -13,12 +13,12 @@ from layeredrl_torchrl import (
     ICEMPlanner,
     ModelFreeLevel,
     ModelTraining,
-    PartitionedBatch,
     PlannerLevel,
     PredictorFactory,
     SACLearner,
     get_task,
 )
+from layeredrl_torchrl.objectives import PartitionedBatch
 
 OBS = Unbounded((2,))
 ACTIONS = Bounded(-1.0, 1.0, (1,))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from layeredrl_torchrl import GaussianMixture
+from layeredrl_torchrl.models import GaussianMixture
 from layeredrl_torchrl.models.calibration import Calibration
 
 

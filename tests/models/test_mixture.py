@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layeredrl_torchrl import GaussianMixture
+from layeredrl_torchrl.models import GaussianMixture
 
 BATCHES = [(), (1,), (4,), (2, 3)]
 

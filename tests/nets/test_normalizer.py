@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layeredrl_torchrl import Normalizer
+from layeredrl_torchrl.nets import Normalizer
 
 
 def by_hand(data):

@@ -22,10 +22,10 @@ from layeredrl_torchrl import (
     BootstrappedBatches,
     EncoderNet,
     ModelTraining,
-    OwnBatches,
     ProbFCDynamics,
     SharedBatch,
 )
+from layeredrl_torchrl.objectives import OwnBatches
 
 LEARN = {"n_updates": 3, "batch_size": 8, "model_batch_size": 8, "n_total_env_steps": 60}
 

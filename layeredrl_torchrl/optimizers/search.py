@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
@@ -137,8 +138,8 @@ class GaussianSearch(Search):
         if sigma is None:
             sigma = (high - low) / 4
         else:
-            if not isinstance(sigma, Tensor):
-                check_number("sigma", sigma, 0.0, open_low=True, hint="pass a number or a tensor")
+            if not isinstance(sigma, Tensor | np.ndarray | list | tuple):
+                check_number("sigma", sigma, 0.0, open_low=True, hint="pass a number, or one each")
             sigma = torch.as_tensor(sigma, dtype=low.dtype, device=low.device)
             if sigma.ndim > 1 or sigma.numel() not in (1, len(low)):
                 raise ValueError(f"sigma has shape {tuple(sigma.shape)}, expected [{len(low)}]")

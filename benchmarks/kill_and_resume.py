@@ -89,7 +89,7 @@ def kill(pid: int, folder: Path, delay: float, saving: bool) -> bool:
     end = time.monotonic() + delay
     while os.waitpid(pid, os.WNOHANG) == (0, 0):
         late = time.monotonic() >= end
-        if late and (not saving or any(folder.rglob(".checkpoint-*stage*/**/*.memmap"))):
+        if late and (not saving or any(folder.rglob(".*checkpoint-*stage*/**/*.memmap"))):
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             return True

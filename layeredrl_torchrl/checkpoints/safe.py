@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import uuid
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,12 @@ from torchrl.checkpoint import (
     CheckpointError,
     CheckpointLoadResult,
     CheckpointOptions,
-    CheckpointRotation,
 )
 from torchrl.data import ReplayBuffer
 
 from layeredrl_torchrl.checkpoints.buffers import BufferAdapter
 
-__all__ = ["SafeCheckpoint", "SafeRotation"]
+__all__ = ["SafeCheckpoint"]
 
 _CHECKSUMS = "checksums.json"
 _BLOCK = 4096  # what a file takes on a disk at least
@@ -103,22 +101,23 @@ class SafeCheckpoint(Checkpoint):
         destination = Path(path).expanduser().absolute()
         destination.parent.mkdir(parents=True, exist_ok=True)
         self._check_room(destination, components)
-        stage = destination.parent / f".{destination.name}.stage-{uuid.uuid4().hex}"
-        stage.mkdir()
+        hidden = f".{destination.name}.{{}}-{uuid.uuid4().hex}"
+        stage, old = (destination.with_name(hidden.format(what)) for what in ("stage", "delete"))
         try:
-            written = super().save(
-                stage / "checkpoint",
+            super().save(
+                stage,
                 components=components,
                 component_options=component_options,
                 metadata=metadata,
             )
-            _check_kinds(written, "cannot be saved")
-            _write_checksums(written)
+            _check_kinds(stage, "cannot be saved")
+            _write_checksums(stage)
             if destination.exists():
-                os.replace(destination, stage / "before")
-            os.replace(written, destination)
+                os.replace(destination, old)
+            os.replace(stage, destination)
         finally:
-            shutil.rmtree(stage, ignore_errors=True)
+            for path in (stage, old):
+                shutil.rmtree(path, ignore_errors=True)
         return destination
 
     def load(self, path: str | Path, **options: Any) -> CheckpointLoadResult:
@@ -171,71 +170,6 @@ class SafeCheckpoint(Checkpoint):
                 f"{free / 1e6:.1f} MB are free; make room, or choose another disk. What was saved "
                 "before is untouched"
             )
-
-
-class SafeRotation(CheckpointRotation):
-    """TorchRL's ``CheckpointRotation`` that passes over damaged checkpoints, and says so.
-
-    What saving left behind when it was killed is cleared by the next :meth:`save`.
-
-    >>> rotation = SafeRotation("checkpoints", keep_last=2)
-    >>> path = rotation.save(SafeCheckpoint(value={"loss": 0.5}), step=100)
-    >>> rotation.latest().name
-    'checkpoint-000000000100'
-
-    Args:
-        directory: Folder of the checkpoints.
-        keep_last: How many of the newest are kept.
-        keep_best: As ``CheckpointRotation``.
-        prefix: How their names begin.
-    """
-
-    def save(self, checkpoint: Checkpoint, *, step: int, **options: Any) -> Path:
-        """Save at ``step`` and remove old checkpoints; ``options`` as ``CheckpointRotation.save``.
-
-        Raises:
-            TypeError: Not a :class:`SafeCheckpoint`. CheckpointError: As ``SafeCheckpoint.save``.
-        """
-        if not isinstance(checkpoint, SafeCheckpoint):
-            raise TypeError(f"expected a SafeCheckpoint, got {type(checkpoint).__name__}")
-        self.clear()
-        path: Path = super().save(checkpoint, step=step, **options)
-        return path
-
-    def clear(self) -> None:
-        """Remove the halves of checkpoints that were being written, or removed, at a kill."""
-        for path in self.directory.glob(f".{self.prefix}-*"):
-            shutil.rmtree(path, ignore_errors=True)
-
-    def latest(self) -> Path | None:
-        """The newest checkpoint that is sound; ``None`` if there are none at all.
-
-        Each damaged one that is newer is named in a warning.
-
-        Raises:
-            CheckpointError: There are checkpoints, and all are damaged.
-        """
-        first: CheckpointError | None = None
-        for path in sorted(self.directory.glob(f"{self.prefix}-[0-9]*"), reverse=True):
-            try:
-                SafeCheckpoint.verify(path)
-            except CheckpointError as error:
-                warnings.warn(f"{error}; trying the one before", stacklevel=2)
-                first = first or error
-                continue
-            return path
-        if first is not None:
-            raise CheckpointError(f"no checkpoint in {self.directory} is sound: {first}")
-        return None
-
-    def load_latest(self, checkpoint: Checkpoint, **options: Any) -> CheckpointLoadResult | None:
-        """Load the newest sound checkpoint; ``options`` as ``Checkpoint.load``.
-
-        Returns:
-            What was loaded; ``None`` if there is no checkpoint.
-        """
-        path = self.latest()
-        return None if path is None else checkpoint.load(path, **options)
 
 
 def _files(root: Path) -> Iterator[Path]:

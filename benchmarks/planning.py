@@ -209,7 +209,7 @@ def learned_quality() -> None:
     for name, dtype in (("float32", None), ("bfloat16", torch.bfloat16)):
         enabled = dtype is not None
         with (
-            patch("layeredrl_torchrl._precision._has_bf16_units", lambda: True),
+            patch("layeredrl_torchrl._precision._pays", lambda *_: True),
             torch.autocast("cpu", dtype=dtype, enabled=enabled),
             torch.no_grad(),
         ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
@@ -10,30 +11,28 @@ import torch
 __all__ = ["full_precision", "product_dtype", "worthwhile_autocast"]
 
 
-@cache
-def _has_bf16_units() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones (AMX)."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
-
-
-def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+def product_dtype(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> torch.dtype:
     """The precision that ``torch.autocast`` asks for, where it saves time, else ``dtype``.
 
-    Without bfloat16 matrix units a CPU multiplies bfloat16 more slowly than float32 (1.5 to 2
-    times in oneDNN with AVX512), so there the request is not followed.
+    A CPU without units for it multiplies bfloat16 more slowly than float32 (1.5 to 2 times in
+    oneDNN with AVX512), and one with AVX512_BF16 or AMX two to four times as fast, so products of
+    about ``rows`` rows and ``width`` columns are timed once in a process.
     """
     if not torch.is_autocast_enabled(device.type):
         return dtype
-    if device.type == "cpu" and not _has_bf16_units():
-        return dtype
-    return torch.get_autocast_dtype(device.type)
+    low = torch.get_autocast_dtype(device.type)
+    return low if _pays(device, low, rows, width) else dtype
 
 
-def worthwhile_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Leaves ``torch.autocast`` as it is where it saves time, and switches it off elsewhere."""
-    if torch.is_autocast_enabled(device.type) and device.type == "cpu" and not _has_bf16_units():
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+def worthwhile_autocast(
+    device: torch.device, rows: int, width: int
+) -> AbstractContextManager[object]:
+    """Leave ``torch.autocast`` as it is where it saves time, and switch it off elsewhere."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    if _pays(device, torch.get_autocast_dtype(device.type), rows, width):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -41,3 +40,38 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def _pays(device: torch.device, low: torch.dtype, rows: int, width: int) -> bool:
+    # What is traced, or propagates shapes only, cannot be timed.
+    if (
+        device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+    ):
+        return True
+    return _is_faster(low, _power_of_2(rows, 16, 1024), _power_of_2(width, 32, 512))
+
+
+def _power_of_2(n: int, low: int, high: int) -> int:
+    return min(max(1 << (max(n, 1) - 1).bit_length(), low), high)
+
+
+@cache
+def _is_faster(low: torch.dtype, rows: int, width: int) -> bool:
+    """Whether a product takes less time in ``low`` than in float32; in a few milliseconds."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        x, weight = torch.ones(rows, width), torch.ones(width, width)
+        n = max(1, 2**22 // (rows * width))  # enough to be timed
+        fastest = []
+        for dtype in (torch.float32, low):
+            left, right = x.to(dtype), weight.to(dtype)
+            left @ right
+            seconds = []
+            for _ in range(4):
+                start = time.perf_counter()
+                for _ in range(n):
+                    left @ right
+                seconds.append(time.perf_counter() - start)
+            fastest.append(min(seconds))
+    return fastest[1] < 0.9 * fastest[0]

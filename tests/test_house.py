@@ -32,18 +32,6 @@ ASIDE = {"checkpoints", "optimizers", "transforms", "envs"}  # of the package, t
 # Of the floors; any floor may use specs.
 USED_BY = {"optimizers": {"planners"}, "checkpoints": {"hierarchies", "runs"}, "envs": {"runs"}}
 
-# Files that are in a circle today: delete a line once its file is in none.
-KNOWN_CIRCLES = {
-    "models.ensemble",
-    "models.fused",
-    "models.inputs",
-    "models.model",
-    "models.rollouts",
-    "models.stepping",
-    "nets.dynamics",
-    "nets.stacked",
-}
-
 MAX_FLAT_NAMES = 75
 
 
@@ -122,9 +110,7 @@ def allowed(here):
 
 
 def test_no_file_is_in_a_circle():
-    circles = {name for name in graph() if name in reachable(name)}
-    assert circles - KNOWN_CIRCLES == set(), "new circles of imports"
-    assert KNOWN_CIRCLES - circles == set(), "no longer circles: delete their lines"
+    assert {name for name in graph() if name in reachable(name)} == set(), "circles of imports"
 
 
 @pytest.mark.parametrize("name", sorted(graph()))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
+from layeredrl_torchrl._watch import refuse
 from layeredrl_torchrl.models import Model
-from layeredrl_torchrl.models.output_checks import check_output
 
-__all__ = ["draw_members", "step_by_mean", "step_by_members"]
+__all__ = ["draw_members", "step_by_any", "step_by_mean", "step_by_members"]
 
 
 def step_by_mean(
@@ -23,18 +22,37 @@ def step_by_mean(
     Raises:
         ValueError: A member that predicts what is not finite (the message names it).
     """
+    rows = _rows(model, state, context, action)
+    seats = [x.expand(model.n_models, *x.shape) for x in rows]
+    following, term_prob = _step(model, seats, deterministic=True)
+    finite = torch.isfinite(following).flatten(1).all(1) & torch.isfinite(term_prob).all(1)
+    refuse(~finite, lambda bad: _diverged(bad.nonzero().flatten().tolist()))
     batch = state.shape[:-1]
-    rows = (x.reshape(batch.numel(), *x.shape[len(batch) :]) for x in (state, context, action))
-    out = model.predict_members(*(x.expand(model.n_models, *x.shape) for x in rows))
-    check_output(out)
-    (mean, _), weights, term_prob = out
-    mean = (weights.unsqueeze(-1) * mean).sum(-2).mean(0)
-    return mean.reshape(state.shape), term_prob.mean(0).reshape(batch)
+    return following.mean(0).reshape(state.shape), term_prob.mean(0).reshape(batch)
 
 
 def draw_members(model: Model, batch: torch.Size, device: torch.device | None) -> Tensor:
-    """Uniformly drawn members, int64 ``[*B, 1]``."""
+    """Draw members uniformly, int64 ``[*B, 1]``."""
     return torch.randint(model.n_models, (*batch, 1), device=device)
+
+
+def step_by_any(
+    model: Model, state: Tensor, context: Tensor, action: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sample a next state of each entry from the mixture of a member that is newly drawn for it.
+
+    Entries are dealt out to the members as evenly as may be, so each is as likely to be drawn.
+    Inputs, results and errors are those of :func:`step_by_members`.
+    """
+    n, n_models = state.shape[:-1].numel(), model.n_models
+    width = -(-n // n_models)
+    order = torch.rand(n, device=state.device).argsort()  # the entry on each seat
+    # Which members get one entry less is drawn as well, by turning the seats.
+    turn = torch.randint(n_models, (), device=state.device)
+    place = torch.arange(n_models * width, device=state.device)
+    seat = (place % n_models + turn) % n_models * width + place // n_models
+    seat = torch.zeros_like(order).scatter(0, order, seat[:n])
+    return _step_seated(model, seat, seat // width, width, state, context, action)
 
 
 def step_by_members(
@@ -42,8 +60,9 @@ def step_by_members(
 ) -> tuple[Tensor, Tensor]:
     """Sample a next state of each entry from the mixture that one member predicts.
 
-    Entries of one member are put side by side, so that the members are evaluated on as many rows
-    as the most frequent of them has (near ``N / M`` of ``N`` entries), not on all rows each.
+    On a CPU, entries of one member are put side by side, so that the members are evaluated on as
+    many rows as the most frequent of them has (near ``N / M`` of ``N`` entries). Elsewhere the host
+    would have to wait for that number, and every member is evaluated on all rows.
 
     Args:
         model: The ensemble of ``M`` members.
@@ -67,34 +86,75 @@ def step_by_members(
             f"shape {(*batch, 1)}; leave them out to have them drawn"
         )
     flat = member.reshape(n)
-    if n and not 0 <= int(flat.min()) <= int(flat.max()) < n_models:
-        raise ValueError(
-            f"the members lie in [{int(flat.min())}, {int(flat.max())}], but the model has "
-            f"{n_models}; leave them out to have them drawn"
-        )
-    taken = one_hot(flat, n_models)  # [N, M]
+    refuse(
+        ((flat < 0) | (flat >= n_models)).any(),
+        lambda _: ValueError(
+            f"there are members outside [0, {n_models - 1}], which is all the model has; leave "
+            "them out to have them drawn"
+        ),
+    )
+    if state.device.type != "cpu" or torch.compiler.is_compiling() or type(member) is not Tensor:
+        seat = flat.clamp(0, n_models - 1) * n + torch.arange(n, device=flat.device)
+        return _step_seated(model, seat, flat, n, state, context, action, all_rows=True)
+    taken = torch.nn.functional.one_hot(flat, n_models)  # [N, M]
     rank = taken.cumsum(0).gather(1, flat.unsqueeze(1)).squeeze(1) - 1  # among those of its member
     width = int(taken.sum(0).max()) if n else 0
-    seat = flat * width + rank
-    # Seats left over repeat entry 0 for a member that it does not follow; nobody reads them.
-    entry = seat.new_zeros(n_models * width).scatter(0, seat, torch.arange(n, device=seat.device))
-    rows = (
-        x.reshape(n, *x.shape[len(batch) :])[entry].unflatten(0, (n_models, width))
-        for x in (state, context, action)
-    )
-    following, term_prob = model.make_step()(*rows)
+    return _step_seated(model, flat * width + rank, flat, width, state, context, action)
+
+
+def _step_seated(
+    model: Model,
+    seat: Tensor,
+    member: Tensor,
+    width: int,
+    state: Tensor,
+    context: Tensor,
+    action: Tensor,
+    *,
+    all_rows: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Step entries on their ``seat [N]``, of which each member has ``width`` in a row.
+
+    With ``all_rows`` every entry has a seat in every member.
+    """
+    n, n_models = len(seat), model.n_models
+    rows = _rows(model, state, context, action)
+    if all_rows:
+        seats = [x.expand(n_models, *x.shape) for x in rows]
+    else:
+        # Seats left over repeat entry 0 for a member that it does not follow; nobody reads them.
+        entry = seat.new_zeros(n_models * width)
+        entry = entry.scatter(0, seat, torch.arange(n, device=seat.device))
+        seats = [x[entry].unflatten(0, (n_models, width)) for x in rows]
+    following, term_prob = _step(model, seats)
     following, term_prob = following.flatten(0, 1)[seat], term_prob.flatten()[seat]
-    _check_finite(following, term_prob, flat)
-    return following.reshape(state.shape), term_prob.reshape(batch)
-
-
-def _check_finite(following: Tensor, term_prob: Tensor, member: Tensor) -> None:
-    """Raise if ``following [N, D]`` or ``term_prob [N]`` are not finite, naming the members."""
     finite = torch.isfinite(following).all(-1) & torch.isfinite(term_prob)
-    if bool(finite.all()):
-        return
-    raise ValueError(
-        f"member(s) {member[~finite].unique().tolist()} predict values that are not finite for "
-        f"{int((~finite).sum())} of {len(finite)} entries: shorten the episodes, or train the "
-        "model on data like these states and actions"
+    members = torch.arange(n_models, device=member.device)
+    bad = ((member == members.unsqueeze(1)) & ~finite).any(1)
+    refuse(bad, lambda bad: _diverged(bad.nonzero().flatten().tolist()))
+    return following.reshape(state.shape), term_prob.reshape(state.shape[:-1])
+
+
+def _rows(model: Model, *inputs: Tensor) -> list[Tensor]:
+    """State, context and action ``[*B, ...]`` as ``[N, ...]``."""
+    batch = inputs[0].shape[:-1]
+    return [x.reshape(batch.numel(), *x.shape[len(batch) :]) for x in inputs]
+
+
+def _step(
+    model: Model, seats: list[Tensor], *, deterministic: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Next states ``[M, R, D]`` and term_prob ``[M, R]`` of ``[M, R, ...]``."""
+    state, context, action = seats
+    step = model.make_step(rows=state.shape[1], deterministic=deterministic)
+    action = step.actions(action)
+    columns = state.mT
+    following, term_prob = step(columns, context.mT, action.movedim(1, -1), step.draw(columns))
+    return following.mT, term_prob
+
+
+def _diverged(members: list[int]) -> ValueError:
+    return ValueError(
+        f"member(s) {members} predict values that are not finite: shorten the episodes, or train "
+        "the model on data like these states and actions"
     )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torchrl.data import Binary, Bounded, Categorical, Composite, TensorSpec, Unbounded
 from torchrl.envs.model_based import ModelBasedEnvBase
 
@@ -18,8 +19,14 @@ from layeredrl_torchrl._checks import (
     check_number,
     check_positive_int,
 )
-from layeredrl_torchrl.imagination.members import draw_members, step_by_mean, step_by_members
-from layeredrl_torchrl.imagination.starts import draw_starts
+from layeredrl_torchrl._watch import watched
+from layeredrl_torchrl.imagination.members import (
+    draw_members,
+    step_by_any,
+    step_by_mean,
+    step_by_members,
+)
+from layeredrl_torchrl.imagination.starts import check_start, draw_starts
 from layeredrl_torchrl.models import TS1, Expectation, Propagation, TSInfinity
 from layeredrl_torchrl.predictors import Predictor
 from layeredrl_torchrl.specs import Space, is_discrete, to_spec, width
@@ -178,16 +185,19 @@ class PredictorEnv(ModelBasedEnvBase):
         """The predictor that is stepped."""
         return self.world_model
 
+    @watched
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         state_key, context_key, action_key = self._keys
         state, context = tensordict.get(state_key), tensordict.get(context_key)
         action = tensordict.get(action_key)
         member = self._member(tensordict)
         model = self.predictor.model
-        if member is None:
+        if member is not None:
+            next_state, term_prob = step_by_members(model, member, state, context, action)
+        elif isinstance(self.propagation, Expectation):
             next_state, term_prob = step_by_mean(model, state, context, action)
         else:
-            next_state, term_prob = step_by_members(model, member, state, context, action)
+            next_state, term_prob = step_by_any(model, state, context, action)
         reward = self._reward(state, context, action)
         out: dict[Any, Tensor] = {}
         if self.use_value_func:
@@ -198,7 +208,7 @@ class PredictorEnv(ModelBasedEnvBase):
             gain = survival * value(next_state, context, action)
             reward = so_far * (reward + gain - value(state, context, action))
             out[_DISCOUNT] = (so_far * survival).unsqueeze(-1)
-        if member is not None and isinstance(self.propagation, TSInfinity):
+        if member is not None:
             out[_MEMBER] = member
         limit = torch.rand_like(term_prob) if self.sample_termination else 0.5
         terminated = (term_prob > limit).unsqueeze(-1)
@@ -214,13 +224,12 @@ class PredictorEnv(ModelBasedEnvBase):
         return TensorDict(out, batch_size=tensordict.batch_size)
 
     def _member(self, tensordict: TensorDictBase) -> Tensor | None:
-        """Which member moves each entry, ``[*B, 1]``; ``None`` if all do together."""
-        if isinstance(self.propagation, Expectation):
+        """Which member moves each entry of an episode, ``[*B, 1]``; only of ``TSInfinity``."""
+        if not isinstance(self.propagation, TSInfinity):
             return None
-        if isinstance(self.propagation, TSInfinity):
-            kept = tensordict.get(_MEMBER, None)
-            if kept is not None:
-                return kept
+        kept = tensordict.get(_MEMBER, None)
+        if kept is not None:
+            return kept
         return draw_members(self.predictor.model, tensordict.batch_size, self.device)
 
     def _reward(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
@@ -236,6 +245,7 @@ class PredictorEnv(ModelBasedEnvBase):
             )
         return reward + bonus
 
+    @watched
     def _reset(self, tensordict: TensorDictBase | None, **kwargs: Any) -> TensorDictBase:
         batch = self.batch_size if tensordict is None else tensordict.batch_size
         # A spec that has the environment's batch size gives it; one that has none takes any.
@@ -244,18 +254,31 @@ class PredictorEnv(ModelBasedEnvBase):
             out.set(_DISCOUNT, torch.ones_like(out.get(_DISCOUNT)))
         if isinstance(self.propagation, TSInfinity):
             out.set(_MEMBER, draw_members(self.predictor.model, batch, self.device))
+        chosen = None if tensordict is None else tensordict.get("_reset", None)
+        widths = {key: out.get(key).shape[-1] for key in self._keys[:2]}
+        if chosen is None and tensordict is not None and self._keys[0] in tensordict.keys(True):
+            for key in self._keys[:2]:
+                if (given := tensordict.get(key, None)) is not None:
+                    out.set(key, check_start(key, given, widths[key]).to(out.get(key)))
+            return out
         if self.initial_states is None:
             return out
-        chosen = None if tensordict is None else tensordict.get("_reset", None)
         if chosen is None:
             chosen = torch.ones(batch, dtype=torch.bool, device=self.device)
         chosen = chosen.reshape(batch)
-        widths = {key: out.get(key).shape[-1] for key in self._keys[:2]}
+        # Counting the instances would wait for an accelerator, so there all get a start.
+        counted = chosen.device.type == "cpu" and not isinstance(chosen, FakeTensor)
+        n = int(chosen.sum()) if counted else batch.numel()
         # TorchRL keeps what the other instances have, whatever stands there.
-        for key, starts in draw_starts(self.initial_states, int(chosen.sum()), widths).items():
-            value = out.get(key).clone()
-            value[chosen] = starts.to(value)
-            out.set(key, value)
+        for key, starts in draw_starts(self.initial_states, n, widths).items():
+            value = out.get(key)
+            starts = starts.to(value)
+            if counted:
+                value = value.clone()
+                value[chosen] = starts
+                out.set(key, value)
+            else:
+                out.set(key, starts.reshape(value.shape))
         return out
 
     def maybe_reset(self, tensordict: TensorDictBase) -> TensorDictBase:

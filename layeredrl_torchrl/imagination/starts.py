@@ -14,7 +14,7 @@ from layeredrl_torchrl._checks import check_finite, check_width
 from layeredrl_torchrl.objectives import TransitionSlices
 from layeredrl_torchrl.predictors import Predictor
 
-__all__ = ["FromBuffer", "draw_starts"]
+__all__ = ["FromBuffer", "check_start", "draw_starts"]
 
 
 class FromBuffer:
@@ -108,9 +108,13 @@ def draw_starts(
             )
         if value is None:
             continue
-        name = f"initial {key!r}"
-        hint = "initial_states must return what the predictor's encoder does"
-        check_width(name, value, width, hint=hint)
-        check_finite(name, value, hint="repair it first")
-        found[key] = value
+        found[key] = check_start(key, value, width)
     return found
+
+
+def check_start(key: NestedKey, value: Tensor, width: int) -> Tensor:
+    """Return ``value [*B, width]`` of an initial ``key`` if it is finite; raise otherwise."""
+    name = f"initial {key!r}"
+    check_width(name, value, width, hint="give what the predictor's encoder returns")
+    check_finite(name, value, hint="repair it first")
+    return value

@@ -85,6 +85,6 @@ class EnsembleDisagreement(TensorDictModuleBase):
         batch, rows = model.prepare(state, context, action)
         flat = (x.expand(model.n_models, *x.shape) for x in rows)
         (mean, _), weights, _ = model.predict_members(*flat)
-        mean = (weights.unsqueeze(-1) * mean).sum(-2) / model.target_normalizer.scale
+        mean = (weights.unsqueeze(-1) * mean).sum(-2) / model.scaling.target.scale
         std = torch.std(mean, dim=0, correction=0)  # [N, D]
         return self.scale * std.mean(-1).reshape(batch)

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layeredrl_torchrl._checks import check_finite, check_flag, check_number
+from layeredrl_torchrl._checks import check_flag, check_number
+from layeredrl_torchrl._precision import full_precision, product_dtype
 from layeredrl_torchrl.models.calibration import Calibration
-from layeredrl_torchrl.models.fused import FusedStep
-from layeredrl_torchrl.models.inputs import check_parameters, excess_std
-from layeredrl_torchrl.models.members import stack_members
+from layeredrl_torchrl.models.graphs import Graphs
+from layeredrl_torchrl.models.members import check_net, stack_members
 from layeredrl_torchrl.models.model import Model
-from layeredrl_torchrl.models.propagation import Step
-from layeredrl_torchrl.models.stepping import EnsembleStep
+from layeredrl_torchrl.models.output_checks import check_parameters
+from layeredrl_torchrl.models.scaling import Scaling
+from layeredrl_torchrl.models.step import Networks, StackedLayers, StepParts, ensemble_mixture
+from layeredrl_torchrl.models.stepping import EnsembleStepper, Stepper
 from layeredrl_torchrl.nets import (
     MemberOutput,
-    Normalizer,
     ProbFCDynamics,
     StackedProbFCDynamics,
     move_towards,
@@ -57,8 +60,7 @@ class ProbabilisticEnsemble(Model):
         clip_inputs: Whether standardised inputs are also kept within the range of the data that
             the statistics are from (:class:`~layeredrl_torchrl.Normalizer`); by default where
             there are such inputs. What a prediction's inputs lie beyond that range adds to its
-            std, up to the spread of all that was seen
-            (:func:`~layeredrl_torchrl.models.inputs.excess_std`).
+            std, up to the spread of all that was seen.
         ema_decay: Predictions come from an exponential moving average of the members' weights
             with this decay, ``None`` for the weights themselves. The average starts with the
             first :meth:`update_average`, which a predictor's ``learn`` calls after each gradient
@@ -102,14 +104,16 @@ class ProbabilisticEnsemble(Model):
             n_particles_per_model=n_particles_per_model,
             **keys,
         )
-        self.predict_delta = check_flag("predict_delta", predict_delta)
-        self.normalize_targets = check_flag("normalize_targets", normalize_targets)
-        self.normalize_inputs = check_flag("normalize_inputs", normalize_inputs)
-        if clip_inputs is not None:
-            check_flag("clip_inputs", clip_inputs)
-        if clip_inputs and not normalize_inputs:
-            raise ValueError("clip_inputs=True has no effect without normalize_inputs=True")
-        clip_inputs = normalize_inputs if clip_inputs is None else clip_inputs
+        n_action = 0 if is_discrete(self.action_spec) else width(self.action_spec)
+        self.scaling = Scaling(
+            self.state_dim,
+            self.context_dim,
+            n_action,
+            predict_delta=predict_delta,
+            normalize_inputs=normalize_inputs,
+            normalize_targets=normalize_targets,
+            clip_inputs=clip_inputs,
+        )
         if ema_decay is not None:
             hint = "pass None for no average"
             check_number("ema_decay", ema_decay, 0.0, 1.0, open_high=True, hint=hint)
@@ -125,7 +129,7 @@ class ProbabilisticEnsemble(Model):
             ) from error
         probe = self._probe_inputs()
         for member, net in enumerate(nets):
-            self._check_net(member, net, probe)
+            check_net(member, net, probe, n_modes)
         self.members = stack_members(nets, probe)
         self._ignores_context = all(getattr(net, "ignore_context", False) for net in nets)
         if ema_decay is not None:
@@ -134,20 +138,15 @@ class ProbabilisticEnsemble(Model):
         # Whether there is an average yet, kept beside the buffer so that predicting does not read
         # it (on a GPU that would wait for all that is under way).
         self._averaging = False
-        self._compile_options: dict[str, Any] | None = None
+        self._compile_options: tuple[tuple[str, Any], ...] | None = None
         self.register_load_state_dict_post_hook(self._note_average)
-        self.state_normalizer = Normalizer(self.state_dim, clip=clip_inputs)
-        self.context_normalizer = Normalizer(self.context_dim, clip=clip_inputs)
-        n_action = 0 if is_discrete(self.action_spec) else width(self.action_spec)
-        self.action_normalizer = Normalizer(n_action, clip=clip_inputs)
-        self.target_normalizer = Normalizer(self.state_dim)
         self.calibration = Calibration(n_models, self.state_dim)
 
     # -- prediction -----------------------------------------------------------------------
 
     def predict_normalized(self, state: Tensor, context: Tensor, action: Tensor) -> MemberOutput:
-        """What the weights under training say, with mean and std in the units of :meth:`target`."""
-        return self.members(*self._normalize(state, context, action))
+        """Predict with the weights under training, with mean and std in units of :meth:`target`."""
+        return self.members(*self.scaling.inputs(state, context, action))
 
     @property
     def predicting_members(self) -> nn.Module:
@@ -156,103 +155,129 @@ class ProbabilisticEnsemble(Model):
             return self.members
         return self.averaged_members
 
-    def _normalize(
-        self, state: Tensor, context: Tensor, action: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if not self.normalize_inputs:
-            return state, context, action
-        if not is_discrete(self.action_spec):
-            action = self.action_normalizer(action)
-        if self.context_dim:
-            context = self.context_normalizer(context)
-        return self.state_normalizer(state), context, action
+    @property
+    def predicting_averages(self) -> bool:
+        """As the base class has it."""
+        return self._averaging
 
     def predict_members(self, state: Tensor, context: Tensor, action: Tensor) -> MemberOutput:
         """Predict with member ``m`` on row block ``m``; shapes as the base class has them."""
-        inputs = self._normalize(state, context, action)
-        (mean, std), weights, term_prob = self.predicting_members(*inputs)
-        loc, scale = self.target_normalizer.loc, self.target_normalizer.scale
-        offset = loc + state if self.predict_delta else loc.expand_as(state)
-        std = self.calibration(std)
-        if self.state_normalizer.clip:
-            std = std + excess_std(self._excess(state, context, action)).unsqueeze(-2)
-        mean = torch.addcmul(offset.unsqueeze(-2), mean, scale)
-        return (mean, std * scale), weights, term_prob
+        step = self._stepper(rows=state.shape[1], deterministic=False)
+        action = step.actions(action)
+        columns = action.mT if action.ndim == state.ndim else action
+        with full_precision(state.device) if step.stacked else nullcontext():
+            (mean, std), weights, term_prob = ensemble_mixture(
+                step.parts, state.mT, context.mT, columns
+            )
+        return (mean.permute(0, 3, 1, 2), std.permute(0, 3, 1, 2)), weights.mT, term_prob
 
     def reconcile_members(self, mean: Tensor, weights: Tensor) -> Tensor:
         """As the base class has it: by :class:`Calibration`."""
         return self.calibration.reconcile(mean, weights)
 
-    def _excess(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
-        """How far each input lies beyond the range of the data, ``[M, N, in]``."""
-        parts = [self.state_normalizer.excess(state)]
-        if self.context_dim and not self._ignores_context:
-            parts.append(self.context_normalizer.excess(context))
-        if not is_discrete(self.action_spec):
-            parts.append(self.action_normalizer.excess(action))
-        return torch.cat(parts, -1)
-
-    def make_step(self, *, deterministic: bool = False) -> Step:
-        """As the base class has it; the built-in members are stepped in a faster way.
+    def make_step(self, *, rows: int, deterministic: bool = False) -> Stepper:
+        """As the base class has it.
 
         Raises:
             ValueError: Built-in members with parameters that are not finite; the message names
                 them.
         """
         members = self.predicting_members
-        if torch.is_grad_enabled() or not isinstance(members, StackedProbFCDynamics):
-            return super().make_step(deterministic=deterministic)
-        check_parameters(members)
-        if self._compile_options is not None:
-            options = tuple(sorted(self._compile_options.items()))
-            return FusedStep(self, members, deterministic=deterministic, options=options)
-        return EnsembleStep(self, members, deterministic=deterministic)
+        if isinstance(members, StackedProbFCDynamics):
+            check_parameters([*members.weights, *members.biases])
+        return self._stepper(rows=rows, deterministic=deterministic)
 
-    def compile(self, **options: Any) -> None:
+    def _stepper(self, *, rows: int, deterministic: bool) -> EnsembleStepper:
+        options = None if torch.is_grad_enabled() else self._compile_options
+        return EnsembleStepper(
+            self._parts(rows),
+            self.action_spec,
+            self.n_modes,
+            deterministic=deterministic,
+            options=options,
+            n_at_once=1 if self._graphs is not None and self._graphs.captures else 5,
+        )
+
+    def _parts(self, rows: int) -> StepParts:
+        """All that a step of ``rows`` rows depends on, made anew since learning changes it."""
+        members, scaling = self.predicting_members, self.scaling
+        loc, scale = scaling.target.loc.unsqueeze(-1), scaling.target.scale.unsqueeze(-1)
+        shift, slope = self.calibration.affine()
+        shift, slope = shift.unsqueeze(-1), slope.unsqueeze(-1)
+        n_context = 0 if self._ignores_context else self.context_dim
+        n_action = scaling.action.loc.numel()
+        layers: StackedLayers | Networks
+        if isinstance(members, StackedProbFCDynamics):
+            layers = _stacked_layers(members, rows)
+            center, half = layers.bounds
+            shift, slope = shift + slope * center, slope * half
+            parts = ["state", *(["context"] if not members.ignore_context else []), "action"]
+            n_plain = width(self.action_spec) - n_action
+            n_measured = self.state_dim + n_context + n_action
+        else:
+            layers = Networks(members, (self.state_dim, n_action, self.context_dim))
+            parts, n_plain = ["state", "action", "context"], 0
+            n_measured = self.state_dim + n_action + n_context
+        return StepParts(
+            layers,
+            scaling.units(parts, n_plain),
+            n_measured,
+            (shift + scale.log(), slope),
+            (loc, scale),
+            scaling.predict_delta,
+        )
+
+    def floats_per_row(self) -> int:
+        """As the base class has it."""
+        members = self.predicting_members
+        if not isinstance(members, StackedProbFCDynamics):
+            return 0
+        return self.n_models * max(bias.shape[-1] for bias in members.biases)
+
+    def compile(self, *, cudagraphs: bool = False, **options: Any) -> None:
         """Compile the steps of rollouts and plans, instead of ``forward`` as other modules do.
 
         ``benchmarks/rollout.py`` and ``benchmarks/planning.py`` have both times. Compiling takes
-        half a minute at the first rollout and again at the first of another size
-        (``dynamic=False``: at each size), in each process, and needs a C++ compiler. Only the
-        built-in members are compiled, and only where no gradient is kept. The same seed gives other
-        random numbers.
+        half a minute at the first rollout and again at the first of another size (afterwards for
+        any size; with ``dynamic=False`` for each one), in each process, and needs a C++ compiler.
+        Only the built-in members are compiled, and only where no gradient is kept. The same seed
+        gives other random numbers.
 
         Args:
-            **options: Of ``torch.compile``, for example ``dynamic=False``.
+            cudagraphs: On a GPU, capture each rollout (and each ``returns`` of a predictor) as a
+                CUDA graph, once for each shape of its inputs, and replay it: the host then launches
+                one thing instead of hundreds. Weights may be changed in place, as learning does.
+                Functions of the user that are captured along (reward, value, bonus) run in Python
+                only when they are captured. On a CPU this changes nothing.
+            **options: Of ``torch.compile``, for example ``dynamic=False``; ``backend="eager"``
+                compiles nothing.
 
         Raises:
-            TypeError: Members that are not the built-in ones.
+            TypeError: Members that are not the built-in ones, or a ``cudagraphs`` that is no flag.
         """
         if not isinstance(self.members, StackedProbFCDynamics):
             raise TypeError(
                 f"compile() is for ensembles of ProbFCDynamics, but the members are "
                 f"{type(self.members).__name__}; compile your own networks in partial_net"
             )
-        self._compile_options = options
+        self._graphs = Graphs() if check_flag("cudagraphs", cudagraphs) else None
+        self._compile_options = tuple(sorted(options.items()))
 
     # -- learning -------------------------------------------------------------------------
 
     def target(self, state: Tensor, next_state: Tensor) -> Tensor:
-        """What the networks predict for a transition, ``[*B, D]``: normalised delta or state."""
-        return self.target_normalizer(next_state - state if self.predict_delta else next_state)
+        """Return what the networks predict for a transition, ``[*B, D]``: see ``predict_delta``."""
+        return self.scaling.targets(state, next_state)
 
-    @torch.no_grad()
     def fit_statistics(
         self, state: Tensor, context: Tensor, action: Tensor, next_state: Tensor
     ) -> None:
         """Set the statistics of inputs and targets from transitions ``[N, ...]``.
 
-        Raises:
-            ValueError: No transitions, or values that are not finite; nothing is changed.
+        Raises, Warns: As :meth:`~layeredrl_torchrl.models.scaling.Scaling.fit`; after an error
+            nothing is changed.
         """
-        self._check_transitions(state, context, action, next_state)
-        if self.normalize_inputs:
-            self.state_normalizer.fit(state)
-            self.context_normalizer.fit(context)
-            if not is_discrete(self.action_spec):
-                self.action_normalizer.fit(action)
-        if self.normalize_targets:
-            self.target_normalizer.fit(next_state - state if self.predict_delta else next_state)
+        self.scaling.fit(state, context, action, next_state)
 
     @torch.no_grad()
     def calibrate(self, state: Tensor, context: Tensor, action: Tensor, next_state: Tensor) -> None:
@@ -261,23 +286,10 @@ class ProbabilisticEnsemble(Model):
         Raises:
             ValueError: As :meth:`fit_statistics`.
         """
-        self._check_transitions(state, context, action, next_state)
+        self.scaling.check(state, context, action, next_state)
         rows = (x.expand(self.n_models, *x.shape) for x in (state, context, action))
-        (mean, std), weights, _ = self.predicting_members(*self._normalize(*rows))
+        (mean, std), weights, _ = self.predicting_members(*self.scaling.inputs(*rows))
         self.calibration.fit(mean, std, weights, self.target(state, next_state))
-
-    def _check_transitions(
-        self, state: Tensor, context: Tensor, action: Tensor, next_state: Tensor
-    ) -> None:
-        named = {"state": state, "context": context, "next_state": next_state}
-        if not is_discrete(self.action_spec):
-            named["action"] = action
-        for name, value in named.items():
-            if not len(value):
-                raise ValueError(
-                    f"{name} has shape {tuple(value.shape)}: give at least one transition"
-                )
-            check_finite(name, value, hint="repair the data first")
 
     @torch.no_grad()
     def update_average(self) -> None:
@@ -297,8 +309,6 @@ class ProbabilisticEnsemble(Model):
     def _note_average(self, *_: Any) -> None:
         self._averaging = bool(self.n_averaged > 0)
 
-    # -- checks of partial_net ------------------------------------------------------------
-
     def _probe_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         action = self.action_spec.zero((2,))
         if not is_discrete(self.action_spec):
@@ -307,61 +317,27 @@ class ProbabilisticEnsemble(Model):
         state = torch.randn(2, self.state_dim, generator=generator)
         return state, torch.randn(2, self.context_dim, generator=generator), action
 
-    def _check_net(self, member: int, net: nn.Module, probe: tuple[Tensor, Tensor, Tensor]) -> None:
-        """Run a new network once, so that a wrong one fails here and says why."""
-        if not isinstance(net, nn.Module):
-            raise TypeError(
-                f"partial_net must return a torch.nn.Module, got {type(net).__name__}; pass a "
-                "class or a functools.partial of one"
-            )
-        parameter = next(net.parameters(), None)
-        if parameter is not None:
-            state, context, action = (
-                x.to(parameter.device, parameter.dtype if x.is_floating_point() else x.dtype)
-                for x in probe
-            )
-            probe = (state, context, action)
-        training = net.training
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            out = net.eval()(*probe)
-        net.train(training)
-        try:
-            (mean, std), weights, term_prob = out
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"member {member} returned {type(out).__name__}, expected "
-                "(mean, std), weights, term_prob"
-            ) from None
-        gaussian = (2, self.n_modes, self.state_dim)
-        for name, value, shape in (
-            ("mean", mean, gaussian),
-            ("std", std, gaussian),
-            ("weights", weights, (2, self.n_modes)),
-            ("term_prob", term_prob, (2,)),
-        ):
-            if not isinstance(value, Tensor) or tuple(value.shape) != shape:
-                what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(
-                    f"member {member} returned {name} of shape {what} for a batch "
-                    f"of 2, expected {shape} (batch, n_modes={self.n_modes}, "
-                    f"state={self.state_dim} as they apply)"
-                )
-        for name, value, fine, remedy in (
-            ("mean", mean, torch.isfinite(mean), "it must be finite"),
-            ("std", std, std > 0, "it must be positive (exp or softplus of the network's output)"),
-            (
-                "weights",
-                weights,
-                (weights >= 0) & ((weights.sum(-1, keepdim=True) - 1.0).abs() < 1e-3),
-                "they must not be negative and sum to 1 (a softmax over modes)",
-            ),
-            (
-                "term_prob",
-                term_prob,
-                (term_prob >= 0) & (term_prob <= 1),
-                "it must lie in [0, 1] (a sigmoid)",
-            ),
-        ):
-            if not bool(fine.all()):
-                wrong = value[~fine][0].item()
-                raise ValueError(f"member {member} returned {name} of {wrong:.3g}; {remedy}")
+
+def _stacked_layers(members: StackedProbFCDynamics, rows: int) -> StackedLayers:
+    """The layers of ``members`` in columns, in the precision of products of ``rows`` rows."""
+    weights, biases = list(members.weights), list(members.biases)
+    widest = max(weight.shape[-1] for weight in weights)
+    device, dtype = weights[0].device, weights[0].dtype
+    low = product_dtype(device, dtype, rows, widest)
+    if low != dtype and device.type != "cpu":
+        # Tensor cores want rows of eight numbers.
+        pad = -weights[-1].shape[-1] % 8
+        weights[-1], biases[-1] = F.pad(weights[-1], (0, pad)), F.pad(biases[-1], (0, pad))
+    bounds = members.log_std_bounds
+    columns = [weight.to(low).mT for weight in weights]
+    if rows >= 256:  # products of many rows are faster with weights in order
+        columns = [weight.contiguous() for weight in columns]
+    return StackedLayers(
+        columns,
+        [*(bias.to(low).mT for bias in biases[:-1]), biases[-1].mT],
+        members.activation,
+        members.n_modes,
+        members.state_dim,
+        members.ignore_context,
+        (bounds.center, bounds.half),
+    )

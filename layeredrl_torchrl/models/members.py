@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from layeredrl_torchrl.nets import MemberOutput
 
-__all__ = ["LoopMembers", "VmapMembers", "stack_members"]
+__all__ = ["LoopMembers", "VmapMembers", "check_net", "stack_members"]
 
 
 class VmapMembers(nn.Module):
@@ -63,6 +63,79 @@ class LoopMembers(nn.Module):
             torch.stack([weights for _, weights, _ in outs]),
             torch.stack([term_prob for _, _, term_prob in outs]),
         )
+
+
+def check_net(
+    member: int, net: nn.Module, probe: tuple[Tensor, Tensor, Tensor], n_modes: int
+) -> None:
+    """Run a new network once, so that a wrong one fails here and says why.
+
+    Args:
+        member: Which one, for the message.
+        net: The network.
+        probe: State ``[2, D]``, context ``[2, C]`` and action.
+        n_modes: ``K``.
+
+    Raises:
+        TypeError: No module. ValueError: Outputs of another shape, or out of range.
+    """
+    state_dim = probe[0].shape[-1]
+    if not isinstance(net, nn.Module):
+        raise TypeError(
+            f"partial_net must return a torch.nn.Module, got {type(net).__name__}; pass a "
+            "class or a functools.partial of one"
+        )
+    parameter = next(net.parameters(), None)
+    if parameter is not None:
+        state, context, action = (
+            x.to(parameter.device, parameter.dtype if x.is_floating_point() else x.dtype)
+            for x in probe
+        )
+        probe = (state, context, action)
+    training = net.training
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        out = net.eval()(*probe)
+    net.train(training)
+    try:
+        (mean, std), weights, term_prob = out
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"member {member} returned {type(out).__name__}, expected "
+            "(mean, std), weights, term_prob"
+        ) from None
+    gaussian = (2, n_modes, state_dim)
+    for name, value, shape in (
+        ("mean", mean, gaussian),
+        ("std", std, gaussian),
+        ("weights", weights, (2, n_modes)),
+        ("term_prob", term_prob, (2,)),
+    ):
+        if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+            what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"member {member} returned {name} of shape {what} for a batch "
+                f"of 2, expected {shape} (batch, n_modes={n_modes}, "
+                f"state={state_dim} as they apply)"
+            )
+    for name, value, fine, remedy in (
+        ("mean", mean, torch.isfinite(mean), "it must be finite"),
+        ("std", std, std > 0, "it must be positive (exp or softplus of the network's output)"),
+        (
+            "weights",
+            weights,
+            (weights >= 0) & ((weights.sum(-1, keepdim=True) - 1.0).abs() < 1e-3),
+            "they must not be negative and sum to 1 (a softmax over modes)",
+        ),
+        (
+            "term_prob",
+            term_prob,
+            (term_prob >= 0) & (term_prob <= 1),
+            "it must lie in [0, 1] (a sigmoid)",
+        ),
+    ):
+        if not bool(fine.all()):
+            wrong = value[~fine][0].item()
+            raise ValueError(f"member {member} returned {name} of {wrong:.3g}; {remedy}")
 
 
 def _shapes(net: nn.Module) -> list[tuple[str, torch.Size]]:

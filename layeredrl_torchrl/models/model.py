@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torch import Tensor
+from torch import Tensor, nn
 
 from layeredrl_torchrl._checks import check_finite, check_positive_int, check_width
+from layeredrl_torchrl._watch import refuse, watched
+from layeredrl_torchrl.models.graphs import Graphs
 from layeredrl_torchrl.models.log_prob import NO_DENSITY, mixture_log_prob
 from layeredrl_torchrl.models.mixture import GaussianMixture
 from layeredrl_torchrl.models.output_checks import check_output
-from layeredrl_torchrl.models.propagation import Propagation, Step, TSInfinity
-from layeredrl_torchrl.models.rollouts import trajectory, uncertainty
+from layeredrl_torchrl.models.propagation import Propagation, TSInfinity, propagation_key
+from layeredrl_torchrl.models.rollouts import lay_out, trajectory, uncertainty
+from layeredrl_torchrl.models.stepping import MixtureStepper, Stepper
 from layeredrl_torchrl.nets import MemberOutput
-from layeredrl_torchrl.specs import Space, canonical_action, is_discrete, to_spec, width
+from layeredrl_torchrl.specs import ActionForm, Space, is_discrete, to_spec, width
 
 __all__ = ["Model"]
 
@@ -86,6 +89,7 @@ class Model(TensorDictModuleBase):
         for name, spec in (("state_space", self.state_spec), ("context_space", self.context_spec)):
             if is_discrete(spec):
                 raise TypeError(f"{name} is discrete ({spec}); expected a Box or a continuous spec")
+        self.action_form = ActionForm(self.action_spec)
         self.state_dim = width(self.state_spec)
         self.context_dim = width(self.context_spec)
         if self.state_dim == 0:
@@ -97,6 +101,7 @@ class Model(TensorDictModuleBase):
             )
         self.in_keys = list(in_keys)
         self.out_keys = list(out_keys)
+        self._graphs: Graphs | None = None
 
     # -- what a subclass provides ---------------------------------------------------------
 
@@ -115,7 +120,7 @@ class Model(TensorDictModuleBase):
         """
 
     def reconcile_members(self, mean: Tensor, weights: Tensor) -> Tensor:
-        """What the ensemble makes of its members' means where all are asked about the same rows.
+        """Correct the members' means where all are asked about the same rows.
 
         A hook for :meth:`predict` and what builds on it; the members' own means by default. A
         rollout propagates members as they are, since their particles part.
@@ -128,6 +133,7 @@ class Model(TensorDictModuleBase):
 
     # -- predictions ----------------------------------------------------------------------
 
+    @watched
     def predict(
         self, state: Tensor, context: Tensor | None, action: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -165,6 +171,7 @@ class Model(TensorDictModuleBase):
             tensordict.set(key, value)
         return tensordict
 
+    @watched
     def dist(self, tensordict: TensorDictBase) -> GaussianMixture:
         """The equal mixture over members as one distribution over the next state.
 
@@ -178,12 +185,12 @@ class Model(TensorDictModuleBase):
             ValueError: A predicted std of 0, which has no density; and as :meth:`predict`.
         """
         loc, weights, scale, _ = self.predict(*self.read(tensordict))
-        if not bool((scale > 0).all()):
-            raise ValueError(NO_DENSITY)
+        refuse(~(scale > 0).all(), lambda _: ValueError(NO_DENSITY))
         return GaussianMixture(
             loc.flatten(-3, -2), scale.flatten(-3, -2), weights.flatten(-2) / self.n_models
         )
 
+    @watched
     def get_log_prob(
         self,
         state: Tensor,
@@ -227,6 +234,7 @@ class Model(TensorDictModuleBase):
 
     # -- rollouts -------------------------------------------------------------------------
 
+    @watched
     def rollout(
         self,
         initial_state: Tensor,
@@ -255,9 +263,26 @@ class Model(TensorDictModuleBase):
             ValueError: ``H`` of 0; a state that leaves the finite numbers (the message says which
                 member at which step); and as :meth:`predict`.
         """
-        batch, flat = self.prepare_rollout(initial_state, context, actions)
         propagation = TSInfinity() if propagation is None else propagation
-        return trajectory(self, batch, *flat, propagation, deterministic=deterministic)
+
+        def run(state: Tensor, actions: Tensor, *context: Tensor) -> tuple[Tensor, ...]:
+            _, flat = self.prepare_rollout(state, context[0] if context else None, actions)
+            states, term = trajectory(
+                self.make_step(
+                    rows=self._rows(len(flat[0]), propagation),
+                    deterministic=deterministic or propagation.deterministic,
+                ),
+                flat,
+                propagation,
+                (self.n_models, self.n_particles_per_model),
+                self.floats_per_row(),
+            )
+            return (*flat[1:], states, term)
+
+        name = ("rollout", deterministic, propagation_key(propagation))
+        inputs = (initial_state, actions) if context is None else (initial_state, actions, context)
+        ctx, acts, states, term = self.run(name, run, inputs)
+        return lay_out(initial_state.shape[:-1], self.in_keys, states, term, ctx, acts)
 
     def uncertainty(self, traj: TensorDictBase) -> TensorDict:
         """Split the spread of a rollout's particles by the law of total variance.
@@ -281,35 +306,55 @@ class Model(TensorDictModuleBase):
 
     # -- shared steps ---------------------------------------------------------------------
 
-    def make_step(self, *, deterministic: bool = False) -> Step:
-        """What steps members in a rollout: made once, called once for each step.
+    def make_step(self, *, rows: int, deterministic: bool = False) -> Stepper:
+        """Make what steps members in a rollout: once, to be called for each step.
 
         A hook: a model that can sample faster than by way of :meth:`predict_members` has its own.
 
         Args:
+            rows: How many rows each member steps, about.
             deterministic: Step to the members' means instead of samples of their mixtures.
-
-        Returns:
-            A callable of state ``[M, R, D]``, context ``[M, R, C]`` and action ``[M, R, *]`` that
-            returns the next state ``[M, R, D]`` and term_prob ``[M, R]``.
         """
-        return partial(self._step_by_mixture, deterministic=deterministic)
+        return MixtureStepper(self.predict_members, self.n_modes, deterministic=deterministic)
 
-    def _step_by_mixture(
-        self, state: Tensor, context: Tensor, action: Tensor, *, deterministic: bool
-    ) -> tuple[Tensor, Tensor]:
-        out = self.predict_members(state, context, action)
-        check_output(out, sign=False)
-        (mean, std), weights, term_prob = out
-        if deterministic:
-            return (weights.unsqueeze(-1) * mean).sum(-2), term_prob
-        if mean.shape[-2] == 1:
-            mean, std = mean.squeeze(-2), std.squeeze(-2)
-        else:
-            mode = torch.distributions.Categorical(probs=weights, validate_args=False).sample()
-            index = mode[..., None, None].expand(*mode.shape, 1, mean.shape[-1])
-            mean, std = mean.gather(-2, index).squeeze(-2), std.gather(-2, index).squeeze(-2)
-        return torch.addcmul(mean, std, torch.randn_like(mean)), term_prob
+    def floats_per_row(self) -> int:
+        """Return how many floats the widest layers of all members hold for a row; 0 if unknown.
+
+        On a CPU, rollouts take as many rows at a time as stay in its caches.
+        """
+        return 0
+
+    def run(
+        self,
+        name: Hashable,
+        function: Callable[..., tuple[Tensor, ...]],
+        inputs: tuple[Tensor, ...],
+        modules: Sequence[Any] = (),
+    ) -> tuple[Tensor, ...]:
+        """Run a function of this model and of tensors, as a CUDA graph if it was compiled so.
+
+        Args:
+            name: Of the function and all it depends on beside tensors.
+            function: Called with the inputs.
+            inputs: Tensors.
+            modules: What it reads beside the model.
+        """
+        if self._graphs is None or not all(isinstance(x, Tensor) for x in inputs):
+            return function(*inputs)
+        parts: list[nn.Module] = [self, *(m for m in modules if isinstance(m, nn.Module))]
+        reads = [x for part in parts for x in (*part.parameters(), *part.buffers())]
+        modes = (self.training, self.predicting_averages)
+        return self._graphs.run((name, modes), function, inputs, reads)
+
+    @property
+    def predicting_averages(self) -> bool:
+        """Whether averaged weights predict; a hook for models that have some."""
+        return False
+
+    def _rows(self, n: int, propagation: Propagation) -> int:
+        """Rows that each member steps at once, for ``n`` starts."""
+        n_part = propagation.particles(self.n_models, self.n_particles_per_model)[1]
+        return n * n_part
 
     def read(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None, Tensor]:
         """State, context and action of a TensorDict; ``KeyError`` names what is missing."""
@@ -330,7 +375,7 @@ class Model(TensorDictModuleBase):
     ) -> tuple[torch.Size, tuple[Tensor, Tensor, Tensor]]:
         """Check inputs ``[*B, ...]`` and flatten them to ``[N, ...]``; returns ``*B`` first."""
         batch, state, context = self._prepare_state(state, context)
-        action = canonical_action(self.action_spec, action, batch)
+        action = self.action_form(action, batch)
         return batch, (state, context, self._flatten_action(action, batch))
 
     def prepare_rollout(
@@ -351,7 +396,7 @@ class Model(TensorDictModuleBase):
         if horizon == 0:
             raise ValueError("actions have horizon 0; give at least one step")
         steps = torch.Size((*batch, horizon))
-        actions = canonical_action(self.action_spec, actions, steps)
+        actions = self.action_form(actions, steps)
         actions = self._flatten_action(actions, steps)
         return batch, (state, context, actions.unflatten(0, (-1, horizon)))
 

@@ -3,41 +3,73 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from layeredrl_torchrl._watch import refuse
 from layeredrl_torchrl.nets import MemberOutput
 
-__all__ = ["check_output"]
+__all__ = ["check_output", "check_parameters"]
+
+_NAMES = ("mean", "std", "weights", "term_prob")
 
 
 def check_output(out: MemberOutput, *, sign: bool = True) -> None:
-    """Raise if a member says nonsense.
+    """Refuse outputs that are not finite, or a negative std.
 
     Args:
         out: ``(mean [M, N, K, D], std [M, N, K, D]), weights [M, N, K], term_prob [M, N]``.
         sign: Whether mean and std are looked at too, not only weights and term_prob.
 
     Raises:
-        ValueError: Values that are not finite, or a negative std; the message names the members.
+        ValueError: The message names the members.
     """
     (mean, std), weights, term_prob = out
-    total = weights.sum() + term_prob.sum()
+    named = dict(zip(_NAMES, (mean, std, weights, term_prob), strict=True))
+    if not sign:
+        del named["mean"], named["std"]
+    sums = [value.detach().flatten(1).sum(1) for value in named.values()]
+    bad = ~torch.isfinite(torch.stack(sums))
     if sign:
-        total = total + mean.sum() + std.sum()
-    if bool(torch.isfinite(total)) and (not sign or bool((std >= 0).all())):
-        return
-    for name, value in (
-        ("mean", mean),
-        ("std", std),
-        ("weights", weights),
-        ("term_prob", term_prob),
-    ):
-        bad = ~torch.isfinite(value)
-        if name == "std":
-            bad = bad | (value < 0)
-        members = bad.flatten(1).any(1).nonzero().flatten().tolist()
-        if members:
-            raise ValueError(
-                f"member(s) {members} of {len(value)} predict a {name} that is not "
-                "finite (or negative, for std); the model has diverged: lower its learning "
-                "rate, or check the data it was trained on"
-            )
+        bad = torch.cat((bad, (std.detach().flatten(1).amin(1) < 0)[None]))
+    on_host = bad.device.type == "cpu"
+
+    def error(found: Tensor) -> ValueError | None:
+        for i, (name, value) in enumerate(named.items()):
+            wrong = found[i].clone()
+            if on_host:  # a sum of finite values may overflow
+                wrong &= (~torch.isfinite(value)).flatten(1).any(1)
+            if name == "std":
+                wrong |= found[-1]
+            members = wrong.nonzero().flatten().tolist()
+            if members:
+                return ValueError(
+                    f"member(s) {members} of {len(value)} predict a {name} that is not finite (or "
+                    "negative, for std); the model has diverged: lower its learning rate, or check "
+                    "the data it was trained on"
+                )
+        return None
+
+    refuse(bad, error)
+
+
+def check_parameters(parameters: list[Tensor]) -> None:
+    """Refuse ``parameters [M, ...]`` that are not finite; the message names the members."""
+    on_host = parameters[0].device.type == "cpu"
+    if on_host:  # all members at once: a closer look is free
+        total = torch.stack(torch._foreach_norm([p.detach() for p in parameters]))
+    else:
+        total = torch.stack([p.detach().flatten(1).sum(1) for p in parameters]).sum(0)
+
+    def error(found: Tensor) -> ValueError | None:
+        if on_host:
+            finite = [torch.isfinite(p).flatten(1).all(1) for p in parameters]
+            found = ~torch.stack(finite).all(0)
+        members = found.nonzero().flatten().tolist()
+        if not members:
+            return None
+        return ValueError(
+            f"member(s) {members} of {len(found)} have parameters that are not finite; the model "
+            "has diverged: lower its learning rate, or check the data it was trained on"
+        )
+
+    refuse(~torch.isfinite(total), error)

@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias, runtime_checkable
+from collections.abc import Callable, Hashable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from layeredrl_torchrl._checks import check_positive_int
 
-__all__ = ["TS1", "Expectation", "Propagation", "TSInfinity"]
+__all__ = ["TS1", "Expectation", "Move", "Propagation", "TSInfinity", "propagation_key"]
 
-# (state [M, R, D], context [M, R, C], action [M, R, *]) -> next state [M, R, D], term_prob [M, R]
-Step: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-@runtime_checkable
-class StepsAhead(Protocol):
-    """A step that can also make several, each from where the one before led."""
-
-    n_at_once: int
-
-    def several(
-        self, state: Tensor, context: Tensor, actions: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Next states and term_probs for one action after another."""
+# Particles [M, D, N, P'] -> where member m moves those of block m, [M, D, N, P'], and term_prob
+# [M, N, P']. All particles of a start have one action and one context, so they may change places.
+Move: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Propagation(ABC):
     """Which member moves which particle (arXiv 1805.12114, section 5.1).
 
-    Particles lie in ``[M', N, P', *]`` for ``N`` starts; most keep ``M' = M`` and ``P' = P``.
+    Particles lie in ``[M', D, N, P']`` for ``N`` starts; most keep ``M' = M`` and ``P' = P``.
 
     >>> spaces = Unbounded((3,)), None, Bounded(-1.0, 1.0, (1,))
     >>> model = ProbabilisticEnsemble(*spaces, n_models=2, n_particles_per_model=4)
@@ -43,37 +32,25 @@ class Propagation(ABC):
 
     # Whether members follow their mean rather than a sample of it.
     deterministic = False
+    # Whether advance(move, ...) is move(particles): then several steps can be made at once.
+    stays = False
 
     def particles(self, n_models: int, n_particles_per_model: int) -> tuple[int, int]:
         """``M'`` and ``P'`` of an ensemble with ``M`` and ``P``."""
         return n_models, n_particles_per_model
 
     @abstractmethod
-    def advance(
-        self, step: Step, n_models: int, state: Tensor, context: Tensor, action: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def advance(self, move: Move, n_models: int, particles: Tensor) -> tuple[Tensor, Tensor]:
         """Move particles by one step.
 
         Args:
-            step: Steps row block ``m`` with member ``m``.
+            move: Moves block ``m`` of ``[M, D, N, P']`` by member ``m``.
             n_models: ``M``.
-            state: ``[M', N, P', D]``.
-            context: ``[N, C]``, the same for all particles of a start.
-            action: ``[N, *]``, likewise.
+            particles: States ``[M', D, N, P']``.
 
         Returns:
-            Next state ``[M', N, P', D]`` and term_prob ``[M', N, P']``.
+            Next states ``[M', D, N, P']`` and term_prob ``[M', N, P']``.
         """
-
-    def advance_several(
-        self, step: Step, n_models: int, state: Tensor, context: Tensor, actions: Tensor
-    ) -> list[tuple[Tensor, Tensor]]:
-        """:meth:`advance` for each of ``actions [N, K, *]``, from where the one before led."""
-        moved = []
-        for action in actions.unbind(1):
-            state, term_prob = self.advance(step, n_models, state, context, action)
-            moved.append((state, term_prob))
-        return moved
 
 
 class _Sampled(Propagation):
@@ -105,34 +82,11 @@ class TSInfinity(_Sampled):
         n_particles: ``P``, particles in each member; the model's by default.
     """
 
-    def advance(
-        self, step: Step, n_models: int, state: Tensor, context: Tensor, action: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """As the base class has it."""
-        n_part = state.shape[2]
-        following, term_prob = step(
-            state.flatten(1, 2),
-            _rows(context, n_models, n_part),
-            _rows(action, n_models, n_part),
-        )
-        return following.view(state.shape), term_prob.view(state.shape[:-1])
+    stays = True
 
-    def advance_several(
-        self, step: Step, n_models: int, state: Tensor, context: Tensor, actions: Tensor
-    ) -> list[tuple[Tensor, Tensor]]:
-        """As the base class has it; at once, since nothing is dealt out between two steps."""
-        if not isinstance(step, StepsAhead):
-            return super().advance_several(step, n_models, state, context, actions)
-        n_part = state.shape[2]
-        states, terms = step.several(
-            state.flatten(1, 2),
-            _rows(context, n_models, n_part),
-            [_rows(action, n_models, n_part) for action in actions.unbind(1)],
-        )
-        return [
-            (following.view(state.shape), term_prob.view(state.shape[:-1]))
-            for following, term_prob in zip(states, terms, strict=True)
-        ]
+    def advance(self, move: Move, n_models: int, particles: Tensor) -> tuple[Tensor, Tensor]:
+        """As the base class has it."""
+        return move(particles)
 
 
 class TS1(_Sampled):
@@ -151,22 +105,14 @@ class TS1(_Sampled):
         n_particles: ``P``, so that there are ``M * P`` particles; the model's by default.
     """
 
-    def advance(
-        self, step: Step, n_models: int, state: Tensor, context: Tensor, action: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def advance(self, move: Move, n_models: int, particles: Tensor) -> tuple[Tensor, Tensor]:
         """As the base class has it."""
-        _, n, n_part, dim = state.shape
-        count = n_models * n_part
-        order = torch.rand(n, count, device=state.device).argsort(-1)  # particle in each seat
-        back = order.argsort(-1)  # seat of each particle
-        seated = _deal(state, order).reshape(n_models, n * n_part, dim)
-        following, term_prob = step(
-            seated, _rows(context, n_models, n_part), _rows(action, n_models, n_part)
-        )
-        return (
-            _deal(following.view(state.shape), back),
-            _deal(term_prob.view(n_models, n, n_part, 1), back).squeeze(-1),
-        )
+        _, _, n, n_part = particles.shape
+        chance = torch.rand(n_models * n_part, n, device=particles.device)
+        order = chance.argsort(0)  # the particle on each seat
+        following, term_prob = move(_deal(particles, order))
+        back = order.argsort(0)  # the seat of each particle
+        return _deal(following, back), _deal(term_prob.unsqueeze(1), back).squeeze(1)
 
 
 class Expectation(Propagation):
@@ -182,25 +128,25 @@ class Expectation(Propagation):
         """One and one."""
         return 1, 1
 
-    def advance(
-        self, step: Step, n_models: int, state: Tensor, context: Tensor, action: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def advance(self, move: Move, n_models: int, particles: Tensor) -> tuple[Tensor, Tensor]:
         """As the base class has it."""
-        flat = state[0, :, 0].expand(n_models, -1, -1)
-        following, term_prob = step(flat, _rows(context, n_models, 1), _rows(action, n_models, 1))
-        return following.mean(0)[None, :, None], term_prob.mean(0)[None, :, None]
+        following, term_prob = move(particles.expand(n_models, -1, -1, -1))
+        return following.mean(0, keepdim=True), term_prob.mean(0, keepdim=True)
 
 
-def _rows(x: Tensor, n_models: int, n_particles: int) -> Tensor:
-    """``[N, *]`` of the starts as ``[M, N * P, *]`` of their particles."""
-    if n_particles > 1:
-        x = x.repeat_interleave(n_particles, 0)
-    return x.expand(n_models, *x.shape)
+def propagation_key(propagation: Propagation) -> Hashable:
+    """Equal for propagations that do the same: of one class, with the same attributes."""
+    own = tuple(sorted(vars(propagation).items()))
+    try:
+        hash(own)
+    except TypeError:
+        return propagation
+    return (type(propagation), own)
 
 
 def _deal(x: Tensor, order: Tensor) -> Tensor:
-    """Put particle ``order[n, i]`` of ``x [M, N, P, F]`` on place ``i`` of start ``n``."""
-    n_models, n, n_part, width = x.shape
-    flat = x.transpose(0, 1).reshape(n, n_models * n_part, width)
-    flat = flat.take_along_dim(order.unsqueeze(-1), 1)
-    return flat.view(n, n_models, n_part, width).transpose(0, 1)
+    """Put particle ``order[i, n]`` of ``x [M, F, N, P]`` on place ``i`` of start ``n``."""
+    n_models, width, n, n_part = x.shape
+    flat = x.permute(1, 0, 3, 2).reshape(width, n_models * n_part, n)
+    flat = flat.take_along_dim(order.unsqueeze(0), 1)
+    return flat.view(width, n_models, n_part, n).permute(1, 0, 3, 2)

@@ -1,117 +1,194 @@
-"""Rolling a model out: the steps, the trajectory they are laid out as, and its uncertainty."""
+"""Rolling a model out, and the layout and uncertainty of its trajectories."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
-from tensordict import TensorDict
+from tensordict import NestedKey, TensorDict, unravel_key
 from torch import Tensor
 
-from layeredrl_torchrl.models.propagation import Propagation, StepsAhead
+from layeredrl_torchrl._watch import refuse
+from layeredrl_torchrl.models.propagation import Propagation
+from layeredrl_torchrl.models.stepping import Stepper
 
-if TYPE_CHECKING:
-    from layeredrl_torchrl.models.model import Model
+__all__ = ["ImaginedStep", "imagine", "lay_out", "starts_at_once", "trajectory", "uncertainty"]
 
-__all__ = ["ImaginedStep", "imagine", "trajectory", "uncertainty"]
+# Floats in the widest layer of the rows that a CPU steps together: what lies between two products
+# then stays in the second-level caches.
+_BLOCK = 2**18
 
 
 class ImaginedStep(NamedTuple):
     """What happens to the particles of ``N`` starts in one step."""
 
-    state: Tensor  # [M', N, P', D]
+    state: Tensor  # [M', D, N, P']
     action: Tensor  # [N, *]
-    next_state: Tensor  # [M', N, P', D]
+    next_state: Tensor  # [M', D, N, P']
     term_prob: Tensor  # [M', N, P']
 
 
+def starts_at_once(n: int, n_particles: int, floats_per_row: int, device: torch.device) -> int:
+    """How many of ``n`` starts with ``n_particles`` in each member to roll out together.
+
+    Args:
+        n: Starts.
+        n_particles: ``P``.
+        floats_per_row: In the widest layers of all members, 0 if unknown.
+        device: Only a CPU takes less than all.
+    """
+    if (
+        device.type != "cpu"
+        or floats_per_row == 0
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+    ):
+        return n
+    rows = max(_BLOCK // floats_per_row, 1)
+    if rows > 64:  # products of whole tiles are faster
+        rows -= rows % 64
+    return max(rows // n_particles, 1)
+
+
 def imagine(
-    model: Model,
-    state: Tensor,
-    context: Tensor,
-    actions: Tensor,
+    step: Stepper,
+    given: tuple[Tensor, Tensor, Tensor],
     propagation: Propagation,
-    *,
-    deterministic: bool = False,
+    sizes: tuple[int, int],
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> Iterator[ImaginedStep]:
     """Step particles along ``actions``, keeping nothing but the few steps made at once.
 
     Args:
-        model: The model.
-        state: ``[N, D]``, checked.
-        context: ``[N, C]``.
-        actions: ``[N, H, *]``, in the form of the action spec.
+        step: Steps the members.
+        given: State ``[N, D]``, context ``[N, C]`` and actions ``[N, H, *]``, checked.
         propagation: Which member moves which particle.
-        deterministic: Whether members follow their mean.
+        sizes: ``M`` and ``P``.
+        into: Where to write all states ``[H, M', D, N, P']`` and term_probs ``[H, M', N, P']``.
     """
-    n_models, n_part = propagation.particles(model.n_models, model.n_particles_per_model)
-    step = model.make_step(deterministic=deterministic or propagation.deterministic)
-    particles = state[:, None].expand(n_models, len(state), n_part, -1)
-    for part in _cut(actions, step.n_at_once if isinstance(step, StepsAhead) else 1):
-        moved = propagation.advance_several(step, model.n_models, particles, context, part)
-        for action, (following, term_prob) in zip(part.unbind(1), moved, strict=True):
-            yield ImaginedStep(particles, action, following, term_prob)
-            particles = following
-
-
-def _cut(actions: Tensor, size: int) -> tuple[Tensor, ...]:
-    """``[N, H, *]`` in parts of at most ``size`` steps, as equal as may be."""
+    state, context, actions = given
+    n_models = sizes[0]
+    n_seats, n_part = propagation.particles(*sizes)
+    particles = state.mT[None, :, :, None].expand(n_seats, -1, -1, n_part)
+    # Columns of all rows; each start's action and context for each of its particles.
+    ctx = _spread(context.mT, n_part)
+    acts = _spread(step.actions(actions).movedim(0, -1), n_part)  # [1, H, *, R]
+    n_at_once = step.n_at_once if propagation.stays and into is None else 1
     horizon = actions.shape[1]
-    return actions.split(math.ceil(horizon / math.ceil(horizon / size)), 1)
+    if n_at_once > 1:
+        size = math.ceil(horizon / math.ceil(horizon / n_at_once))
+        for start in range(0, horizon, size):
+            stop = min(start + size, horizon)
+            flat = particles.reshape(*particles.shape[:2], -1)
+            noise = [step.draw(flat) for _ in range(start, stop)]
+            moved = step.several(flat, ctx, [acts[:, h] for h in range(start, stop)], noise)
+            for h, (following, term_prob) in zip(range(start, stop), moved, strict=True):
+                following = following.view(particles.shape)
+                term_prob = term_prob.view(n_seats, -1, n_part)
+                yield ImaginedStep(particles, actions[:, h], following, term_prob)
+                particles = following
+        return
+
+    for h in range(horizon):
+        out = None if into is None else (into[0][h], into[1][h])
+
+        def move(
+            particles: Tensor, h: int = h, out: tuple[Tensor, Tensor] | None = out
+        ) -> tuple[Tensor, Tensor]:
+            flat = particles.reshape(*particles.shape[:2], -1)
+            if out is not None and propagation.stays:
+                out = (out[0].view(flat.shape), out[1].view(n_models, -1))
+            else:
+                out = None
+            following, term_prob = step(flat, ctx, acts[:, h], step.draw(flat), out)
+            shape = (n_models, *particles.shape[2:])
+            return following.view(*shape[:1], -1, *shape[1:]), term_prob.view(shape)
+
+        following, term_prob = propagation.advance(move, n_models, particles)
+        if out is not None and not propagation.stays:
+            following, term_prob = out[0].copy_(following), out[1].copy_(term_prob)
+        yield ImaginedStep(particles, actions[:, h], following, term_prob)
+        particles = following
+
+
+def _spread(columns: Tensor, n_particles: int) -> Tensor:
+    """``[..., N]`` of the starts as ``[1, ..., N * P]`` of their particles."""
+    if n_particles > 1:
+        columns = columns.repeat_interleave(n_particles, -1)
+    return columns.unsqueeze(0)
 
 
 def trajectory(
-    model: Model,
+    step: Stepper,
+    given: tuple[Tensor, Tensor, Tensor],
+    propagation: Propagation,
+    sizes: tuple[int, int],
+    floats_per_row: int,
+) -> tuple[Tensor, Tensor]:
+    """Make all states ``[H + 1, M', D, N, P']`` and term_probs ``[H, M', N, P']``.
+
+    Arguments are those of :func:`imagine` and :func:`starts_at_once`.
+    """
+    state, context, actions = given
+    n, horizon = actions.shape[:2]
+    n_seats, n_part = propagation.particles(*sizes)
+    first = state.mT[None, :, :, None].expand(n_seats, -1, -1, n_part)
+    if torch.is_grad_enabled() or not step.writes:
+        # Steps written in place would destroy what a backward pass needs.
+        made = list(imagine(step, (state, context, actions), propagation, sizes))
+        states = torch.stack([first, *(one.next_state for one in made)])
+        term = torch.stack([one.term_prob for one in made])
+    else:
+        states = state.new_empty(horizon + 1, *first.shape)
+        term = state.new_empty(horizon, n_seats, n, n_part)
+        states[0] = first
+        size = starts_at_once(n, n_part, floats_per_row, state.device)
+        for start in range(0, n, size):
+            rows = slice(start, start + size)
+            into = (states[1:, :, :, rows], term[:, :, rows])
+            block = (state[rows], context[rows], actions[rows])
+            for _ in imagine(step, block, propagation, sizes, into):
+                pass
+    check_trajectory(states, term)
+    return states, term
+
+
+def lay_out(
     batch: torch.Size,
-    state: Tensor,
+    keys: Sequence[NestedKey],
+    states: Tensor,
+    term: Tensor,
     context: Tensor,
     actions: Tensor,
-    propagation: Propagation,
-    *,
-    deterministic: bool,
 ) -> TensorDict:
-    """A rollout as ``Model.rollout`` returns it, of inputs as for :func:`imagine`."""
-    n, horizon = actions.shape[:2]
-    n_models, n_part = propagation.particles(model.n_models, model.n_particles_per_model)
-    particles = (n_models, n, n_part, model.state_dim)
-    # One tensor holds all steps; only where gradients are kept, which steps written in place
-    # would destroy, are the steps gathered at the end.
-    gathered = [state[:, None].expand(particles)] if torch.is_grad_enabled() else []
-    states = state.new_empty(() if gathered else (horizon + 1, *particles))
-    term = state.new_empty((horizon, *particles[:-1]))
-    if not gathered:
-        states[0] = state[:, None]
-    steps = imagine(model, state, context, actions, propagation, deterministic=deterministic)
-    for h, step in enumerate(steps):
-        if gathered:
-            gathered.append(step.next_state)
-        else:
-            states[h + 1] = step.next_state
-        term[h] = step.term_prob
-    if gathered:
-        states = torch.stack(gathered)
-    check_trajectory(states, term)
+    """Lay out a :func:`trajectory` as ``Model.rollout`` returns it, without copying.
 
-    def lay_out(x: Tensor) -> Tensor:
-        """[H, M, N, P, *] -> [*B, M, P, H, *]."""
-        return x.permute(2, 1, 3, 0, *range(4, x.ndim)).unflatten(0, batch or (1,))
-
+    Args:
+        batch: ``*B``, of ``N`` items.
+        keys: Of state, context and action.
+        states: From :func:`trajectory`.
+        term: Likewise.
+        context: ``[N, C]``.
+        actions: ``[N, H, *]``.
+    """
+    horizon, n_models, n, n_part = term.shape
     shape = (*batch, n_models, n_part, horizon)
+    states = states.permute(3, 1, 4, 0, 2)  # [N, M, P, H + 1, D]
+    term = term.permute(2, 1, 3, 0).unsqueeze(-1)
     acts = actions[:, None, None].expand(n, n_models, n_part, *actions.shape[1:])
     ctx = context[:, None, None, None].expand(n, n_models, n_part, horizon, -1)
-    state_key, context_key, action_key = model.in_keys
-    data = TensorDict(
-        {
-            state_key: lay_out(states[:-1]).reshape(*shape, -1),
-            context_key: ctx.reshape(*shape, model.context_dim),
-            action_key: acts.reshape(*shape, *acts.shape[4:]),
-            "next": {"term_prob": lay_out(term.unsqueeze(-1)).reshape(*shape, 1)},
-        },
-        batch_size=shape,
-    )
-    data.set(("next", state_key), lay_out(states[1:]).reshape(*shape, -1))
+
+    def batched(x: Tensor) -> Tensor:
+        return x.squeeze(0) if not batch else x.unflatten(0, batch)
+
+    state_key, context_key, action_key = keys
+    data = TensorDict({"next": {"term_prob": batched(term)}}, batch_size=shape)
+    data.set(state_key, batched(states[..., :-1, :]))
+    data.set(context_key, batched(ctx))
+    data.set(action_key, batched(acts))
+    data.set(unravel_key(("next", state_key)), batched(states[..., 1:, :]))
     return data
 
 
@@ -129,15 +206,23 @@ def uncertainty(state: Tensor) -> TensorDict:
 
 
 def check_trajectory(states: Tensor, term_prob: Tensor) -> None:
-    """Raise if ``states [H + 1, M, N, P, D]`` or ``term_prob [H, M, N, P]`` are not finite."""
-    if bool(torch.isfinite(states.detach().sum() + term_prob.detach().sum())):
-        return
-    bad = (~torch.isfinite(states)).flatten(2).any(2)
-    bad[1:] |= (~torch.isfinite(term_prob)).flatten(2).any(2)
-    if not bool(bad.any()):
-        return
-    step, member = bad.nonzero()[0].tolist()
-    raise ValueError(
-        f"the rollout of member {member} diverged at step {step} of {states.shape[0] - 1}: "
-        "shorten the horizon, or train the model on data like these states and actions"
-    )
+    """Refuse what is not finite in ``states [H + 1, M, *]`` or ``term_prob [H, M, *]``."""
+    horizon = len(term_prob)
+    bad = ~torch.isfinite(states.detach().flatten(2).sum(2))
+    bad[1:] |= ~torch.isfinite(term_prob.detach().flatten(2).sum(2))
+    on_host = bad.device.type == "cpu"
+
+    def error(found: Tensor) -> ValueError | None:
+        if on_host:  # a sum of finite values may overflow
+            found = (~torch.isfinite(states)).flatten(2).any(2)
+            found[1:] |= (~torch.isfinite(term_prob)).flatten(2).any(2)
+        where = found.nonzero().tolist()
+        if not where:
+            return None
+        step, member = where[0]
+        return ValueError(
+            f"the rollout of member {member} diverged at step {step} of {horizon}: shorten the "
+            "horizon, or train the model on data like these states and actions"
+        )
+
+    refuse(bad, error)

@@ -71,8 +71,9 @@ class ScalarHead(nn.Module, ABC):
 
     def forward(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
         """Evaluate at state ``[*B, D]``, context ``[*B, C]`` and action; returns ``[*B]``."""
-        with worthwhile_autocast(state.device):
-            out = self.net(self.inputs(self.features(state, context, action)))
+        x = self.inputs(self.features(state, context, action))
+        with worthwhile_autocast(x.device, x.shape[:-1].numel(), self.net[0].out_features):
+            out = self.net(x)
         if out.dtype in (torch.bfloat16, torch.float16):
             out = out.float()
         return out.squeeze(-1) * self.out_scale + self.out_loc

@@ -18,7 +18,7 @@ class Normalizer(nn.Module):
     what it makes of the nearest ones it has.
 
     TorchRL's ``ObservationNorm`` and ``VecNormV2`` normalise an environment's stream; this one
-    sits inside a network, is invertible, and never changes while the network is evaluated.
+    sits inside a network and never changes while the network is evaluated.
 
     >>> normalizer = Normalizer(1)
     >>> normalizer.fit(torch.tensor([[1.0], [3.0]]))
@@ -46,24 +46,21 @@ class Normalizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Standardise ``x [..., n]``."""
-        x = self._standardize(x)
+        x = (x - self.loc) / self.scale
         return torch.clamp(x, self.low, self.high) if self.clip else x
 
-    def excess(self, x: Tensor) -> Tensor:
-        """How far ``x [..., n]`` lies beyond the range it is kept within, in units of ``scale``."""
-        x = self._standardize(x)
-        return x - torch.clamp(x, self.low, self.high) if self.clip else torch.zeros_like(x)
-
-    def _standardize(self, x: Tensor) -> Tensor:
-        return (x - self.loc) / self.scale
-
-    def inverse(self, x: Tensor) -> Tensor:
-        """Undo :meth:`forward`, but for what it clipped."""
-        return x * self.scale + self.loc
+    def check(self, x: Tensor) -> None:
+        """Raise what :meth:`fit` would, and change nothing."""
+        dim = self.loc.numel()
+        if x.ndim != 2 or x.shape[1] != dim or not len(x):
+            raise ValueError(
+                f"expected a sample of shape [N, {dim}] with at least one row, got {tuple(x.shape)}"
+            )
+        check_finite("sample", x, hint="repair the data first")
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """Set the statistics to mean and standard deviation of ``x [N, n]``.
+        """Set the statistics to mean and standard deviation of ``x [N, n]``, also of integers.
 
         A feature that does not vary (beyond float32 rounding) keeps ``scale = 1``, so that it is
         centred but not blown up.
@@ -71,20 +68,23 @@ class Normalizer(nn.Module):
         Raises:
             ValueError: A sample of another shape, without rows, or with NaN; nothing is changed.
         """
-        dim = self.loc.numel()
-        if x.ndim != 2 or x.shape[1] != dim or not len(x):
-            raise ValueError(
-                f"expected a sample of shape [N, {dim}] with at least one row, got {tuple(x.shape)}"
-            )
-        check_finite("sample", x, hint="repair the data first")
-        if not dim:
+        self.check(x)
+        if not x.shape[1]:
             return
-        std, mean = torch.std_mean(x.to(self.loc.dtype), dim=0, correction=0)
-        constant = std <= 1e-6 * x.abs().amax(0)
-        self.loc.copy_(mean)
-        self.scale.copy_(torch.where(constant, torch.ones_like(std), std))
+        if not x.is_floating_point() or x.dtype.itemsize < 4:
+            x = x.to(torch.promote_types(self.loc.dtype, torch.float32))
+        # Of the sample put into [-1, 1]: squares of large numbers overflow, and beside a large
+        # mean small deviations are lost.
+        low, high = x.amin(0), x.amax(0)
+        center, half = low / 2 + high / 2, high / 2 - low / 2
+        unit = torch.where(half > 0, half, 1.0)
+        std, mean = torch.std_mean((x - center) / unit, dim=0, correction=0)
+        std, mean = std * unit, center + mean * unit
+        constant = std <= 1e-6 * torch.maximum(low.abs(), high.abs())
+        std = torch.where(constant, 1.0, std)
         if self.clip:
-            low, high = x.amin(0), x.amax(0)
             margin = 0.1 * (high - low)
-            self.low.copy_((low - margin - self.loc) / self.scale)
-            self.high.copy_((high + margin - self.loc) / self.scale)
+            self.low.copy_((low - margin - mean) / std)
+            self.high.copy_((high + margin - mean) / std)
+        self.loc.copy_(mean)
+        self.scale.copy_(std)

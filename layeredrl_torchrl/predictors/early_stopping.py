@@ -117,7 +117,7 @@ class HoldoutWatch:
         """Negative log-likelihood of the ensemble, in nats per dimension of the model's target."""
         keys = ("state", "context", "action", ("next", "state"))
         log_prob, _, _ = self._model.get_log_prob(*(self._data.get(key) for key in keys))
-        in_target_units = log_prob.mean() + self._model.target_normalizer.scale.log().sum()
+        in_target_units = log_prob.mean() + self._model.scaling.target.scale.log().sum()
         return float(-in_target_units) / self._model.state_dim
 
     def _snapshots(self) -> tuple[Snapshot, Snapshot]:

@@ -15,6 +15,7 @@ from torchrl.record.loggers import Logger
 
 from layeredrl_torchrl._checks import check_per_item
 from layeredrl_torchrl._state import WholeState
+from layeredrl_torchrl._watch import watched
 from layeredrl_torchrl.models import Model, Propagation
 from layeredrl_torchrl.nets import Encoder
 from layeredrl_torchrl.predictors.returns import ReturnOptions, imagined_returns
@@ -197,6 +198,7 @@ class Predictor(WholeState):
             traj.set(("next", "reward"), reward.unsqueeze(-1))
         return traj
 
+    @watched
     def returns(
         self,
         state: Tensor,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -15,8 +16,10 @@ from layeredrl_torchrl._checks import (
     check_number,
     check_per_item,
 )
+from layeredrl_torchrl._watch import refuse
 from layeredrl_torchrl.models import Model, Propagation, TSInfinity
-from layeredrl_torchrl.models.rollouts import ImaginedStep, imagine
+from layeredrl_torchrl.models.propagation import propagation_key
+from layeredrl_torchrl.models.rollouts import ImaginedStep, imagine, starts_at_once
 
 __all__ = ["ReturnOptions", "imagined_returns"]
 
@@ -75,49 +78,110 @@ def imagined_returns(
     options: ReturnOptions,
 ) -> Tensor:
     """As ``Predictor.returns`` says; a few steps' particles are all that is kept."""
-    batch, flat = model.prepare_rollout(state, context, actions)
     propagation = TSInfinity() if options.propagation is None else options.propagation
-    n_models, n_part = propagation.particles(model.n_models, model.n_particles_per_model)
-    particles = (n_models, len(flat[0]), n_part)
-    ctx = flat[1][:, None].expand(*particles, -1)
-    total = flat[0].new_zeros(particles)
-    share = flat[0].new_ones(particles)
-    n_steps = max(1, _ROWS // share.numel())
+    sizes = (model.n_models, model.n_particles_per_model)
+    n_part = propagation.particles(*sizes)[1]
+
+    def run(state: Tensor, actions: Tensor, *context: Tensor) -> tuple[Tensor, ...]:
+        _, flat = model.prepare_rollout(state, context[0] if context else None, actions)
+        n = len(flat[0])
+        step = model.make_step(
+            rows=n * n_part, deterministic=options.deterministic or propagation.deterministic
+        )
+        size = starts_at_once(n, n_part, model.floats_per_row(), flat[0].device)
+        totals = []
+        for start in range(0, n, size):
+            rows = slice(start, start + size)
+            block = (flat[0][rows], flat[1][rows], flat[2][rows])
+            imagined = imagine(step, block, propagation, sizes)
+            totals.append(_add_up(imagined, reward_of, value_of, block[1], options))
+        total = totals[0] if len(totals) == 1 else torch.cat(totals, 1)
+        _check_returns(total, flat[2].shape[1])
+        return (total.movedim(0, 1),)
+
+    bonus = options.exploration_bonus
+    name = (
+        *("returns", options.discount, options.use_term_prob, options.deterministic),
+        *(reward_of, value_of, bonus, propagation_key(propagation)),
+    )
+    inputs = (state, actions) if context is None else (state, actions, context)
+    (total,) = model.run(name, run, inputs, (reward_of, value_of, bonus))
+    return total.reshape(*state.shape[:-1], *total.shape[1:])
+
+
+def _add_up(
+    imagined: Iterator[ImaginedStep],
+    reward_of: Callable[..., Tensor],
+    value_of: Callable[..., Tensor] | None,
+    context: Tensor,
+    options: ReturnOptions,
+) -> Tensor:
+    """The returns ``[M', N, P']`` of imagined steps, with ``context [N, C]``."""
     steps: list[ImaginedStep] = []
     shares: list[Tensor] = []
-    last: tuple[Tensor, ...] = ()
-    imagined = imagine(model, *flat, propagation, deterministic=options.deterministic)
-    for h, step in enumerate(imagined, start=1):
+    last = next(imagined)
+    share = torch.ones_like(last.term_prob)
+    total = torch.zeros_like(share)
+    for step in chain((last,), imagined):
         steps.append(step)
         shares.append(share)
         alive = 1.0 - step.term_prob if options.use_term_prob else 1.0
         share = share * (options.discount * alive)
-        if len(steps) < n_steps and h < flat[2].shape[1]:
-            continue
-        # Rewards of several steps at once: as much to compute, but fewer and larger operations.
-        states = torch.stack([step.state for step in steps], 3)  # [M', N, P', h, D]
-        action = torch.stack([step.action for step in steps], 1)  # [N, h, *]
-        rows = states.shape[:-1]
-        spread = action[:, None].expand(*rows, *action.shape[2:])
-        gain = reward_of(states, ctx.unsqueeze(3).expand(*rows, -1), spread)
-        check_per_item("rew_func", gain, rows)
-        if options.exploration_bonus is not None:
-            # At the mean over particles: the bonus asks all members itself.
-            of_start = flat[1][:, None].expand(*action.shape[:2], -1)
-            bonus = options.exploration_bonus(states.mean((0, 2)), of_start, action)
-            check_per_item("exploration_bonus", bonus, action.shape[:2])
-            gain = gain + bonus[:, None]
-        total = total + (torch.stack(shares, -1) * gain).sum(-1)
-        last = (step.next_state, ctx, spread[:, :, :, -1])
-        steps, shares = [], []
+        if (len(steps) + 1) * share.numel() > _ROWS:
+            total = total + _reward(steps, shares, reward_of, context, options)
+            steps, shares = [], []
+        last = step
+    if steps:
+        total = total + _reward(steps, shares, reward_of, context, options)
     if value_of is not None:
-        total = total + share * check_per_item("val_func", value_of(*last), particles)
-    if not bool(torch.isfinite(total.detach().sum())):
-        bad = (~torch.isfinite(total)).flatten(1).any(1).nonzero().flatten().tolist()
-        if bad:
-            raise ValueError(
-                f"the imagined returns of member(s) {bad} are not finite over a horizon of "
-                f"{flat[2].shape[1]}: shorten it, or train the predictor on data like these "
-                "states and actions"
-            )
-    return total.movedim(0, 1).reshape(*batch, *total.shape[:1], total.shape[2])
+        state = last.next_state.permute(0, 2, 3, 1).contiguous()
+        rows = state.shape[:-1]
+        ctx = context[:, None].expand(*rows, -1)
+        action = last.action[:, None].expand(*rows, *last.action.shape[1:])
+        value = check_per_item("val_func", value_of(state, ctx, action), rows)
+        total = total + share * value
+    return total
+
+
+def _reward(
+    steps: list[ImaginedStep],
+    shares: list[Tensor],
+    reward_of: Callable[..., Tensor],
+    context: Tensor,
+    options: ReturnOptions,
+) -> Tensor:
+    """The shares of rewards and bonuses of several steps, ``[M', N, P']``.
+
+    At once it is as much to compute, but in fewer and larger operations.
+    """
+    states = torch.stack([step.state for step in steps]).permute(1, 3, 4, 0, 2).contiguous()
+    action = torch.stack([step.action for step in steps], 1)  # [N, h, *]
+    rows = states.shape[:-1]  # [M', N, P', h]
+    spread = action[:, None].expand(*rows, *action.shape[2:])
+    gain = reward_of(states, context[:, None, None].expand(*rows, -1), spread)
+    check_per_item("rew_func", gain, rows)
+    if options.exploration_bonus is not None:
+        # At the mean over particles: the bonus asks all members itself.
+        of_start = context[:, None].expand(*action.shape[:2], -1)
+        bonus = options.exploration_bonus(states.mean((0, 2)), of_start, action)
+        check_per_item("exploration_bonus", bonus, action.shape[:2])
+        gain = gain + bonus[:, None]
+    return (torch.stack(shares, -1) * gain).sum(-1)
+
+
+def _check_returns(total: Tensor, horizon: int) -> None:
+    """Refuse returns ``[M', N, P']`` that are not finite; the message names the members."""
+    on_host = total.device.type == "cpu"
+
+    def error(found: Tensor) -> ValueError | None:
+        if on_host:  # a sum of finite values may overflow
+            found = (~torch.isfinite(total)).flatten(1).any(1)
+        members = found.nonzero().flatten().tolist()
+        if not members:
+            return None
+        return ValueError(
+            f"the imagined returns of member(s) {members} are not finite over a horizon of "
+            f"{horizon}: shorten it, or train the predictor on data like these states and actions"
+        )
+
+    refuse(~torch.isfinite(total.detach().flatten(1).sum(1)), error)

@@ -136,13 +136,13 @@ def recorded():
 @pytest.fixture
 def bf16_units(monkeypatch):
     """Pretend that this CPU multiplies bfloat16 faster, so that autocast is followed on any."""
-    monkeypatch.setattr("layeredrl_torchrl._precision._has_bf16_units", lambda: True)
+    monkeypatch.setattr("layeredrl_torchrl._precision._pays", lambda *_: True)
 
 
 @pytest.fixture
 def no_bf16_units(monkeypatch):
     """Pretend that it does not."""
-    monkeypatch.setattr("layeredrl_torchrl._precision._has_bf16_units", lambda: False)
+    monkeypatch.setattr("layeredrl_torchrl._precision._pays", lambda *_: False)
 
 
 @pytest.fixture(scope="session")

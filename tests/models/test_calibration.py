@@ -54,7 +54,7 @@ def test_predictions_use_it_in_units_of_the_target(kind, fc, tanh_net, recorded,
     after = ensemble.predict(*given)
     for i in (0, 1, 3):
         assert torch.equal(after[i], before[i])
-    unit = ensemble.target_normalizer.scale.tolist()
+    unit = ensemble.scaling.target.scale.tolist()
     for b, m, k, d in itertools.product(range(4), range(3), range(2), range(2)):
         raw = before[2][b, m, k, d].item() / unit[d]
         expected = corrected(raw, (0.3, -0.8)[d], (0.7, 1.2)[d], 0.4, m, 3) * unit[d]

@@ -22,7 +22,7 @@ def test_it_is_the_std_of_the_members_means_in_units_of_the_change(fc, recorded,
     mean, weights, _, _ = ensemble.predict(state, context, action)
     bonus = EnsembleDisagreement(ensemble, scale=2.0)(state, context, action)
     assert bonus.shape == (2, 4)
-    unit = ensemble.target_normalizer.scale.tolist()
+    unit = ensemble.scaling.target.scale.tolist()
     for i in range(2):
         for j in range(4):
             total = 0.0

@@ -217,7 +217,7 @@ def test_fit_statistics_sets_what_its_options_name(
         ("action", inputs_too),
         ("target", targets_too),
     ):
-        normalizer = getattr(ensemble, f"{name}_normalizer")
+        normalizer = getattr(ensemble.scaling, name)
         assert (normalizer.scale != 1).all().item() is fitted
         assert (normalizer.loc != 0).all().item() is fitted
 
@@ -226,7 +226,7 @@ def test_statistics_of_a_model_without_context(fc, recorded, transitions):
     ensemble, _ = recorded(fc, c=0)
     state, context, action, next_state = transitions(c=0)
     ensemble.fit_statistics(state, context, action, next_state)
-    assert (ensemble.state_normalizer.scale != 1).all()
+    assert (ensemble.scaling.state.scale != 1).all()
 
 
 # -- context and actions -------------------------------------------------------------------
@@ -370,12 +370,12 @@ def test_a_float64_ensemble_computes_in_float64(kind, fc, tanh_net, recorded, tr
     x, y, z = (
         normalizer(value)
         for normalizer, value in zip(
-            (ensemble.state_normalizer, ensemble.context_normalizer, ensemble.action_normalizer),
+            (ensemble.scaling.state, ensemble.scaling.context, ensemble.scaling.action),
             given,
             strict=True,
         )
     )
-    loc, scale = ensemble.target_normalizer.loc, ensemble.target_normalizer.scale
+    loc, scale = ensemble.scaling.target.loc, ensemble.scaling.target.scale
     for m, net in enumerate(nets):
         (one, one_std), _, _ = net.double()(x, y, z)
         expected = given[0].unsqueeze(-2) + one * scale + loc
@@ -396,7 +396,7 @@ def test_autocast_runs_the_products_in_bfloat16_and_keeps_states_in_float32(
         half = ensemble.predict(*given)
     assert half[0].dtype == torch.float32
     assert not torch.equal(half[0], full[0])
-    scale = ensemble.target_normalizer.scale
+    scale = ensemble.scaling.target.scale
     assert ((half[0] - full[0]).abs() < 0.1 * scale).all()
 
 

@@ -48,7 +48,7 @@ def fit(model):
 def naive_loss(model, batch, per_member):
     """One member and one row at a time: sums over members of mean NLL and mean BCE."""
     dynamics = termination = 0.0
-    loc, scale = model.target_normalizer.loc.tolist(), model.target_normalizer.scale.tolist()
+    loc, scale = model.scaling.target.loc.tolist(), model.scaling.target.scale.tolist()
     for m in range(model.n_models):
         rows = batch[m] if per_member else batch
         total = nll = bce = 0.0
@@ -64,7 +64,9 @@ def naive_loss(model, batch, per_member):
                 density = float(modes[m, 0, k])
                 for d in range(D):
                     # from the state back to the units that the networks predict in
-                    offset = loc[d] + (float(row["state"][d]) if model.predict_delta else 0.0)
+                    offset = loc[d] + (
+                        float(row["state"][d]) if model.scaling.predict_delta else 0.0
+                    )
                     mu = (float(mean[m, 0, k, d]) - offset) / scale[d]
                     sigma = float(std[m, 0, k, d]) / scale[d]
                     z = ((float(row["next", "state"][d]) - offset) / scale[d] - mu) / sigma

@@ -196,7 +196,7 @@ def test_every_option_reaches_its_part():
     predictor = factory(BOX, ACTION)
     assert predictor.rollout(torch.randn(3), torch.rand(2, 1)).shape == (3, 4, 2)
     assert predictor.model.n_modes == 2
-    assert not predictor.model.predict_delta
+    assert not predictor.model.scaling.predict_delta
     assert (predictor.predictor_loss.gamma, predictor.predictor_loss.k_steps) == (0.5, 2)
     assert predictor.tau == 0.01
     assert predictor.encoder.latent_state_dims.tolist() == [1, 2]

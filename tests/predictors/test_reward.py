@@ -249,9 +249,9 @@ def test_statistics_are_those_of_the_buffer(make_predictor, make_buffer, make_tr
 
     delta = data["next", "observation"] - data["observation"]
     for normalizer, sample in (
-        (predictor.model.state_normalizer, data["observation"]),
-        (predictor.model.action_normalizer, data["action"]),
-        (predictor.model.target_normalizer, delta),
+        (predictor.model.scaling.state, data["observation"]),
+        (predictor.model.scaling.action, data["action"]),
+        (predictor.model.scaling.target, delta),
         (predictor.rew_func.inputs, torch.cat([data["observation"], data["action"]], -1)),
         (predictor.val_func.inputs, data["observation"]),
         (predictor.target_val_func.inputs, data["observation"]),
@@ -265,7 +265,7 @@ def test_statistics_are_those_of_the_buffer(make_predictor, make_buffer, make_tr
 
 
 def statistics(predictor):
-    return {k: v.clone() for k, v in predictor.named_buffers() if "normalizer" in k}
+    return {k: v.clone() for k, v in predictor.named_buffers() if "scaling" in k}
 
 
 def refitted(predictor, buffer):

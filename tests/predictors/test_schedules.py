@@ -80,7 +80,7 @@ def test_statistics_are_taken_anew_when_it_is_over(make_predictor, make_transiti
 
     def mismatch():
         state, _ = predictor.encode(data["observation"])
-        return (predictor.model.state_normalizer.scale / state.std(0)).log().abs().max().item()
+        return (predictor.model.scaling.state.scale / state.std(0)).log().abs().max().item()
 
     predictor.learn(buffer, **LEARN | {"n_updates": 10, "n_total_env_steps": 0})
     assert mismatch() > 0.3
@@ -181,7 +181,7 @@ def test_the_reported_number_is_what_is_predicted_with(
     with torch.no_grad():
         log_prob = predictor.model.dist(rows).log_prob(rows["next", "state"])
     # from nats of the state to nats of the normalised change
-    expected = -(log_prob.mean() + predictor.model.target_normalizer.scale.log().sum()) / 2
+    expected = -(log_prob.mean() + predictor.model.scaling.target.scale.log().sum()) / 2
     assert info["holdout_nll"] == pytest.approx(expected.item(), rel=1e-4)
 
 

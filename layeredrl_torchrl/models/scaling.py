@@ -1,0 +1,174 @@
+"""The units that an ensemble's networks see and say."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layeredrl_torchrl._checks import check_finite, check_flag
+from layeredrl_torchrl.nets import Normalizer
+
+__all__ = ["InputUnits", "Scaling"]
+
+
+class InputUnits(NamedTuple):
+    """Inputs ``x [..., F, R]`` become ``clamp((x - loc) * factor, low, high)``.
+
+    The statistics are ``[F, 1]``.
+    """
+
+    loc: Tensor
+    factor: Tensor
+    low: Tensor | None  # None where nothing is clipped
+    high: Tensor | None
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The networks' inputs, and how far each lay beyond the range (``None`` if not clipped)."""
+        x = (x - self.loc).mul_(self.factor)
+        if self.low is None:
+            return x, None
+        inside = torch.clamp(x, self.low, self.high)
+        return inside, x - inside
+
+
+class Scaling(nn.Module):
+    """Standardises what networks are fed, and their targets; only :meth:`fit` changes it.
+
+    Args:
+        state_dim: ``D``.
+        context_dim: ``C``.
+        action_dim: ``A`` of continuous actions, 0 for choices, which stay as they are.
+        predict_delta: Whether the target is the change of the state, instead of the next state.
+        normalize_inputs: Whether inputs are standardised.
+        normalize_targets: Whether targets are.
+        clip_inputs: Whether standardised inputs are kept within the range of the data; where they
+            are standardised, by default.
+
+    Raises:
+        TypeError: Options that are no flags. ValueError: Clipped inputs without standardised ones.
+    """
+
+    def __init__(
+        self,
+        state_dim: int,
+        context_dim: int,
+        action_dim: int,
+        *,
+        predict_delta: bool = True,
+        normalize_inputs: bool = True,
+        normalize_targets: bool = True,
+        clip_inputs: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.predict_delta = check_flag("predict_delta", predict_delta)
+        self.normalize_inputs = check_flag("normalize_inputs", normalize_inputs)
+        self.normalize_targets = check_flag("normalize_targets", normalize_targets)
+        self.clip = normalize_inputs if clip_inputs is None else clip_inputs
+        if check_flag("clip_inputs", self.clip) and not normalize_inputs:
+            raise ValueError("clip_inputs=True has no effect without normalize_inputs=True")
+        self.state = Normalizer(state_dim, clip=self.clip)
+        self.context = Normalizer(context_dim, clip=self.clip)
+        self.action = Normalizer(action_dim, clip=self.clip)
+        self.target = Normalizer(state_dim)
+
+    def inputs(
+        self, state: Tensor, context: Tensor, action: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Standardise ``state [..., D]``, ``context [..., C]`` and, if continuous, ``action``."""
+        if not self.normalize_inputs:
+            return state, context, action
+        if self.action.loc.numel():
+            action = self.action(action)
+        if self.context.loc.numel():
+            context = self.context(context)
+        return self.state(state), context, action
+
+    def targets(self, state: Tensor, next_state: Tensor) -> Tensor:
+        """What the networks have to predict for transitions ``[..., D]``."""
+        return self.target(next_state - state if self.predict_delta else next_state)
+
+    def units(self, parts: list[str], n_plain: int) -> InputUnits | None:
+        """The units of inputs side by side, ``None`` where they are used as they are.
+
+        Args:
+            parts: Of ``"state"``, ``"context"`` and ``"action"``, in their order.
+            n_plain: How many inputs behind those stay what they are.
+        """
+        if not self.normalize_inputs:
+            return None
+        found = [getattr(self, part) for part in parts]
+
+        def column(name: str, plain: float) -> Tensor:
+            values = torch.cat([getattr(normalizer, name) for normalizer in found])
+            return F.pad(values, (0, n_plain), value=plain).unsqueeze(-1)
+
+        loc, factor = column("loc", 0.0), column("scale", 1.0).reciprocal()
+        if not self.clip:
+            return InputUnits(loc, factor, None, None)
+        return InputUnits(loc, factor, column("low", -torch.inf), column("high", torch.inf))
+
+    def check(self, state: Tensor, context: Tensor, action: Tensor, next_state: Tensor) -> None:
+        """Raise ``ValueError`` for transitions that :meth:`fit` cannot use."""
+        named = {"state": state, "context": context, "next_state": next_state}
+        if self.action.loc.numel():
+            named["action"] = action
+        for name, value in named.items():
+            if not len(value):
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)}: give at least one transition"
+                )
+            check_finite(name, value, hint="repair the data first")
+
+    @torch.no_grad()
+    def fit(self, state: Tensor, context: Tensor, action: Tensor, next_state: Tensor) -> None:
+        """Set the statistics from transitions ``[N, ...]``.
+
+        Raises:
+            ValueError: No transitions, another shape, or values that are not finite; nothing is
+                changed.
+
+        Warns:
+            UserWarning: Dimensions whose spread is that of a few readings far from all others.
+        """
+        self.check(state, context, action, next_state)
+        fits: list[tuple[str, Normalizer, Tensor]] = []
+        if self.normalize_inputs:
+            fits += [("state", self.state, state), ("context", self.context, context)]
+            if self.action.loc.numel():
+                fits.append(("action", self.action, action))
+        if self.normalize_targets:
+            # The difference is taken in the precision of the data.
+            target = next_state - state if self.predict_delta else next_state
+            name = "change of the state" if self.predict_delta else "next state"
+            fits.append((name, self.target, target))
+        for _, normalizer, x in fits:
+            normalizer.check(x)
+        for name, normalizer, x in fits:
+            normalizer.fit(x)
+            _warn_of_outliers(name, x, normalizer)
+
+
+def _warn_of_outliers(name: str, x: Tensor, normalizer: Normalizer) -> None:
+    """Warn of dimensions of ``x [N, n]`` in which a thousandth of the rows makes up the spread."""
+    n = len(x)
+    if n < 100 or not x.shape[1]:
+        return
+    distance = ((x - normalizer.loc) / normalizer.scale).abs()
+    n_far = max(1, n // 1000)
+    far = distance.topk(n_far + 1, dim=0).values
+    rest = (distance.square().sum(0) - far[:-1].square().sum(0)).clamp_min(0.0) / (n - n_far)
+    # Nearly all of the variance, and far beyond what comes next: no signal that is seldom on.
+    broken = (rest < 1e-2) & (far[-2] > 20.0 * far[-1].clamp_min(1e-6)) & (far[0] > 5.0)
+    found = broken.nonzero().flatten().tolist()
+    if found:
+        values = [f"{x[:, d][distance[:, d].argmax()].item():.4g}" for d in found]
+        warnings.warn(
+            f"{name}: {n_far} of {n} rows make up the spread of dimension(s) {found} (up to "
+            f"{', '.join(values)}); if these readings are broken, remove them from the data, since "
+            "all others look alike to the networks beside them",
+            stacklevel=4,
+        )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["Watch", "flush", "refuse", "watched"]
+__all__ = ["Watch", "flush", "is_at_once", "refuse", "watched"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -187,6 +187,13 @@ class Watch:
 
 
 _WATCH = Watch()
+
+
+def is_at_once(tensor: Tensor) -> bool:
+    """Whether the values of ``tensor`` can be looked at without waiting for a device."""
+    return tensor.device.type in _WATCH.at_once
+
+
 refuse = _WATCH.refuse
 watched = _WATCH.watched
 gather = _WATCH.gather

@@ -15,6 +15,7 @@ import traceback
 from contextlib import contextmanager
 
 import torch
+from tensordict import TensorDictParams
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -82,7 +83,17 @@ class Accelerator:
             for name, value in part._buffers.items():
                 if value is not None:
                     part._buffers[name] = self._there(value)
+            if isinstance(part, TensorDictParams):  # which keeps them in a TensorDict as well
+                with self.mode:
+                    part._param_td = part._param_td.apply(self._parameter, device=self.device)
+                part._reset_params()
         return module
+
+    def _parameter(self, value):
+        there = self._there(value)
+        if not isinstance(value, nn.Parameter):
+            return there
+        return nn.Parameter(there, requires_grad=value.requires_grad)
 
     def _there(self, value):
         with self.mode:

@@ -8,6 +8,8 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from layeredrl_torchrl._watch import is_at_once
+
 __all__ = ["Due"]
 
 Values = TypeVar("Values", Tensor, TensorDictBase)
@@ -26,7 +28,7 @@ class Due:
     def __init__(self, mask: Tensor) -> None:
         self.mask, self.index = mask, None
         self.everywhere = self.nowhere = False
-        if mask.device.type == "cpu":
+        if is_at_once(mask):
             n = int(mask.sum())
             self.nowhere, self.everywhere = n == 0, n == mask.numel()
             if not (self.nowhere or self.everywhere):

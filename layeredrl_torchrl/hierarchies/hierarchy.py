@@ -16,6 +16,7 @@ from torchrl.envs import EnvBase, TensorDictPrimer
 from layeredrl_torchrl._checks import check_finite, require
 from layeredrl_torchrl._primers import OnePrimer
 from layeredrl_torchrl._state import WholeState
+from layeredrl_torchrl._watch import watched
 from layeredrl_torchrl.checkpoints import SafeCheckpoint
 from layeredrl_torchrl.hierarchies.building import assemble, names
 from layeredrl_torchrl.hierarchies.control import ask, hand
@@ -130,6 +131,7 @@ class Hierarchy(OnePrimer, WholeState):
 
     # -- acting -----------------------------------------------------------------------------
 
+    @watched
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the action for ``[*B]``, what is held now, and below ``"next"`` the memories.

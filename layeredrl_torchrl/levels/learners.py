@@ -12,6 +12,7 @@ from torchrl.objectives import LossModule, SoftUpdate, ValueEstimators
 
 from layeredrl_torchrl._checks import check_number
 from layeredrl_torchrl._state import refuse_other_shapes
+from layeredrl_torchrl._watch import refuse
 
 __all__ = ["Learner"]
 
@@ -74,7 +75,8 @@ class Learner(nn.Module, ABC):
             The loss's terms, scalars without gradient.
 
         Raises:
-            ValueError: A loss that is not finite; nothing is changed.
+            ValueError: A loss that is not finite: on a CPU nothing is changed, on an accelerator it
+                is found by a later call.
             RuntimeError: A copy.
         """
         if self.optim is None or self._targets is None:
@@ -85,12 +87,15 @@ class Learner(nn.Module, ABC):
         terms = self.loss(batch)
         losses = [value for name, value in terms.items() if name.startswith("loss")]
         total = torch.stack(losses).sum()
-        if not bool(total.isfinite()):
-            raise ValueError(
-                f"the loss is {total.item()} (terms: "
-                f"{ {name: value.item() for name, value in terms.items()} }); nothing was updated: "
-                "lower the learning rate, or scale the rewards (a reward-scaling transform)"
+
+        def error(_: Tensor) -> ValueError:
+            found = {name: value.item() for name, value in terms.items()}
+            return ValueError(
+                f"the loss is {total.item()} (terms: {found}); lower the learning rate, or scale "
+                "the rewards (a reward-scaling transform)"
             )
+
+        refuse(~total.detach().isfinite(), error)
         self.optim.zero_grad()
         total.backward()
         self.optim.step()

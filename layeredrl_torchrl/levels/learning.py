@@ -16,6 +16,7 @@ from torchrl.record.loggers import Logger
 
 from layeredrl_torchrl._checks import check_flag, check_number, check_positive_int
 from layeredrl_torchrl._reporting import check_logger
+from layeredrl_torchrl._watch import is_at_once
 from layeredrl_torchrl.levels.level import Level
 from layeredrl_torchrl.levels.rows import collected, n_env_steps, without_cut
 from layeredrl_torchrl.levels.storing import make_buffer, select_stored, write
@@ -167,22 +168,21 @@ class LearningLevel(Level):
         """For copies: without what only learning needs."""
         return {**self.__dict__, "buffer": None, "logger": None}
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """As torch's, but counters stay where reading them waits for no device."""
-        counters = self.n_env_steps, self.updates_due
-        super()._apply(fn, recurse)
-        self.n_env_steps, self.updates_due = counters
-        return self
-
     @property
     def explores(self) -> bool:
         """Whether actions may be random now: in training, unless TorchRL asks for none."""
         return self.training and exploration_type() in (ExplorationType.RANDOM, None)
 
     @property
-    def warming_up(self) -> bool:
-        """Whether the initial random steps are still to be taken."""
-        return int(self.n_env_steps) < self.n_initial_random_steps
+    def warming_up(self) -> bool | Tensor:
+        """Whether the initial random steps are still to be taken, and nothing is planned.
+
+        On an accelerator, where asking would wait for the device, a tensor ``[]``.
+        """
+        if not self.n_initial_random_steps:
+            return False
+        counted = self.n_env_steps < self.n_initial_random_steps
+        return bool(counted) if is_at_once(counted) else counted
 
     # -- for subclasses ---------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from layeredrl_torchrl._checks import (
     require,
 )
 from layeredrl_torchrl._reporting import log_terms, updates
+from layeredrl_torchrl._watch import flush, watched
 from layeredrl_torchrl.levels.features import InputFeatures
 from layeredrl_torchrl.levels.learners import Learner
 from layeredrl_torchrl.levels.learning import LearningLevel, LearningOptions, spaces_of
@@ -165,6 +166,7 @@ class ModelFreeLevel(LearningLevel):
 
     # -- acting -----------------------------------------------------------------------------
 
+    @watched
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the action for ``[*B]``.
@@ -177,10 +179,14 @@ class ModelFreeLevel(LearningLevel):
         self.action_spec  # noqa: B018 - raises
         read = [require(tensordict, k, reader=self.name, hint=_HINT) for k in self.in_keys]
         check_finite("observation", read[0], hint="repair it in the environment")
-        if self.explores and self.warming_up:
-            action = self.random_actions(read[0].shape[:-1]).to(read[0].device)
+        batch, device = read[0].shape[:-1], read[0].device
+        random = self.explores and self.warming_up
+        if random is True:
+            action = self.random_actions(batch).to(device)
         else:
             action = self.learner.act(self._features(*read), explore=self.explores)
+        if isinstance(random, Tensor):
+            action = torch.where(random, self.random_actions(batch).to(device), action)
         return tensordict.set(self.action_key, action)
 
     def _features(
@@ -249,6 +255,7 @@ class ModelFreeLevel(LearningLevel):
             for name, value in terms.items():
                 totals[name] = totals[name] + value if name in totals else value
             counts.update(terms.keys())
+        flush()
         info = {name: float(total) / counts[name] for name, total in totals.items()}
         log_terms(self.logger, self.name, info, int(self.n_env_steps))
         return info | {"n_updates": float(n_updates)}

@@ -19,6 +19,7 @@ from layeredrl_torchrl._checks import (
     check_width,
     require,
 )
+from layeredrl_torchrl._watch import is_at_once, watched
 from layeredrl_torchrl.levels.learning import LearningLevel, LearningOptions, spaces_of
 from layeredrl_torchrl.levels.random_actions import RandomActions
 from layeredrl_torchrl.levels.rows import (
@@ -263,6 +264,7 @@ class PlannerLevel(LearningLevel):
 
     # -- acting -----------------------------------------------------------------------------
 
+    @watched
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the action for ``[*B]``, whether it is random, and what the next step needs.
@@ -275,41 +277,51 @@ class PlannerLevel(LearningLevel):
             "auto_register_policy_transforms=True)"
         )
         carried = require(tensordict, self.state_key, reader=self.name, hint=hint)
-        random, left = self._phases((carried - 1).clamp_min(0))
+        warming_up = self.explores and self.warming_up
+        random, left = self._phases((carried - 1).clamp_min(0), warming_up)
         if random is None:
             self.planner(tensordict)
             random = torch.zeros_like(left, dtype=torch.bool)
         else:
-            self._act_randomly(tensordict, random.squeeze(-1))
+            nothing_to_plan = warming_up is True or self.random_prob == 1.0
+            self._act_randomly(tensordict, random.squeeze(-1), nothing_to_plan)
         tensordict.set(self.random_action_key, random)
         tensordict.set(unravel_key(("next", self.state_key)), left + 1)
         return tensordict
 
-    def _phases(self, left: Tensor) -> tuple[Tensor | None, Tensor]:
+    def _phases(self, left: Tensor, warming_up: bool | Tensor) -> tuple[Tensor | None, Tensor]:
         """Which instances act randomly now, and their random steps left after it, ``[*B, 1]``.
 
         ``None`` stands for no instance.
         """
-        explores = self.explores
-        if explores and self.warming_up:
-            return torch.ones_like(left, dtype=torch.bool), torch.zeros_like(left)
-        if not explores or not self.random_prob:
-            return None, torch.zeros_like(left)
+        none_left = torch.zeros_like(left)
+        if warming_up is True:
+            return torch.ones_like(left, dtype=torch.bool), none_left
+        phases = self.explores and self.random_prob > 0.0
+        if not phases and warming_up is False:
+            return None, none_left
+        if not phases:
+            return warming_up | torch.zeros_like(left, dtype=torch.bool), none_left
         starts = torch.rand(left.shape, device=left.device) < self.random_prob
         left = torch.where(starts & (left == 0), self.random_duration, left)
+        if isinstance(warming_up, Tensor):
+            random = warming_up | (left > 0)
+            return random, torch.where(warming_up, none_left, (left - 1).clamp_min(0))
         return left > 0, (left - 1).clamp_min(0)
 
-    def _act_randomly(self, tensordict: TensorDictBase, random: Tensor) -> None:
+    def _act_randomly(
+        self, tensordict: TensorDictBase, random: Tensor, nothing_to_plan: bool
+    ) -> None:
         """Draw the actions of the instances ``random [*B]``, plan those of the others."""
         batch, planner = random.shape, self.planner
         read = [require(tensordict, k, reader=self.name, hint=_HINT) for k in planner.in_keys]
         action = self.random_actions(batch).to(random.device)
         memory = planner.forget(batch, random.device)
-        if not self._only_random:
+        if not nothing_to_plan:
             planned = ~random
             part = TensorDict(dict(zip(planner.in_keys, read, strict=True)), batch)
-            if random.device.type == "cpu":
-                # Reading the mask costs nothing here, so only what is needed is planned.
+            if is_at_once(random):
+                # Only what is needed is planned.
                 if bool(planned.any()):
                     part = planner(part[planned])
                     action[planned] = part.get(planner.action_key)
@@ -322,10 +334,6 @@ class PlannerLevel(LearningLevel):
         tensordict.set(planner.action_key, action)
         for key in memory.keys(True, True):
             tensordict.set(unravel_key(("next", key)), memory.get(key))
-
-    @property
-    def _only_random(self) -> bool:
-        return self.warming_up or self.random_prob == 1.0
 
     # -- learning ---------------------------------------------------------------------------
 

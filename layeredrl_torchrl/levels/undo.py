@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from layeredrl_torchrl._state import undone_on_error
 from layeredrl_torchrl.levels.level import Level
 from layeredrl_torchrl.levels.storing import Overwritten
 
@@ -23,16 +23,11 @@ def all_or_nothing(level: Level, n_rows: int) -> Iterator[None]:
         level: A level that may learn.
         n_rows: Rows that it may store, at most.
     """
-    state = copy.deepcopy(level.state_dict())
-    optim = level.optim
-    moments = {} if optim is None else copy.deepcopy(optim.state_dict())
     rows = None if level.buffer is None else Overwritten(level.buffer, n_rows)
-    try:
-        yield
-    except BaseException:
-        level.load_state_dict(state)
-        if optim is not None:
-            optim.load_state_dict(moments)
-        if rows is not None:
-            rows.put_back()
-        raise
+    with undone_on_error(*(one for one in (level, level.optim) if one is not None)):
+        try:
+            yield
+        except BaseException:
+            if rows is not None:
+                rows.put_back()
+            raise

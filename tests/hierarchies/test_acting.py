@@ -12,7 +12,7 @@ from torchrl.envs import RenameTransform, SerialEnv, TransformedEnv
 from torchrl.envs.utils import ExplorationType, check_env_specs, set_exploration_type
 from torchrl.modules.utils import get_primers_from_module
 
-from layeredrl_torchrl import Hierarchy
+from layeredrl_torchrl import Hierarchy, _watch
 
 ONE = Unbounded((1,))
 
@@ -64,6 +64,20 @@ def test_levels_act_only_where_they_are_due(three):
         assert len(own) <= level.n_rows <= len(own) + going_on
     assert hierarchy.levels[0].n_rows < hierarchy.levels[1].n_rows < 120
     assert hierarchy.levels[2].n_rows == 160
+
+
+@pytest.mark.parametrize("options", [{}, {"until": 3}])
+def test_on_an_accelerator_all_are_called_and_those_that_are_due_count(three, monkeypatch, options):
+    """Where counting who is due would wait for the device, a CPU's way is the twin."""
+    env, hierarchy = three(4, **options)
+    runs = []
+    for at_once in (("cpu",), ()):
+        monkeypatch.setattr(_watch._WATCH, "at_once", at_once)
+        env, _ = three(4)
+        env = TransformedEnv(env, hierarchy.make_tensordict_primer())
+        runs.append(env.rollout(30, hierarchy, break_when_any_done=False))
+    assert runs[0]["next", "done"].any()
+    assert (runs[0] == runs[1]).all()
 
 
 def test_maps_hide_what_is_left_out(toy):

@@ -74,7 +74,7 @@ POLICIES = {
     "planner": lambda: planner_level(OBS, ACTIONS),
     "planner and random phases": lambda: planner_level(OBS, ACTIONS, random_prob=0.3),
     "planner of choices": lambda: planner_level(OBS, OneHot(3), random_prob=0.3),
-    "always random": lambda: planner_level(OBS, ACTIONS, random_prob=1.0),
+    "always random": lambda: calm(random_prob=1.0),
     "SAC": lambda: model_free_level(OBS, ACTIONS),
     "SAC with input": lambda: model_free_level(OBS, ACTIONS, input_spec=Categorical(3), duration=3),
     "DQN": lambda: model_free_level(OBS, OneHot(3), learner=DQNLearner),

@@ -244,5 +244,7 @@ def _size(value: Any) -> int:
         return sum(map(_size, value))
     if isinstance(value, str | bytes):
         return 2 * len(value) + 64
+    if value is None or isinstance(value, int | float):
+        return 64
     state = getattr(value, "state_dict", None)
     return _BLOCK + (_size(state()) if callable(state) else 0)

@@ -18,7 +18,7 @@ def product_dtype(device: torch.device, dtype: torch.dtype, rows: int, width: in
     oneDNN with AVX512), and one with AVX512_BF16 or AMX two to four times as fast, so products of
     about ``rows`` rows and ``width`` columns are timed once in a process.
     """
-    if not torch.is_autocast_enabled(device.type):
+    if not _is_on(device):
         return dtype
     low = torch.get_autocast_dtype(device.type)
     return low if _pays(device, low, rows, width) else dtype
@@ -28,7 +28,7 @@ def worthwhile_autocast(
     device: torch.device, rows: int, width: int
 ) -> AbstractContextManager[object]:
     """Leave ``torch.autocast`` as it is where it saves time, and switch it off elsewhere."""
-    if not torch.is_autocast_enabled(device.type):
+    if not _is_on(device):
         return nullcontext()
     if _pays(device, torch.get_autocast_dtype(device.type), rows, width):
         return nullcontext()
@@ -37,9 +37,15 @@ def worthwhile_autocast(
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Switches ``torch.autocast`` off; nothing where it is off, which takes no time."""
-    if torch.is_autocast_enabled(device.type):
+    if _is_on(device):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def _is_on(device: torch.device) -> bool:
+    """Whether autocast is on; some devices (``"meta"``) have none."""
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _pays(device: torch.device, low: torch.dtype, rows: int, width: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from torchrl.envs import TensorDictPrimer
 from torchrl.modules.planners.common import MPCPlannerBase
 
 from layeredrl_torchrl._checks import check_callable, check_flag, check_instance, require
-from layeredrl_torchrl._graphs import GraphCache
 from layeredrl_torchrl._watch import watched
 from layeredrl_torchrl.imagination import PredictorEnv
+from layeredrl_torchrl.models.graphs import Graphs
+from layeredrl_torchrl.nets import StackedProbFCDynamics
 from layeredrl_torchrl.optimizers import Optimizer, Solution
 from layeredrl_torchrl.planners.proposals import Proposal
 from layeredrl_torchrl.planners.return_modes import ReturnMode, best_plan, find_return_mode
@@ -127,7 +128,7 @@ class PredictorPlanner(MPCPlannerBase):
         self.risk = Mean() if risk is None else risk
         self.proposal = proposal
         self.callback = callback
-        self._graphs: GraphCache | None = None
+        self._graphs: Graphs | None = None
         self.action_key = unravel_key(action_key)
         self.plan_key = unravel_key(plan_key)
         below = plan_key if isinstance(plan_key, tuple) else (plan_key,)
@@ -149,23 +150,28 @@ class PredictorPlanner(MPCPlannerBase):
         """Compile what is imagined, and with ``cudagraphs`` replay whole searches as CUDA graphs.
 
         The first plan of each batch shape then compiles and captures, which takes some seconds, in
-        each process. The plans are worth the same; on an accelerator the same noise and seed give
-        the same numbers but for rounding. Values that are not finite are reported one plan later.
+        each process. The plans are worth the same; the same seed gives other random numbers. On a
+        GPU, values that are not finite are reported one plan later.
 
         Args:
-            cudagraphs: Capture the search, one graph for each batch shape. Needs networks, a
-                reward, a risk measure and a return mode that do not wait for the device (no
-                ``item()``, no ``if`` on a tensor). The callback and the proposal stay outside. On
-                a CPU nothing is captured.
-            **options: Of ``torch.compile``, as ``predictor.model.compile`` takes them.
+            cudagraphs: On a GPU, capture each search as a CUDA graph, once for each batch shape,
+                and replay it. A reward, bonus, risk measure or return mode of your own is captured
+                along: it must not wait for the GPU (``item()``, an ``if`` on a tensor), and runs in
+                Python only when it is captured. The callback and the proposal stay outside. On a
+                CPU this changes nothing.
+            **options: Of ``torch.compile``, for example ``dynamic=False``, for the built-in members
+                of an ensemble and for a reward that is a module; other networks are captured as
+                they are.
 
         Raises:
-            TypeError: A flag of another kind; a model that cannot be compiled.
+            TypeError: A ``cudagraphs`` that is no flag.
         """
-        self._graphs = GraphCache() if check_flag("cudagraphs", cudagraphs) else None
-        self.predictor.model.compile(**options)
-        if isinstance(self.predictor.rew_func, nn.Module):
-            self.predictor.rew_func.compile(**options)
+        self._graphs = Graphs() if check_flag("cudagraphs", cudagraphs) else None
+        model, reward = self.predictor.model, self.predictor.rew_func
+        if isinstance(getattr(model, "members", None), StackedProbFCDynamics):
+            model.compile(**options)
+        if isinstance(reward, nn.Module):
+            reward.compile(**options)
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
         """The transform that carries the memory from step to step and clears it at resets."""
@@ -226,19 +232,13 @@ class PredictorPlanner(MPCPlannerBase):
         """
         obs, memory = self._read(tensordict)
         state, context = self.predictor.encode(obs)
-        given = {"state": state, "context": context}
-        given |= {("memory", key): memory.get(key) for key in memory.keys()}
-        if noise is not None:
-            given["noise"] = noise
+        proposals = None
         if self.proposal is not None:
-            given["proposals"] = self.proposal(state, context, self.optimizer.horizon)
+            proposals = self.proposal(state, context, self.optimizer.horizon)
         if self._graphs is None:
-            found = self._search(given)
+            actions, solution = self._search(state, context, memory, noise, proposals)
         else:
-            found = self._graphs.run(self._search, given, self._state_key())
-        actions = found.pop("actions")
-        left = {key[1]: found.pop(key) for key in list(found) if isinstance(key, tuple)}
-        solution = Solution(**found, memory=TensorDict(left, state.shape[:-1], device=state.device))
+            actions, solution = self._replay(self._graphs, state, context, memory, noise, proposals)
         if self.callback is not None:
             # What is drawn for the callback must not change what is drawn afterwards.
             devices = [state.device] if state.device.type == "cuda" else []
@@ -253,22 +253,15 @@ class PredictorPlanner(MPCPlannerBase):
                 )
         return actions, solution
 
-    def _state_key(self) -> Hashable:
-        """What a captured search depends on beside its inputs: which tensors and which parts."""
-        predictor = self.predictor
-        parts = (predictor.rew_func, predictor.terminal_value, self.risk, self.return_mode)
-        tensors = (*predictor.parameters(), *predictor.buffers(), *self.optimizer.buffers())
-        members = getattr(predictor.model, "predicting_members", None)
-        return (
-            predictor.training,
-            id(self.options),
-            *map(id, (*parts, members)),
-            *(tensor.data_ptr() for tensor in tensors),
-        )
-
-    def _search(self, given: dict[Any, Tensor]) -> dict[Any, Tensor]:
-        """Search from what :meth:`plan` has read; a function of tensors."""
-        state, context = given["state"], given["context"]
+    def _search(
+        self,
+        state: Tensor,
+        context: Tensor,
+        memory: TensorDictBase,
+        noise: Tensor | None,
+        proposals: Tensor | None,
+    ) -> tuple[Tensor, Solution]:
+        """The plan and the solution that it is from; a function of tensors."""
         batch = state.shape[:-1]
 
         def cost(candidates: Tensor) -> Tensor:
@@ -277,18 +270,52 @@ class PredictorPlanner(MPCPlannerBase):
             returns = self.predictor.returns(*starts, self._form(candidates), self.options)
             return -self.risk(returns)
 
-        memory = {key[1]: value for key, value in given.items() if isinstance(key, tuple)}
-        solution = self.optimizer.optimize(
-            cost, TensorDict(memory, batch), given.get("noise"), given.get("proposals")
+        entries = {key: memory.get(key) for key in memory.keys()}
+        solution = self.optimizer.optimize(cost, TensorDict(entries, batch), noise, proposals)
+        return self._form(self.return_mode(solution)), solution
+
+    def _replay(
+        self,
+        graphs: Graphs,
+        state: Tensor,
+        context: Tensor,
+        memory: TensorDictBase,
+        noise: Tensor | None,
+        proposals: Tensor | None,
+    ) -> tuple[Tensor, Solution]:
+        """:meth:`_search` as a CUDA graph, where there is a GPU."""
+        batch, kept = state.shape[:-1], list(memory.keys())
+        optional = [x for x in (noise, proposals) if x is not None]
+
+        def search(*inputs: Tensor) -> tuple[Tensor, ...]:
+            state, context, *rest = inputs
+            own = {key: rest.pop(0) for key in kept}
+            actions, found = self._search(
+                state,
+                context,
+                TensorDict(own, batch),
+                None if noise is None else rest.pop(0),
+                None if proposals is None else rest.pop(0),
+            )
+            left = (found.memory.get(key) for key in kept)
+            return (actions, found.mean, found.best, found.best_cost, found.random, *left)
+
+        predictor = self.predictor
+        parts = (predictor.rew_func, predictor.terminal_value, self.risk, self.return_mode)
+        name = (
+            "plan",
+            predictor.training,
+            *map(id, (self.options, *parts)),
+            noise is None,
+            proposals is None,
         )
-        found = {
-            "actions": self._form(self.return_mode(solution)),
-            "mean": solution.mean,
-            "best": solution.best,
-            "best_cost": solution.best_cost,
-            "random": solution.random,
-        }
-        return found | {("memory", key): value for key, value in solution.memory.items()}
+        modules = (predictor, self.optimizer, self.options.exploration_bonus)
+        reads = [x for m in modules if isinstance(m, nn.Module) for x in _tensors(m)]
+        inputs = (state, context, *(memory.get(key) for key in kept), *optional)
+        actions, mean, best, best_cost, random, *left = graphs.run(name, search, inputs, reads)
+        entries = dict(zip(kept, left, strict=True))
+        after = TensorDict(entries, batch, device=state.device)
+        return actions, Solution(mean, best, best_cost, random, after)
 
     def _first(self, actions: Tensor, solution: Solution) -> Tensor:
         return self._action_form.project(actions.select(solution.memory.ndim, 0))
@@ -326,3 +353,9 @@ class PredictorPlanner(MPCPlannerBase):
             hint="give what planner.forget() gives",
         )
         return obs, memory
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """All that a module computes with."""
+    yield from module.parameters()
+    yield from module.buffers()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrl.envs import ExplorationType, set_exploration_type
 
 from layeredrl_torchrl._checks import check_positive_int
-from layeredrl_torchrl.imagination import PredictorEnv
+from layeredrl_torchrl.imagination.members import step_by_mean
 from layeredrl_torchrl.predictors import Predictor
 
 __all__ = ["PolicyProposal", "Proposal"]
@@ -62,7 +62,7 @@ class PolicyProposal:
             )
         self.policy = policy
         self.n = check_positive_int("n", n)
-        self._env = PredictorEnv(predictor)
+        self._predictor = predictor
 
     @torch.no_grad()
     def __call__(self, state: Tensor, context: Tensor, horizon: int) -> Tensor:
@@ -76,19 +76,16 @@ class PolicyProposal:
         self, state: Tensor, context: Tensor, n: int, horizon: int, how: ExplorationType
     ) -> Tensor:
         """``[*B, n, H, A]`` of ``n`` episodes from each start."""
-        state_key, context_key, action_key = self._env.predictor.model.in_keys
+        model = self._predictor.model
+        state_key, context_key, action_key = model.in_keys
         shape = (*state.shape[:-1], n)
-        starts = {
-            key: value.unsqueeze(-2).expand(*shape, value.shape[-1])
-            for key, value in ((state_key, state), (context_key, context))
-        }
+        state, context = (x.unsqueeze(-2).expand(*shape, x.shape[-1]) for x in (state, context))
+        actions: list[Tensor] = []
+        # Not by env.rollout, whose resets ask the device whether anything is done.
         with set_exploration_type(how):
-            data = self._env.rollout(
-                horizon,
-                self.policy,
-                auto_reset=False,
-                break_when_any_done=False,
-                tensordict=self._env.reset(TensorDict({}, shape)).update(starts),
-            )
-        actions: Tensor = data.get(action_key)
-        return actions
+            for h in range(horizon):
+                if h:
+                    state, _ = step_by_mean(model, state, context, actions[-1])
+                td = TensorDict({state_key: state, context_key: context}, shape)
+                actions.append(self.policy(td).get(action_key))
+        return torch.stack(actions, len(shape))

@@ -25,6 +25,8 @@ NAME = "pretended"
 _setup_privateuseone_for_python_backend(NAME)
 getattr(torch, NAME).synchronize = lambda *_: None  # as TorchRL's collectors ask for
 
+getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
+
 _MADE_UP = {torch.bool: True, torch.int64: 1}
 
 
@@ -75,6 +77,11 @@ class Accelerator:
     def move(self, module):
         """A copy of a module whose parameters and buffers are there."""
         module = copy.deepcopy(module)
+        for part in list(module.modules()):
+            for name, child in part._modules.items():
+                if isinstance(child, TensorDictParams):
+                    values = child.data.apply(lambda x: nn.Parameter(self._there(x)))
+                    part._modules[name] = TensorDictParams(values, no_convert=True)
         for part in module.modules():
             for name, value in part._parameters.items():
                 if value is not None:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from layeredrl_torchrl._checks import check_finite
+from layeredrl_torchrl._watch import refuse
 from layeredrl_torchrl.models.mixture import GaussianMixture
 
 __all__ = ["NO_DENSITY", "mixture_log_prob"]
@@ -45,20 +47,24 @@ def mixture_log_prob(
                 raise ValueError(
                     f"transform has shape {tuple(transform.shape)}, expected [D', {dim}]"
                 )
-            difference = difference @ transform.to(difference.dtype).mT
+            check_finite("transform", transform, hint="repair it first")
+            difference = difference @ transform.to(difference).mT
         else:
             difference = transform(difference)
     if std is not None:
-        fixed = torch.as_tensor(std, dtype=difference.dtype, device=difference.device)
-        if not bool((fixed > 0).all()):
-            raise ValueError(f"std must be positive, got {std}")
+        if isinstance(std, Tensor):
+            fixed = std.to(difference)
+        else:
+            fixed = difference.new_full((), float(std))
+        wrong = ~((fixed > 0) & fixed.isfinite()).all()
+        refuse(wrong, lambda _: ValueError(f"std must be positive and finite, got {std}"))
         if fixed.ndim > 1 or fixed.numel() not in (1, difference.shape[-1]):
             raise ValueError(
                 f"std has shape {tuple(fixed.shape)}, expected a number or [{difference.shape[-1]}]"
             )
         scale = fixed.expand_as(difference)
-    elif not bool((scale > 0).all()):
-        raise ValueError(NO_DENSITY)
+    else:
+        refuse(~(scale > 0).all(), lambda _: ValueError(NO_DENSITY))
     mixture = GaussianMixture(
         torch.zeros_like(difference).flatten(-3, -2),
         scale.flatten(-3, -2),

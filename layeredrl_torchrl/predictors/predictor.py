@@ -19,7 +19,6 @@ from layeredrl_torchrl._watch import watched
 from layeredrl_torchrl.models import Model, Propagation
 from layeredrl_torchrl.nets import Encoder
 from layeredrl_torchrl.predictors.returns import ReturnOptions, imagined_returns
-from layeredrl_torchrl.specs import canonical_action
 
 __all__ = ["Predictor"]
 
@@ -156,7 +155,7 @@ class Predictor(WholeState):
         """Value ``[*B]`` of ``obs [*B, obs]``, given ``act`` where the function depends on it."""
         state, context = self.encode(obs)
         if act is not None:
-            act = canonical_action(self.model.action_spec, act, state.shape[:-1])
+            act = self.model.action_form(act, state.shape[:-1])
         value = self.need("val_func")(state, context, act)
         return check_per_item("val_func", value, state.shape[:-1])
 
@@ -172,7 +171,7 @@ class Predictor(WholeState):
 
     def _reward(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
         """Reward ``[*B]``, with the action checked and in the form of its spec."""
-        action = canonical_action(self.model.action_spec, action, state.shape[:-1])
+        action = self.model.action_form(action, state.shape[:-1])
         reward = self.need("rew_func")(state, context, action)
         return check_per_item("rew_func", reward, state.shape[:-1])
 

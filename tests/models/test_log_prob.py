@@ -212,11 +212,12 @@ def test_a_transform_needs_a_std(transform, fc, recorded):
 
 
 @pytest.mark.parametrize(
-    "std", [0.0, -1.0, math.nan, torch.tensor([1.0, 0.0, 1.0]), torch.tensor([1.0, -2.0, 1.0])]
+    "std",
+    [0.0, -1.0, math.nan, math.inf, torch.tensor([1.0, 0.0, 1.0]), torch.tensor([1.0, -2.0, 1.0])],
 )
 def test_a_std_that_is_not_positive_is_refused(std, fc, recorded):
     ensemble, _ = recorded(fc)
-    with pytest.raises(ValueError, match="std must be positive, got"):
+    with pytest.raises(ValueError, match="std must be positive and finite, got"):
         ensemble.get_log_prob(*inputs((4,)), std=std)
 
 

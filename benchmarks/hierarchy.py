@@ -39,6 +39,10 @@ class Config:
     """Steps of a block."""
     blocks: int = 20
     """Blocks that a median is taken over."""
+    device: str = "cpu"
+    """Where it acts; the environments are there, too."""
+    threads: int = 1
+    """Threads that torch may use."""
 
 
 class Still(EnvBase):
@@ -140,7 +144,8 @@ def touching(config: Config) -> float:
 
 
 def main(config: Config) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(config.threads)
+    torch.set_default_device(config.device)
     runs = {}
     for name, spread in (("together", False), ("each at its own time", True)):
         lower = make_lower()
@@ -163,4 +168,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

@@ -30,17 +30,17 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 PENDULUM = "--task InvertedPendulum-v5 --n-envs 2 --eval-episodes 1"
 PLANS = "--horizon 2 --n-samples 20 --n-models 2 --hidden-size 8"
 OPTIONS = {
-    "planning_with_model": f"{PENDULUM} {PLANS} --total-env-steps 500 --random-steps 100 "
-    "--steps-per-batch 50 --steps-per-checkpoint 100 --updates-per-step 0.1",
-    "learn_to_control": f"{PENDULUM} {PLANS} --total-env-steps 500 --random-steps 100 "
-    "--steps-per-batch 50 --steps-per-checkpoint 100 --updates-per-step 0.1 --random-prob 0.1",
-    "dyna_sac": f"{PENDULUM} --total-env-steps 200 --random-steps 60 --steps-per-batch 20 "
-    "--steps-per-checkpoint 40 --updates-per-step 0.3 --batch-size 16 --hidden-size 8 --horizon 3",
-    "skill_hierarchy": f"{PLANS} --n-envs 2 --total-env-steps 800 --skill-steps 400 --duration 5 "
+    "planning_with_model": f"{PENDULUM} {PLANS} --total-env-steps 300 --random-steps 100 "
+    "--steps-per-batch 50 --steps-per-checkpoint 50 --updates-per-step 0.1",
+    "learn_to_control": f"{PENDULUM} {PLANS} --total-env-steps 300 --random-steps 100 "
+    "--steps-per-batch 50 --steps-per-checkpoint 50 --updates-per-step 0.1 --random-prob 0.1",
+    "dyna_sac": f"{PENDULUM} --total-env-steps 120 --random-steps 40 --steps-per-batch 20 "
+    "--steps-per-checkpoint 20 --updates-per-step 0.3 --batch-size 16 --hidden-size 8 --horizon 3",
+    "skill_hierarchy": f"{PLANS} --n-envs 2 --total-env-steps 500 --skill-steps 300 --duration 5 "
     "--steps-per-batch 100 --steps-per-checkpoint 100 --eval-episodes 2 "
     "--sac-updates-per-step 0.1 --model-updates-per-action 0.2 --symmetry-breaking-steps 300",
-    "train_with_trainer": "--task InvertedPendulum-v5 --total-env-steps 1000 --steps-per-batch 100 "
-    "--steps-per-checkpoint 150 --held-out-steps 200 --updates-per-batch 20 --batch-size 32 "
+    "train_with_trainer": "--task InvertedPendulum-v5 --total-env-steps 600 --steps-per-batch 100 "
+    "--steps-per-checkpoint 50 --held-out-steps 100 --updates-per-batch 20 --batch-size 32 "
     "--n-models 2 --hidden-size 8",
 }
 

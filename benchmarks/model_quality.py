@@ -1,7 +1,7 @@
 """How good an ensemble's predictions are: likelihood, error and calibration on unseen transitions.
 
     python benchmarks/model_quality.py                         # HalfCheetah-v5 and Hopper-v5
-    python benchmarks/model_quality.py --envs Walker2d-v5 --seeds 3 4 --split episodes
+    python benchmarks/model_quality.py --tasks Walker2d-v5 --seeds 3 4 --split episodes
 
 10,000 training and 4,000 test transitions of a random policy that keeps its last action with
 probability 1/2: one stream of 14,000, split at random, or (`--split episodes`) 10,000 and, from
@@ -49,7 +49,7 @@ LEVELS = torch.arange(1, 20) / 20
 class Config:
     """Options of the benchmark."""
 
-    envs: tuple[str, ...] = ("HalfCheetah-v5", "Hopper-v5")
+    tasks: tuple[str, ...] = ("HalfCheetah-v5", "Hopper-v5")
     """Tasks to score."""
     seeds: tuple[int, ...] = (0, 1)
     """Seeds of data and training; test data has another."""
@@ -61,7 +61,9 @@ class Config:
     """Test transitions."""
     n_updates: int = 3_000
     """Gradient steps."""
-    threads: int = 2
+    device: str = "cpu"
+    """Where it is learned."""
+    threads: int = 1
     """Threads that torch may use."""
 
 
@@ -185,16 +187,17 @@ def main(config: Config) -> None:
         f"{'task':26} {'NLL/dim':>8} {'joint':>8} {'RMSE':>6} {'ECE':>6} {'by dim':>6}  |"
         f"{'NLL@10':>8} {'RMSE':>6} {'ECE':>6} {'by dim':>6}  | {'ms/update':>9}"
     )
-    for name in config.envs:
+    for name in config.tasks:
         for seed in config.seeds:
             train, test, stretches = make_data(name, config, seed)
             torch.manual_seed(seed)
-            predictor = make_predictor(train, gym.make(name).action_space)
+            predictor = make_predictor(train, gym.make(name).action_space).to(config.device)
             buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(config.n_train))
             buffer.extend(train)
             start = time.perf_counter()
             predictor.learn(buffer, config.n_updates, 256, 256, config.n_train)
             ms = (time.perf_counter() - start) / config.n_updates * 1e3
+            predictor.cpu()
             unit = (train["next", "observation"] - train["observation"]).std(0)
             nll, joint, rmse, ece, by_dim = one_step(predictor, test, unit)
             far = ten_steps(predictor, stretches)

@@ -55,7 +55,7 @@ class Config:
 
     repeats: int = 15
     """Runs that a median is taken over."""
-    threads: int = 2
+    threads: int = 1
     """Threads that torch may use."""
     device: str = "cpu"
     """Where to run."""

@@ -62,7 +62,9 @@ class Config:
     """Updates of a call."""
     rows: tuple[int, ...] = (20_000, 200_000, 2_000_000)
     """Stored steps to compare; the first is that of the other tables."""
-    threads: int = 2
+    device: str = "cpu"
+    """Where it is learned."""
+    threads: int = 1
     """Threads that torch may use."""
 
 
@@ -93,7 +95,7 @@ def make_buffer(n_rows: int, folder: str) -> TensorDictReplayBuffer:
 
 
 def make_predictor(
-    n_modes: int, k_steps: int, n_steps: int, *, compiled: bool = False
+    n_modes: int, k_steps: int, n_steps: int, *, device: str, compiled: bool = False
 ) -> RewardPredictor:
     torch.manual_seed(0)
     action = Bounded(-1.0, 1.0, (ACTION,))
@@ -113,7 +115,7 @@ def make_predictor(
         latent_state_dim=STATE,
         k_steps=k_steps,
         n_steps=n_steps,
-    )
+    ).to(device)
     if compiled:
         predictor.model_loss.compile()
         predictor.predictor_loss.compile()
@@ -198,13 +200,18 @@ def breakdown(config: Config, predictor: RewardPredictor, buffer: TensorDictRepl
 def main(config: Config) -> None:
     """Print the tables."""
     torch.set_num_threads(config.threads)
-    print(f"torch {torch.__version__}, {config.threads} threads; milliseconds an update")
+    where = f"{config.threads} threads, {config.device}"
+    print(f"torch {torch.__version__}, {where}; milliseconds an update")
+    build = partial(make_predictor, device=config.device)
     with tempfile.TemporaryDirectory() as folder:
         buffers = {n: make_buffer(n, f"{folder}/{n}") for n in config.rows}
         first = buffers[config.rows[0]]
-        predictors = {name: make_predictor(**options) for name, (_, options) in CASES.items()}
+        predictors = {
+            name: make_predictor(**options, device=config.device)
+            for name, (_, options) in CASES.items()
+        }
         compiled = {
-            f"{name} compiled": make_predictor(**options, compiled=True)
+            f"{name} compiled": build(**options, compiled=True)
             for name, (_, options) in CASES.items()
         }
         ms = medians(config, {name: (p, first) for name, p in (predictors | compiled).items()})
@@ -215,7 +222,7 @@ def main(config: Config) -> None:
                 f"{bar:.1f}; LayeredRL {theirs:.1f}, {theirs / ms[name]:.1f} times ours)"
             )
             breakdown(config, predictors[name], first)
-        growing = {str(n): (make_predictor(**CASES["a"][1]), b) for n, b in buffers.items()}
+        growing = {str(n): (build(**CASES["a"][1]), b) for n, b in buffers.items()}
         ms = medians(config, growing)
         print("(a) with this many stored steps:")
         for n, value in ms.items():

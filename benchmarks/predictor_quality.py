@@ -44,7 +44,7 @@ GAMMA = 0.99
 class Config:
     """Options of the benchmark."""
 
-    env: str = "HalfCheetah-v5"
+    task: str = "HalfCheetah-v5"
     """Task to learn; episodes of 1,000 steps."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of data and training."""
@@ -54,7 +54,9 @@ class Config:
     """Gradient steps."""
     steps_left: int = 300
     """Steps that must be left in the episode for a return to be compared."""
-    threads: int = 2
+    device: str = "cpu"
+    """Where it is learned."""
+    threads: int = 1
     """Threads that torch may use."""
     progress: bool = False
     """Show a bar while learning."""
@@ -126,15 +128,15 @@ def main(config: Config) -> None:
         f"{'(learned)':>10} {'ms/update':>10}"
     )
     for seed in config.seeds:
-        train, test = split(collect(config.env, config.n_steps, seed))
+        train, test = split(collect(config.task, config.n_steps, seed))
         torch.manual_seed(seed)
-        predictor = make_predictor(train, gym.make(config.env).action_space)
+        predictor = make_predictor(train, gym.make(config.task).action_space).to(config.device)
         buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(len(train)))
         buffer.extend(train)
         start = time.perf_counter()
         predictor.learn(buffer, config.n_updates, 256, 256, len(train), progress=config.progress)
         ms = (time.perf_counter() - start) / config.n_updates * 1e3
-        predictor.eval()
+        predictor.cpu().eval()
         inside = covered(train, test)
         print(
             f"{seed:4} {reward_r2(predictor, test):10.4f} "

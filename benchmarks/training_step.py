@@ -35,7 +35,7 @@ class Config:
 
     repeats: int = 80
     """Runs that a median is taken over."""
-    threads: int = 2
+    threads: int = 1
     """Threads that torch may use."""
     device: str = "cpu"
     """Where to run."""

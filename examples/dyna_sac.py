@@ -90,7 +90,7 @@ class Agent:
         self.config, self.total = config, total
         dims = {"latent_state_dims": task.state_dims, "context_dims": task.context_dims}
         encoder = partial(lt.FixedEncoderNet, **dims)
-        self.encoder = encoder((task.observation_dim,))
+        self.encoder = encoder((task.observation_dim,)).to(config.device)
         self.loss = make_loss(config, task, env)
         self.policy = TensorDictSequential(self.encoder, self.loss.actor_network)
         losses = (self.loss.qvalue_v2_loss, self.loss.actor_loss)
@@ -99,8 +99,8 @@ class Agent:
         self.critic_loss, self.actor_loss = losses
         self.target = SoftUpdate(self.loss, tau=0.01)
         self.optim = torch.optim.Adam(self.loss.parameters(), lr=1e-3, fused=True)
-        # Room for more steps, as a run may be resumed with more.
-        self.real = TensorDictReplayBuffer(storage=LazyTensorStorage(max(total, 100_000), ndim=2))
+        store = partial(LazyTensorStorage, device=config.device)
+        self.real = TensorDictReplayBuffer(storage=store(max(total, 100_000), ndim=2))
         # A model that has seen little leads HalfCheetah onto its back, where it stays.
         n_random = total // 4 if config.random_steps is None else config.random_steps
         self.counts = {"steps": 0, "updates": 0, "random_steps": n_random}
@@ -111,16 +111,16 @@ class Agent:
             options |= {"hidden_sizes": (config.hidden_size,) * 2, "partial_encoder": encoder}
             spaces = env.observation_spec_unbatched, env.action_spec_unbatched
             self.predictor = lt.PredictorFactory(**options)(*spaces).to(config.device)
-            # Older imagined steps were met by older policies and models.
-            self.imagined = TensorDictReplayBuffer(storage=LazyTensorStorage(100_000))
+            self.imagined = TensorDictReplayBuffer(storage=store(100_000))
             self.parts |= {"predictor": self.predictor, "imagined": self.imagined}
             self.parts["model_optim"] = self.predictor.optim
 
     def learn(self, data: TensorDictBase) -> dict[str, float]:
         """Store real experience `[env, T]`, then update the model, imagine, and update SAC."""
         config, counts, n_steps = self.config, self.counts, data.numel()
+        data = data.to(config.device)
         self.encoder(data), self.encoder(data["next"])
-        data["steps_to_next_obs"] = torch.ones(data.shape, dtype=torch.int64)
+        data["steps_to_next_obs"] = torch.ones_like(data["next", "done"][..., 0], dtype=torch.int64)
         self.real.extend(data.select(*REAL_KEYS, strict=False))
         counts["steps"] += n_steps
         if counts["steps"] < counts["random_steps"]:
@@ -155,7 +155,7 @@ class Agent:
         for count in (min(100, n - start) for start in range(0, n, 100)):
             drawn = [(vars(self)[name].sample(count * k), k) for name, k in shares.items() if k]
             parts = [data.select(*KEYS).reshape(count, k) for data, k in drawn]
-            yield from torch.cat(parts, 1).to(self.config.device).unbind(0)
+            yield from torch.cat(parts, 1).unbind(0)
 
     def update(self, batch: TensorDictBase) -> TensorDict:
         """One gradient step of the critics, and of the actor if it is its turn."""

@@ -127,7 +127,8 @@ def main(config: Config) -> None:
         predictor = make_predictor(config, env)
         planner = make_planner(config, predictor)
         size = max(total, 100_000)  # a run may be resumed with more steps
-        buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(size, ndim=2))
+        storage = LazyTensorStorage(size, ndim=2, device=config.device)
+        buffer = TensorDictReplayBuffer(storage=storage)
         run.keep(predictor=predictor, optim=predictor.optim, buffer=buffer)
         for data in run.collect(env, planner, init_random_frames=n_random):
             # The value function is that of the planner, so it has to know who acted.

@@ -275,6 +275,7 @@ class Run:
             }
             if self.resumed is not None:
                 self._load("rng")
+                tqdm.write("Workers begin new episodes: not the run that was stopped, bit for bit")
             batches = self._stack.enter_context(
                 collect_with_workers(options, make_env, policy, **frames, **left)
             )

@@ -12,6 +12,7 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec
 
+from layeredrl_torchrl._checks import check_instance
 from layeredrl_torchrl.envs.known import (
     ForwardReward,
     InRange,
@@ -119,7 +120,7 @@ _ALL = (
         reward=pusher_reward,
         termination=never,
     ),
-    # These observe no x, of which the reward takes the speed: it has to be learned.
+    # The reward takes the speed along x, which these do not observe: it has to be learned.
     _mujoco("HalfCheetah-v5", 17, 6, budget=20_000, termination=never),
     _mujoco("Hopper-v5", 11, 3, budget=20_000, termination=InRange(_HOPPER)),
     _mujoco("Walker2d-v5", 17, 6, budget=20_000, termination=InRange(_WALKER)),
@@ -152,11 +153,12 @@ TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _ALL})
 
 
 def get_task(name: str) -> Task:
-    """The task called ``name``; ``KeyError`` with the nearest names if there is none.
+    """Return the task called ``name``; ``KeyError`` with the nearest names if there is none.
 
     >>> get_task("InvertedPendulum-v5").solved_at
     1000.0
     """
+    check_instance("name", name, str, hint="the names are in TASKS")
     if name in TASKS:
         return TASKS[name]
     near = difflib.get_close_matches(name, TASKS, n=3) or list(TASKS)

@@ -133,6 +133,8 @@ def _add_up(
         last = step
     if steps:
         total = total + _reward(steps, shares, reward_of, context, options)
+    # A state that is not finite makes the return so, whatever the reward makes of it.
+    total = total + (last.next_state * 0.0).sum(1)
     if value_of is not None:
         state = last.next_state.permute(0, 2, 3, 1).contiguous()
         rows = state.shape[:-1]

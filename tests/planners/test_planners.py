@@ -422,11 +422,10 @@ class Broken(Gamble):
 
 
 def test_nan_from_a_member_is_an_error_that_names_it(kind, observe):
-    predictor = StaticPredictor(
-        Broken(n_models=3), None, lambda s, c, a: s[..., 0], IdentityEncoder((1,)), 1
-    )
-    with pytest.raises(ValueError, match=r"member(\(s\))? \[?1"):
-        first(kind, predictor, torch.zeros(2, 1), observe)
+    for reward in (lambda s, c, a: s[..., 0], lambda s, c, a: s.nan_to_num()[..., 0]):
+        predictor = StaticPredictor(Broken(n_models=3), None, reward, IdentityEncoder((1,)), 1)
+        with pytest.raises(ValueError, match=r"member(\(s\))? \[?1"):
+            first(kind, predictor, torch.zeros(2, 1), observe)
 
 
 def test_a_reward_that_is_nan_is_an_error(make_point, kind, observe):

@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-__all__ = ["full_precision", "product_dtype", "worthwhile_autocast"]
+__all__ = ["full_precision", "product_dtype", "uncached_autocast", "worthwhile_autocast"]
 
 
 def product_dtype(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> torch.dtype:
@@ -46,6 +46,17 @@ def _is_on(device: torch.device) -> bool:
     """Whether autocast is on; some devices (``"meta"``) have none."""
     kind = device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def uncached_autocast(device_type: str) -> AbstractContextManager[object]:
+    """``torch.autocast`` as it is, but without its memory of cast weights, which learning changes.
+
+    Nothing where it is off.
+    """
+    if not _is_on(torch.device(device_type)):
+        return nullcontext()
+    dtype = torch.get_autocast_dtype(device_type)
+    return torch.autocast(device_type, dtype, cache_enabled=False)
 
 
 def _pays(device: torch.device, low: torch.dtype, rows: int, width: int) -> bool:

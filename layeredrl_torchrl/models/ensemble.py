@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layeredrl_torchrl._checks import check_flag, check_number
+from layeredrl_torchrl._graphs import Graphs
 from layeredrl_torchrl._precision import full_precision, product_dtype
 from layeredrl_torchrl.models.calibration import Calibration
-from layeredrl_torchrl.models.graphs import Graphs
 from layeredrl_torchrl.models.members import check_net, stack_members
 from layeredrl_torchrl.models.model import Model
 from layeredrl_torchrl.models.output_checks import check_parameters
@@ -300,8 +300,8 @@ class ProbabilisticEnsemble(Model):
         """
         if self.ema_decay is None or next(self.members.parameters(), None) is None:
             return
-        t = int(self.n_averaged)
-        share = 1.0 - min(self.ema_decay, (1 + t) / (10 + t))
+        t = self.n_averaged.double()
+        share = 1.0 - torch.clamp((1 + t) / (10 + t), max=self.ema_decay)
         move_towards(self.averaged_members, self.members, share)
         self.n_averaged += 1
         self._averaging = True

@@ -12,8 +12,8 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from layeredrl_torchrl._checks import check_finite, check_positive_int, check_width
+from layeredrl_torchrl._graphs import Graphs
 from layeredrl_torchrl._watch import refuse, watched
-from layeredrl_torchrl.models.graphs import Graphs
 from layeredrl_torchrl.models.log_prob import NO_DENSITY, mixture_log_prob
 from layeredrl_torchrl.models.mixture import GaussianMixture
 from layeredrl_torchrl.models.output_checks import check_output

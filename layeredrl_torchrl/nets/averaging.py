@@ -9,15 +9,20 @@ __all__ = ["move_towards"]
 
 
 @torch.no_grad()
-def move_towards(average: nn.Module, source: nn.Module, share: float) -> None:
+def move_towards(average: nn.Module, source: nn.Module, share: float | Tensor) -> None:
     """Replace each parameter ``a`` of ``average`` by ``a + share * (s - a)``; buffers are copied.
 
-    What TorchRL's ``SoftUpdate`` does for a loss's target networks, in one call for all
-    parameters.
+    What TorchRL's ``SoftUpdate`` does for a loss's target networks, in few calls for all
+    parameters. A ``share`` in a scalar tensor stays on its device.
     """
     ours: list[Tensor] = list(average.parameters())
-    if ours:
-        theirs: list[Tensor] = list(source.parameters())
-        torch._foreach_lerp_(ours, theirs, share)
-    for old, new in zip(average.buffers(), source.buffers(), strict=True):
-        old.copy_(new)
+    theirs: list[Tensor] = list(source.parameters())
+    if ours and isinstance(share, Tensor) and share.device.type != "cpu":
+        change = torch._foreach_sub(theirs, ours)
+        torch._foreach_mul_(change, share.to(change[0].dtype))
+        torch._foreach_add_(ours, change)
+    elif ours:
+        torch._foreach_lerp_(ours, theirs, float(share))
+    old, new = list(average.buffers()), list(source.buffers())
+    if old:
+        torch._foreach_copy_(old, new)

@@ -12,6 +12,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from layeredrl_torchrl._checks import check_flag, check_instance, check_number, require
+from layeredrl_torchrl._precision import full_precision
 from layeredrl_torchrl._watch import refuse, watched
 from layeredrl_torchrl.models import ProbabilisticEnsemble
 from layeredrl_torchrl.objectives.terms import TermsLoss
@@ -169,7 +170,9 @@ class ModelLoss(TermsLoss):
         if self.beta:
             weighted = self._beta_weighted(-surprise - constant, std, log_weights)
             dynamics = -(weighted * weight).sum(-1)
-        bce = F.binary_cross_entropy(term_prob, terminated.to(term_prob.dtype), reduction="none")
+        with full_precision(state.device):  # on a GPU, autocast refuses this one
+            ended = terminated.to(term_prob.dtype)
+            bce = F.binary_cross_entropy(term_prob, ended, reduction="none")
         bce = (bce * weight).sum(-1)  # [M]
         return {
             "loss_dynamics": dynamics.sum(),

@@ -26,7 +26,7 @@ from layeredrl_torchrl._watch import refuse, watched
 from layeredrl_torchrl.nets import Encoder
 from layeredrl_torchrl.objectives.targets import n_step_targets
 from layeredrl_torchrl.objectives.terms import TermsLoss
-from layeredrl_torchrl.specs import canonical_action
+from layeredrl_torchrl.specs import ActionForm
 
 __all__ = ["PredictorLoss", "PreparedSlices", "PreparedValue"]
 
@@ -152,6 +152,7 @@ class PredictorLoss(TermsLoss):
         self.length = k_steps + n_steps
         self.learn_encoder = check_flag("learn_encoder", learn_encoder)
         self.action_spec = action_spec
+        self._action_form = None if action_spec is None else ActionForm(action_spec)
         if isinstance(val_func, nn.Module):
             if target_val_func is None:
                 target_val_func = copy.deepcopy(val_func)
@@ -294,9 +295,9 @@ class PredictorLoss(TermsLoss):
 
     def _canonical(self, action: Tensor) -> Tensor:
         """Actions ``[B, k, ...]`` in the form of the spec."""
-        if self.action_spec is None:
+        if self._action_form is None:
             return action
-        return canonical_action(self.action_spec, action, action.shape[:2])
+        return self._action_form(action, action.shape[:2])
 
     @staticmethod
     def _get(tensordict: TensorDictBase, key: NestedKey) -> Tensor:

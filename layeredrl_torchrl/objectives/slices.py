@@ -162,7 +162,8 @@ class TransitionSlices:
         """
         with self._buffer._replay_lock, self._buffer._write_lock:
             contents, _ = self._contents(1)
-            return _rows(contents, index.unsqueeze(1))[:, 0]
+            place = index.to(contents.get(self._end_keys[0]).device)
+            return _rows(contents, place.unsqueeze(1))[:, 0]
 
     def _read(
         self, batch_size: int, length: int, generator: torch.Generator | None

@@ -13,9 +13,9 @@ from torchrl.envs import TensorDictPrimer
 from torchrl.modules.planners.common import MPCPlannerBase
 
 from layeredrl_torchrl._checks import check_callable, check_flag, check_instance, require
+from layeredrl_torchrl._graphs import Graphs
 from layeredrl_torchrl._watch import watched
 from layeredrl_torchrl.imagination import PredictorEnv
-from layeredrl_torchrl.models.graphs import Graphs
 from layeredrl_torchrl.nets import StackedProbFCDynamics
 from layeredrl_torchrl.optimizers import Optimizer, Solution
 from layeredrl_torchrl.planners.proposals import Proposal

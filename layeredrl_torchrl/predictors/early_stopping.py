@@ -87,6 +87,11 @@ class HoldoutWatch:
         """Whether the model's updates of this call are over."""
         return self._n_without_gain >= self._options.patience
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the next update ends with a look."""
+        return (self._n_updates + 1) % self._options.every == 0
+
     def after_update(self) -> None:
         """Count an update of the model, and evaluate it if it is time."""
         self._n_updates += 1

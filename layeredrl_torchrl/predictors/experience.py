@@ -141,7 +141,13 @@ class Experience:
         return self.encode(rows[places.diff(prepend=places.new_full((1,), -1)) > 0])
 
     def model_batches(
-        self, loss: ModelLoss, member_batches: MemberBatches, n_rows: int, n_ahead: int
+        self,
+        loss: ModelLoss,
+        member_batches: MemberBatches,
+        n_rows: int,
+        n_ahead: int,
+        *,
+        states_move: bool = False,
     ) -> Iterator[ModelInputs]:
         """Batches for the model without end, each with something that counts for a member.
 
@@ -150,32 +156,44 @@ class Experience:
             member_batches: How the members share them.
             n_rows: Transitions of a batch, for all members together.
             n_ahead: Batches that are drawn, encoded and checked at once.
+            states_move: Whether each batch is encoded by itself, when it is asked for.
 
         Raises:
             ValueError: A hundred draws in a row of which nothing counts.
         """
         n_missed = 0
         while n_missed < 100:
-            data = self.encode(self.sample(n_rows * n_ahead))
-            if self.holdout_share:
-                data.set("valid", ~self._is_held_out(data.get("storage_index")))
-            batch = member_batches.assign(data, loss.model.n_models)
-            valid, weight = batch.get("valid", None), batch.get("weight", None)
-            counts = torch.ones(batch.shape, dtype=torch.bool) if valid is None else valid
-            if weight is not None:
-                counts = counts.to(weight.device) & (weight > 0)
-            useful = counts.unflatten(1, (n_ahead, -1)).any(-1).any(0).tolist()
-            if not any(useful):
-                n_missed += 1
-                continue
-            n_missed = 0
-            inputs = loss.prepare(batch).split(batch.shape[1] // n_ahead)
-            yield from (one for one, use in zip(inputs, useful, strict=True) if use)
+            drawn = self.sample(n_rows * n_ahead)
+            for rows in drawn.split(n_rows) if states_move else (drawn,):
+                data = self.encode(rows)
+                if self.holdout_share:
+                    data.set("valid", ~self._is_held_out(data.get("storage_index")))
+                batch = member_batches.assign(data, loss.model.n_models)
+                n = len(rows) // n_rows
+                useful = self._useful(batch, n)
+                if not any(useful):
+                    n_missed += 1
+                    continue
+                n_missed = 0
+                inputs = loss.prepare(batch).split(batch.shape[1] // n)
+                yield from (one for one, use in zip(inputs, useful, strict=True) if use)
         raise ValueError(
             f"none of the transitions sampled count for the model: all are held out with "
             f"holdout_share={self.holdout_share}, or left out by member_batches; lower the share, "
             "or collect more data"
         )
+
+    @staticmethod
+    def _useful(batch: TensorDictBase, n: int) -> list[bool]:
+        """Whether anything counts in each of ``n`` batches, which lie side by side ``[M, N]``."""
+        valid, weight = batch.get("valid", None), batch.get("weight", None)
+        if valid is None and weight is None:
+            return [True] * n
+        counts = valid if valid is not None else weight > 0
+        if valid is not None and weight is not None:
+            counts = valid & (weight > 0)
+        useful: list[bool] = counts.unflatten(1, (n, -1)).any(-1).any(0).tolist()
+        return useful
 
     def slice_batches(self, loss: TermsLoss, batch_size: int, n_ahead: int) -> Iterator[Any]:
         """Batches of slices, prepared by ``loss``, without end; arguments as above."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from layeredrl_torchrl._checks import (
     check_number,
     check_positive_int,
 )
+from layeredrl_torchrl._graphs import Graphs
 from layeredrl_torchrl._state import undone_on_error
 from layeredrl_torchrl.models import ProbabilisticEnsemble
 from layeredrl_torchrl.nets import Encoder, move_towards
@@ -197,6 +199,32 @@ class RewardPredictor(Predictor):
             clip_grad_max_norm=clip_grad_max_norm,
             followers={"loss_dynamics": model.update_average, "loss_value": self.update_target},
         )
+
+    def compile(self, *, cudagraphs: bool = False, **options: Any) -> None:
+        """Compile rollouts, losses and reward function, and with ``cudagraphs`` capture updates.
+
+        What :meth:`ProbabilisticEnsemble.compile` and the ``compile`` of both losses do, in one
+        call. With ``cudagraphs``, on a GPU, rollouts and ``returns`` and each whole update of
+        :meth:`learn` (losses, gradients, clipping, optimizer, averages and target network) are
+        captured as CUDA graphs, one for each set of losses that take part, and replayed; the first
+        updates of each run as they are. What learning depends on may change between calls:
+        parameters, statistics, learning rates, options, loaded states. Own losses are captured
+        along and must not wait for the GPU. On a CPU it changes nothing.
+
+        Args:
+            cudagraphs: Whether to capture.
+            **options: Of ``torch.compile``, for example ``dynamic=False``; ``backend="eager"``
+                compiles nothing.
+
+        Raises:
+            TypeError: As :meth:`ProbabilisticEnsemble.compile`.
+        """
+        self.model.compile(cudagraphs=cudagraphs, **options)
+        self.model_loss.compile(**options)
+        self.predictor_loss.compile(**options)
+        if isinstance(self.rew_func, nn.Module):
+            self.rew_func.compile(**options)
+        self.updates.graphs = Graphs() if cudagraphs else None
 
     @property
     def optim(self) -> torch.optim.Optimizer:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,19 +12,24 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from layeredrl_torchrl import _reporting as reporting
 from layeredrl_torchrl._checks import check_instance, check_number
+from layeredrl_torchrl._graphs import Graphs
+from layeredrl_torchrl._precision import uncached_autocast
 from layeredrl_torchrl._state import refuse_other_shapes
-from layeredrl_torchrl._watch import flush, refuse, watched
+from layeredrl_torchrl._watch import flush, watched
 from layeredrl_torchrl.objectives import MemberBatches, ModelLoss
 from layeredrl_torchrl.objectives.terms import TermsLoss
 from layeredrl_torchrl.predictors.early_stopping import HoldoutWatch
 from layeredrl_torchrl.predictors.experience import Experience
+from layeredrl_torchrl.predictors.sums import Sums
 
 __all__ = ["LearningRate", "Updates", "WeightedLoss"]
 
 LearningRate: TypeAlias = float | Callable[[int], float]
 
-# Batches that are drawn and prepared at once: for small ones it is most of an update's time.
+# Batches that are drawn and prepared at once: for small ones it is most of an update's time. On an
+# accelerator as many operations are launched for many as for one, and each draw waits.
 _N_AHEAD = 8
+_N_AHEAD_ON_ACCELERATOR = 64
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,9 @@ class Updates(nn.Module):
         followers: What to call after a gradient step that had a term of that name: averages and
             target networks.
 
+    Attributes:
+        graphs: Where updates are captured as CUDA graphs; ``None`` to run them as they are.
+
     Raises:
         TypeError, ValueError: Numbers of another kind or outside their range.
     """
@@ -103,6 +110,8 @@ class Updates(nn.Module):
         self.losses = dict(losses)
         self.rates = dict(rates)
         self.followers = dict(followers)
+        self.graphs: Graphs | None = None
+        self._sums = Sums()
         self.register_buffer("n_updates", torch.zeros((), dtype=torch.long))
         self.own_losses = nn.ModuleList()
         groups = []
@@ -175,22 +184,28 @@ class Updates(nn.Module):
         """
         rates = self._current_rates(n_total_env_steps)
         self._settle()
-        n_ahead = min(_N_AHEAD, n_updates)
+        device = self.optim.param_groups[0]["params"][0].device
+        n_ahead = min(
+            _N_AHEAD if device.type == "cpu" else _N_AHEAD_ON_ACCELERATOR,
+            n_updates,
+        )
         streams: dict[str, Iterator[Any]] = {}
         for name, weighted in self.losses.items():
             loss = weighted.loss
             if isinstance(loss, ModelLoss):
                 n_rows = member_batches.n_rows(model_batch_size, loss.model.n_models)
-                ahead = 1 if states_move else n_ahead
-                streams[name] = experience.model_batches(loss, member_batches, n_rows, ahead)
+                streams[name] = experience.model_batches(
+                    loss, member_batches, n_rows, n_ahead, states_move=states_move
+                )
             else:
                 streams[name] = experience.slice_batches(loss, batch_size, n_ahead)
         of_model = {n for n, w in self.losses.items() if isinstance(w.loss, ModelLoss)}
         model_alone = all(group["name"] == "model" for group in self.optim.param_groups)
         left = warm_up - int(self.n_updates)
-        totals: dict[str, Tensor] = {}
-        counts: Counter[str] = Counter()
-        for i in reporting.updates(n_updates, totals, counts, bar=bar):
+        sums = self._sums
+        sums.start()
+        take = self.step if self.graphs is None else self._captured(self.graphs)
+        for i in reporting.updates(n_updates, sums.totals, sums.counts, bar=bar):
             stopped = watch is not None and watch.stopped
             if stopped and model_alone:
                 break
@@ -201,22 +216,24 @@ class Updates(nn.Module):
             batch = {name: next(stream) for name, stream in streams.items() if name not in idle}
             if i < left:
                 batch = {name: _without_value(one) for name, one in batch.items()}
-            terms = self.step(batch)
+            take(batch)
+            sums.count(_kind(batch))
             if watch is not None and not idle:
+                if watch.is_due:
+                    sums.check()
                 watch.after_update()
-            for name, value in terms.items():
-                totals[name] = totals[name] + value if name in totals else value
-            counts.update(terms.keys())
         flush()
-        info = {name: float(total) / counts[name] for name, total in totals.items()}
+        sums.check()
+        counts = sums.counts
+        info = {name: float(sums.totals[name]) / n for name, n in counts.items()}
         info |= {"n_updates": float(counts["loss"]), "model_updates": float(counts["nll"])}
         if watch is not None:
             info["holdout_nll"] = watch.finish()
-        return totals["loss"] / counts["loss"], info
+        return sums.totals["loss"] / counts["loss"], info
 
     @watched
-    def step(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Take one gradient step; returns the detached terms.
+    def step(self, batch: Mapping[str, Any]) -> None:
+        """Take one gradient step and add up its terms.
 
         It waits for no accelerator, and everything that it changes stays in the same memory.
 
@@ -225,23 +242,55 @@ class Updates(nn.Module):
 
         Raises:
             ValueError: A term without a weight; a loss or gradient that is not finite, which on a
-                CPU reaches no parameter, and on an accelerator is found by a later call.
+                CPU reaches no parameter, and on an accelerator is found at the end of :meth:`run`.
         """
-        found = [self.losses[name](prepared) for name, prepared in batch.items()]
-        loss = torch.stack([value for weighted, _ in found for value in weighted]).sum()
+        device = self.optim.param_groups[0]["params"][0].device
+        with torch.enable_grad(), uncached_autocast(device.type):
+            found = [self.losses[name](prepared) for name, prepared in batch.items()]
+            loss = torch.stack([value for weighted, _ in found for value in weighted]).sum()
         terms = {name: value for _, several in found for name, value in several.items()}
         self.optim.zero_grad()
         loss.backward()
-        norms = self._clip()
-        self._refuse_if_not_finite(
-            {"loss": loss, **terms, **{f"gradient norm of {n}": v for n, v in norms.items()}}
-        )
+        self._sums.add(_kind(batch), {"loss": loss, **terms}, self._clip())
         self.optim.step()
         for name, follow in self.followers.items():
             if name in terms:
                 follow()
         self.n_updates += 1
-        return {"loss": loss.detach(), **{name: value.detach() for name, value in terms.items()}}
+
+    def _captured(self, graphs: Graphs) -> Callable[[Mapping[str, Any]], None]:
+        """:meth:`step`, captured as a CUDA graph for each kind of batch."""
+        parts: list[nn.Module] = [weighted.loss for weighted in self.losses.values()]
+        owners = (getattr(follow, "__self__", None) for follow in self.followers.values())
+        parts += [owner for owner in owners if isinstance(owner, nn.Module)]
+        modules = list(dict.fromkeys(module for part in parts for module in part.modules()))
+        tensors = {
+            id(tensor): tensor
+            for module in modules
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None
+        }
+        models = [w.loss.model for w in self.losses.values() if isinstance(w.loss, ModelLoss)]
+        options = (
+            self.clip_grad_max_norm,
+            tuple((name, *sorted(w.weights.items())) for name, w in self.losses.items()),
+            tuple(
+                (group["name"], group["betas"], group["eps"], group["weight_decay"])
+                for group in self.optim.param_groups
+            ),
+            tuple(_numbers(module) for module in modules),
+        )
+
+        def take(batch: Mapping[str, Any]) -> None:
+            averaging = tuple(model.predicting_averages for model in models)
+            rates = [group["lr"] for group in self.optim.param_groups]
+            moments = [x for state in self.optim.state.values() for x in state.values()]
+            reads = [*tensors.values(), self.n_updates, *self._sums.tensors(), *rates, *moments]
+            name = (_kind(batch), averaging, options)
+            with torch.no_grad():
+                graphs.run(name, self.step, (batch,), reads, changes=True)
+
+        return take
 
     def _clip(self) -> dict[str, Tensor]:
         """Clip the gradients of each part; returns their norms before that."""
@@ -251,25 +300,11 @@ class Updates(nn.Module):
             grads = [p.grad for p in group["params"] if p.grad is not None]
             if not grads:
                 continue
-            norm = norms[group["name"]] = get_total_norm(grads, foreach=True)
+            norm = norms[group["name"]] = get_total_norm(grads)
             # A CPU is asked first: clipping nothing takes as long as clipping.
             if limit is not None and (norm.device.type != "cpu" or float(norm) > limit):
-                clip_grads_with_norm_(group["params"], limit, norm, foreach=True)
+                clip_grads_with_norm_(group["params"], limit, norm)
         return norms
-
-    @staticmethod
-    def _refuse_if_not_finite(named: Mapping[str, Tensor]) -> None:
-        values = torch.stack([value.detach() for value in named.values()])
-
-        def error(bad: Tensor) -> ValueError:
-            found = dict(zip(named, values.tolist(), strict=True))
-            names = [name for name, flag in zip(named, bad.tolist(), strict=True) if flag]
-            return ValueError(
-                f"the {', '.join(names)} is not finite, of {found}; no parameter was changed. "
-                "Lower the learning rate, or check the data's scale"
-            )
-
-        refuse(~values.isfinite(), error)
 
     # -- learning rates ---------------------------------------------------------------------
 
@@ -319,6 +354,17 @@ def _trainable(part: object) -> list[nn.Parameter]:
     if not isinstance(part, nn.Module):
         return []
     return [p for p in part.parameters() if p.requires_grad]
+
+
+def _kind(batch: Mapping[str, Any]) -> Hashable:
+    """Which losses take part in an update, and whether the value function does."""
+    return tuple((name, getattr(one, "value", 0) is not None) for name, one in batch.items())
+
+
+def _numbers(module: nn.Module) -> Hashable:
+    """Options of a module, which a captured update would not see change."""
+    plain = (bool, int, float, str, type(None))
+    return tuple((name, x) for name, x in vars(module).items() if isinstance(x, plain))
 
 
 def _without_value(prepared: Any) -> Any:

@@ -1,0 +1,188 @@
+"""Functions of tensors as CUDA graphs: captured once, then replayed by a single launch."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, TypeVar
+
+import torch
+from tensordict import TensorDict, TensorDictBase, is_tensor_collection
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from layeredrl_torchrl._precision import uncached_autocast
+from layeredrl_torchrl._watch import Error, gather, refuse
+
+__all__ = ["Graphs"]
+
+R = TypeVar("R")
+
+# Calls before a capture: they compile, choose algorithms and allocate what stays allocated, none
+# of which a capture may do.
+_WARM_UP = 2
+
+
+class Graphs:
+    """Captures functions as CUDA graphs, one for each layout of their inputs, and replays them.
+
+    Where there is nothing to capture (on a CPU, where gradients are kept, while something around is
+    captured or traced) functions run as they are. Tensors that a function reads beside its inputs
+    may be changed in place. Copies and other processes capture for themselves.
+
+    Args:
+        max_graphs: How many are kept; the one that was not used for longest goes first.
+    """
+
+    def __init__(self, max_graphs: int = 32) -> None:
+        self.max_graphs = max_graphs
+        self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
+        self._pool: Any = None
+
+    def __reduce__(self) -> tuple[type[Graphs], tuple[int]]:
+        return Graphs, (self.max_graphs,)
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    @property
+    def captures(self) -> bool:
+        """Whether this process has a GPU to capture graphs on."""
+        return torch.cuda.is_available()
+
+    def run(
+        self,
+        name: Hashable,
+        function: Callable[..., R],
+        inputs: tuple[Any, ...],
+        reads: Iterable[Tensor],
+        *,
+        changes: bool = False,
+    ) -> R:
+        """Return ``function(*inputs)``.
+
+        Args:
+            name: Tells functions apart, with all that they depend on beside tensors.
+            function: Does not wait for the device and returns tensors (in tuples and
+                dictionaries), which are copied.
+            inputs: Tensors of one device, also in tuples, dictionaries and TensorDicts.
+            reads: What it reads beside them: graphs are captured anew if these lie elsewhere.
+            changes: Whether it changes some of what it reads. Its first calls are then run as they
+                are; otherwise it is called a few times more than it is asked for.
+        """
+        leaves = _leaves(inputs)
+        if not _can_capture(leaves):
+            return function(*inputs)
+        key = (
+            name,
+            tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves),
+            tuple(x.data_ptr() for x in reads),
+            torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
+            torch.get_float32_matmul_precision(),
+        )
+        graph = self._graphs.get(key)
+        if graph is None:
+            while len(self._graphs) >= self.max_graphs:
+                self._graphs.popitem(last=False)
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            graph = self._graphs[key] = _Graph(function, self._pool, changes=changes)
+        self._graphs.move_to_end(key)
+        device = next(x.device for x in leaves if isinstance(x, Tensor))
+        with torch.cuda.device(device):
+            result: R = graph(inputs, leaves)
+        return result
+
+
+class _Graph:
+    """A function, captured for one layout of its inputs."""
+
+    def __init__(self, function: Callable[..., Any], pool: Any, *, changes: bool) -> None:
+        self.function, self.pool, self.changes = function, pool, changes
+        self.n_calls = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: list[Tensor] = []
+        self.outputs: Any = None
+        self.checks: list[tuple[Tensor, Error]] = []
+
+    def __call__(self, inputs: tuple[Any, ...], leaves: list[Any]) -> Any:
+        if self.graph is None:
+            if self.changes and self.n_calls < _WARM_UP:
+                self.n_calls += 1
+                return _aside(lambda: self.function(*inputs))
+            self._capture(inputs)
+        assert self.graph is not None
+        torch._foreach_copy_(self.inputs, [x for x in leaves if isinstance(x, Tensor)])
+        self.graph.replay()
+        for bad, error in self.checks:
+            refuse(bad.clone(), error)
+        return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self.outputs)
+
+    def _capture(self, inputs: tuple[Any, ...]) -> None:
+        own = tree_map(_own, inputs, is_leaf=is_tensor_collection)
+        if not self.changes:
+            for _ in range(_WARM_UP):
+                _aside(lambda: gather(lambda: self.function(*own)))
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool), uncached_autocast("cuda"):
+                # Flags are outputs too, to be looked at after each replay.
+                self.outputs, self.checks = gather(lambda: self.function(*own))
+        except RuntimeError as error:
+            raise RuntimeError(
+                "this could not be captured as a CUDA graph; functions of yours that are captured "
+                "along (reward, value, bonus, loss, network) must not wait for the GPU (item(), "
+                "tests of tensors, copies from the host): change them, or compile without "
+                "cudagraphs=True"
+            ) from error
+        self.graph = graph
+        self.inputs = [x for x in _leaves(own) if isinstance(x, Tensor)]
+
+
+def _can_capture(leaves: list[Any]) -> bool:
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    return (
+        bool(tensors)
+        and all(x.is_cuda for x in tensors)
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+def _aside(call: Callable[[], R]) -> R:
+    """Run ``call`` on a stream of its own, as a capture will."""
+    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+    aside.wait_stream(here)
+    with torch.cuda.stream(aside), uncached_autocast("cuda"):
+        result = call()
+    here.wait_stream(aside)
+    return result
+
+
+def _leaves(inputs: Any) -> list[Any]:
+    """Everything in ``inputs`` that is no container; of TensorDicts the tensors, sorted."""
+    leaves: list[Any] = []
+    for leaf in tree_leaves(inputs, is_leaf=is_tensor_collection):
+        if is_tensor_collection(leaf):
+            leaves += (x for _, x in _entries(leaf))
+        else:
+            leaves.append(leaf)
+    return leaves
+
+
+def _entries(td: TensorDictBase) -> list[tuple[Any, Tensor]]:
+    named = ((key, value) for key, value in td.items(True, True) if isinstance(value, Tensor))
+    return sorted(named, key=lambda pair: str(pair[0]))
+
+
+def _own(leaf: Any) -> Any:
+    """A copy of an input, which replays read; without text, which cannot change in a graph."""
+    if is_tensor_collection(leaf):
+        td = TensorDict({}, leaf.batch_size, device=leaf.device)
+        for key, value in _entries(leaf):
+            td.set(key, value.clone())
+        return td
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf

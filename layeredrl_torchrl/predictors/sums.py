@@ -1,0 +1,97 @@
+"""What the updates of a call add up, without waiting for the device that they run on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Mapping
+
+import torch
+from torch import Tensor
+
+from layeredrl_torchrl._watch import is_at_once
+
+__all__ = ["Sums"]
+
+
+class Sums:
+    """Adds up the terms of updates, and remembers the first update that was not finite.
+
+    On a CPU that one raises before it changes anything. An accelerator is asked at the end only,
+    by :meth:`check`. The tensors stay where they are from call to call, so that updates can be
+    captured as a CUDA graph.
+    """
+
+    def __init__(self) -> None:
+        self.totals: dict[str, Tensor] = {}
+        self.counts: Counter[str] = Counter()
+        self._names: dict[Hashable, tuple[str, ...]] = {}
+        self._watched: dict[Hashable, tuple[tuple[str, ...], Tensor]] = {}
+        self._failed: Tensor | None = None
+
+    def start(self) -> None:
+        """Forget what was added up."""
+        self.counts.clear()
+        for tensor in self.tensors():
+            tensor.zero_()
+
+    def tensors(self) -> list[Tensor]:
+        """What :meth:`add` changes."""
+        failed = [] if self._failed is None else [self._failed]
+        return [*self.totals.values(), *(seen for _, seen in self._watched.values()), *failed]
+
+    def add(self, kind: Hashable, terms: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
+        """Add the terms of an update; a kind of updates always has the same ones.
+
+        Args:
+            kind: Which kind of update it is.
+            terms: Scalars.
+            norms: Norms of gradients, which must be finite too but are not added up.
+
+        Raises:
+            ValueError: Values on a CPU that are not finite.
+        """
+        named = {**terms, **{f"gradient norm of {name}": norm for name, norm in norms.items()}}
+        values = torch.stack([value.detach() for value in named.values()])
+        if is_at_once(values):
+            if not bool(values.isfinite().all()):
+                raise _error(tuple(named), values)
+        else:
+            self._look(kind, tuple(named), values)
+        for name, value in zip(terms, values.unbind(), strict=False):
+            total = self.totals.get(name)
+            if total is None or total.device != value.device or total.dtype != value.dtype:
+                self.totals[name] = torch.zeros_like(value)
+        torch._foreach_add_([self.totals[name] for name in terms], list(values[: len(terms)]))
+        self._names[kind] = tuple(terms)
+
+    def count(self, kind: Hashable) -> None:
+        """Count an update of this kind, which :meth:`add` was called in or which is a replay."""
+        self.counts.update(self._names[kind])
+
+    def check(self) -> None:
+        """Raise ``ValueError`` if an update on an accelerator was not finite; waits for it."""
+        if self._failed is None or not bool(self._failed):
+            return
+        for names, seen in self._watched.values():
+            if not bool(seen.isfinite().all()):
+                raise _error(names, seen)
+
+    def _look(self, kind: Hashable, names: tuple[str, ...], values: Tensor) -> None:
+        """Keep the values, unless those that are kept, of this kind or another, are not finite."""
+        if self._failed is None or self._failed.device != values.device:
+            self._failed = torch.zeros((), dtype=torch.bool, device=values.device)
+            self._watched.clear()
+        if kind not in self._watched or self._watched[kind][1].dtype != values.dtype:
+            self._watched[kind] = names, torch.zeros_like(values)
+        seen = self._watched[kind][1]
+        seen.copy_(torch.where(self._failed, seen, values))
+        self._failed.logical_or_(~seen.isfinite().all())
+
+
+def _error(names: tuple[str, ...], values: Tensor) -> ValueError:
+    found = dict(zip(names, values.tolist(), strict=True))
+    bad = [name for name, fine in zip(names, values.isfinite().tolist(), strict=True) if not fine]
+    return ValueError(
+        f"the {', '.join(bad)} is not finite, of {found}; no parameter was changed. "
+        "Lower the learning rate, or check the data's scale"
+    )

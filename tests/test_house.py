@@ -15,7 +15,11 @@ import pytest
 import layeredrl_torchrl
 
 NAME = "layeredrl_torchrl"
-CHECKOUT = Path(__file__).parents[1]
+# Where they are imported from; on disk envs may lie beside the package.
+ROOTS = {
+    (): Path(layeredrl_torchrl.__file__).parent,
+    ("envs",): Path(layeredrl_torchrl.envs.__file__).parent,
+}
 FLOORS = [
     "specs",
     "nets",
@@ -39,7 +43,7 @@ MAX_FLAT_NAMES = 75
 def files():
     """``{"models.ensemble": tree, ...}`` of the package; a package's own file is ``"models"``."""
     found = {}
-    for root, prefix in ((CHECKOUT / NAME, ()), (CHECKOUT / "envs", ("envs",))):
+    for prefix, root in ROOTS.items():
         for path in root.rglob("*.py"):
             parts = (*prefix, *path.relative_to(root).with_suffix("").parts)
             parts = parts[:-1] if parts[-1] == "__init__" else parts

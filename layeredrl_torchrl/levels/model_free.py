@@ -173,12 +173,12 @@ class ModelFreeLevel(LearningLevel):
 
         Raises:
             KeyError: Without the observation, or without what comes from above.
-            ValueError: Observations that are not finite.
+            TypeError, ValueError: Observations or inputs of another width or kind, or not finite.
             RuntimeError: Before :meth:`setup`.
         """
         self.action_spec  # noqa: B018 - raises
         read = [require(tensordict, k, reader=self.name, hint=_HINT) for k in self.in_keys]
-        check_finite("observation", read[0], hint="repair it in the environment")
+        self._check_read(*read[:2])
         batch, device = read[0].shape[:-1], read[0].device
         random = self.explores and self.warming_up
         if random is True:
@@ -188,6 +188,16 @@ class ModelFreeLevel(LearningLevel):
         if isinstance(random, Tensor):
             action = torch.where(random, self.random_actions(batch).to(device), action)
         return tensordict.set(self.action_key, action)
+
+    def _check_read(self, observation: Tensor, given: Tensor | None = None) -> None:
+        """Raise unless observation and input are what the level was set up for."""
+        key, hint = str(self.observation_key), "repair it in the environment"
+        check_width(key, observation, self.observation_dim, hint=hint)
+        check_finite(key, observation, hint=hint)
+        if given is not None and self.input_spec is not None and not is_discrete(self.input_spec):
+            hint = "it is the action of the level above"
+            check_width(str(self.input_key), given, width(self.input_spec), hint=hint)
+            check_finite(str(self.input_key), given, hint=hint)
 
     def _features(
         self, observation: Tensor, given: Tensor | None = None, n_actions: Tensor | None = None

@@ -5,11 +5,11 @@
     python benchmarks/gpu_table.py --quick               # tiny sizes: whether every row runs
 
 Ways to run each row: the matrix products alone (`products`; on CUDA in a graph), ours as it is
-(`eager`), by the CUDA graphs that the package makes by one argument (`graph`), compiled, and as
-torch captures it (`captured`); rollouts also in bfloat16. Times are medians in milliseconds of runs
-that take turns. A way that fails says why in its place. The ways come in this order over all rows,
-as compiling takes most of the time, and those that the time is not enough for are left out. Lines
-of JSON go to `--output` as they come.
+(`eager`), by the CUDA graphs that the package makes by one argument (`graph`; `compiled graph` of
+compiled steps), compiled, and as torch captures it (`captured`); rollouts also in bfloat16. Times
+are medians in milliseconds of runs that take turns. A way that fails says why in its place. The
+ways come in this order over all rows, as compiling takes most of the time, and those that the time
+is not enough for are left out. Lines of JSON go to `--output` as they come.
 """
 
 from __future__ import annotations
@@ -90,9 +90,21 @@ def captured(run: Run) -> Run:
     return graph.replay
 
 
-def offers_graphs(part: object) -> bool:
-    """Whether `part.compile` takes `cudagraphs=` itself."""
-    return "cudagraphs" in inspect.signature(part.compile).parameters
+def ways_on(device: str) -> tuple[str, ...]:
+    if torch.device(device).type != "cuda":
+        return ("eager", "compiled")
+    return ("eager", "graph", "compiled graph", "compiled", "captured", "compiled captured")
+
+
+def compile_as(way: str, part: nn.Module) -> None:
+    """Let `part` run in the way that its own `compile` offers."""
+    compiled = {"dynamic": False} if way.startswith("compiled") else {"backend": "eager"}
+    if "graph" in way:
+        if "cudagraphs" not in inspect.signature(part.compile).parameters:
+            raise NotImplementedError(f"{type(part).__name__}.compile takes no cudagraphs=")
+        part.compile(cudagraphs=True, **compiled)
+    elif way.startswith("compiled"):
+        part.compile(**compiled)
 
 
 def cast(run: Run, device: str, dtype: torch.dtype | None) -> Run:
@@ -146,19 +158,13 @@ def rollout_row(case: Case, device: str) -> Ways:
     def make(way: str, dtype: torch.dtype | None) -> Run:
         torch.manual_seed(0)
         model = case.ensemble(device)
-        if way == "graph":
-            if not offers_graphs(model):
-                raise NotImplementedError("ProbabilisticEnsemble.compile takes no cudagraphs=")
-            model.compile(cudagraphs=True, dynamic=False)
-        elif "compiled" in way:
-            model.compile(dynamic=False)
+        compile_as(way, model)
         run = cast(torch.no_grad()(lambda: model.rollout(state, None, actions)), device, dtype)
         return captured(run) if "captured" in way else run
 
     part = (case.horizon, case.n_models, case.batch * case.n_particles, sizes)
     ways = chains(device, part)
-    graphs = ("graph", "captured", "compiled captured") if "cuda" in device else ()
-    for way in ("eager", *graphs, "compiled"):
+    for way in ways_on(device):
         ways[way] = partial(make, way, None)
         ways[f"{way} bf16"] = partial(make, way, torch.bfloat16)
     return ways
@@ -172,7 +178,7 @@ def gradient_row(hidden: tuple[int, ...], batch: int, device: str) -> Ways:
         torch.manual_seed(0)
         model = Case(hidden=hidden).ensemble(device)
         losses = ModelLoss(model)
-        if "compiled" in way:
+        if way.startswith("compiled"):
             losses.compile(dynamic=False)
         on_gpu = torch.device(device).type == "cuda"
         weights = [p for p in model.parameters() if p.requires_grad]
@@ -194,8 +200,7 @@ def gradient_row(hidden: tuple[int, ...], batch: int, device: str) -> Ways:
 
     # Forward, and the gradients by weights and by inputs.
     ways = chains(device, (3, 5, batch, sizes))
-    graphs = ("captured", "compiled captured") if "cuda" in device else ()
-    return ways | {way: partial(make, way) for way in ("eager", *graphs, "compiled")}
+    return ways | {way: partial(make, way) for way in ways_on(device) if "graph" not in way}
 
 
 def learn_row(hidden: tuple[int, ...], batch: int, n_updates: int, device: str) -> Ways:
@@ -219,10 +224,8 @@ def learn_row(hidden: tuple[int, ...], batch: int, n_updates: int, device: str) 
             encoder=IdentityEncoder((STATE,)),
             latent_state_dim=STATE,
         ).to(device)
-        if way == "graph":
-            if type(predictor).compile is nn.Module.compile or not offers_graphs(predictor):
-                raise NotImplementedError("RewardPredictor.compile takes no cudagraphs=")
-            predictor.compile(cudagraphs=True)
+        if "graph" in way:
+            compile_as(way, predictor)
         elif way == "compiled":
             predictor.model_loss.compile()
             predictor.predictor_loss.compile()
@@ -238,8 +241,7 @@ def learn_row(hidden: tuple[int, ...], batch: int, n_updates: int, device: str) 
     # The ensemble and, of one network each, reward, value and its target.
     value, reward = (STATE, *hidden, 1), (STATE + ACTION, *hidden, 1)
     ways = chains(device, (3, 5, batch, sizes), (3, 1, batch, reward), (4, 1, batch, value))
-    graphs = ("graph",) if "cuda" in device else ()
-    return ways | {way: partial(make, way) for way in ("eager", *graphs, "compiled")}
+    return ways | {way: partial(make, way) for way in ways_on(device) if "captured" not in way}
 
 
 def plan_row(
@@ -252,10 +254,7 @@ def plan_row(
     def make(way: str) -> Run:
         predictor = make_planning_predictor(members, device)
         planner = kind(predictor, **options).to(device)
-        if way == "graph":
-            planner.compile(cudagraphs=True, dynamic=False)
-        elif way == "compiled":
-            planner.compile(dynamic=False)
+        compile_as(way, planner)
         td = planner.forget((n,), device=device)
         td["observation"] = torch.randn(n, STATE, device=device)
         key = planner.plan_key
@@ -264,16 +263,14 @@ def plan_row(
         def run() -> None:
             td[key] = planner(td.copy())["next", key]
 
-        if way == "captured":
-            with torch.no_grad():
-                return captured(lambda: planner(td.copy()))
+        if "captured" in way:
+            return captured(torch.no_grad()(lambda: planner(td.copy())))
         return run
 
     rows = n * options["n_samples"]
     steps = options["n_iterations"] * options["horizon"]
     ways = chains(device, (steps, members, rows, sizes), (steps, 1, members * rows, reward))
-    graphs = ("graph", "captured") if "cuda" in device else ()
-    return ways | {way: partial(make, way) for way in ("eager", *graphs, "compiled")}
+    return ways | {way: partial(make, way) for way in ways_on(device)}
 
 
 def rows_of(config: Config) -> dict[str, tuple[Callable[[], Ways], int]]:
@@ -369,7 +366,13 @@ def machine(config: Config) -> dict[str, object]:
     return known | {"quick": config.quick}
 
 
-PASSES = (("products", "eager"), ("graph",), ("compiled",), ("captured", "compiled captured"))
+PASSES = (
+    ("products", "eager"),
+    ("graph",),
+    ("compiled graph",),
+    ("compiled",),
+    ("captured", "compiled captured"),
+)
 
 
 def note(config: Config, row: str, way: str, value: float | str, divisor: int) -> float | str:

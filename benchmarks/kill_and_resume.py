@@ -11,6 +11,7 @@ same bytes in the last checkpoint. The exit status is 1 if any run is another.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
 import json
@@ -84,12 +85,20 @@ def wait(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def saves(folder: Path) -> bool:
+    """Whether a run is writing a checkpoint."""
+    for place in (folder / "checkpoints", folder / "hierarchy" / "checkpoints"):
+        with contextlib.suppress(FileNotFoundError):
+            return any(".stage-" in name for name in os.listdir(place))
+    return False
+
+
 def kill(pid: int, folder: Path, delay: float, saving: bool) -> bool:
     """Kill a run after a delay, or when it next saves after that; False if it ended before."""
     end = time.monotonic() + delay
     while os.waitpid(pid, os.WNOHANG) == (0, 0):
         late = time.monotonic() >= end
-        if late and (not saving or any(folder.rglob(".*checkpoint-*stage*/**/*.memmap"))):
+        if late and (not saving or saves(folder)):
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             return True

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from layeredrl_torchrl.runs import RunError
 
@@ -49,6 +50,18 @@ def test_leaves_a_curve_and_goes_on(name, run, curve, capsys, tmp_path):
     assert curve(folder)[:-1] == rows
     assert curve(folder)[-1]["env_steps"] == total + every
     assert not math.isnan(curve(folder)[-1]["nll"])  # no second random phase
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", NAMES)
+def test_learns_on_a_gpu(name, run, capsys, tmp_path):
+    """With the environments on the CPU; what was saved there goes on here."""
+    if name == "skill_hierarchy":
+        pytest.importorskip("gymnasium_robotics")
+    run(name, "--device=cuda", f"--output={tmp_path}")
+    more = {"skill_hierarchy": 500, "train_with_trainer": 800}.get(name, 180)
+    run(name, "--device=cpu", f"--output={tmp_path}", "--resume", f"--total-env-steps={more}")
 
 
 @pytest.mark.slow

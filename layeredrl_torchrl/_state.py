@@ -28,6 +28,7 @@ class WholeState(TensorDictModuleBase):
         """
         own = self.state_dict()
         label = getattr(self, "name", type(self).__name__)
+        _check_parameters(label, {name for name, _ in self.named_parameters()}, state_dict)
         _check_state(label, own, state_dict, strict=strict)
         # TorchRL's losses load all of a network or, halfway through, raise: what is not strict
         # keeps its value by being loaded as well.
@@ -36,6 +37,21 @@ class WholeState(TensorDictModuleBase):
         result.missing_keys.extend(name for name in own if name not in state_dict)
         result.unexpected_keys.extend(name for name in state_dict if name not in own)
         return result
+
+
+def _check_parameters(name: str, parameters: set[str], saved: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if weights that are to be loaded are not finite."""
+    floats = {
+        key: saved[key]
+        for key in sorted(parameters & saved.keys())
+        if isinstance(saved[key], Tensor) and saved[key].is_floating_point()
+    }
+    bad = [key for key, value in floats.items() if not bool(torch.isfinite(value).all())]
+    if bad:
+        raise ValueError(
+            f"the saved state of {name} has weights that are not finite ({len(bad)} entries: "
+            f"{'; '.join(bad[:5])}), and nothing was loaded; load an earlier checkpoint"
+        )
 
 
 def _check_state(

@@ -202,7 +202,7 @@ TABLE = {
         predictors.ModelTraining,
         {
             "member_batches": [*OBJECT, lrl.SharedBatch],
-            "lr_annealing": SHARE,
+            "annealing": SHARE,
             "weight_decay": NOT_NEGATIVE,
             "early_stopping": OBJECT,
         },

@@ -43,7 +43,7 @@ class Encoder(TensorDictModuleBase):
 
     Shapes:
         observation ``[*B, obs]`` -> state ``[*B, D]``, context ``[*B, C]``, in the dtype of the
-        encoder's floats (float64 observations are converted).
+        encoder's floats (that of ``encoder.to(dtype)``; observations are converted).
 
     Raises:
         ValueError: Another shape than one axis; observations of another width, or with NaN.
@@ -71,6 +71,8 @@ class Encoder(TensorDictModuleBase):
                 f"{list(out_keys)}"
             )
         self.obs_dim = shape[0]
+        # Moves with the module: observations are converted to its dtype.
+        self.register_buffer("_floats", torch.empty(0), persistent=False)
         self.latent_state_dim = latent_state_dim
         self.context_dim = context_dim
         self.in_keys = list(in_keys)
@@ -97,9 +99,7 @@ class Encoder(TensorDictModuleBase):
 
     def encode_checked(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`encode` of what has passed :meth:`check`, which ``torch.compile`` sees through."""
-        parameter = next(self.parameters(), None)
-        dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
-        return self.split(observation.to(dtype))
+        return self.split(observation.to(self._floats.dtype))
 
     def forward(
         self, tensordict: TensorDictBase | Tensor

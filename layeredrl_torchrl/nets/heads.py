@@ -87,7 +87,8 @@ class ScalarHead(nn.Module, ABC):
     def rescale(self, loc: Tensor | float, scale: Tensor | float) -> None:
         """Set ``loc`` and ``scale`` of the output without changing the function.
 
-        The last layer takes up the change, as in PopArt (arXiv 1602.07714, equation 9).
+        The last layer takes up the change, as in PopArt (arXiv 1602.07714, equation 9). An
+        untrained head has no function to keep: it says ``loc`` everywhere from now on.
 
         Raises:
             ValueError: A scale that is not positive and finite.
@@ -97,9 +98,10 @@ class ScalarHead(nn.Module, ABC):
         if not (bool(torch.isfinite(scale)) and bool(scale > 0) and bool(torch.isfinite(loc))):
             raise ValueError(f"loc and scale must be finite and scale > 0, got {loc}, {scale}")
         last = self.net[-1]
-        ratio = self.out_scale / scale
-        last.weight.mul_(ratio)
-        last.bias.mul_(ratio).add_((self.out_loc - loc) / scale)
+        if bool(last.weight.any()) or bool(last.bias.any()):
+            ratio = self.out_scale / scale
+            last.weight.mul_(ratio)
+            last.bias.mul_(ratio).add_((self.out_loc - loc) / scale)
         self.out_loc.copy_(loc)
         self.out_scale.copy_(scale)
 

@@ -11,11 +11,18 @@ import torch.nn.functional as F
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-from layeredrl_torchrl._checks import check_flag, check_instance, check_number, require
+from layeredrl_torchrl._checks import (
+    check_finite,
+    check_flag,
+    check_instance,
+    check_number,
+    require,
+)
 from layeredrl_torchrl._precision import full_precision
 from layeredrl_torchrl._watch import refuse, watched
 from layeredrl_torchrl.models import ProbabilisticEnsemble
 from layeredrl_torchrl.objectives.terms import TermsLoss
+from layeredrl_torchrl.specs import canonical_action, is_discrete
 
 __all__ = ["ModelInputs", "ModelLoss"]
 
@@ -31,10 +38,12 @@ class ModelInputs(NamedTuple):
     next_state: Tensor  # [M, N, D]
     terminated: Tensor  # [M, N], bool or float
     weight: Tensor  # [M, N]: how much each transition counts
+    beta: Tensor | float | None = None  # []: in place of that of the loss
 
     def split(self, size: int) -> list[ModelInputs]:
         """Batches of ``size`` transitions for each member."""
-        return [ModelInputs(*x) for x in zip(*(y.split(size, 1) for y in self), strict=True)]
+        parts = zip(*(x.split(size, 1) for x in self[:6]), strict=True)
+        return [ModelInputs(*part)._replace(beta=self.beta) for part in parts]
 
 
 class ModelLoss(TermsLoss):
@@ -67,7 +76,9 @@ class ModelLoss(TermsLoss):
 
     Reads (``set_keys`` renames): ``state``, ``context``, ``action``, ``next_state``
     (``("next", "state")``), ``terminated`` (``("next", "terminated")``), and where present
-    ``valid`` (bool ``[N]`` or ``[N, 1]``) and ``weight`` (float, same shape).
+    ``valid`` (bool ``[N]`` or ``[N, 1]``), ``weight`` (float, same shape), and the masks that
+    TorchRL's ``loss_mask_key`` names (by default ``("collector", "mask")``, which is false for
+    padding).
 
     Writes ``loss_dynamics`` and ``loss_termination`` (sums over members), and for the log
     ``nll`` (nats per dimension, averaged over members, whatever ``beta`` is) and
@@ -133,6 +144,7 @@ class ModelLoss(TermsLoss):
                 value = value.expand(self.model.n_models, *value.shape)
             values.append(value)
         state, context, action, next_state, terminated = values
+        action = self._canonical(action)
         terminated = terminated.squeeze(-1)
         weight, masked = self._weights(tensordict, state)
         if masked:
@@ -143,11 +155,31 @@ class ModelLoss(TermsLoss):
             )
             if action.is_floating_point():
                 action = torch.where(keep, action, 0.0)
+            terminated = torch.where(weight > 0, terminated, torch.zeros_like(terminated))
+        hint = "repair the data, or leave such transitions out by `valid`"
+        named = {"state": state, "context": context, "next_state": next_state}
+        if action.is_floating_point():
+            named["action"] = action
+        for name, value in named.items():
+            check_finite(f"ModelLoss: {name}", value, hint=hint)
+        if terminated.dtype != torch.bool:
+            refuse(
+                ~((terminated >= 0) & (terminated <= 1)).all(),
+                lambda _: ValueError(
+                    f"ModelLoss: {self.tensor_keys.terminated!r} must lie in [0, 1]; {hint}"
+                ),
+            )
         return ModelInputs(state, context, action, next_state, terminated, weight)
+
+    def _canonical(self, action: Tensor) -> Tensor:
+        """Actions ``[M, N, ...]`` in the form of the spec."""
+        spec = self.model.action_spec
+        return canonical_action(spec, action, action.shape[:2]) if is_discrete(spec) else action
 
     def terms(self, prepared: ModelInputs) -> dict[str, Tensor]:
         """The losses of a prepared batch, as :meth:`forward` writes them."""
-        state, context, action, next_state, terminated, weight = prepared
+        state, context, action, next_state, terminated, weight, beta = prepared
+        beta = self.beta if beta is None else beta
         # A share of its member's mean; that of a member of which no transition counts is 0.
         weight = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
         (mean, std), weights, term_prob = self.model.predict_normalized(state, context, action)
@@ -167,8 +199,8 @@ class ModelLoss(TermsLoss):
             log_prob = joint.logsumexp(-1, keepdim=True)
         nll = -(log_prob.squeeze(-1) * weight).sum(-1)  # [M]
         dynamics = nll
-        if self.beta:
-            weighted = self._beta_weighted(-surprise - constant, std, log_weights)
+        if isinstance(beta, Tensor) or beta:
+            weighted = self._beta_weighted(-surprise - constant, std, log_weights, beta)
             dynamics = -(weighted * weight).sum(-1)
         with full_precision(state.device):  # on a GPU, autocast refuses this one
             ended = terminated.to(term_prob.dtype)
@@ -181,7 +213,10 @@ class ModelLoss(TermsLoss):
             "termination_bce": bce.detach().mean(),
         }
 
-    def _beta_weighted(self, densities: Tensor, std: Tensor, log_weights: Tensor) -> Tensor:
+    @staticmethod
+    def _beta_weighted(
+        densities: Tensor, std: Tensor, log_weights: Tensor, beta: Tensor | float
+    ) -> Tensor:
         """What takes the log-likelihood's place, ``[M, N]``.
 
         With responsibilities ``r`` and weights ``v = std ** (2 beta)``, both without gradient:
@@ -192,16 +227,17 @@ class ModelLoss(TermsLoss):
             densities: ``log p [M, N, K, D]``.
             std: ``[M, N, K, D]``.
             log_weights: ``log w [M, N, K]``.
+            beta: ``[]``.
         """
         log_r = (densities.detach().sum(-1) + log_weights.detach()).log_softmax(-1)
-        weighted = (std.detach().pow(2 * self.beta) * densities).sum(-1)
+        weighted = (std.detach().pow(2 * beta) * densities).sum(-1)
         return (log_r.exp() * (log_weights - log_r + weighted)).sum(-1)
 
     def _weights(self, tensordict: TensorDictBase, state: Tensor) -> tuple[Tensor, bool]:
         """How much each transition counts, ``[M, N]``, and whether some may not count at all."""
         weight = state.new_ones(state.shape[:-1])
         masked = False
-        for key in (self.tensor_keys.valid, self.tensor_keys.weight):
+        for key in (self.tensor_keys.valid, self.tensor_keys.weight, *self._loss_mask_keys()):
             value = tensordict.get(key, None)
             if value is not None:
                 if value.ndim > tensordict.ndim:
@@ -210,6 +246,13 @@ class ModelLoss(TermsLoss):
                 masked = True
         if masked:
             keys = self.tensor_keys
+            refuse(
+                ~((weight >= 0) & weight.isfinite()).all(),
+                lambda _: ValueError(
+                    f"{keys.weight!r} must be finite and at least 0; a negative weight would teach "
+                    "the opposite"
+                ),
+            )
             refuse(
                 ~(weight > 0).any(),
                 lambda _: ValueError(

@@ -98,8 +98,9 @@ class PredictorLoss(TermsLoss):
     Value targets end before a random action, and a step that starts with one has none: random
     behaviour would teach that states are bad which the policy masters.
 
-    Writes ``loss_reward`` and ``loss_value`` (mean squared errors in reward units squared; the
-    value loss divided by the square of the value head's scale), and for the log ``value_mean``.
+    Writes ``loss_reward`` and ``loss_value`` (mean squared errors in reward units squared, divided
+    by the square of the head's scale where it is a :class:`~layeredrl_torchrl.ScalarHead`), and
+    for the log ``value_mean``.
 
     Raises:
         KeyError: A missing entry. ValueError: slices of another length; NaN rewards.
@@ -237,8 +238,9 @@ class PredictorLoss(TermsLoss):
         out: dict[str, Tensor] = {}
         if isinstance(self.rew_func, nn.Module):
             error = self.rew_func(state, context, action) - prepared.reward
-            error = torch.where(valid, error.square(), 0.0)
-            out["loss_reward"] = error.sum() / valid.sum().clamp_min(1)
+            error = error / getattr(self.rew_func, "out_scale", 1.0)
+            error = torch.where(valid, error, 0.0)
+            out["loss_reward"] = error.square().sum() / valid.sum().clamp_min(1)
         if isinstance(self.val_func, nn.Module) and prepared.value is not None:
             target, counts = self._targets(prepared.value), prepared.value.counts
             value = self.val_func(state.detach(), context.detach(), action)

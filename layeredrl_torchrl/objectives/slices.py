@@ -9,11 +9,25 @@ from __future__ import annotations
 import torch
 from tensordict import NestedKey, TensorDictBase, is_leaf_nontensor, unravel_key
 from torch import Tensor
-from torchrl.data import LazyTensorStorage, ReplayBuffer, RoundRobinWriter, TensorStorage
+from torchrl.data import (
+    LazyTensorStorage,
+    RandomSampler,
+    RayReplayBuffer,
+    ReplayBuffer,
+    RoundRobinWriter,
+    SamplerWithoutReplacement,
+    SliceSampler,
+    SliceSamplerWithoutReplacement,
+    TensorDictReplayBuffer,
+    TensorStorage,
+)
 
 from layeredrl_torchrl._checks import check_positive_int
 
 __all__ = ["TransitionSlices"]
+
+# Samplers without preferences; slices are drawn uniformly by themselves.
+_UNIFORM = (RandomSampler, SamplerWithoutReplacement, SliceSampler, SliceSamplerWithoutReplacement)
 
 
 class TransitionSlices:
@@ -26,8 +40,11 @@ class TransitionSlices:
 
     - is not done and not terminated,
     - is not the newest row, which in a full ring is followed by the oldest,
-    - has the trajectory id of the next row, where the buffer stores ids, and
+    - has the trajectory id of the next row, where the buffer stores ids,
+    - is not followed by padding, and
     - leads to the observation that the next row starts from.
+
+    Padding, which TorchRL marks as false in ``("collector", "mask")``, never starts a slice either.
 
     The last condition needs no bookkeeping, so it also tells apart what the others miss: batches
     flattened over environments, collectors whose ids collide, a run that was cut and resumed.
@@ -51,12 +68,15 @@ class TransitionSlices:
         done_key: Key of the end of an episode, bool ``[T, (E,) 1]``.
         terminated_key: Key of termination, laid out like ``done_key``.
         trajectory_key: Key of the trajectory ids, if the buffer has any; None to ignore them.
+        mask_key: Key of the mask that is false for padding, if the buffer has one.
         valid_key: Key under which :meth:`sample` says which steps belong to the slice.
         index_key: Key under which :meth:`sample` says where in the storage, seen flat, each step
             lies, int64 ``[B, L]``; ``None`` to leave it out.
 
     Raises:
-        TypeError: If ``buffer`` is not a replay buffer on a tensor or memory-mapped storage.
+        TypeError: If ``buffer`` is not a replay buffer on a tensor or memory-mapped storage, or
+            one whose sampler chooses or changes transitions, as those of prioritised and
+            hindsight buffers do.
         ValueError: If that storage has several dimensions and was made from data.
     """
 
@@ -68,6 +88,7 @@ class TransitionSlices:
         done_key: NestedKey = ("next", "done"),
         terminated_key: NestedKey = ("next", "terminated"),
         trajectory_key: NestedKey | None = ("collector", "traj_ids"),
+        mask_key: NestedKey | None = ("collector", "mask"),
         valid_key: NestedKey = "valid",
         index_key: NestedKey | None = None,
     ) -> None:
@@ -76,17 +97,20 @@ class TransitionSlices:
                 f"buffer: got {type(buffer).__name__}, expected a torchrl.data.ReplayBuffer; "
                 "extend one with the collected transitions and pass it here."
             )
-        _check_storage(buffer.storage)
+        if not isinstance(buffer, RayReplayBuffer):
+            _check_storage(buffer.storage)
+        _check_sampling(buffer)
         self._buffer = buffer
         self._observation_key = observation_key
         self._next_observation_key: NestedKey = unravel_key(("next", observation_key))
         self._end_keys = (done_key, terminated_key)
         self._trajectory_key = trajectory_key
+        self._mask_key = mask_key
         self._valid_key = valid_key
         self._index_key = index_key
 
     def __len__(self) -> int:
-        """Number of stored transitions, each of which may start a slice."""
+        """Number of places that are filled; each may start a slice unless it is padding."""
         return len(self._buffer.storage)
 
     @property
@@ -100,7 +124,9 @@ class TransitionSlices:
         # TorchRL counts what is written along time; of each, a storage of several dimensions
         # holds one for every lane.
         lanes = stored // max(storage.shape[0], 1) if stored and storage.ndim > 1 else 1
-        return max(int(self._buffer.write_count) * lanes, stored)
+        # A data set that cannot be written to does not count.
+        written = getattr(self._buffer.writer, "_write_count", 0)
+        return max(int(written) * lanes, stored)
 
     def sample(
         self, batch_size: int, length: int, generator: torch.Generator | None = None
@@ -131,6 +157,7 @@ class TransitionSlices:
         # buffer: what is copied must be what was looked at.
         with self._buffer._replay_lock, self._buffer._write_lock:
             rows, valid, index = self._read(batch_size, length, generator)
+        _check_single_steps(rows)
         transform = self._buffer.transform
         if len(transform):
             shape = (batch_size * length,)
@@ -180,7 +207,8 @@ class TransitionSlices:
         # of a lane is as many rows further on as there are lanes, modulo the ring.
         n_lanes = contents.batch_size[1:].numel()
         n_stored = n_rows * n_lanes
-        start = torch.randint(n_stored, (batch_size, 1), generator=generator, device=steps.device)
+        mask = None if self._mask_key is None else contents.get(self._mask_key, None)
+        start = self._starts(mask, n_stored, batch_size, generator, steps.device)
         index = (start + n_lanes * steps) % n_stored
         if length == 1:  # nothing is continued
             return _copy(contents, index, index[:, 1:].bool())
@@ -190,6 +218,8 @@ class TransitionSlices:
         continues = steps[:-1] < until_newest  # [B, L - 1], like all that compares neighbours
         for end in ends:
             continues &= ~_any(_take(end, index, contents.batch_dims))[:, :-1]
+        if mask is not None:
+            continues &= _any(_take(mask, index, contents.batch_dims))[:, 1:]
         if self._trajectory_key is not None:
             trajectory = contents.get(self._trajectory_key, None)
             if trajectory is not None:
@@ -204,6 +234,25 @@ class TransitionSlices:
         if (breaks & valid[:, 1:]).any():
             rows, valid, held = _copy(contents, index, continues & ~breaks)
         return rows, valid, held
+
+    @staticmethod
+    def _starts(
+        mask: Tensor | None,
+        n_stored: int,
+        batch_size: int,
+        generator: torch.Generator | None,
+        device: torch.device,
+    ) -> Tensor:
+        """Flat indices [B, 1] of first transitions, uniform over those that are no padding."""
+        shape = (batch_size, 1)
+        if mask is None:
+            return torch.randint(n_stored, shape, generator=generator, device=device)
+        real = mask.reshape(-1)[:n_stored].nonzero().squeeze(-1)
+        if not len(real):
+            raise ValueError(
+                f"buffer: got {n_stored} rows of padding and no transition; check its mask."
+            )
+        return real[torch.randint(len(real), shape, generator=generator, device=device)]
 
     def _contents(self, length: int) -> tuple[TensorDictBase, int]:
         """The storage's whole memory [T_max, (E)], checked, and how many of its rows are filled."""
@@ -247,6 +296,26 @@ class TransitionSlices:
         return contents, n_rows
 
 
+def _check_sampling(buffer: ReplayBuffer) -> None:
+    """Refuse what draws or relabels in its own way: it would be passed over."""
+    if isinstance(buffer, RayReplayBuffer):
+        raise TypeError(
+            "buffer: got a RayReplayBuffer, whose storage lies in another process, expected a "
+            "buffer of this one; extend a TensorDictReplayBuffer(storage=LazyTensorStorage(n)) "
+            "with what it holds."
+        )
+    # Hindsight buffers relabel in a method of their own; others leave it to the sampler.
+    plain = (ReplayBuffer._sample, TensorDictReplayBuffer._sample)
+    if type(buffer)._sample in plain and type(buffer.sampler) in _UNIFORM:
+        return
+    raise TypeError(
+        f"buffer: got a {type(buffer).__name__} with a {type(buffer.sampler).__name__}, which "
+        "chooses or relabels what it samples, expected uniform sampling: slices and learn() draw "
+        "by themselves. Pass a second buffer on the same storage, "
+        "TensorDictReplayBuffer(storage=buffer.storage), or store what is relabelled."
+    )
+
+
 def _check_storage(storage: object) -> TensorStorage:
     if not isinstance(storage, TensorStorage):
         raise TypeError(
@@ -261,6 +330,17 @@ def _check_storage(storage: object) -> TensorStorage:
             "with the data, time last."
         )
     return storage
+
+
+def _check_single_steps(rows: TensorDictBase) -> None:
+    """Raise for rows that span several steps: their rewards are sums."""
+    spans = rows.get("steps_to_next_obs", None)
+    if spans is not None and bool((spans > 1).any()):
+        raise ValueError(
+            f"buffer: got transitions of up to {int(spans.max())} steps ('steps_to_next_obs', "
+            "which MultiStep writes), expected one step each; leave MultiStep out, targets over "
+            "several steps are made from slices (n_steps= of RewardPredictor)."
+        )
 
 
 def _newest_row(buffer: ReplayBuffer, n_rows: int, capacity: int) -> int:

@@ -24,7 +24,7 @@ class EarlyStopping:
     and value function go on. At the end of a call, stopped or not, the model is the best one that
     was seen in it, the one at its start included.
 
-    ``lr_annealing`` of :class:`~layeredrl_torchrl.ModelTraining` makes the weights settle in the
+    ``annealing`` of :class:`~layeredrl_torchrl.ModelTraining` makes the weights settle in the
     last updates of a call, which earlier looks do not see: with it, ``patience * every`` should
     not be far below the updates of a call.
 

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import gymnasium as gym
 import numpy as np
 import torch
+from tensordict import NestedKey
 from torchrl.data import Composite, TensorSpec, Unbounded
 from torchrl.envs import CatTensors, EnvBase, Transform, TransformedEnv
 
@@ -60,6 +61,10 @@ class PredictorFactory:
             state. Goal-based spaces have theirs.
         partial_encoder: Builds another encoder from the shape ``(obs,)`` of an observation, for
             example ``partial(EncoderNet, latent_state_dim=8, context_dim=2)``.
+        observation_key: Key of the observation, nested ones too: what the encoder reads and
+            :meth:`RewardPredictor.learn` looks for in the buffer. A ``partial_encoder`` names its
+            own (``in_keys``).
+        action_key: Likewise of the action.
         ignore_context: Whether the dynamics networks are not given the context, as physics does
             not depend on a goal. Where an episode ends at its goal, the termination does:
             ``False`` there.
@@ -77,6 +82,8 @@ class PredictorFactory:
     gamma: float = 0.99
     context_dims: Sequence[int] = ()
     partial_encoder: Callable[[tuple[int]], Encoder] | None = None
+    observation_key: NestedKey = "observation"
+    action_key: NestedKey = "action"
     ignore_context: bool = True
     model_options: Mapping[str, Any] = field(default_factory=dict)
     predictor_options: Mapping[str, Any] = field(default_factory=dict)
@@ -107,7 +114,7 @@ class PredictorFactory:
         Raises:
             TypeError, ValueError: Spaces of another kind; the message says what to do.
         """
-        dim, goal_dims = _layout(observation_space)
+        dim, goal_dims = _layout(observation_space, self.observation_key)
         if goal_dims and self.context_dims and list(self.context_dims) != goal_dims:
             raise ValueError(
                 f"context_dims is {list(self.context_dims)}, but the desired goal of the "
@@ -118,6 +125,10 @@ class PredictorFactory:
         net = partial(
             ProbFCDynamics, hidden_sizes=self.hidden_sizes, ignore_context=self.ignore_context
         )
+        options: dict[str, Any] = {
+            "partial_net": net,
+            "in_keys": [*encoder.out_keys, self.action_key],
+        }
         model = ProbabilisticEnsemble(
             state_space=Unbounded((state_dim,)),
             context_space=Unbounded((context_dim,)) if context_dim else None,
@@ -125,7 +136,7 @@ class PredictorFactory:
             n_models=self.n_models,
             n_modes=self.n_modes,
             n_particles_per_model=self.n_particles_per_model,
-            **{"partial_net": net} | dict(self.model_options),
+            **options | dict(self.model_options),
         )
         predictor = RewardPredictor(
             model,
@@ -143,9 +154,14 @@ class PredictorFactory:
         if self.partial_encoder is not None:
             return self.partial_encoder((dim,))
         if not context_dims:
-            return IdentityEncoder((dim,))
+            return IdentityEncoder((dim,), in_keys=[self.observation_key])
         state_dims = [d for d in range(dim) if d not in context_dims]
-        return FixedEncoderNet((dim,), latent_state_dims=state_dims, context_dims=context_dims)
+        return FixedEncoderNet(
+            (dim,),
+            latent_state_dims=state_dims,
+            context_dims=context_dims,
+            in_keys=[self.observation_key],
+        )
 
 
 def get_default_predictor_factory(env: Environment, **options: Any) -> PredictorFactory:
@@ -183,11 +199,11 @@ def get_default_predictor_factory(env: Environment, **options: Any) -> Predictor
             f"env must be a gymnasium or TorchRL environment, got {type(env).__name__}; without "
             "one, call PredictorFactory() with spaces"
         )
-    _, goal_dims = _layout(space)
+    _, goal_dims = _layout(space, factory.observation_key)
     return factory if given else replace(factory, context_dims=tuple(goal_dims))
 
 
-def _layout(space: ObservationSpace) -> tuple[int, list[int]]:
+def _layout(space: ObservationSpace, key: NestedKey) -> tuple[int, list[int]]:
     """The width of (joined) observations, and the dimensions of the desired goal in them."""
     if isinstance(space, gym.spaces.Dict | Composite):
         parts = dict(space.items())
@@ -198,13 +214,13 @@ def _layout(space: ObservationSpace) -> tuple[int, list[int]]:
             widths = [_width(key, parts[key]) for key in _GOAL_KEYS]
             return sum(widths), list(range(sum(widths[:2]), sum(widths)))
         # A TorchRL environment may carry more beside it: step counters, pixels to be recorded.
-        if isinstance(space, Composite) and "observation" in parts:
-            return _width("observation", parts["observation"]), []
+        if isinstance(space, Composite) and key in space.keys(True, True):
+            return _width(str(key), space[key]), []
         raise ValueError(
-            f"the observation space has the entries {names}, expected one flat observation, or "
-            f"{list(_GOAL_KEYS)}; join them by TorchRL's CatTensors(in_keys=..., "
-            'out_key="observation", sort=False), or gymnasium\'s FlattenObservation (which sorts '
-            "the keys)"
+            f"the observation space has the entries {names}, expected {key!r}, one flat "
+            f"observation, or {list(_GOAL_KEYS)}; name it with observation_key=, or join them by "
+            'TorchRL\'s CatTensors(in_keys=..., out_key="observation", sort=False), or by '
+            "gymnasium's FlattenObservation (which sorts the keys)"
         )
     return _width("observation_space", space), []
 
@@ -246,7 +262,7 @@ def _untransformed_goals(env: EnvBase) -> Composite:
         before = env.observation_spec_unbatched
     if not all(key in before.keys() for key in _GOAL_KEYS):
         return space
-    n_joined, _ = _layout(before)
+    n_joined, _ = _layout(before, "observation")
     n_now = space["observation"].shape[-1] if "observation" in space.keys() else 0
     as_it_was = n_now == before["observation"].shape[-1]
     if n_now != n_joined and not (as_it_was and all(key in space.keys() for key in _GOAL_KEYS)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torchrl.data import ReplayBuffer
 from torchrl.record.loggers import Logger
 
-from layeredrl_torchrl._checks import check_per_item
+from layeredrl_torchrl._checks import check_finite, check_per_item
 from layeredrl_torchrl._state import WholeState
 from layeredrl_torchrl._watch import watched
 from layeredrl_torchrl.models import Model, Propagation
@@ -157,7 +157,7 @@ class Predictor(WholeState):
         if act is not None:
             act = self.model.action_form(act, state.shape[:-1])
         value = self.need("val_func")(state, context, act)
-        return check_per_item("val_func", value, state.shape[:-1])
+        return _checked("val_func", value, state.shape[:-1])
 
     @property
     def n_steps_needed(self) -> int:
@@ -173,7 +173,7 @@ class Predictor(WholeState):
         """Reward ``[*B]``, with the action checked and in the form of its spec."""
         action = self.model.action_form(action, state.shape[:-1])
         reward = self.need("rew_func")(state, context, action)
-        return check_per_item("rew_func", reward, state.shape[:-1])
+        return _checked("rew_func", reward, state.shape[:-1])
 
     def rollout(
         self,
@@ -193,7 +193,7 @@ class Predictor(WholeState):
         traj = self.model.rollout(state, context, act, deterministic, propagation=propagation)
         if self.rew_func is not None:
             inputs = (traj.get(key) for key in self.model.in_keys)
-            reward = check_per_item("rew_func", self.rew_func(*inputs), traj.batch_size)
+            reward = _checked("rew_func", self.rew_func(*inputs), traj.batch_size)
             traj.set(("next", "reward"), reward.unsqueeze(-1))
         return traj
 
@@ -284,6 +284,13 @@ class Predictor(WholeState):
         if func is None:
             raise ValueError(f"this predictor was built with {name}=None; give it one")
         return func
+
+
+def _checked(name: str, value: Tensor, batch: Sequence[int]) -> Tensor:
+    """Return what a function of states gave if it is one finite number for each of them."""
+    check_per_item(name, value, batch)
+    check_finite(f"what {name} gave", value, hint=f"repair {name}, or train it on such states")
+    return value
 
 
 class _Step(TensorDictModuleBase):

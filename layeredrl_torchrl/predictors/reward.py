@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from tensordict import unravel_key
 from torch import Tensor, nn
 from torchrl.data import ReplayBuffer
 from torchrl.record.loggers import Logger
@@ -80,7 +81,9 @@ class RewardPredictor(Predictor):
         encoder_warm_up: Number of first updates, counted over all calls, in which only reward
             function and encoder learn. The model and the value function would chase a state
             that still moves, and have to forget what they learned of it.
-        beta_nll: ``beta`` of :class:`~layeredrl_torchrl.ModelLoss`.
+        beta_nll: ``beta`` of :class:`~layeredrl_torchrl.ModelLoss` at the start of each call. It
+            falls to 0 towards the end of the call (``ModelTraining.annealing``): first the means
+            are fitted, also of dimensions that seldom change, and then the variances.
         model_training: Further options of the model's training.
 
     The parameters are updated by :meth:`learn` only; so are the statistics that normalise
@@ -120,7 +123,7 @@ class RewardPredictor(Predictor):
         clip_grad_max_norm: float | None = 200.0,
         delta_standardizer: bool = True,
         encoder_warm_up: int = 0,
-        beta_nll: float = 0.0,
+        beta_nll: float = 0.5,
         model_training: ModelTraining = ModelTraining(),  # noqa: B008 - it is frozen
     ) -> None:
         super().__init__(model, val_func, rew_func, encoder, latent_state_dim, context_dim)
@@ -155,6 +158,12 @@ class RewardPredictor(Predictor):
             n_steps=n_steps,
             learn_encoder=learn_encoder,
             action_spec=model.action_spec,
+        )
+        observation = encoder.in_keys[0]
+        predictor_loss.set_keys(
+            observation=observation,
+            next_observation=unravel_key(("next", observation)),
+            action=model.in_keys[2],
         )
         self.__dict__["predictor_loss"] = predictor_loss
         self.__dict__["model_loss"] = ModelLoss(model, per_member=True, beta=beta_nll)
@@ -332,7 +341,7 @@ class RewardPredictor(Predictor):
         ``loss``              what is minimised: the weighted sum of the four losses below
         ``loss_dynamics``     nats, summed over dimensions (normalised) and members
         ``loss_termination``  nats, summed over members
-        ``loss_reward``       reward units squared
+        ``loss_reward``       in squares of the reward head's scale (the rewards' std)
         ``loss_value``        in squares of the value head's scale (the rewards' root mean square)
         ``nll``               nats per dimension (normalised) and member
         ``termination_bce``   nats per member
@@ -354,6 +363,8 @@ class RewardPredictor(Predictor):
         check_positive_int("n_updates", n_updates)
         check_positive_int("batch_size", batch_size)
         check_positive_int("model_batch_size", model_batch_size)
+        check_number("n_total_env_steps", n_total_env_steps, 0.0)
+        check_flag("progress", progress)
         reporting.check_logger(logger)
         experience = Experience(
             buffer,
@@ -364,7 +375,11 @@ class RewardPredictor(Predictor):
             device=next(self.model.parameters()).device,
         )
         training = self.model_training
-        with undone_on_error(self, self.optim):
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            undone_on_error(self, self.optim),
+        ):
             self.upkeep.refit(experience)
             watch = None
             if training.early_stopping is not None:
@@ -379,7 +394,7 @@ class RewardPredictor(Predictor):
                 n_total_env_steps=n_total_env_steps,
                 warm_up=self.encoder_warm_up,
                 after_warm_up=lambda: self.upkeep.refit(experience, anew=True),
-                annealed={"model": training.lr_annealing},
+                annealed={"model": training.annealing},
                 watch=watch,
                 states_move=self._states_move,
                 bar=self.name if progress else None,

@@ -21,9 +21,10 @@ class ModelTraining:
     Args:
         member_batches: How the ensemble's members share the model batches; by default each gets
             ``model_batch_size`` transitions of its own.
-        lr_annealing: Share of each call's updates, at its end, over which the model's learning
-            rate falls linearly to a tenth: the weights settle, and the predicted variance becomes
-            that of the settled weights. 0 for none.
+        annealing: Share of each call's updates, at its end, over which the model's learning rate
+            falls linearly to a tenth: the weights settle, and the predicted variance becomes that
+            of the settled weights. ``beta_nll`` falls to 0 over as many updates, and reaches it
+            half as many before the end. 0 for none of both.
         weight_decay: Decoupled weight decay (arXiv 1711.05101) of all the model's parameters: each
             update shrinks them by this share of the learning rate.
         early_stopping: When the model stops learning within a call; ``None`` for never. Needs
@@ -34,14 +35,14 @@ class ModelTraining:
     """
 
     member_batches: MemberBatches = field(default_factory=OwnBatches)
-    lr_annealing: float = 0.4
+    annealing: float = 0.4
     weight_decay: float = 0.0
     early_stopping: EarlyStopping | None = None
 
     def __post_init__(self) -> None:
         hint = "pass OwnBatches(), SharedBatch() or the like"
         check_instance("member_batches", self.member_batches, MemberBatches, hint=hint)
-        check_number("lr_annealing", self.lr_annealing, 0.0, 1.0)
+        check_number("annealing", self.annealing, 0.0, 1.0)
         check_number("weight_decay", self.weight_decay, 0.0)
         if self.early_stopping is not None:
             hint = "pass EarlyStopping() or None"

@@ -170,7 +170,8 @@ class Updates(nn.Module):
             warm_up: First updates, counted over all calls, without model and value function.
             after_warm_up: Called when they are over.
             annealed: Share of this call's updates, at its end, over which the learning rate of a
-                part falls linearly to a tenth.
+                part falls linearly to a tenth. The ``beta`` of a model's loss falls to 0 over as
+                many, half of them earlier.
             watch: Ends the model's updates early.
             states_move: Whether states are old by the next update, as an encoder's that learns.
             bar: What the progress bar is called; ``None`` for no bar.
@@ -214,6 +215,11 @@ class Updates(nn.Module):
             self._set_rates(rates, i, n_updates, annealed or {})
             idle = of_model if stopped or i < left else set()
             batch = {name: next(stream) for name, stream in streams.items() if name not in idle}
+            for name in of_model & batch.keys():
+                share = (annealed or {}).get("model", 0.0)
+                # It is 0 for the second half of the annealing, in which the variances settle.
+                beta = self.losses[name].loss.beta * _left(i, n_updates, share, share / 2)
+                batch[name] = batch[name]._replace(beta=_constant(beta, batch[name].state))
             if i < left:
                 batch = {name: _without_value(one) for name, one in batch.items()}
             take(batch)
@@ -320,9 +326,7 @@ class Updates(nn.Module):
     ) -> None:
         for group in self.optim.param_groups:
             share = annealed.get(group["name"], 0.0)
-            left = 1.0 - (i + 0.5) / n_updates
-            factor = min(1.0, 0.1 + 0.9 * left / share) if share else 1.0
-            rate = rates[group["name"]] * factor
+            rate = rates[group["name"]] * (0.1 + 0.9 * _left(i, n_updates, share))
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
             else:
@@ -348,6 +352,23 @@ class Updates(nn.Module):
                 for name, value in moments.items():
                     if value.device != p.device:
                         moments[name] = value.to(p.device)
+
+
+def _left(i: int, n_updates: int, share: float, end: float = 0.0) -> float:
+    """What is left of a number that falls linearly to 0 over a ``share`` of the updates.
+
+    It reaches 0 when a share of ``end`` is still to come.
+    """
+    if not share:
+        return 1.0
+    return min(1.0, max(0.0, (1.0 - (i + 0.5) / n_updates - end) / share))
+
+
+def _constant(value: float, like: Tensor) -> Tensor | float:
+    """On an accelerator a tensor, so that a captured step sees it change."""
+    if like.device.type == "cpu":
+        return value
+    return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
 def _trainable(part: object) -> list[nn.Parameter]:

@@ -116,14 +116,16 @@ class Upkeep(nn.Module):
         return 10 * n_changed < _N_PROBES
 
     def _rescale(self, reward: Tensor, state: Tensor, context: Tensor, action: Tensor) -> None:
-        reward = reward.float()
+        reward = reward.double()
         std, mean = torch.std_mean(reward, correction=0)
         rms = reward.square().mean().sqrt()
         unit = torch.where(rms > 0, rms, torch.ones_like(rms))
+        # Rewards that differ by what float32 rounds off are the same.
+        varies = std > 1e-6 * reward.abs().amax()
         rew_func = self._parts[2]
         if isinstance(rew_func, ScalarHead):
             rew_func.fit_inputs(state, context, action)
-            rew_func.rescale(mean, torch.where(std > 1e-3 * rms, std, unit))
+            rew_func.rescale(mean, torch.where(varies, std, unit))
         # Returns are many rewards large, but a value function that starts at 0 and is told the
         # size of one reward grows up to them from below, and so stays modest where there is no
         # data; planners seek out states whose value is overrated.

@@ -118,7 +118,8 @@ def test_equals_a_loop_over_single_steps(k_steps, n_steps, elapsed, random):
             state, _ = loss.encoder(batch["observation"][b, j])
             inputs = state, context, batch["action"][b, j]
             reward = float(batch["next", "reward"][b, j])
-            reward_error += (loss.rew_func(*inputs).item() - reward) ** 2
+            # In units of the heads' scales, which are 3.
+            reward_error += ((loss.rew_func(*inputs).item() - reward) / 3.0) ** 2
             if counts[b, j]:
                 error = loss.val_func(*inputs).item() - float(targets[b, j])
                 value_error += (error / 3.0) ** 2

@@ -257,7 +257,7 @@ def test_weight_decay_shrinks_the_model_alone(make_predictor, make_buffer):
     for decay in (0.0, 0.5):
         torch.manual_seed(0)
         predictor = make_predictor(
-            **options, model_training=ModelTraining(weight_decay=decay, lr_annealing=0.0)
+            **options, model_training=ModelTraining(weight_decay=decay, annealing=0.0)
         )
         start = parameters(predictor)
         predictor.learn(make_buffer(), **LEARN)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import types
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +80,15 @@ class ScalarHead(nn.Module, ABC):
             out = out.float()
         return out.squeeze(-1) * self.out_scale + self.out_loc
 
+    def compile(self, **options: Any) -> None:
+        """Compile calls of this head; copies and pickles of it are not compiled.
+
+        Args:
+            **options: Of ``torch.compile``. With ``dynamic=False`` each shape is compiled by
+                itself, however many there are.
+        """
+        self._compiled_call_impl = _Compiled(self, options)
+
     @torch.no_grad()
     def fit_inputs(self, state: Tensor, context: Tensor, action: Tensor) -> None:
         """Set the input statistics from a sample ``[N, ...]``."""
@@ -104,6 +115,32 @@ class ScalarHead(nn.Module, ABC):
             last.bias.mul_(ratio).add_((self.out_loc - loc) / scale)
         self.out_loc.copy_(loc)
         self.out_scale.copy_(scale)
+
+
+class _Compiled:
+    """Calls of a head, compiled.
+
+    Torch counts compilations by code object and falls back to eager beyond a limit; each head, and
+    with ``dynamic=False`` each shape, gets a code object of its own, and ``fullgraph`` makes the
+    limit an error.
+    """
+
+    def __init__(self, head: ScalarHead, options: dict[str, Any]) -> None:
+        self.head, self.options = head, {"fullgraph": True} | options
+        self.by_shape: dict[Hashable, Callable[..., Tensor]] = {}
+
+    def __call__(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
+        shapes = None
+        if self.options.get("dynamic") is False:
+            shapes = tuple(getattr(x, "shape", None) for x in (state, context, action))
+        if shapes not in self.by_shape:
+            own = types.FunctionType(_forward.__code__.replace(), globals(), "_forward")
+            self.by_shape[shapes] = torch.compile(own, **self.options)
+        return self.by_shape[shapes](self.head, state, context, action)
+
+
+def _forward(head: ScalarHead, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
+    return head.forward(state, context, action)
 
 
 class RewardNet(ScalarHead):

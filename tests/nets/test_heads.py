@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import gymnasium as gym
@@ -247,3 +248,17 @@ def test_an_action_space_that_is_none_of_ours_is_refused():
 def test_the_base_class_cannot_be_built():
     with pytest.raises(TypeError, match="abstract"):
         ScalarHead(3, (4,), nn.SiLU)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dynamic", "n_heads", "n_shapes"), [(None, 9, 3), (False, 1, 10)])
+def test_any_number_of_heads_and_shapes_stays_compiled(dynamic, n_heads, n_shapes):
+    """Beyond torch's limit of 8, which would be an error here."""
+    heads = [ValueNet(3, 0, (8,)) for _ in range(n_heads)]
+    for head in heads:
+        torch.nn.init.normal_(head.net[-1].weight)
+        head.compile(backend="eager", dynamic=dynamic)
+        assert head.state_dict().keys() == copy.deepcopy(head).state_dict().keys()
+        for n in range(2, 2 + n_shapes):
+            inputs = torch.randn(n, 3), torch.zeros(n, 0), None
+            torch.testing.assert_close(head(*inputs), head.forward(*inputs))

@@ -112,6 +112,10 @@ def test_equal_plans_come_out_compiled():
     again = plans(planner, planner.plan, noise, td)
     for key in plain.keys(True, True):
         torch.testing.assert_close(again[key], plain[key])
+    many = ICEMPlanner(predictor(), **SMALL | {"horizon": 1, "n_iterations": 5}, decay=1.5)
+    many.compile(backend="eager", dynamic=False)
+    for n in (1, 2):  # more shapes than torch compiles before it gives up
+        many(given(many, n))
     with pytest.raises(TypeError, match="cudagraphs must be True or False"):
         planner.compile(cudagraphs="yes")
 

@@ -12,7 +12,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-from layeredrl_torchrl._watch import refuse
+from layeredrl_torchrl._watch import is_traced, refuse
 
 
 def require(tensordict: TensorDictBase, key: NestedKey, *, reader: str, hint: str) -> Tensor:
@@ -63,10 +63,12 @@ def check_finite(name: str, tensor: Tensor, *, hint: str) -> None:
             f"(the first, {tensor[first].item()}, at index {list(first)}); {hint}"
         )
 
-    # One reduction decides the common case. NaN and infinity both survive a sum of absolute values;
-    # the sum of large finite ones may overflow, so a CPU looks closer before it raises.
-    total = tensor.detach().abs()
-    total = total.sum() if on_host else total.amax()
+    # One reduction decides the common case. NaN and infinity both survive a sum; the sum of large
+    # finite ones may overflow, so a CPU looks closer before it raises.
+    total = tensor.detach()
+    if on_host and not is_traced(total) and math.isfinite(float(total.sum())):
+        return
+    total = total.sum() if on_host else total.abs().amax()
     refuse(~torch.isfinite(total), error)
 
 

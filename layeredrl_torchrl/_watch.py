@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["Watch", "flush", "is_at_once", "refuse", "watched"]
+__all__ = ["Watch", "flush", "is_at_once", "is_traced", "refuse", "watched"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -100,7 +100,7 @@ class Watch:
         if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(bad):
             return
         if bad.device.type in self.at_once:
-            if isinstance(bad, FakeTensor) or not bool(bad.any()):
+            if isinstance(bad, FakeTensor) or not bool(bad.any() if bad.ndim else bad):
                 return
             if (found := error(bad)) is not None:
                 raise found
@@ -187,6 +187,15 @@ class Watch:
 
 
 _WATCH = Watch()
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether ``tensor`` has no values to look at, as while a function is traced."""
+    return (
+        torch.compiler.is_compiling()
+        or isinstance(tensor, FakeTensor)
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
 
 
 def is_at_once(tensor: Tensor) -> bool:

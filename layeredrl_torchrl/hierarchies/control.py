@@ -6,9 +6,10 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from layeredrl_torchrl.hierarchies.memory import together
 from layeredrl_torchrl.levels import Level
 
-__all__ = ["ask", "hand"]
+__all__ = ["ask", "ends_by_duration", "hand"]
 
 
 def hand(level: Level, seen: Tensor, given: Tensor | None, n_actions: Tensor) -> TensorDict:
@@ -20,10 +21,18 @@ def hand(level: Level, seen: Tensor, given: Tensor | None, n_actions: Tensor) ->
         given: Its input; ``None`` for the highest.
         n_actions: Its actions on this input so far, ``[*B, 1]``.
     """
+    batch = n_actions.shape[:-1]
     source = {level.observation_key: seen, "n_actions": n_actions}
     if given is not None:
         source[level.input_key] = given
-    return TensorDict(source, n_actions.shape[:-1])
+    if all(isinstance(key, str) for key in source):
+        return together(source, batch, None)
+    return TensorDict(source, batch)
+
+
+def ends_by_duration(level: Level) -> bool:
+    """Whether ``level`` has no other rule than its duration for handing back control."""
+    return getattr(level.hands_back, "__func__", None) is Level.hands_back
 
 
 def ask(level: Level, handed: TensorDictBase) -> Tensor:

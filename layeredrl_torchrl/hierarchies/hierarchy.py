@@ -19,10 +19,17 @@ from layeredrl_torchrl._state import WholeState
 from layeredrl_torchrl._watch import watched
 from layeredrl_torchrl.checkpoints import SafeCheckpoint
 from layeredrl_torchrl.hierarchies.building import assemble, names
-from layeredrl_torchrl.hierarchies.control import ask, hand
+from layeredrl_torchrl.hierarchies.control import ask, ends_by_duration, hand
 from layeredrl_torchrl.hierarchies.due import Due
 from layeredrl_torchrl.hierarchies.maps import Choice
-from layeredrl_torchrl.hierarchies.memory import MEMORY, HierarchyPrimer, Layout, Store, memory_of
+from layeredrl_torchrl.hierarchies.memory import (
+    MEMORY,
+    HierarchyPrimer,
+    Layout,
+    Store,
+    memory_of,
+    together,
+)
 from layeredrl_torchrl.hierarchies.transitions import Cut, EnvKeys
 from layeredrl_torchrl.levels import Level
 from layeredrl_torchrl.levels.learning import refuse_masks
@@ -148,8 +155,8 @@ class Hierarchy(OnePrimer, WholeState):
         seen = [observation if see.is_identity else see(observation) for see in self.maps]
         new, given = layout.steps(held)[..., -1:] == 0, None
         due = self._due(levels, seen, held, new)
-        # What is held now, and the memories for the next step: entries are replaced, never changed.
-        now, memories = dict(held), {key: held[key] for key in self._memories if key}
+        # What is held now, and the memories for the next step; what came in is not changed.
+        now, memories = layout.copy(held), {key: held[key] for key in self._memories if key}
         for i, acts in enumerate(due):
             if not acts.nowhere:
                 n_actions = torch.where(new, 0, layout.get(held, i, "n_actions") + 1)
@@ -166,7 +173,7 @@ class Hierarchy(OnePrimer, WholeState):
             layout.put(now, len(levels) - 1, written)
 
         layout.step(now)
-        tensordict.set(MEMORY, TensorDict(now, tensordict.batch_size, device=tensordict.device))
+        tensordict.set(MEMORY, together(now, tensordict.batch_size, tensordict.device))
         for key, following in memories.items():
             tensordict.set(("next", MEMORY, key), following)
         return tensordict
@@ -178,8 +185,10 @@ class Hierarchy(OnePrimer, WholeState):
         due: list[Due] = []
         asked = ~reset
         for i in range(len(levels) - 1, 0, -1):
-            some = Due(asked)
-            if not some.nowhere:
+            duration = levels[i].duration
+            if duration is not None and ends_by_duration(levels[i]):
+                asked = asked & (self.layout.n_taken(held, i) >= duration)
+            elif not (some := Due(asked)).nowhere:
                 given = some.pick(self.layout.get(held, i - 1, "action"))
                 taken = some.pick(self.layout.n_taken(held, i))
                 handed = hand(levels[i], some.pick(seen[i]), given, taken)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import Composite, TensorSpec, Unbounded
 from torchrl.envs import TensorDictPrimer
@@ -14,7 +15,7 @@ from torchrl.envs import TensorDictPrimer
 from layeredrl_torchrl.hierarchies.due import Due
 from layeredrl_torchrl.levels import Level
 
-__all__ = ["MEMORY", "HierarchyPrimer", "Layout", "Store", "memory_of"]
+__all__ = ["MEMORY", "HierarchyPrimer", "Layout", "Store", "memory_of", "together"]
 
 MEMORY = "hierarchy"
 #: Tensors ``[*B, n]`` by dtype: what is held, packed.
@@ -36,6 +37,16 @@ def memory_of(level: Level) -> Composite:
             "hierarchy starts from zeros; let zeros mean that it remembers nothing"
         )
     return primer.primers
+
+
+def together(
+    entries: Mapping[str, Any], batch: torch.Size, device: torch.device | None
+) -> TensorDict:
+    """A TensorDict ``[*B]`` of entries that are known to fit, so that nothing is checked.
+
+    At every step of an environment a hierarchy makes several; checks take most of their time.
+    """
+    return TensorDict._new_unsafe(dict(entries), batch, device=device)
 
 
 @dataclass(frozen=True)
@@ -111,6 +122,8 @@ class Layout:
         """What level ``i`` holds below ``key``, ``[*B, ...]``."""
         field = self.fields[i][key]
         values = held[field.dtype][..., field.start : field.stop]
+        if len(field.shape) == 1:
+            return values
         return values.reshape((*values.shape[:-1], *field.shape))
 
     def n_taken(self, held: Mapping[str, Tensor], i: int) -> Tensor:
@@ -119,13 +132,17 @@ class Layout:
             return self.steps(held)[..., -1:]
         return self.get(held, i, "n_actions") + 1
 
+    def copy(self, held: Store) -> Store:
+        """What is held, with integers of its own; other entries are replaced, never changed."""
+        return {**held, _COUNTS: held[_COUNTS].clone()}
+
     def put(
         self, held: Store, i: int, values: Mapping[NestedKey, Tensor], due: Due | None = None
     ) -> None:
-        """Let level ``i`` hold ``values``, all that it holds; ``held`` gets copies.
+        """Let level ``i`` hold ``values``, all that it holds.
 
         Args:
-            held: What is held.
+            held: As :meth:`copy` gives it.
             i: Which level.
             values: ``[*B, ...]``, or as ``due`` picked them.
             due: Of which instances; of all by default.
@@ -133,34 +150,36 @@ class Layout:
         packed: dict[str, list[Tensor]] = {}
         for key, field in self.fields[i].items():
             value = values[key]
-            flat = value.reshape((*value.shape[: value.ndim - len(field.shape)], -1))
-            packed.setdefault(field.dtype, []).append(flat)
+            if len(field.shape) != 1:
+                value = value.reshape((*value.shape[: value.ndim - len(field.shape)], -1))
+            packed.setdefault(field.dtype, []).append(value)
         for dtype, parts in packed.items():
             start, stop = self._blocks[i][dtype]
             block = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
-            whole = held[dtype].clone()
-            columns = whole[..., start:stop]
-            columns.copy_(block if due is None else due.merge(columns, block))
+            whole = held[dtype] if dtype == _COUNTS else held[dtype].clone()
+            if due is None:
+                whole[..., start:stop] = block
+            else:
+                due.write(whole[..., start:stop], block)
             held[dtype] = whole
 
     def begin(self, held: Store, i: int, values: Mapping[NestedKey, Tensor], due: Due) -> None:
         """:meth:`put` what level ``i`` does anew, and count its steps and rewards from 0.
 
         Args:
-            held: What is held.
+            held: As :meth:`copy` gives it.
             i: Which level.
-            values: With ``"n_actions"``, so that the integers are a copy.
+            values: As for :meth:`put`.
             due: Of which instances.
         """
         self.put(held, i, values, due)
-        held[_COUNTS][..., i : i + 1].masked_fill_(due.mask, 0)
+        held[_COUNTS][..., i : i + 1].mul_(~due.mask)
         held["rewards"] = held["rewards"].clone()
         held["rewards"][..., i : i + 1].masked_fill_(due.mask, 0)
 
     def step(self, held: Store) -> None:
-        """Count the environment step that is made now; ``held`` gets a copy of the integers."""
-        held[_COUNTS] = held[_COUNTS].clone()
-        held[_COUNTS][..., : self.n_steps] += 1
+        """Count the environment step that is made now, in ``held`` as :meth:`copy` gives it."""
+        held[_COUNTS][..., : self.n_steps].add_(1)
 
 
 class HierarchyPrimer(TensorDictPrimer):
@@ -177,10 +196,9 @@ class HierarchyPrimer(TensorDictPrimer):
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         before, memories = tensordict.get(MEMORY), next_tensordict.get(MEMORY, None)
-        after = before.copy()
+        after = {key: before.get(key) for key in before.keys()}
         if memories is not None:
-            after.update(memories)
-        earned = before.get("rewards", None)
-        if earned is not None:
-            after.set("rewards", earned + next_tensordict.get(self.reward_key))
-        return next_tensordict.set(MEMORY, after)
+            after |= {key: memories.get(key) for key in memories.keys()}
+        if "rewards" in after:
+            after["rewards"] = after["rewards"] + next_tensordict.get(self.reward_key)
+        return next_tensordict.set(MEMORY, together(after, before.batch_size, before.device))

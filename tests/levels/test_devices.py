@@ -87,16 +87,8 @@ POLICIES = {
 }
 
 
-# Of these the ensemble still waits.
-WAITING = {name for name in POLICIES if "planner" in name and "own" not in name}
-WAITING |= {"hierarchy", "choices and maps"}
-
-
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.xfail] if n in WAITING else []) for n in POLICIES],
-)
+@pytest.mark.parametrize("name", POLICIES)
 def test_acting_neither_waits_nor_copies(name, mode):
     accelerator = Accelerator()
     policy = POLICIES[name]()

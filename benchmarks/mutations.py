@@ -55,13 +55,12 @@ ARITHMETIC = {
     ast.BitOr: "&",
     ast.MatMult: "*",
 }
-OTHERS = ["tests/test_conformance.py", "tests/test_bad_values.py"]
-OF_ROOT = {
-    "specs": ["tests/test_specs.py"],
-    "_checks": ["tests/test_checks.py"],
-    "_state": ["tests/predictors"],
-    "_precision": ["tests/models", "tests/nets"],
-}
+OTHERS = [
+    "tests/test_conformance.py",
+    "tests/test_bad_values.py",
+    "tests/test_accelerator.py",
+]
+OF_ROOT = {"_state": "tests/predictors", "_precision": "tests/models"}
 
 
 def changes(source):
@@ -132,10 +131,10 @@ def tests_of(path):
     """Folders and files of tests, the nearest first."""
     parts = path.with_suffix("").parts
     parts = parts[1:] if parts[0] == "layeredrl_torchrl" else parts
-    if len(parts) == 1:
-        return [*OF_ROOT.get(parts[0], []), *OTHERS]
-    own = Path("tests", *parts[:-1], f"test_{parts[-1]}.py")
-    return [*([str(own)] if (ROOT / own).exists() else []), f"tests/{parts[0]}", *OTHERS]
+    own = Path("tests", *parts[:-1], f"test_{parts[-1].removeprefix('_')}.py")
+    folder = f"tests/{parts[0]}" if len(parts) > 1 else OF_ROOT.get(parts[0])
+    own = str(own) if (ROOT / own).exists() else None
+    return [test for test in (own, folder, *OTHERS) if test is not None]
 
 
 def noticed(folder, test):

@@ -1,4 +1,4 @@
-"""What a predictor's ``learn`` tells its user: scalars for a logger, and a bar on the screen."""
+"""Progress of learning for its user: scalars for a logger, and a bar on the screen."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ __all__ = ["CollectorState", "EnvState"]
 
 
 class EnvState:
-    """What an environment needs to go on as if it had never stopped, for checkpoints.
+    """The state of an environment, from which it goes on as if it had never stopped.
 
     For TorchRL's ``GymEnv``, ``GymWrapper`` and ``SerialEnv`` of such, below any transforms, and
     so for ``Task.make`` and ``make_batched``: the state of the transforms, all numbers and random
@@ -73,7 +73,7 @@ class EnvState:
 
 
 class CollectorState:
-    """What a ``Collector`` of this process needs to go on as if it had never stopped.
+    """The state of a ``Collector`` of this process, from which it goes on uninterrupted.
 
     Its environments (:class:`EnvState`), the TensorDict it carries from step to step (with the
     memories of policies and transforms), the numbers of its trajectories, and its counters. The

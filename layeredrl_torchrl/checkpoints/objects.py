@@ -1,4 +1,4 @@
-"""What gymnasium's environments and wrappers hold, as JSON."""
+"""The state of gymnasium's environments and wrappers, as JSON."""
 
 from __future__ import annotations
 

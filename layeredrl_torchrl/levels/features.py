@@ -1,4 +1,4 @@
-"""What a model-free level's networks read: one normalised vector of features."""
+"""The input of a model-free level's networks: one normalised vector of features."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ __all__ = ["Learner"]
 
 
 class Learner(nn.Module, ABC):
-    """What a :class:`~layeredrl_torchrl.ModelFreeLevel` acts and learns with.
+    """The policy and the loss of a :class:`~layeredrl_torchrl.ModelFreeLevel`.
 
     A subclass builds a TorchRL loss over the key ``"features"``, and says what its policy does.
     Gradient steps are taken with Adam on the sum of the loss's ``"loss_..."`` terms (``"loss"``,

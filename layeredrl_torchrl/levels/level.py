@@ -147,7 +147,7 @@ class Level(OnePrimer, WholeState):
 
     @property
     def predictor(self) -> Predictor | None:
-        """What the level knows about the world on its own time scale; ``None`` for nothing."""
+        """The level's model of the world on its own time scale; ``None`` without one."""
         return None
 
     @property

@@ -161,7 +161,7 @@ class ModelFreeLevel(LearningLevel):
 
     @property
     def next_reward_key(self) -> NestedKey:
-        """Where the reward of a transition stands."""
+        """The key of a transition's reward."""
         return unravel_key(("next", self.reward_key))
 
     # -- acting -----------------------------------------------------------------------------
@@ -209,7 +209,7 @@ class ModelFreeLevel(LearningLevel):
 
     @property
     def stored_keys(self) -> tuple[list[NestedKey], list[NestedKey]]:
-        """What the networks read, and how the transition ended."""
+        """Keys that the networks read, and those that say how the transition ended."""
         done = ["terminated", "done"]
         if self.input_spec is not None and self.input_ends:
             done.append("input_done")
@@ -241,11 +241,11 @@ class ModelFreeLevel(LearningLevel):
             self.reward_scale.observe(data.get(self.next_reward_key))
 
     def _sampled(self, data: TensorDictBase) -> TensorDictBase:
-        """What is learned of sampled transitions ``[N]``: the transitions themselves."""
+        """Prepare sampled transitions ``[N]`` for learning; by default they stay as they are."""
         return data
 
     def _arguments(self, data: TensorDictBase) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What the features are made of, of transitions ``[N]``."""
+        """Return the entries of transitions ``[N]`` that the features are made of."""
         observation: Tensor = data.get(self.observation_key)
         if self.input_spec is None:
             return observation, None, None
@@ -272,7 +272,7 @@ class ModelFreeLevel(LearningLevel):
 
     @torch.no_grad()
     def _prepare(self, data: TensorDictBase) -> TensorDict:
-        """What the loss reads of transitions ``[N]``."""
+        """Return the entries of transitions ``[N]`` that the loss reads."""
         data = self._sampled(data.to(self.features.mean.device))
         observation, given, n_actions = self._arguments(data)
         following = data.get(unravel_key(("next", self.observation_key)))
@@ -300,6 +300,6 @@ class ModelFreeLevel(LearningLevel):
         return TensorDict({**now, "next": TensorDict(after, data.batch_size)}, data.batch_size)
 
     def _input_ended(self, observation: Tensor, given: Tensor | None, n_actions: Tensor) -> Tensor:
-        """Where control goes back, bool ``[N, 1]``."""
+        """Mark the transitions after which control goes back up, bool ``[N, 1]``."""
         asked = {self.observation_key: observation, self.input_key: given, "n_actions": n_actions}
         return self.hands_back(TensorDict(asked, observation.shape[:-1]))

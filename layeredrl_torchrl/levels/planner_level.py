@@ -40,7 +40,7 @@ _HINT = "pass what a collector of this level yields"
 
 @runtime_checkable
 class Planner(Protocol):
-    """What a :class:`PlannerLevel` needs of a planner: a policy whose memory can be forgotten.
+    """The planner of a :class:`PlannerLevel`: a policy whose memory can be forgotten.
 
     It is called with a TensorDict ``[*B]`` that has its ``in_keys``, and writes the action below
     ``action_key`` and what it remembers below ``"next"``. If it is a module that holds the
@@ -347,7 +347,7 @@ class PlannerLevel(LearningLevel):
 
     @property
     def stored_keys(self) -> tuple[list[NestedKey], list[NestedKey]]:
-        """What the predictor's losses read, and what tells trajectories apart."""
+        """Keys that the predictor's losses read, and those that tell trajectories apart."""
         read, reward = self._learned_keys()
         observation = self.observation_key
         required = [observation, ("next", observation), self.action_key, reward]

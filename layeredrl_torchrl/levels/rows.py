@@ -1,4 +1,4 @@
-"""Which rows of collected data a level learns from, and what they have to be."""
+"""Choose and check the rows of collected data that a level learns from."""
 
 from __future__ import annotations
 

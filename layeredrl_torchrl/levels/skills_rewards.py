@@ -1,4 +1,4 @@
-"""What skills are rewarded with: that one can tell from what they do which one it was."""
+"""Rewards of skills, for effects by which one skill can be told from the others."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ class SPlaTESReward(SkillReward):
     """
 
     def pays(self, n_actions: Tensor, duration: int) -> Tensor:
-        """Whether it is the last action of a skill, bool ``[N, 1]``."""
+        """Mark the last action of each skill, bool ``[N, 1]``."""
         return n_actions + 1 >= duration
 
 

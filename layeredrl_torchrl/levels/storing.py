@@ -142,7 +142,7 @@ def write(buffer: ReplayBuffer, rows: TensorDictBase) -> None:
 
 
 class Overwritten:
-    """What the next ``n_rows`` written to a buffer would overwrite, to be put back.
+    """Remember what the next ``n_rows`` written to a buffer overwrite, to put it back.
 
     Args:
         buffer: On a tensor storage, with a writer that goes round.

@@ -1,4 +1,4 @@
-"""What the members of an ensemble disagree on, as an exploration bonus."""
+"""The disagreement of an ensemble's members, as an exploration bonus."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a rollout carries the particles of an ensemble from step to step."""
+"""Ways in which a rollout carries the particles of an ensemble from step to step."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _BLOCK = 2**18
 
 
 class ImaginedStep(NamedTuple):
-    """What happens to the particles of ``N`` starts in one step."""
+    """One imagined step of the particles of ``N`` starts."""
 
     state: Tensor  # [M', D, N, P']
     action: Tensor  # [N, *]

@@ -88,7 +88,7 @@ class Scaling(nn.Module):
         return self.state(state), context, action
 
     def targets(self, state: Tensor, next_state: Tensor) -> Tensor:
-        """What the networks have to predict for transitions ``[..., D]``."""
+        """Return the networks' targets for transitions ``[..., D]``."""
         return self.target(next_state - state if self.predict_delta else next_state)
 
     def units(self, parts: list[str], n_plain: int) -> InputUnits | None:

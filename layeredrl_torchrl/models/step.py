@@ -46,7 +46,7 @@ def draw_noise(shape: torch.Size, n_modes: int, like: Tensor) -> Noise:
 
 
 class MixtureColumns(NamedTuple):
-    """What members say, in whatever units: mixtures and terminations of ``R`` rows."""
+    """Predictions of members, in any units: mixtures and terminations of ``R`` rows."""
 
     pairs: Tensor  # [M, 2, K, D, R]: mean, and what becomes the std
     weights: Tensor  # [M, K, R]
@@ -166,7 +166,7 @@ def sample_mixture(mean: Tensor, std: Tensor, weights: Tensor, noise: Noise | No
 def _say(
     parts: StepParts, state: Tensor, context: Tensor, action: Tensor
 ) -> tuple[MixtureColumns, Tensor | None]:
-    """What the networks say, and what the distance from the data adds to the std, ``[M, 1, R]``."""
+    """Evaluate the networks, and what the distance from the data adds to the std, ``[M, 1, R]``."""
     layers = parts.layers
     n_models = len(state)
     if isinstance(layers, StackedLayers):

@@ -1,4 +1,4 @@
-"""What steps members through a rollout: made once, called once for each step."""
+"""The step of a rollout: made once, called once for each step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a network's last layer is read as a mixture of Gaussians and a termination."""
+"""Read a network's last layer as a mixture of Gaussians and a termination."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the members of an ensemble share the transitions of a training batch."""
+"""Ways in which the members of an ensemble share the transitions of a batch."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ _LOG_2PI = math.log(2 * math.pi)
 
 
 class ModelInputs(NamedTuple):
-    """What :class:`ModelLoss` learns from, with no NaN in what does not count."""
+    """A checked batch of :class:`ModelLoss`, without NaN in the rows that do not count."""
 
     state: Tensor  # [M, N, D]
     context: Tensor  # [M, N, C]
@@ -217,7 +217,7 @@ class ModelLoss(TermsLoss):
     def _beta_weighted(
         densities: Tensor, std: Tensor, log_weights: Tensor, beta: Tensor | float
     ) -> Tensor:
-        """What takes the log-likelihood's place, ``[M, N]``.
+        """Weight the log-likelihood by powers of the std, ``[M, N]``.
 
         With responsibilities ``r`` and weights ``v = std ** (2 beta)``, both without gradient:
         ``sum_k r_k (log w_k - log r_k + sum_d v_kd log p_kd)``; with ``beta = 0`` it is the
@@ -234,7 +234,7 @@ class ModelLoss(TermsLoss):
         return (log_r.exp() * (log_weights - log_r + weighted)).sum(-1)
 
     def _weights(self, tensordict: TensorDictBase, state: Tensor) -> tuple[Tensor, bool]:
-        """How much each transition counts, ``[M, N]``, and whether some may not count at all."""
+        """Return the weight of each transition, ``[M, N]``, and whether some may be 0."""
         weight = state.new_ones(state.shape[:-1])
         masked = False
         for key in (self.tensor_keys.valid, self.tensor_keys.weight, *self._loss_mask_keys()):

@@ -32,7 +32,7 @@ __all__ = ["PredictorLoss", "PreparedSlices", "PreparedValue"]
 
 
 class PreparedValue(NamedTuple):
-    """What value targets are made of: ``returns + discount * V(observation, action)``."""
+    """The parts of value targets: ``returns + discount * V(observation, action)``."""
 
     observation: Tensor  # [B, k, obs]: where the target network is asked
     action: Tensor  # [B, k, A] or as the spec says
@@ -42,7 +42,7 @@ class PreparedValue(NamedTuple):
 
 
 class PreparedSlices(NamedTuple):
-    """What :class:`PredictorLoss` learns from, checked, with no NaN in what is not valid."""
+    """A checked batch of :class:`PredictorLoss`, without NaN in the steps that are not valid."""
 
     observation: Tensor  # [B, k, obs]
     action: Tensor  # [B, k, A] or as the spec says
@@ -257,7 +257,7 @@ class PredictorLoss(TermsLoss):
         return self._targets(prepared), prepared.counts
 
     def _prepare_value(self, tensordict: TensorDictBase) -> PreparedValue:
-        """What the value targets of slices ``[B, L]`` are made of."""
+        """Compute the parts of the value targets of slices ``[B, L]``."""
         keys = self.tensor_keys
         length = self.k_steps + self.n_steps - 1
         elapsed = tensordict.get(keys.elapsed_steps, None)

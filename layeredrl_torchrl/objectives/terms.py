@@ -1,4 +1,4 @@
-"""What the losses of this package share: their arithmetic stands apart from their checks."""
+"""The base of the package's losses, which keeps their arithmetic apart from their checks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How often episodes succeed."""
+"""Success of episodes, and its rate."""
 
 from __future__ import annotations
 

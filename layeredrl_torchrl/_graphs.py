@@ -79,6 +79,7 @@ class Graphs:
             tuple(x.data_ptr() for x in reads),
             torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
             torch.get_float32_matmul_precision(),
+            torch.is_inference_mode_enabled(),
         )
         graph = self._graphs.get(key)
         if graph is None:

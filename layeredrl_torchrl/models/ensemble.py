@@ -189,13 +189,15 @@ class ProbabilisticEnsemble(Model):
 
     def _stepper(self, *, rows: int, deterministic: bool) -> EnsembleStepper:
         options = None if torch.is_grad_enabled() else self._compile_options
+        parts = self._parts(rows)
         return EnsembleStepper(
-            self._parts(rows),
+            parts,
             self.action_spec,
             self.n_modes,
             deterministic=deterministic,
             options=options,
-            n_at_once=1 if self._graphs is not None and self._graphs.captures else 5,
+            # Calls of what is compiled cost a CPU as much as steps do; more take long to compile.
+            n_at_once=5 if parts.target[0].device.type == "cpu" else 1,
         )
 
     def _parts(self, rows: int) -> StepParts:
@@ -261,6 +263,9 @@ class ProbabilisticEnsemble(Model):
                 f"{type(self.members).__name__}; compile your own networks in partial_net"
             )
         self._graphs = Graphs() if check_flag("cudagraphs", cudagraphs) else None
+        if self._graphs is not None and self._graphs.captures:
+            # Each shape has a graph of its own, so it may as well have code of its own.
+            options = {"dynamic": False} | options
         self._compile_options = tuple(sorted(options.items()))
 
     # -- learning -------------------------------------------------------------------------
@@ -330,7 +335,7 @@ def _stacked_layers(members: StackedProbFCDynamics, rows: int) -> StackedLayers:
         weights[-1], biases[-1] = F.pad(weights[-1], (0, pad)), F.pad(biases[-1], (0, pad))
     bounds = members.log_std_bounds
     columns = [weight.to(low).mT for weight in weights]
-    if rows >= 256:  # products of many rows are faster with weights in order
+    if rows >= 256 and device.type == "cpu":  # faster products with weights in order
         columns = [weight.contiguous() for weight in columns]
     return StackedLayers(
         columns,

@@ -131,8 +131,7 @@ class EnsembleStepper(Stepper):
         parts: The ensemble.
         action_spec: The form of its actions.
         options: Of ``torch.compile``; ``None`` runs the function as it is.
-        n_at_once: Steps in a call of what is compiled; a call costs as much as a step of some
-            hundred rows, however long it is, and longer ones take long to compile.
+        n_at_once: Steps in a call of what is compiled.
         n_modes, deterministic: As the base class has them.
     """
 

@@ -17,7 +17,7 @@ from layeredrl_torchrl._checks import check_finite, check_per_item
 from layeredrl_torchrl._state import WholeState
 from layeredrl_torchrl._watch import watched
 from layeredrl_torchrl.models import Model, Propagation
-from layeredrl_torchrl.nets import Encoder
+from layeredrl_torchrl.nets import Encoder, ScalarHead
 from layeredrl_torchrl.predictors.returns import ReturnOptions, imagined_returns
 
 __all__ = ["Predictor"]
@@ -236,6 +236,25 @@ class Predictor(WholeState):
             actions,
             options,
         )
+
+    def compile(self, *, cudagraphs: bool = False, **options: Any) -> None:
+        """Compile what is imagined, instead of ``forward`` as other modules do.
+
+        The model's steps, and reward and value where they are heads of this package
+        (:class:`~layeredrl_torchrl.ScalarHead`). Calls that keep gradients are not compiled.
+
+        Args:
+            cudagraphs: On a GPU, capture :meth:`returns`, and the model's rollouts, as CUDA graphs;
+                see :meth:`ProbabilisticEnsemble.compile`.
+            **options: Of ``torch.compile``.
+
+        Raises:
+            TypeError: A model that cannot be compiled.
+        """
+        self.model.compile(cudagraphs=cudagraphs, **options)
+        for head in (self.rew_func, self.val_func):
+            if isinstance(head, ScalarHead):
+                head.compile(**({"fullgraph": True} | options))
 
     # -- as TorchRL's WorldModel ------------------------------------------------------------
 

@@ -102,7 +102,7 @@ def imagined_returns(
     bonus = options.exploration_bonus
     name = (
         *("returns", options.discount, options.use_term_prob, options.deterministic),
-        *(reward_of, value_of, bonus, propagation_key(propagation)),
+        *(id(reward_of), id(value_of), id(bonus), propagation_key(propagation)),
     )
     inputs = (state, actions) if context is None else (state, actions, context)
     (total,) = model.run(name, run, inputs, (reward_of, value_of, bonus))

@@ -171,7 +171,10 @@ def rollout_row(case: Case, device: str) -> Ways:
 
 
 def gradient_row(hidden: tuple[int, ...], batch: int, device: str) -> Ways:
-    """Five members on a shared batch: the loss, its gradients and Adam."""
+    """Five members on a shared batch: the loss, its gradients and Adam.
+
+    A step that a user writes is captured by torch; its `graph` is that.
+    """
     sizes = (STATE + ACTION, *hidden, 2 * STATE + 2)
 
     def make(way: str) -> Run:
@@ -196,11 +199,11 @@ def gradient_row(hidden: tuple[int, ...], batch: int, device: str) -> Ways:
             (terms["loss_dynamics"] + terms["loss_termination"]).backward()
             optim.step()
 
-        return captured(step) if "captured" in way else step
+        return captured(step) if "graph" in way else step
 
     # Forward, and the gradients by weights and by inputs.
     ways = chains(device, (3, 5, batch, sizes))
-    return ways | {way: partial(make, way) for way in ways_on(device) if "graph" not in way}
+    return ways | {way: partial(make, way) for way in ways_on(device) if "captured" not in way}
 
 
 def learn_row(hidden: tuple[int, ...], batch: int, n_updates: int, device: str) -> Ways:
@@ -281,7 +284,7 @@ def rows_of(config: Config) -> dict[str, tuple[Callable[[], Ways], int]]:
     large = Case(4096, 5, 20, 30, (512,) * 3)
     cem = {"horizon": 15, "n_samples": 256, "n_iterations": 6}
     icem = {"horizon": 30, "n_samples": 64, "n_iterations": 3}
-    many, batch, n_updates, narrow, wide, three = 256, 256, 50, (128, 128), (200,) * 4, (200,) * 3
+    many, batch, n_updates, narrow, wide, three = 256, 256, 100, (128, 128), (200,) * 4, (200,) * 3
     if config.quick:
         shapes = {"n_particles": 2, "horizon": 3, "hidden": (8, 8)}
         small, middle, large = (replace(case, batch=4, **shapes) for case in (small, middle, large))

@@ -42,6 +42,8 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(abc|collections|dataclasses|gymnasium|numpy|tensordict|torch|torchrl)\..*"),
     (r"py:class", r"Tensor"),  # in the fields of a NamedTuple
     (r"py:attr", r".*"),
+    (r"py:class", r"inf|pathlib\.Path"),
+    (r"py:exc", r"CheckpointError"),  # TorchRL's
 ]
 
 

@@ -41,6 +41,10 @@ class _Range:
     high: float = float("inf")
     open_low: bool = False
 
+    def __repr__(self) -> str:
+        left = "(" if self.open_low else "["
+        return f"'from {left}{self.low:g}, {self.high:g}]'"
+
 
 Count: TypeAlias = Annotated[int, _Range(1)]
 """At least 1."""
@@ -67,8 +71,8 @@ _KINDS = {
 class RunOptions:
     """Options that every run has; a subclass adds its own and may change the defaults.
 
-    Each number has one of the types :data:`Count`, :data:`Natural`, :data:`Number`,
-    :data:`Positive` and :data:`Share`, by which :meth:`check` knows its range.
+    Each number has one of the types ``Count``, ``Natural``, ``Number``,
+    ``Positive`` and ``Share``, by which :meth:`check` knows its range.
 
     >>> RunOptions(n_envs=0).check()
     Traceback (most recent call last):

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 from tensordict import TensorDictParams
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -40,8 +40,9 @@ class _Observer(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = str(operation)
-        if "local_scalar_dense" in name and args[0].device.type == NAME:
-            self.note("waits for")
+        if "local_scalar_dense" in name and isinstance(args[0], FakeTensor):
+            if args[0].device.type == NAME:
+                self.note("waits for")
             return _MADE_UP.get(args[0].dtype, 1.0)
         if "_to_copy" in name or "copy_" in name:
             source, target = args[0], kwargs.get("device")
@@ -109,7 +110,13 @@ class Accelerator:
     @contextmanager
     def watched(self):
         """Fails if what runs inside waits for the device or copies to it."""
+        with self.noted() as notes:
+            yield self
+        assert not notes, "\n".join(notes)
+
+    @contextmanager
+    def noted(self):
+        """Gives a list of what waits for the device or copies to it."""
         observer = _Observer()
         with self.mode, observer:
-            yield self
-        assert not observer.notes, "\n".join(observer.notes)
+            yield observer.notes

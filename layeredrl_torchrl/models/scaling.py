@@ -163,7 +163,7 @@ def _warn_of_outliers(name: str, x: Tensor, normalizer: Normalizer) -> None:
     rest = (distance.square().sum(0) - far[:-1].square().sum(0)).clamp_min(0.0) / (n - n_far)
     # Nearly all of the variance, and far beyond what comes next: no signal that is seldom on.
     broken = (rest < 1e-2) & (far[-2] > 20.0 * far[-1].clamp_min(1e-6)) & (far[0] > 5.0)
-    found = broken.nonzero().flatten().tolist()
+    found = [d for d, is_broken in enumerate(broken.tolist()) if is_broken]
     if found:
         values = [f"{x[:, d][distance[:, d].argmax()].item():.4g}" for d in found]
         warnings.warn(

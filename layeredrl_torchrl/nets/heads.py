@@ -104,8 +104,10 @@ class ScalarHead(nn.Module, ABC):
         Raises:
             ValueError: A scale that is not positive and finite.
         """
-        loc = torch.as_tensor(loc, dtype=self.out_loc.dtype, device=self.out_loc.device)
-        scale = torch.as_tensor(scale, dtype=self.out_scale.dtype, device=self.out_scale.device)
+        loc, scale = (
+            x.to(self.out_loc) if isinstance(x, Tensor) else self.out_loc.new_full((), x)
+            for x in (loc, scale)
+        )
         if not (bool(torch.isfinite(scale)) and bool(scale > 0) and bool(torch.isfinite(loc))):
             raise ValueError(f"loc and scale must be finite and scale > 0, got {loc}, {scale}")
         last = self.net[-1]

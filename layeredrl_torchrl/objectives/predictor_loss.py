@@ -88,7 +88,8 @@ class PredictorLoss(TermsLoss):
         target_val_func: The target network; a copy of ``val_func`` if not given. Update it with
             TorchRL's ``SoftUpdate(loss, tau=...)``.
         action_spec: Stored actions are brought into its form (a choice may be stored as an
-            integer or one-hot); as they are if not given.
+            integer or one-hot); as they are if not given. The
+            :class:`~layeredrl_torchrl.specs.ActionForm` of a model moves along with the model.
 
     Reads (``set_keys`` renames) a batch ``[B, L]`` with ``L = k_steps + n_steps``, as
     :class:`~layeredrl_torchrl.objectives.slices.TransitionSlices` samples it: ``observation``,
@@ -136,7 +137,7 @@ class PredictorLoss(TermsLoss):
         n_steps: int = 1,
         learn_encoder: bool = True,
         target_val_func: nn.Module | None = None,
-        action_spec: TensorSpec | None = None,
+        action_spec: TensorSpec | ActionForm | None = None,
     ) -> None:
         super().__init__()
         check_instance("encoder", encoder, Encoder, hint="subclass Encoder")
@@ -152,8 +153,9 @@ class PredictorLoss(TermsLoss):
         self.n_steps = check_positive_int("n_steps", n_steps)
         self.length = k_steps + n_steps
         self.learn_encoder = check_flag("learn_encoder", learn_encoder)
-        self.action_spec = action_spec
-        self._action_form = None if action_spec is None else ActionForm(action_spec)
+        if action_spec is not None and not isinstance(action_spec, ActionForm):
+            action_spec = ActionForm(action_spec)
+        self._action_form = action_spec
         if isinstance(val_func, nn.Module):
             if target_val_func is None:
                 target_val_func = copy.deepcopy(val_func)

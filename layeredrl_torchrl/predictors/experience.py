@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import ReplayBuffer, TensorSpec
+from torchrl.data import ReplayBuffer
 
 from layeredrl_torchrl._checks import check_finite, require
 from layeredrl_torchrl.nets import Encoder
@@ -16,7 +16,7 @@ from layeredrl_torchrl.objectives import MemberBatches, ModelLoss, PredictorLoss
 from layeredrl_torchrl.objectives.batches import fingerprint, hashed_uniform
 from layeredrl_torchrl.objectives.model_loss import ModelInputs
 from layeredrl_torchrl.objectives.terms import TermsLoss
-from layeredrl_torchrl.specs import canonical_action
+from layeredrl_torchrl.specs import ActionForm
 
 __all__ = ["Experience"]
 
@@ -29,7 +29,7 @@ class Experience:
     Args:
         buffer: The buffer; it is not changed.
         encoder: Turns observations into states and contexts.
-        action_spec: The form that actions are brought into.
+        action_form: Checks actions and brings them into the form of their spec.
         keys: Names of the entries to read, those of :class:`~layeredrl_torchrl.PredictorLoss`.
         holdout_share: Share of the storage's places whose transitions are held out. A place keeps
             its part when it is overwritten, so the same transitions are held out after a resume.
@@ -44,14 +44,14 @@ class Experience:
         self,
         buffer: ReplayBuffer,
         encoder: Encoder,
-        action_spec: TensorSpec,
+        action_form: ActionForm,
         keys: PredictorLoss._AcceptedKeys,
         *,
         holdout_share: float = 0.0,
         device: torch.device | None = None,
     ) -> None:
         self.holdout_share = holdout_share
-        self._encoder, self._action_spec = encoder, action_spec
+        self._encoder, self._action_form = encoder, action_form
         self._keys, self._device = keys, device
         self._slices = TransitionSlices(
             buffer,
@@ -91,7 +91,7 @@ class Experience:
             {
                 "state": state,
                 "context": context,
-                "action": canonical_action(self._action_spec, action, rows.batch_size),
+                "action": self._action_form(action, rows.batch_size),
                 "storage_index": rows.get("storage_index"),
                 "next": {"state": next_state, "terminated": self._get(rows, keys.terminated)},
             },

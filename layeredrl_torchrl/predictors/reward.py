@@ -157,7 +157,7 @@ class RewardPredictor(Predictor):
             k_steps=k_steps,
             n_steps=n_steps,
             learn_encoder=learn_encoder,
-            action_spec=model.action_spec,
+            action_spec=model.action_form,
         )
         observation = encoder.in_keys[0]
         predictor_loss.set_keys(
@@ -369,7 +369,7 @@ class RewardPredictor(Predictor):
         experience = Experience(
             buffer,
             self.encoder,
-            self.model.action_spec,
+            self.model.action_form,
             self.predictor_loss.tensor_keys,
             holdout_share=self.holdout_share,
             device=next(self.model.parameters()).device,

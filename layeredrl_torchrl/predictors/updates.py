@@ -231,7 +231,8 @@ class Updates(nn.Module):
         flush()
         sums.check()
         counts = sums.counts
-        info = {name: float(sums.totals[name]) / n for name, n in counts.items()}
+        totals = torch.stack([sums.totals[name] for name in counts]).tolist()
+        info = {name: total / counts[name] for name, total in zip(counts, totals, strict=True)}
         info |= {"n_updates": float(counts["loss"]), "model_updates": float(counts["nll"])}
         if watch is not None:
             info["holdout_nll"] = watch.finish()

@@ -175,8 +175,8 @@ def test_the_reported_number_is_what_is_predicted_with(
     buffer = make_buffer(data)
     _, info = predictor.learn(buffer, **LEARN | {"n_updates": 100})  # not calibrated yet
     # Drawn often enough that each held-out transition is among them.
-    keys, spec = predictor.predictor_loss.tensor_keys, predictor.model.action_spec
-    rows = Experience(buffer, predictor.encoder, spec, keys, holdout_share=0.2).held_out(10_000)
+    keys, form = predictor.predictor_loss.tensor_keys, predictor.model.action_form
+    rows = Experience(buffer, predictor.encoder, form, keys, holdout_share=0.2).held_out(10_000)
     assert 10 < len(rows) < 80
     with torch.no_grad():
         log_prob = predictor.model.dist(rows).log_prob(rows["next", "state"])

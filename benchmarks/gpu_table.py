@@ -87,7 +87,13 @@ def captured(run: Run) -> Run:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return graph.replay
+
+    def replay(
+        _keeps: Run = run,
+    ) -> None:  # the tensors that the graph reads, which it does not own
+        graph.replay()
+
+    return replay
 
 
 def ways_on(device: str) -> tuple[str, ...]:
@@ -243,7 +249,9 @@ def learn_row(hidden: tuple[int, ...], batch: int, n_updates: int, device: str) 
 
     # The ensemble and, of one network each, reward, value and its target.
     value, reward = (STATE, *hidden, 1), (STATE + ACTION, *hidden, 1)
-    ways = chains(device, (3, 5, batch, sizes), (3, 1, batch, reward), (4, 1, batch, value))
+    steps = [3 * n_updates, 3 * n_updates, 4 * n_updates]
+    parts = zip(steps, (5, 1, 1), (batch,) * 3, (sizes, reward, value), strict=True)
+    ways = chains(device, *parts)
     return ways | {way: partial(make, way) for way in ways_on(device) if "captured" not in way}
 
 

@@ -137,6 +137,9 @@ def _names(keys: Iterable[NestedKey]) -> str:
 
 def write(buffer: ReplayBuffer, rows: TensorDictBase) -> None:
     """Store ``rows [T]`` or ``[env, T]``."""
+    device = buffer.storage.device
+    if device not in (None, "auto"):
+        rows = rows.to(device)
     # TensorDictReplayBuffer.extend also writes indices into the rows, which fails for [env, 1].
     ReplayBuffer.extend(buffer, rows)
 

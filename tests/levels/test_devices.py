@@ -8,7 +8,8 @@ import pytest
 import torch
 from pretended import Accelerator
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import CudaGraphModule, TensorDictModuleBase
+from torchrl.collectors import Collector
 from torchrl.data import Bounded, Categorical, Composite, OneHot, Unbounded
 from torchrl.envs import TensorDictPrimer
 
@@ -128,3 +129,64 @@ def test_all_are_planned_for_where_counting_would_wait(monkeypatch, n_initial_ra
         assert (out["action"][random] != obs[:, :1].tanh()[random]).all()
         runs.append(out.select("random_action", ("next", "random_steps_left")))
     assert (runs[0] == runs[1]).all()
+
+
+# -- the environment on the host, the level anywhere ----------------------------------------
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+LEARNING = {"n_initial_random_steps": 20, "updates_per_step": 0.1, "batch_size": 8}
+AGENTS = {
+    "planner": lambda env, device: planner_level(
+        env=env, device=device, model_batch_size=8, random_prob=0.2, **LEARNING
+    ),
+    "SAC": lambda env, device: model_free_level(env=env, **LEARNING).to(device),
+    "hierarchy": lambda env, device: Hierarchy(
+        [
+            planner_level(model_batch_size=8, device=device, **LEARNING),
+            model_free_level(input_spec=Categorical(3), duration=3, **LEARNING),
+        ],
+        env,
+    ).to(device),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", AGENTS)
+def test_it_learns_where_it_is_from_an_environment_on_the_host(name, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA")
+    env = get_task("InvertedPendulum-v5").make(seed=0)
+    agent = AGENTS[name](env, device)
+    devices = {value.device.type for value in agent.state_dict().values()}
+    assert devices == {device}
+    collector = Collector(
+        env,
+        agent,
+        frames_per_batch=30,
+        total_frames=90,
+        policy_device=device,
+        env_device="cpu",
+        storing_device="cpu",
+        auto_register_policy_transforms=True,
+    )
+    for data in collector:
+        info = agent.learn(data)
+        assert data.device.type == "cpu"
+    assert any(value > 0 for term, value in info.items() if term.endswith("n_updates"))
+    levels = agent.levels if name == "hierarchy" else [agent]
+    assert all(level.buffer[:]["action"].device.type == "cpu" for level in levels)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["planner", "SAC", "hierarchy", "random"])
+def test_the_library_captures_it(name):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA")
+    policy = POLICIES[name]().to("cuda").eval()
+    carried = policy.make_tensordict_primer().primers.zero([5]).to("cuda")
+    observation = torch.randn(5, 4, device="cuda")
+    td = TensorDict({"observation": observation, **carried.to_dict()}, [5], device="cuda")
+    graph = CudaGraphModule(policy)
+    for _ in range(6):
+        out = graph(td)
+    assert ((out["action"] >= -3.0) & (out["action"] <= 3.0)).all()

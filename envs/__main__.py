@@ -21,7 +21,7 @@ def _row(task: Task) -> tuple[str, ...]:
 
 
 def table() -> str:
-    """All tasks in a Markdown table: sizes ``D``, ``C`` and ``A``, steps, and what is known."""
+    """Return all tasks as a Markdown table: ``D``, ``C`` and ``A``, steps, and what is known."""
     rows = [_HEAD, *map(_row, TASKS.values())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [

@@ -15,7 +15,7 @@ __all__ = ["make_batched"]
 
 
 def make_batched(task: Task | str, n: int, *, seed: int | None = None, **kwargs: Any) -> EnvBase:
-    """``n`` environments of a task as one TorchRL environment of batch size ``[n]``.
+    """Make ``n`` environments of a task as one TorchRL environment of batch size ``[n]``.
 
     The observation at the end of an episode is the true final one. (``GymEnv(num_envs=n)`` gives
     zeros there and a step that never happened, because gymnasium's vectorised environments reset

@@ -31,7 +31,7 @@ GOAL_RADIUS = 0.45  # m, within which gymnasium-robotics' mazes count a goal as 
 
 
 def never(state: Tensor, context: Tensor, action: Tensor, next_state: Tensor) -> Tensor:
-    """The termination of tasks that only end by their time limit: all ``False``."""
+    """Return ``False`` for all: the termination of tasks that only end by their time limit."""
     return torch.zeros(next_state.shape[:-1], dtype=torch.bool, device=next_state.device)
 
 

@@ -116,7 +116,7 @@ def point_maze(
     horizon: int = 300,
     budget: int = 20_000,
 ) -> Task:
-    """A point mass that is pushed to a goal; the goal changes between episodes.
+    """Make the task of a point mass that is pushed to a goal, which changes between episodes.
 
     ``"observation" [8]`` is place and velocity (m, m/s), achieved goal and desired goal, joined.
     The achieved goal repeats the place, so the state is the first four; the context is the

@@ -31,14 +31,14 @@ __all__ = ["TASKS", "get_task"]
 
 
 def _mujoco(name: str, obs: int, act: int, **known: Any) -> Task:
-    """A task of gymnasium as it is, all of its observation the state unless said otherwise."""
+    """Make a task of gymnasium; the whole observation is the state unless ``known`` says more."""
     parts = {"state_dims": tuple(range(obs)), "context_dims": (), "horizon": 1000} | known
     make = partial(gym.make, name, disable_env_checker=True)
     return Task(name=name, make_gym=make, observation_dim=obs, action_dim=act, **parts)
 
 
 def _with_x(name: str, obs: int, act: int, **known: Any) -> Task:
-    """A walker that also observes its place (first), which makes its reward known."""
+    """Make a walker's task that also observes its x (first), so that its reward is known."""
     task = _mujoco(name, obs, act, budget=20_000, **known)
     make = partial(task.make_gym, exclude_current_positions_from_observation=False)
     return replace(task, name=f"{name}/x", make_gym=make)

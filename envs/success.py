@@ -1,4 +1,4 @@
-"""Reads out of gymnasium's ``info`` whether the goal is reached."""
+"""Reads from gymnasium's ``info`` whether the goal is reached."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class SuccessReader(BaseInfoDictReader):
 
     @property
     def info_spec(self) -> dict[str, TensorSpec]:
-        """The spec of what is written."""
+        """Spec of the entry that is written."""
         leaf = Binary(1, (*self.batch_size, 1), dtype=torch.bool)
         return Composite({self.out_key: leaf}, shape=self.batch_size)
 
     def reset(self) -> None:
-        """Nothing is kept from step to step."""
+        """Do nothing: no state is kept from step to step."""
 
     def __call__(self, info_dict: dict[str, Any], tensordict: TensorDictBase) -> TensorDictBase:
         """Add ``out_key`` to what the environment returned."""

@@ -1,4 +1,4 @@
-"""What a task is: how to make its environment, and what is known about it."""
+"""Tasks: how to make their environments, and what is known about them."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Task:
     reports_success: bool = False
 
     def make(self, seed: int | None = None, **kwargs: Any) -> EnvBase:
-        """One TorchRL environment: flat float32 ``"observation" [obs]``, batch size ``[]``.
+        """Make one TorchRL environment: flat float32 ``"observation" [obs]``, batch size ``[]``.
 
         More transforms are added with ``env.append_transform(...)``.
 
@@ -110,7 +110,7 @@ class Task:
     def rew_func(
         self, dynamics: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """The known reward as predictors want it: ``(state, context, action) -> [*B]``.
+        """Return the known reward as predictors take it: ``(state, context, action) -> [*B]``.
 
         Args:
             dynamics: ``(state, context, action) -> next_state [*B, D]``, for rewards that need the

@@ -1,4 +1,4 @@
-"""Policies that carry what their parts carry."""
+"""Policies whose primer also carries the memory of their parts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class OnePrimer(TensorDictModuleBase):
     """A policy whose ``make_tensordict_primer`` also carries the memory of its parts."""
 
     def apply(self, fn: Callable[[nn.Module], None]) -> Self:
-        """As torch's; but TorchRL's search for primers, which goes this way, ends here."""
+        """As torch's, but TorchRL's search for primers, which uses it, does not go deeper."""
         if getattr(fn, "__module__", None) == get_primers_from_module.__module__:
             fn(self)
             return self

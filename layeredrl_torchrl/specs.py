@@ -1,4 +1,4 @@
-"""Spaces and specs: every place of the package that takes a space comes through here.
+"""Spaces and specs: the one place where a space is read.
 
 A *space* is a gymnasium ``Box`` or ``Discrete``, or a TorchRL ``Bounded``, ``Unbounded``,
 ``OneHot`` or ``Categorical`` spec. Inside, only TorchRL specs are used.
@@ -131,7 +131,7 @@ def to_spec(space: Space | None, *, name: str = "space") -> TensorSpec:
 
 
 def _only_choice(spec: MultiCategorical | MultiOneHot, name: str) -> TensorSpec:
-    """The choice of a spec of several that has just one."""
+    """Return the one choice of a spec that could hold several."""
     sizes = [int(box.n) for box in spec.space]
     wide = len(sizes) if isinstance(spec, MultiCategorical) else sum(sizes)
     if len(sizes) != 1 or tuple(spec.shape) != (wide,):
@@ -155,12 +155,12 @@ def _check_one_axis(name: str, shape: tuple[int, ...]) -> None:
 
 
 def is_discrete(spec: TensorSpec) -> bool:
-    """Whether ``spec`` is a choice among ``n`` (``OneHot`` or ``Categorical``)."""
+    """Return whether ``spec`` is a choice among ``n`` (``OneHot`` or ``Categorical``)."""
     return isinstance(spec, OneHot | Categorical)
 
 
 def width(spec: TensorSpec) -> int:
-    """The number of float features a network gets for one item: ``n`` or ``n`` choices."""
+    """Return how many float features a network gets for one item: dimensions, or choices."""
     return int(spec.space.n) if is_discrete(spec) else int(spec.shape[-1])
 
 
@@ -310,7 +310,7 @@ def _canonical_choice(spec: TensorSpec, action: Tensor, batch_shape: torch.Size)
 
 
 def action_features(spec: TensorSpec, action: Tensor, dtype: torch.dtype) -> Tensor:
-    """The float features ``[*B, width(spec)]`` of actions in the form of ``spec``.
+    """Return the float features ``[*B, width(spec)]`` of actions in the form of ``spec``.
 
     Integers become one-hot rows. Only the last axis is looked at, so this also runs under
     ``vmap`` and with any batch shape; use :func:`canonical_action` for checks.

@@ -120,7 +120,7 @@ class Optimizer(nn.Module):
         self._shapes = {key: tuple(spec.shape) for key, spec in self.memory_spec.items()}
 
     def colour(self, white: Tensor) -> Tensor:
-        """Make the noise of candidates from independent standard normal one ``[b, N, H, *E]``.
+        """Turn independent standard normal noise ``[b, N, H, *E]`` into that of the candidates.
 
         A hook; by default noise stays white. It must stay standard normal.
         """
@@ -141,9 +141,9 @@ class Optimizer(nn.Module):
         return self.search.sample(parameters, noise)
 
     def weigh(self, cost: Tensor) -> Tensor:
-        """Weigh the elites by their costs ``[b, n_elites]``, which rise; weights sum to 1.
+        """Return weights of the elites that sum to 1, from their rising costs ``[b, n_elites]``.
 
-        A hook; by default all weigh the same.
+        A hook; by default all count the same.
         """
         return torch.full_like(cost, 1.0 / cost.shape[1])
 
@@ -279,7 +279,7 @@ class Optimizer(nn.Module):
         return Solution(mean, best, best_cost.view(batch), random, left)
 
     def _read(self, memory: TensorDictBase) -> dict[str, Tensor]:
-        """The entries of a memory, flat ``[b, ...]``, checked."""
+        """Check a memory and return its entries, flat ``[b, ...]``."""
         batch, entries = memory.batch_size, {}
         if batch.numel() == 0:
             raise ValueError(f"the memory has batch shape {tuple(batch)}: there is no problem")
@@ -297,7 +297,7 @@ class Optimizer(nn.Module):
         return entries
 
     def _read_proposals(self, proposals: Tensor, batch: torch.Size) -> Tensor:
-        """Proposals, flat ``[b, any, H, *E]`` and within the bounds."""
+        """Check proposals and return them flat ``[b, any, H, *E]``, within the bounds."""
         step, n = (self.horizon, *self.search.event_shape), len(batch)
         shape = tuple(proposals.shape)
         if shape[:n] != batch or shape[n + 1 :] != step or len(shape) != n + 1 + len(step):
@@ -309,7 +309,7 @@ class Optimizer(nn.Module):
         return self.search.project(flat)
 
     def _evaluate(self, cost: Cost, candidates: Tensor, batch: torch.Size) -> Tensor:
-        """Costs ``[b, N]`` of candidates ``[b, N, H, *E]``."""
+        """Return the costs ``[b, N]`` of candidates ``[b, N, H, *E]``."""
         given = cost(candidates.view(*batch, *candidates.shape[1:]))
         shape = (*batch, candidates.shape[1])
         if not isinstance(given, Tensor) or given.shape != shape:

@@ -41,7 +41,7 @@ class Search(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where its constants are, and so its candidates."""
+        """Device of the constants, and so of the candidates."""
         return next(self.buffers()).device
 
     @property
@@ -229,12 +229,12 @@ class CategoricalSearch(Search):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Float32, as probabilities need no more."""
+        """Always float32."""
         return torch.float32
 
     @property
     def candidate_dtype(self) -> torch.dtype:
-        """Integers."""
+        """Always int64."""
         return torch.long
 
     def memory_spec(self, horizon: int) -> Composite:

@@ -28,7 +28,7 @@ __all__ = ["PredictorPlanner"]
 
 
 class PredictorPlanner(MPCPlannerBase):
-    """Plans in what a predictor imagines and acts as the plan begins.
+    """Searches for actions in what a predictor imagines, and takes the first one.
 
     Reads the observation ``[*B, obs]``, encodes it once, searches for the action sequence of the
     highest imagined return, and writes its first action. Where the next search starts from is
@@ -39,8 +39,8 @@ class PredictorPlanner(MPCPlannerBase):
     The memory is in the collected data, too: leave it out of the replay buffer with
     ``data.exclude(plan_key, ("next", plan_key))``.
 
-    The parameters stay where and as they are: no gradients are kept, training mode and device are
-    left alone, randomness follows ``torch.manual_seed``, precision ``torch.autocast``.
+    Nothing of the predictor is changed and no gradients are kept. Randomness follows
+    ``torch.manual_seed``, precision ``torch.autocast``.
 
     >>> factory = PredictorFactory(hidden_sizes=(8,), n_models=2)
     >>> predictor = factory(Unbounded((3,)), Bounded(-1.0, 1.0, (1,)))
@@ -174,7 +174,7 @@ class PredictorPlanner(MPCPlannerBase):
             reward.compile(**options)
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
-        """The transform that carries the memory from step to step and clears it at resets."""
+        """Return the transform that carries the memory between steps and clears it at resets."""
         return TensorDictPrimer(
             Composite({self.plan_key: self.optimizer.memory_spec}), expand_specs=True
         )
@@ -211,7 +211,7 @@ class PredictorPlanner(MPCPlannerBase):
         return out
 
     def planning(self, td: TensorDictBase) -> Tensor:
-        """The first actions ``[*B, A]`` of plans; nothing is written."""
+        """Return the first actions ``[*B, A]`` of plans; nothing is written."""
         actions, solution = self.plan(td)
         return self._first(actions, solution)
 
@@ -261,7 +261,7 @@ class PredictorPlanner(MPCPlannerBase):
         noise: Tensor | None,
         proposals: Tensor | None,
     ) -> tuple[Tensor, Solution]:
-        """The plan and the solution that it is from; a function of tensors."""
+        """Search for a plan, and return it with its solution; a function of tensors."""
         batch = state.shape[:-1]
 
         def cost(candidates: Tensor) -> Tensor:
@@ -321,7 +321,7 @@ class PredictorPlanner(MPCPlannerBase):
         return self._action_form.project(actions.select(solution.memory.ndim, 0))
 
     def _form(self, candidates: Tensor) -> Tensor:
-        """Candidates of the optimizer in the form of the action spec."""
+        """Bring candidates of the optimizer into the form of the action spec."""
         if isinstance(self.action_spec, Categorical):
             candidates = candidates.reshape((*candidates.shape, *self.action_spec.shape))
         if isinstance(self.action_spec, OneHot):
@@ -356,6 +356,6 @@ class PredictorPlanner(MPCPlannerBase):
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """All that a module computes with."""
+    """Parameters and buffers."""
     yield from module.parameters()
     yield from module.buffers()

@@ -1,4 +1,4 @@
-"""Action sequences that a planner tries beside those that it draws itself."""
+"""Proposals: action sequences that a planner tries beside those that it draws."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class PolicyProposal:
     def _play(
         self, state: Tensor, context: Tensor, n: int, horizon: int, how: ExplorationType
     ) -> Tensor:
-        """``[*B, n, H, A]`` of ``n`` episodes from each start."""
+        """Play ``n`` episodes from each start, ``[*B, n, H, A]``."""
         model = self._predictor.model
         state_key, context_key, action_key = model.in_keys
         shape = (*state.shape[:-1], n)

@@ -19,7 +19,7 @@ __all__ = ["CEMPlanner", "ICEMPlanner", "MPPIPlanner"]
 
 
 class _SamplingPlanner(PredictorPlanner):
-    """Builds the optimizer ``kind`` for the actions; ``own`` are the options that only it has."""
+    """Builds the optimizer for the actions: ``kind``, with options ``own`` that only it has."""
 
     def __init__(
         self,

@@ -66,7 +66,7 @@ class QuaternionTilt:
 
 @dataclass(frozen=True)
 class _Flipped:
-    """The predicate, as an object so that environments with it can be pickled."""
+    """Whether the tilt exceeds the limit; an object, so that environments can be pickled."""
 
     tilt: Callable[[Tensor], Tensor]
     limit: float

@@ -27,7 +27,7 @@ class _MappedReward(Transform):
 
     @abstractmethod
     def _map(self, reward: Tensor) -> Tensor:
-        """The function."""
+        """Map rewards of any shape."""
 
     def _apply_transform(self, reward: Tensor) -> Tensor:
         return self._map(reward)

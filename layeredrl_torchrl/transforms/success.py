@@ -16,7 +16,7 @@ __all__ = ["SuccessRate"]
 
 
 class SuccessRate(Transform):
-    """Whether an episode has succeeded so far, and the share of those that did.
+    """Writes whether an episode has succeeded so far, and the share of those that did.
 
     ====================  ======================================================================
     written by default    ``[*B, 1]`` each, at resets and steps
@@ -138,7 +138,7 @@ class SuccessRate(Transform):
             )
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        """Add what is written."""
+        """Add the three entries."""
         self._check_key(observation_spec)
         success = observation_spec[self.in_keys[0]]
         shape, device = success.shape, success.device
@@ -168,5 +168,5 @@ class SuccessRate(Transform):
         return input_spec
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Only environments have episodes; raises ``RuntimeError``."""
+        """Raise ``RuntimeError``: only environments have episodes."""
         raise RuntimeError("SuccessRate works in an environment only, not on sampled data")

@@ -210,29 +210,26 @@ class RewardPredictor(Predictor):
         )
 
     def compile(self, *, cudagraphs: bool = False, **options: Any) -> None:
-        """Compile rollouts, losses and reward function, and with ``cudagraphs`` capture updates.
+        """Compile what is imagined, and the losses; with ``cudagraphs`` also capture updates.
 
-        What :meth:`ProbabilisticEnsemble.compile` and the ``compile`` of both losses do, in one
-        call. With ``cudagraphs``, on a GPU, rollouts and ``returns`` and each whole update of
-        :meth:`learn` (losses, gradients, clipping, optimizer, averages and target network) are
-        captured as CUDA graphs, one for each set of losses that take part, and replayed; the first
-        updates of each run as they are. What learning depends on may change between calls:
-        parameters, statistics, learning rates, options, loaded states. Own losses are captured
-        along and must not wait for the GPU. On a CPU it changes nothing.
+        On a GPU, with ``cudagraphs``, each whole update of :meth:`learn` (losses, gradients,
+        clipping, optimizer, averages and target network) is captured as a CUDA graph, one for each
+        set of losses that take part, and replayed; the first few run as they are. What learning
+        depends on may change between calls: parameters, statistics, learning rates, options, loaded
+        states. Own losses are captured along and must not wait for the GPU. On a CPU nothing is
+        captured.
 
         Args:
-            cudagraphs: Whether to capture.
+            cudagraphs: Whether to capture updates, and what :meth:`Predictor.compile` captures.
             **options: Of ``torch.compile``, for example ``dynamic=False``; ``backend="eager"``
                 compiles nothing.
 
         Raises:
-            TypeError: As :meth:`ProbabilisticEnsemble.compile`.
+            TypeError: As :meth:`Predictor.compile`.
         """
-        self.model.compile(cudagraphs=cudagraphs, **options)
+        super().compile(cudagraphs=cudagraphs, **options)
         self.model_loss.compile(**options)
         self.predictor_loss.compile(**options)
-        if isinstance(self.rew_func, nn.Module):
-            self.rew_func.compile(**options)
         self.updates.graphs = Graphs() if cudagraphs else None
 
     @property

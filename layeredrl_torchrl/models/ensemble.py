@@ -27,7 +27,7 @@ from layeredrl_torchrl.nets import (
     StackedProbFCDynamics,
     move_towards,
 )
-from layeredrl_torchrl.specs import Space, is_discrete, width
+from layeredrl_torchrl.specs import Space, canonical_action, is_discrete, width
 
 __all__ = ["ProbabilisticEnsemble"]
 
@@ -291,6 +291,8 @@ class ProbabilisticEnsemble(Model):
         Raises:
             ValueError: As :meth:`fit_statistics`.
         """
+        if is_discrete(self.action_spec):
+            action = canonical_action(self.action_spec, action, state.shape[:1])
         self.scaling.check(state, context, action, next_state)
         rows = (x.expand(self.n_models, *x.shape) for x in (state, context, action))
         (mean, std), weights, _ = self.predicting_members(*self.scaling.inputs(*rows))

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from layeredrl_torchrl._checks import check_finite, check_positive_int, check_width
 from layeredrl_torchrl._graphs import Graphs
+from layeredrl_torchrl._state import WholeState
 from layeredrl_torchrl._watch import refuse, watched
 from layeredrl_torchrl.models.log_prob import NO_DENSITY, mixture_log_prob
 from layeredrl_torchrl.models.mixture import GaussianMixture
@@ -35,7 +35,7 @@ _OUT_KEYS: tuple[NestedKey, ...] = (
 )
 
 
-class Model(TensorDictModuleBase):
+class Model(WholeState):
     """A dynamics model: ``M`` members, each a mixture of ``K`` Gaussians over the next state.
 
     A subclass implements :meth:`predict_members`; in a hand-written one, the std may be 0.

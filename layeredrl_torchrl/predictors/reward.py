@@ -123,7 +123,7 @@ class RewardPredictor(Predictor):
         clip_grad_max_norm: float | None = 200.0,
         delta_standardizer: bool = True,
         encoder_warm_up: int = 0,
-        beta_nll: float = 0.5,
+        beta_nll: float = 0.75,
         model_training: ModelTraining = ModelTraining(),  # noqa: B008 - it is frozen
     ) -> None:
         super().__init__(model, val_func, rew_func, encoder, latent_state_dim, context_dim)

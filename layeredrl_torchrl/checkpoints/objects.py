@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
 from gymnasium.envs.registration import EnvSpec
 
 from layeredrl_torchrl.checkpoints.simulators import SIMULATORS, array, simulator, unarray
@@ -28,8 +27,9 @@ _CONSTANT = (
     Path,
     np.dtype,
     EnvSpec,
-    MujocoRenderer,
 )
+# Locks, and renderers, which cannot be imported everywhere, by the names of their modules.
+_OPAQUE = ("_thread", "gymnasium.envs.mujoco.mujoco_rendering")
 _GENERATORS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")
 
 
@@ -58,7 +58,7 @@ def save(value: Any, where: str, seen: dict[int, Any]) -> Any:
             [save(k, where, seen), save(item, f"{where}[{k!r}]", seen)] for k, item in value.items()
         ]
         return {"dict": items}
-    if isinstance(value, _CONSTANT) or _is_lock(value):
+    if isinstance(value, _CONSTANT) or type(value).__module__ in _OPAQUE:
         return None
     if id(value) in seen:
         return None
@@ -143,7 +143,3 @@ def _is_view(value: Any) -> bool:
     """Whether an array shows memory of a simulator, which is saved by its owner."""
     base = value.base if isinstance(value, np.ndarray) else None
     return base is not None and not isinstance(base, np.ndarray | bytes | bytearray | memoryview)
-
-
-def _is_lock(value: Any) -> bool:
-    return type(value).__module__ == "_thread"

@@ -59,6 +59,11 @@ class TermsLoss(LossModule):
         """The parts are used as they are, with their own parameters."""
         return False
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether :meth:`terms` is compiled."""
+        return self._compile_options is not None
+
     def compile(self, **options: Any) -> None:
         """Compile :meth:`terms` and its gradients, instead of ``forward`` as other modules do.
 

@@ -218,8 +218,12 @@ class Updates(nn.Module):
             for name in of_model & batch.keys():
                 share = (annealed or {}).get("model", 0.0)
                 # It is 0 for the second half of the annealing, in which the variances settle.
-                beta = self.losses[name].loss.beta * _left(i, n_updates, share, share / 2)
-                batch[name] = batch[name]._replace(beta=_constant(beta, batch[name].state))
+                loss = self.losses[name].loss
+                beta = loss.beta * _left(i, n_updates, share, share / 2)
+                if device.type != "cpu" or (beta and loss.is_compiled):
+                    # What is captured or compiled sees a tensor change, but not a number.
+                    beta = torch.full((), beta, device=device)
+                batch[name] = batch[name]._replace(beta=beta)
             if i < left:
                 batch = {name: _without_value(one) for name, one in batch.items()}
             take(batch)
@@ -363,13 +367,6 @@ def _left(i: int, n_updates: int, share: float, end: float = 0.0) -> float:
     if not share:
         return 1.0
     return min(1.0, max(0.0, (1.0 - (i + 0.5) / n_updates - end) / share))
-
-
-def _constant(value: float, like: Tensor) -> Tensor | float:
-    """On an accelerator a tensor, so that a captured step sees it change."""
-    if like.device.type == "cpu":
-        return value
-    return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
 def _trainable(part: object) -> list[nn.Parameter]:

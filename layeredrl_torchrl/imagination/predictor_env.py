@@ -10,6 +10,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torchrl.data import Binary, Bounded, Categorical, Composite, TensorSpec, Unbounded
+from torchrl.envs import EnvBase
 from torchrl.envs.model_based import ModelBasedEnvBase
 
 from layeredrl_torchrl._checks import (
@@ -18,6 +19,7 @@ from layeredrl_torchrl._checks import (
     check_flag,
     check_number,
     check_positive_int,
+    require,
 )
 from layeredrl_torchrl._watch import watched
 from layeredrl_torchrl.imagination.members import (
@@ -180,6 +182,13 @@ class PredictorEnv(ModelBasedEnvBase):
         self.reward_spec = Unbounded((*batch, 1), dtype=dtype, device=device)
         self.done_spec = Composite(done, device=device).expand(batch)
 
+    def set_specs_from_env(self, env: EnvBase) -> None:
+        """Raise ``RuntimeError``: the specs are those of the predictor's state space."""
+        raise RuntimeError(
+            "PredictorEnv has the specs of its predictor's state space, not of an environment's "
+            "observations; pass action_spec= where only the actions are the environment's"
+        )
+
     @property
     def predictor(self) -> Predictor:
         """The predictor that is stepped."""
@@ -187,9 +196,15 @@ class PredictorEnv(ModelBasedEnvBase):
 
     @watched
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        state_key, context_key, action_key = self._keys
-        state, context = tensordict.get(state_key), tensordict.get(context_key)
-        action = tensordict.get(action_key)
+        state_key, context_key, _ = self._keys
+        hint = (
+            "it steps in state space, so transforms and specs must leave the predictor's keys as "
+            "they are; rename them with in_keys= of its model and out_keys= of its encoder"
+        )
+        state, context, action = (
+            require(tensordict, key, reader="a step of PredictorEnv", hint=hint)
+            for key in self._keys
+        )
         member = self._member(tensordict)
         model = self.predictor.model
         if member is not None:

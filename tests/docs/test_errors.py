@@ -95,7 +95,9 @@ MISTAKES = {
     "got an empty one, expected transitions": lambda: predictor().learn(
         TensorDictReplayBuffer(storage=LazyTensorStorage(10)), 1, 2, 2, 0
     ),
-    "the buffer has no entry": lambda: predictor().learn(buffer(("next", "reward")), 1, 2, 2, 4),
+    "RewardPredictor.learn reads ('next', 'reward'), which is missing": lambda: predictor().learn(
+        buffer(("next", "reward")), 1, 2, 2, 4
+    ),
     "data must be a TensorDict of transitions": lambda: level().learn(None),
     "but the buffer stores 1 axes": lambda: level().learn(torch.stack([buffer()[:]] * 2)),
     "needs a predictor with a val_func": lambda: ICEMPlanner(without_value(), use_value_func=True),

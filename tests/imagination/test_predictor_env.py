@@ -10,6 +10,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.data import Bounded, Categorical, OneHot, Unbounded
+from torchrl.envs import CatTensors, ExcludeTransform, RenameTransform, TransformedEnv
 from torchrl.envs.model_based import ModelBasedEnvBase
 from torchrl.envs.utils import check_env_specs
 from torchrl.modules import CEMPlanner, MPPIPlanner
@@ -358,3 +359,22 @@ def test_an_action_spec_of_another_kind_is_refused(make_predictor, space, given)
     predictor = make_predictor(model={"action_space": space})
     with pytest.raises(ValueError, match="action_spec"):
         PredictorEnv(predictor, action_spec=given)
+
+
+@pytest.mark.parametrize(
+    ("transform", "missing"),
+    [
+        (CatTensors(["state", "context"], "obs"), "state"),
+        (RenameTransform(["state"], ["observation"]), "state"),
+        (ExcludeTransform("context"), "context"),
+    ],
+)
+def test_a_key_that_a_transform_takes_away_is_named(make_point, transform, missing):
+    env = TransformedEnv(PredictorEnv(make_point(), batch_size=[2]), transform)
+    with pytest.raises(KeyError, match=f"PredictorEnv reads '{missing}', which is missing"):
+        env.rollout(2)
+
+
+def test_it_keeps_its_specs(make_point):
+    with pytest.raises(RuntimeError, match=r"state space.*action_spec="):
+        PredictorEnv(make_point()).set_specs_from_env(PredictorEnv(make_point()))

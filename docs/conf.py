@@ -39,8 +39,13 @@ napoleon_numpy_docstring = False
 # With -n every reference has to lead somewhere, but for those to other packages and to what is
 # described by comments only: the manual is built without a network.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(abc|collections|dataclasses|gymnasium|numpy|tensordict|torch|torchrl)\..*"),
-    (r"py:class", r"Tensor"),  # in the fields of a NamedTuple
+    (
+        r"py:.*",
+        r"(abc|collections|dataclasses|gymnasium|numpy|pathlib|tensordict|torch|torchrl)\..*",
+    ),
+    (r"py:exc", r"CheckpointError"),  # of TorchRL
+    # In the fields of tuples and in the types of options.
+    (r"py:(class|data)", r"Count|HOST|Natural|Number|Path|Positive|Share|Tensor|inf"),
     (r"py:attr", r".*"),
     (r"py:class", r"inf|pathlib\.Path"),
     (r"py:exc", r"CheckpointError"),  # TorchRL's

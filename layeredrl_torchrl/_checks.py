@@ -45,7 +45,7 @@ def check_finite(name: str, tensor: Tensor, *, hint: str) -> None:
     """Raise ``ValueError`` if ``tensor`` holds NaN or infinity, saying how many and where first.
 
     On an accelerator the error comes with a later call and names no place
-    (:mod:`layeredrl_torchrl._watch`).
+    (``_watch.py``).
     """
     if tensor.numel() == 0:
         return

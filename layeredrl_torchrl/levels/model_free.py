@@ -69,8 +69,8 @@ class ModelFreeLevel(LearningLevel):
             ``Composite``, the one below ``observation_key``.
         action_space: Spec or space of one action.
         learner_factory: Called as ``learner_factory(n_features, action_spec)``, gives the
-            :class:`~layeredrl_torchrl.Learner`: ``partial(SACLearner, gamma=0.98)`` for actions
-            within bounds, ``partial(DQNLearner, ...)`` for choices.
+            :class:`~layeredrl_torchrl.levels.Learner`: ``partial(SACLearner, gamma=0.98)`` for
+            actions within bounds, ``partial(DQNLearner, ...)`` for choices.
         env: A TorchRL environment to take both spaces, and the keys of action and reward from.
         observation_key: Key of the observation.
         input_spec: See :class:`Level`.

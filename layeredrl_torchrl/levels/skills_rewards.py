@@ -43,9 +43,10 @@ class SkillReward(nn.Module, ABC):
     r"""The reward of skills, by the predictor of the level above.
 
     It is :func:`identifiability` under the predictor's model, with outcomes compared as changes of
-    the state that are whitened (see :class:`~layeredrl_torchrl.DeltaStandardizer`), and all members
-    predicting with one fixed ``std`` there. So every dimension counts alike, and what the model is
-    unsure of is no cheaper than the rest. A subclass says which actions of a skill are paid.
+    the state that are whitened (see :class:`~layeredrl_torchrl.predictors.DeltaStandardizer`), and
+    all members predicting with one fixed ``std`` there. So every dimension counts alike, and what
+    the model is unsure of is no cheaper than the rest. A subclass says which actions of a skill are
+    paid.
 
     At first no skill does anything, and a model of what they do tells none from another. For
     ``n_symmetry_breaking_steps`` a fixed random model, linear in the skill, stands in,

@@ -58,7 +58,7 @@ class ProbabilisticEnsemble(Model):
         normalize_inputs: Whether state, context and continuous actions are standardised before
             they reach the networks.
         clip_inputs: Whether standardised inputs are also kept within the range of the data that
-            the statistics are from (:class:`~layeredrl_torchrl.Normalizer`); by default where
+            the statistics are from (:class:`~layeredrl_torchrl.nets.Normalizer`); by default where
             there are such inputs. What a prediction's inputs lie beyond that range adds to its
             std, up to the spread of all that was seen.
         ema_decay: Predictions come from an exponential moving average of the members' weights

@@ -28,7 +28,7 @@ class StackedProbFCDynamics(nn.Module):
 
     ``baddbmm`` over stacked weights is 1.2 to 2 times faster than ``vmap`` over modules at the
     batch sizes of learning and planning on a CPU. Learning evaluates rows, which the losses are
-    laid out for; steps of a rollout (:mod:`layeredrl_torchrl.models.step`) evaluate columns with
+    laid out for; steps of a rollout (``models/step.py``) evaluate columns with
     the same weights.
 
     Args:

@@ -4,9 +4,10 @@ from layeredrl_torchrl import _exit  # noqa: F401 - lets processes with collecto
 from layeredrl_torchrl.levels.dqn import DQNLearner
 from layeredrl_torchrl.levels.fixed import ActionSequenceLevel, ConstantLevel, RandomLevel
 from layeredrl_torchrl.levels.learners import Learner
+from layeredrl_torchrl.levels.learning import LearningLevel
 from layeredrl_torchrl.levels.level import Level
 from layeredrl_torchrl.levels.model_free import ModelFreeLevel
-from layeredrl_torchrl.levels.planner_level import PlannerLevel
+from layeredrl_torchrl.levels.planner_level import Planner, PlannerLevel
 from layeredrl_torchrl.levels.sac import SACLearner
 from layeredrl_torchrl.levels.skills import SkillLevel
 from layeredrl_torchrl.levels.skills_rewards import DADSReward, SkillReward, SPlaTESReward
@@ -17,8 +18,10 @@ __all__ = [
     "DADSReward",
     "DQNLearner",
     "Learner",
+    "LearningLevel",
     "Level",
     "ModelFreeLevel",
+    "Planner",
     "PlannerLevel",
     "RandomLevel",
     "SACLearner",

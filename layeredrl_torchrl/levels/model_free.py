@@ -77,7 +77,8 @@ class ModelFreeLevel(LearningLevel):
         duration: See :class:`Level`; only with an ``input_spec``.
         input_ends: Whether an end of the input (``("next", "input_done")``) ends the return. With
             ``False`` the value goes on as if the same input were given again.
-        **options: Those of ``LearningLevel``: the buffer, the schedule, ``batch_size``, ``logger``.
+        **options: Those of :class:`LearningLevel`: the buffer, the schedule, ``batch_size``,
+            ``logger``.
 
     Raises:
         TypeError: A factory that gives something else; other types. ValueError: Numbers outside

@@ -115,7 +115,8 @@ class PlannerLevel(LearningLevel):
         random_action_key: See above.
         state_key: Key of what random phases carry from step to step: 0 until the level has acted,
             then 1 plus the random steps that are left.
-        **options: Those of ``LearningLevel``: the buffer, the schedule, ``batch_size``, ``logger``.
+        **options: Those of :class:`LearningLevel`: the buffer, the schedule, ``batch_size``,
+            ``logger``.
 
     Raises:
         TypeError: A factory that gives something else; other types. ValueError: Numbers outside
@@ -342,8 +343,10 @@ class PlannerLevel(LearningLevel):
         loss = getattr(self.predictor, "predictor_loss", None)
         if loss is None:
             return [], unravel_key(("next", "reward"))
-        keys = vars(loss.tensor_keys)
-        return [unravel_key(key) for key in keys.values()], unravel_key(keys["reward"])
+        keys = dict(vars(loss.tensor_keys))
+        reward = unravel_key(keys["reward"])
+        keys.pop("valid")  # which is worked out when slices are drawn
+        return [unravel_key(key) for key in keys.values()], reward
 
     @property
     def stored_keys(self) -> tuple[list[NestedKey], list[NestedKey]]:
@@ -353,7 +356,7 @@ class PlannerLevel(LearningLevel):
         required = [observation, ("next", observation), self.action_key, reward]
         required += [("next", "done"), ("next", "terminated")]
         optional = [("next", "truncated"), ("next", "elapsed_steps"), ("collector", "traj_ids")]
-        return required, [*optional, self.random_action_key, *read]
+        return required, [*optional, self.random_action_key, "weight", *read]
 
     def _checked(self, data: TensorDictBase) -> TensorDictBase:
         """``data``, with actions that others chose marked as random."""

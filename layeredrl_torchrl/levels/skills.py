@@ -45,7 +45,7 @@ class SkillLevel(ModelFreeLevel):
         skill_reward: :class:`~layeredrl_torchrl.SPlaTESReward` or
             :class:`~layeredrl_torchrl.DADSReward`.
         learner_factory: See :class:`~layeredrl_torchrl.ModelFreeLevel`.
-        **options: Those of ``LearningLevel``, without ``reward_func``.
+        **options: Those of :class:`LearningLevel`, without ``reward_func``.
 
     Raises:
         TypeError, ValueError: As there; a ``skill_reward`` of another kind; skills without bounds.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from layeredrl_torchrl._checks import check_flag, check_number
@@ -297,6 +298,28 @@ class ProbabilisticEnsemble(Model):
         rows = (x.expand(self.n_models, *x.shape) for x in (state, context, action))
         (mean, std), weights, _ = self.predicting_members(*self.scaling.inputs(*rows))
         self.calibration.fit(mean, std, weights, self.target(state, next_state))
+
+    def reset_parameters(self) -> None:
+        """Begin anew: new weights, of which there is no average yet; statistics stay.
+
+        Members of your own get what the ``reset_parameters`` of their parts gives them.
+        """
+        self._reset_parameters(self.members)
+        if isinstance(self.members, StackedProbFCDynamics):
+            self.members.reset_parameters()
+        if self.ema_decay is not None:
+            self.averaged_members.load_state_dict(self.members.state_dict())
+        self.n_averaged.zero_()
+        self._averaging = False
+
+    def reset_parameters_recursive(
+        self, parameters: TensorDictBase | None = None
+    ) -> TensorDictBase | None:
+        """As tensordict's; without ``parameters``, :meth:`reset_parameters`."""
+        if parameters is not None:
+            return super().reset_parameters_recursive(parameters)
+        self.reset_parameters()
+        return None
 
     @torch.no_grad()
     def update_average(self) -> None:

@@ -17,7 +17,7 @@ from layeredrl_torchrl._checks import (
     check_sizes,
 )
 from layeredrl_torchrl.nets.gaussians import LogStdBounds, MemberOutput, mixture_parameters
-from layeredrl_torchrl.nets.stacked import StackedProbFCDynamics
+from layeredrl_torchrl.nets.stacked import StackedProbFCDynamics, init_layers
 from layeredrl_torchrl.specs import Space, action_features, to_spec, width
 
 __all__ = ["ProbFCDynamics"]
@@ -81,15 +81,14 @@ class ProbFCDynamics(nn.Module):
         n_out = n_modes * (2 * self.state_dim + 1) + 1
         sizes = [n_in, *hidden_sizes, n_out]
         layers = [nn.Linear(i, o) for i, o in pairwise(sizes)]
-        for layer in layers:
-            # LeCun's normal initialisation: with the skips, the variance of an untrained network's
-            # layers stays near that of its normalised input.
-            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-            nn.init.zeros_(layer.bias)
-        # An untrained network predicts next to no change, so that its rollouts stay where they are.
-        layers[-1].weight.data.mul_(0.1)
         self.layers = nn.ModuleList(layers)
         self.activation = nonlinearity()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new weights."""
+        layers = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+        init_layers([x.weight.mT for x in layers], [x.bias for x in layers])
 
     def features(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
         """Concatenate the inputs to ``[*B, in]``."""

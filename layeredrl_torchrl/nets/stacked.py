@@ -14,7 +14,7 @@ from layeredrl_torchrl._precision import worthwhile_autocast
 from layeredrl_torchrl.nets.gaussians import MemberOutput, mixture_parameters
 from layeredrl_torchrl.specs import action_features
 
-__all__ = ["StackedProbFCDynamics", "hidden_layers", "product"]
+__all__ = ["StackedProbFCDynamics", "hidden_layers", "init_layers", "product"]
 
 _IN_PLACE: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
     nn.SiLU: partial(F.silu, inplace=True),
@@ -62,6 +62,11 @@ class StackedProbFCDynamics(nn.Module):
             ]
         )  # [M, 1, out] each
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw new weights, distributed as those of new networks."""
+        init_layers(list(self.weights), list(self.biases))
+
     def features(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
         """Concatenate the inputs to ``[M, N, in]``."""
         act = action_features(self.action_spec, action, state.dtype)
@@ -77,6 +82,20 @@ class StackedProbFCDynamics(nn.Module):
             x = hidden_layers(x, weights, biases, self.activation)
             out = torch.baddbmm(last_bias, x, last)
         return mixture_parameters(out, self.n_modes, self.state_dim, self.log_std_bounds)
+
+
+@torch.no_grad()
+def init_layers(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+    """Draw ``weights [..., in, out]`` of a network's layers, and set ``biases`` to 0.
+
+    LeCun's normal initialisation: with the skips, the variance of an untrained network's layers
+    stays near that of its normalised input. The last layer is a tenth of that, so that an untrained
+    network predicts next to no change and its rollouts stay where they are.
+    """
+    for weight, bias in zip(weights, biases, strict=True):
+        weight.normal_(std=weight.shape[-2] ** -0.5)
+        bias.zero_()
+    weights[-1].mul_(0.1)
 
 
 def hidden_layers(

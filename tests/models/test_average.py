@@ -9,6 +9,8 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
+from layeredrl_torchrl import IdentityEncoder, ProbabilisticEnsemble, StaticPredictor
+
 
 def inputs():
     return torch.randn(4, 3), torch.randn(4, 2), torch.randn(4, 2)
@@ -173,3 +175,24 @@ def test_members_without_parameters_have_nothing_to_average(table_net, tables):
     before = ensemble.predict(*given)[0]
     ensemble.update_average()
     assert torch.equal(ensemble.predict(*given)[0], before)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_ensemble_begins_anew(whole, box):
+    """By itself, or as a part of a predictor."""
+    ensemble = ProbabilisticEnsemble(box(3), None, box(2), n_models=3)
+    with torch.no_grad():
+        for p in ensemble.parameters():
+            p.fill_(7.0)
+    ensemble.update_average()
+    part = StaticPredictor(ensemble, None, None, IdentityEncoder((3,)), 3) if whole else ensemble
+    part.reset_parameters_recursive()
+    new = ProbabilisticEnsemble(box(3), None, box(2), n_models=3)
+    for found, expected in zip(ensemble.parameters(), new.parameters(), strict=True):
+        torch.testing.assert_close(found.std(), expected.std(), rtol=0.2, atol=1e-6)
+        assert found.abs().max() < 7.0
+    assert ensemble.n_averaged == 0
+    given = torch.randn(4, 3), None, torch.randn(4, 2)
+    mean = ensemble.predict(*given)[0]
+    ensemble.update_average()  # of weights that have not moved since
+    torch.testing.assert_close(ensemble.predict(*given)[0], mean)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import gymnasium as gym
 import pytest
@@ -469,3 +470,15 @@ def test_a_hand_written_model_needs_only_predict_members(box):
     assert weights.tolist() == [[[1]], [[1]]]
     assert std.abs().max() == 0
     assert term_prob.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_a_broken_reading_is_named(offset, fc, recorded, transitions):
+    state, context, action, next_state = transitions(n=2000)
+    ensemble, _ = recorded(fc)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ensemble.fit_statistics(offset + state, context, action, offset + next_state)
+    state[7, 1] = 1e6
+    with pytest.warns(UserWarning, match=r"state: a few of 2000 rows .* dimension\(s\) \[1\]"):
+        ensemble.fit_statistics(offset + state, context, action, offset + next_state)

@@ -211,3 +211,18 @@ def test_gradients_reach_both_maps():
     assert (encoder.state_net.weight.grad[:, 2:] == 0).all()
     assert (encoder.context_net.weight.grad[:, 2:] != 0).all()
     assert (encoder.context_net.weight.grad[:, :2] == 0).all()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e5, 5e6, 1.7e9])
+def test_what_float32_cannot_tell_apart_is_refused(offset):
+    """Map coordinates and clocks in float64; a constant with rounding errors may pass."""
+    x = offset + torch.rand(50, 2, dtype=torch.float64)
+    constant = torch.full((50, 1), 9.81) * (1 + 1e-16 * torch.randn(50, 1, dtype=torch.float64))
+    observation = torch.cat((constant, x), 1)
+    encoder = IdentityEncoder((3,))
+    if offset < 1e6:
+        encoder(observation)
+    else:
+        with pytest.raises(ValueError, match=r"dimension\(s\) \[1, 2\] of the observation"):
+            encoder(observation)
+    assert torch.equal(encoder.double()(observation)[0], observation)

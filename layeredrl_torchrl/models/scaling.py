@@ -160,14 +160,16 @@ def _warn_of_outliers(name: str, x: Tensor, normalizer: Normalizer) -> None:
     distance = ((x - normalizer.loc) / normalizer.scale).abs()
     n_far = max(1, n // 1000)
     far = distance.topk(n_far + 1, dim=0).values
-    rest = (distance.square().sum(0) - far[:-1].square().sum(0)).clamp_min(0.0) / (n - n_far)
-    # Nearly all of the variance, and far beyond what comes next: no signal that is seldom on.
-    broken = (rest < 1e-2) & (far[-2] > 20.0 * far[-1].clamp_min(1e-6)) & (far[0] > 5.0)
+    count = torch.arange(1, n_far + 1, device=x.device).unsqueeze(-1)
+    rest = (distance.square().sum(0) - far[:-1].square().cumsum(0)) / (n - count)
+    # A gap, with nearly all of the variance beyond it.
+    broken = (rest < 1e-2) & (far[:-1] > 20.0 * far[1:]) & (far[0] > 5.0)
+    broken = broken.any(0)
     found = [d for d, is_broken in enumerate(broken.tolist()) if is_broken]
     if found:
         values = [f"{x[:, d][distance[:, d].argmax()].item():.4g}" for d in found]
         warnings.warn(
-            f"{name}: {n_far} of {n} rows make up the spread of dimension(s) {found} (up to "
+            f"{name}: a few of {n} rows make up the spread of dimension(s) {found} (up to "
             f"{', '.join(values)}); if these readings are broken, remove them from the data, since "
             "all others look alike to the networks beside them",
             stacklevel=4,

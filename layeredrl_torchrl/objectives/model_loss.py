@@ -202,10 +202,7 @@ class ModelLoss(TermsLoss):
         if isinstance(beta, Tensor) or beta:
             weighted = self._beta_weighted(-surprise - constant, std, log_weights, beta)
             dynamics = -(weighted * weight).sum(-1)
-        with full_precision(state.device):  # on a GPU, autocast refuses this one
-            ended = terminated.to(term_prob.dtype)
-            bce = F.binary_cross_entropy(term_prob, ended, reduction="none")
-        bce = (bce * weight).sum(-1)  # [M]
+        bce = (_termination_bce(term_prob, terminated) * weight).sum(-1)  # [M]
         return {
             "loss_dynamics": dynamics.sum(),
             "loss_termination": bce.sum(),
@@ -261,3 +258,17 @@ class ModelLoss(TermsLoss):
                 ),
             )
         return weight, masked
+
+
+def _termination_bce(prob: Tensor, terminated: Tensor) -> Tensor:
+    """Binary cross entropy, NaN where ``prob`` is, both ``[M, N]``.
+
+    Torch's own raises for values outside [0, 1]; on a GPU that ends the process.
+    """
+    ended = terminated.to(prob.dtype)
+    if terminated.dtype != torch.bool:
+        ended = ended.nan_to_num(0.0).clamp(0.0, 1.0)  # others were refused before
+    known = ~prob.isnan()
+    with full_precision(prob.device):  # autocast refuses this function on a GPU
+        bce = F.binary_cross_entropy(torch.where(known, prob, 0.5), ended, reduction="none")
+    return torch.where(known, bce, prob)

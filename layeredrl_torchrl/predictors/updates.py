@@ -127,6 +127,8 @@ class Updates(nn.Module):
         """Restore a copy; its optimizer has lost its check."""
         super().__setstate__(state)
         refuse_other_shapes(self.optim)
+        # Torch warns of capturable optimizers that run uncaptured, but only of copied ones.
+        self.optim._warned_capturable_if_run_uncaptured = True
 
     def add(self, loss: TermsLoss, weights: Mapping[str, float], rate: LearningRate) -> None:
         """Minimise one more loss; see :meth:`RewardPredictor.add_loss`."""
@@ -383,7 +385,11 @@ def _kind(batch: Mapping[str, Any]) -> Hashable:
 def _numbers(module: nn.Module) -> Hashable:
     """Options of a module, which a captured update would not see change."""
     plain = (bool, int, float, str, type(None))
-    return tuple((name, x) for name, x in vars(module).items() if isinstance(x, plain))
+    return tuple(
+        (name, x)
+        for name, x in vars(module).items()
+        if isinstance(x, plain) and not name.startswith("_")
+    )
 
 
 def _without_value(prepared: Any) -> Any:

@@ -110,6 +110,23 @@ def test_a_step_waits_for_nothing():
     assert {grad.device.type for grad in grads} == {accelerator.device.type}
 
 
+def test_losses_are_compiled_once_for_all_updates():
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    predictor, data = build(), buffer()
+    predictor.model_loss.compile(backend=backend)
+    predictor.predictor_loss.compile(backend=backend)
+    counts = []
+    for _ in range(2):
+        predictor.learn(data, 12, 16, 16, 0)  # with an annealed learning rate and beta
+        counts.append(len(compiled))
+    assert 0 < counts[0] == counts[1] < 5
+
+
 class Big(TermsLoss):
     """An own loss with parameters, whose batches are TensorDicts."""
 

@@ -170,7 +170,8 @@ class Snapshot:
     def restore(self) -> None:
         """Put back what was copied, in place."""
         if isinstance(self._of, nn.Module):
-            self._of.load_state_dict(self._state)
+            # Without the checks of what comes from elsewhere: weights may have been broken before.
+            nn.Module.load_state_dict(self._of, self._state)
             return
         for p, moments in self._moments():
             if p not in self._state:

@@ -7,7 +7,8 @@ from layeredrl_torchrl.levels.learners import Learner
 from layeredrl_torchrl.levels.learning import LearningLevel
 from layeredrl_torchrl.levels.level import Level
 from layeredrl_torchrl.levels.model_free import ModelFreeLevel
-from layeredrl_torchrl.levels.planner_level import Planner, PlannerLevel
+from layeredrl_torchrl.levels.planner import Planner
+from layeredrl_torchrl.levels.planner_level import PlannerLevel
 from layeredrl_torchrl.levels.sac import SACLearner
 from layeredrl_torchrl.levels.skills import SkillLevel
 from layeredrl_torchrl.levels.skills_rewards import DADSReward, SkillReward, SPlaTESReward

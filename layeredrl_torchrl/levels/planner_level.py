@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, Unpack, runtime_checkable
+from collections.abc import Callable
+from typing import Any, Unpack
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
@@ -21,6 +21,7 @@ from layeredrl_torchrl._checks import (
 )
 from layeredrl_torchrl._watch import is_at_once, watched
 from layeredrl_torchrl.levels.learning import LearningLevel, LearningOptions, spaces_of
+from layeredrl_torchrl.levels.planner import Planner
 from layeredrl_torchrl.levels.random_actions import RandomActions
 from layeredrl_torchrl.levels.rows import (
     check_choice,
@@ -30,37 +31,13 @@ from layeredrl_torchrl.levels.rows import (
     with_known_ends,
 )
 from layeredrl_torchrl.levels.storing import n_rows_along_time
+from layeredrl_torchrl.objectives import TransitionSlices
 from layeredrl_torchrl.predictors import Predictor, RewardPredictor
 from layeredrl_torchrl.specs import ObservationSpace, Space
 
-__all__ = ["Planner", "PlannerLevel"]
+__all__ = ["PlannerLevel"]
 
 _HINT = "pass what a collector of this level yields"
-
-
-@runtime_checkable
-class Planner(Protocol):
-    """The planner of a :class:`PlannerLevel`: a policy whose memory can be forgotten.
-
-    It is called with a TensorDict ``[*B]`` that has its ``in_keys``, and writes the action below
-    ``action_key`` and what it remembers below ``"next"``. If it is a module that holds the
-    predictor, it is saved with the level.
-    """
-
-    in_keys: list[Any]
-    out_keys: list[Any]
-    action_key: NestedKey
-
-    def __call__(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write action and memory for ``[*B]``."""
-
-    def forget(
-        self, batch: Sequence[int] = (), device: torch.device | None = None
-    ) -> TensorDictBase:
-        """A memory of nothing for ``[*B]``, laid out as the root of a TensorDict carries it."""
-
-    def make_tensordict_primer(self) -> TensorDictPrimer:
-        """The transform that carries the memory over steps; zeros are a memory of nothing."""
 
 
 class PlannerLevel(LearningLevel):
@@ -144,6 +121,8 @@ class PlannerLevel(LearningLevel):
     ) -> None:
         observation_space, action_space = spaces_of(observation_space, action_space, env)
         super().__init__(n_axes=None if env is None else 1 + len(env.batch_size), **options)
+        if self.buffer is not None:
+            TransitionSlices(self.buffer)  # raises for samplers that learning would not use
         self.random_prob = check_number("random_prob", random_prob, 0.0, 1.0)
         self.random_duration = check_positive_int("random_duration", random_duration)
         self.model_batch_size = check_positive_int("model_batch_size", model_batch_size)

@@ -17,6 +17,7 @@ from torchrl.data import (
     ListStorage,
     MultiStep,
     PrioritizedSampler,
+    RandomSampler,
     SliceSampler,
     TensorDictMaxValueWriter,
     TensorDictReplayBuffer,
@@ -443,3 +444,10 @@ def test_samplers_that_would_have_no_effect_are_refused_at_once():
         buffer._sampler = sampler
         with pytest.raises(ValueError, match="use a RandomSampler"):
             model_free_level(buffer=buffer)
+
+    class Relabels(RandomSampler):
+        pass
+
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(9), sampler=Relabels())
+    with pytest.raises(TypeError, match="draw\\s+by themselves"):
+        planner_level(buffer=buffer)

@@ -20,7 +20,7 @@ class WholeState(TensorDictModuleBase):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As torch's, but nothing is loaded unless everything fits.
+        """Load a state as torch does, but only if everything fits.
 
         Raises:
             ValueError: Entries that are missing, not known or of another shape; the message lists

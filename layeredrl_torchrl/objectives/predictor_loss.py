@@ -96,8 +96,9 @@ class PredictorLoss(TermsLoss):
     ``action``, ``next_observation``, ``reward``, ``terminated``, ``valid``, and where present
     ``elapsed_steps`` (environment steps a transition took) and ``random_action`` (bool ``[B, L]``
     or ``[B, L, 1]``: the action was drawn at random and not by the policy to be valued).
-    Value targets end before a random action, and a step that starts with one has none: random
-    behaviour would teach that states are bad which the policy masters.
+    What TorchRL's ``loss_mask_key`` names (by default ``("collector", "mask")``, false for padding)
+    is not valid. Value targets end before a random action, and a step that starts with one has
+    none: random behaviour would teach that states are bad which the policy masters.
 
     Writes ``loss_reward`` and ``loss_value`` (mean squared errors in reward units squared, divided
     by the square of the head's scale where it is a :class:`~layeredrl_torchrl.ScalarHead`), and
@@ -189,7 +190,7 @@ class PredictorLoss(TermsLoss):
     @watched
     @torch.no_grad()
     def prepare(self, tensordict: TensorDictBase) -> PreparedSlices:
-        """Check slices ``[B, L]``, and work out all that no parameter has a part in.
+        """Check slices ``[B, L]`` and precompute what needs no gradient.
 
         For many batches at once it takes hardly longer than for one (:meth:`PreparedSlices.split`).
 
@@ -205,7 +206,7 @@ class PredictorLoss(TermsLoss):
             )
         k = self.k_steps
         observation, action = data[keys.observation][:, :k], data[keys.action][:, :k]
-        valid = data[keys.valid][:, :k]
+        valid = self._valid(tensordict)[:, :k]
         refuse(
             ~valid.any(),
             lambda _: ValueError(f"no step of the slices is valid; check {keys.valid!r}"),
@@ -263,7 +264,7 @@ class PredictorLoss(TermsLoss):
         keys = self.tensor_keys
         length = self.k_steps + self.n_steps - 1
         elapsed = tensordict.get(keys.elapsed_steps, None)
-        counts = self._get(tensordict, keys.valid)[:, :length]
+        counts = self._valid(tensordict)[:, :length]
         random = tensordict.get(keys.random_action, None)
         if random is not None:
             counts = counts & ~random[:, :length].reshape(counts.shape)
@@ -296,6 +297,15 @@ class PredictorLoss(TermsLoss):
         state, context = self.encoder.encode_checked(prepared.observation)
         value = self.target_val_func(state, context, prepared.action)
         return prepared.returns + prepared.discount * value
+
+    def _valid(self, tensordict: TensorDictBase) -> Tensor:
+        """Which steps ``[B, L]`` of slices count."""
+        valid = self._get(tensordict, self.tensor_keys.valid)
+        for key in self._loss_mask_keys():
+            mask = tensordict.get(key, None)
+            if mask is not None:
+                valid = valid & mask.reshape(valid.shape)
+        return valid
 
     def _canonical(self, action: Tensor) -> Tensor:
         """Actions ``[B, k, ...]`` in the form of the spec."""

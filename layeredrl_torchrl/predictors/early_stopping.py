@@ -89,7 +89,7 @@ class HoldoutWatch:
 
     @property
     def is_due(self) -> bool:
-        """Whether the next update ends with a look."""
+        """Whether the model is evaluated after the next update."""
         return (self._n_updates + 1) % self._options.every == 0
 
     def after_update(self) -> None:

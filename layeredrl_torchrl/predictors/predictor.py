@@ -113,7 +113,8 @@ class Predictor(WholeState):
         """Learn from a replay buffer of one-step transitions in the collectors' layout.
 
         Args:
-            buffer: Any TorchRL replay buffer of TensorDicts; it is not changed.
+            buffer: A TorchRL replay buffer on a storage of tensors, with uniform sampling; it is
+                not changed.
             n_updates: Number of gradient steps.
             batch_size: Slices in a batch for reward, value and encoder.
             model_batch_size: Transitions in a batch for the dynamics model.

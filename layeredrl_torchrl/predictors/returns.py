@@ -77,7 +77,7 @@ def imagined_returns(
     actions: Tensor,
     options: ReturnOptions,
 ) -> Tensor:
-    """As ``Predictor.returns`` says; a few steps' particles are all that is kept."""
+    """Compute ``Predictor.returns`` step by step, keeping the particles of a few steps only."""
     propagation = TSInfinity() if options.propagation is None else options.propagation
     sizes = (model.n_models, model.n_particles_per_model)
     n_part = propagation.particles(*sizes)[1]

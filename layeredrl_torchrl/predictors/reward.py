@@ -94,7 +94,7 @@ class RewardPredictor(Predictor):
         TypeError, ValueError: As :class:`Predictor`; a model that is no ensemble; numbers
             outside their range; an ``encoder_warm_up`` with nothing to learn in it;
             ``early_stopping`` without held-out transitions, or with an encoder that learns (the
-            best model seen would be one of states that are no more).
+            best model of a call would predict states that have changed since).
     """
 
     def __init__(

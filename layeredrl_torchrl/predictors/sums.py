@@ -1,4 +1,4 @@
-"""What the updates of a call add up, without waiting for the device that they run on."""
+"""Sums of the terms of a call's updates, without waiting for the device that they run on."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Sums:
             tensor.zero_()
 
     def tensors(self) -> list[Tensor]:
-        """What :meth:`add` changes."""
+        """The tensors that :meth:`add` changes."""
         failed = [] if self._failed is None else [self._failed]
         return [*self.totals.values(), *(seen for _, seen in self._watched.values()), *failed]
 

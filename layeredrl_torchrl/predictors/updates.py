@@ -54,7 +54,7 @@ class WeightedLoss:
             check_number(f"the weight of {name}", weight, 0.0)
 
     def __call__(self, prepared: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """What is minimised, weighted, and all terms of a prepared batch.
+        """Return the weighted terms to minimise, and all terms, of a prepared batch.
 
         Raises:
             ValueError: A term without a weight.
@@ -362,7 +362,7 @@ class Updates(nn.Module):
 
 
 def _left(i: int, n_updates: int, share: float, end: float = 0.0) -> float:
-    """What is left of a number that falls linearly to 0 over a ``share`` of the updates.
+    """Return the factor of a number that falls linearly to 0 over a ``share`` of the updates.
 
     It reaches 0 when a share of ``end`` is still to come.
     """

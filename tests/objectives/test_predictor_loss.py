@@ -154,11 +154,15 @@ def test_action_values_are_bootstrapped_with_the_action_taken_there():
 
 
 @pytest.mark.parametrize("garbage", [1e6, float("nan")])
-def test_steps_that_are_not_valid_have_no_influence(garbage):
+@pytest.mark.parametrize("mask", ["valid", ("collector", "mask")])
+def test_steps_that_are_not_valid_have_no_influence(garbage, mask):
     loss, batch = make_loss(), make_slices(5)
     spoiled = batch.clone()
     outside = ~batch["valid"]
     spoiled["next", "reward"][outside] = garbage
+    if mask != "valid":
+        spoiled[mask] = spoiled["valid"].unsqueeze(-1)
+        spoiled["valid"] = torch.ones_like(spoiled["valid"])
     # encoders refuse NaN, so what is encoded is only made large
     for key in ("observation", "action", ("next", "observation")):
         spoiled[key][outside] = 1e3

@@ -186,7 +186,8 @@ class ModelLoss(TermsLoss):
         target = self.model.target(state, next_state).unsqueeze(-2)
         # [M, N, K, D]: each dimension's density under each mode, as -log and without its constant,
         # so that few operations run over the largest tensors of the whole update.
-        surprise = torch.add(std.log(), ((target - mean) / std).square(), alpha=0.5)
+        log_std = std.log()
+        surprise = torch.add(log_std, ((target - mean) / std).square(), alpha=0.5)
         constant = 0.5 * _LOG_2PI
         log_prob = -surprise.sum(-1) - constant * self.model.state_dim
         log_weights = torch.zeros_like(weights)
@@ -200,7 +201,7 @@ class ModelLoss(TermsLoss):
         nll = -(log_prob.squeeze(-1) * weight).sum(-1)  # [M]
         dynamics = nll
         if isinstance(beta, Tensor) or beta:
-            weighted = self._beta_weighted(-surprise - constant, std, log_weights, beta)
+            weighted = self._beta_weighted(-surprise - constant, log_std, log_weights, beta)
             dynamics = -(weighted * weight).sum(-1)
         bce = (_termination_bce(term_prob, terminated) * weight).sum(-1)  # [M]
         return {
@@ -212,7 +213,7 @@ class ModelLoss(TermsLoss):
 
     @staticmethod
     def _beta_weighted(
-        densities: Tensor, std: Tensor, log_weights: Tensor, beta: Tensor | float
+        densities: Tensor, log_std: Tensor, log_weights: Tensor, beta: Tensor | float
     ) -> Tensor:
         """Weight the log-likelihood by powers of the std, ``[M, N]``.
 
@@ -222,12 +223,14 @@ class ModelLoss(TermsLoss):
 
         Args:
             densities: ``log p [M, N, K, D]``.
-            std: ``[M, N, K, D]``.
+            log_std: ``[M, N, K, D]``.
             log_weights: ``log w [M, N, K]``.
             beta: ``[]``.
         """
+        weighted = ((2.0 * beta * log_std.detach()).exp() * densities).sum(-1)
+        if weighted.shape[-1] == 1:
+            return weighted.squeeze(-1)
         log_r = (densities.detach().sum(-1) + log_weights.detach()).log_softmax(-1)
-        weighted = (std.detach().pow(2 * beta) * densities).sum(-1)
         return (log_r.exp() * (log_weights - log_r + weighted)).sum(-1)
 
     def _weights(self, tensordict: TensorDictBase, state: Tensor) -> tuple[Tensor, bool]:

@@ -313,7 +313,8 @@ class Updates(nn.Module):
             grads = [p.grad for p in group["params"] if p.grad is not None]
             if not grads:
                 continue
-            norm = norms[group["name"]] = get_total_norm(grads)
+            foreach = grads[0].device.type in ("cpu", "cuda") or None  # spares a look at each
+            norm = norms[group["name"]] = get_total_norm(grads, foreach=foreach)
             # A CPU is asked first: clipping nothing takes as long as clipping.
             if limit is not None and (norm.device.type != "cpu" or float(norm) > limit):
                 clip_grads_with_norm_(group["params"], limit, norm)

@@ -19,6 +19,7 @@ from layeredrl_torchrl import (
     MPPIPlanner,
     PolicyProposal,
     PredictorFactory,
+    RewardNet,
     WorstCase,
 )
 
@@ -173,3 +174,21 @@ def test_what_a_graph_finds_is_reported_one_plan_later(cuda):
     torch.cuda.synchronize()
     with pytest.raises(ValueError, match="member"):
         planner(td)
+
+
+@pytest.mark.parametrize("compiled", ["dynamics", "reward"])
+def test_compiling_reaches_the_dynamics_and_the_reward(compiled, make_predictor, make_point):
+    torch._dynamo.reset()
+    seen = []
+
+    def noting(graph, inputs):
+        seen.append(graph)
+        return graph
+
+    known = make_predictor(rew_func=lambda state, context, action: state.sum(-1))
+    learned = make_point(rew_func=RewardNet(1, 1, 1, (4,)))
+    planner = ICEMPlanner(known if compiled == "dynamics" else learned, horizon=2, n_samples=24)
+    planner.compile(backend=noting)
+    td = TensorDict({"observation": torch.randn(3, 2)}, [3]).update(planner.forget([3]))
+    planner(td)
+    assert seen

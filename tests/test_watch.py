@@ -30,6 +30,7 @@ def test_what_a_call_finds_is_raised_when_the_next_begins(late) -> None:
 
     @late.watched
     def outer(*bad: int) -> None:
+        ran.append("outer")
         inner(*bad)
         inner()
 
@@ -37,7 +38,7 @@ def test_what_a_call_finds_is_raised_when_the_next_begins(late) -> None:
     outer(1, 3)
     with pytest.raises(ValueError, match=r"members \[1, 3\] of 4; it was found after the call"):
         outer()
-    assert ran == [(), (), (1, 3), ()]  # the next call has not begun
+    assert ran == ["outer", (), (), "outer", (1, 3), ()]  # the next call has not begun
     outer()
     inner(2)
     with pytest.raises(ValueError, match=r"members \[2\] of 4"):

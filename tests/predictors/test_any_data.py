@@ -36,8 +36,8 @@ SMALL = {"batch_size": 8, "model_batch_size": 8, "n_total_env_steps": 0}
 
 
 def experience(predictor, buffer, **options):
-    keys, spec = predictor.predictor_loss.tensor_keys, predictor.model.action_spec
-    return Experience(buffer, predictor.encoder, spec, keys, **options)
+    keys, form = predictor.predictor_loss.tensor_keys, predictor.model.action_form
+    return Experience(buffer, predictor.encoder, form, keys, **options)
 
 
 # -- units ------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def test_leaves_a_curve_and_goes_on(name, run, curve, capsys, tmp_path):
     learned = [not math.isnan(row["nll"]) for row in rows]
     assert learned == sorted(learned)
     assert learned[-1]
-    assert learned[0] == (name == "skill_hierarchy")
+    assert not learned[0]
     assert f"{total} steps" in capsys.readouterr().out
     assert len((folder / "evaluation.csv").read_text().splitlines()) == 3
     assert len(list((folder / "checkpoints").iterdir())) == 2
@@ -47,7 +47,7 @@ def test_leaves_a_curve_and_goes_on(name, run, curve, capsys, tmp_path):
     with pytest.raises(RunError, match=r"was made with \{'hidden_size': 8\}"):
         run(name, f"--output={tmp_path}", "--resume", "--hidden-size=9")
     run(name, f"--output={tmp_path}", "--resume", f"--total-env-steps={total + every}")
-    assert curve(folder)[:-1] == rows
+    assert str(curve(folder)[:-1]) == str(rows)  # there are NaNs in it
     assert curve(folder)[-1]["env_steps"] == total + every
     assert not math.isnan(curve(folder)[-1]["nll"])  # no second random phase
 

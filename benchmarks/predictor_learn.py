@@ -39,9 +39,9 @@ from layeredrl_torchrl import (
     TransitionSlices,
     ValueNet,
 )
-from layeredrl_torchrl.predictors import updates
-from layeredrl_torchrl.predictors.experience import Experience
-from layeredrl_torchrl.predictors.upkeep import Upkeep
+from layeredrl_torchrl.predictors import _updates as updates
+from layeredrl_torchrl.predictors._experience import Experience
+from layeredrl_torchrl.predictors._upkeep import Upkeep
 
 STATE, ACTION, BATCH = 17, 6, 256
 # LayeredRL's times on two cores of an Intel Xeon, and what we want to stay below.

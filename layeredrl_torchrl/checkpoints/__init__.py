@@ -1,7 +1,7 @@
 """Checkpoints that are verified before they are read, and what a run needs to go on bit for bit."""
 
+from layeredrl_torchrl.checkpoints._rotation import SafeRotation
 from layeredrl_torchrl.checkpoints.environments import CollectorState, EnvState
-from layeredrl_torchrl.checkpoints.rotation import SafeRotation
 from layeredrl_torchrl.checkpoints.safe import SafeCheckpoint
 
 __all__ = ["CollectorState", "EnvState", "SafeCheckpoint", "SafeRotation"]

@@ -12,7 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, GymWrapper, SerialEnv, TransformedEnv
 
-from layeredrl_torchrl.checkpoints.objects import load, save
+from layeredrl_torchrl.checkpoints._objects import load, save
 
 __all__ = ["CollectorState", "EnvState"]
 

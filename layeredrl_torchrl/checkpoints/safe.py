@@ -22,7 +22,7 @@ from torchrl.checkpoint import (
 )
 from torchrl.data import ReplayBuffer
 
-from layeredrl_torchrl.checkpoints.buffers import BufferAdapter
+from layeredrl_torchrl.checkpoints._buffers import BufferAdapter
 
 __all__ = ["SafeCheckpoint"]
 

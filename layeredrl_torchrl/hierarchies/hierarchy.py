@@ -18,11 +18,11 @@ from layeredrl_torchrl._primers import OnePrimer
 from layeredrl_torchrl._state import WholeState
 from layeredrl_torchrl._watch import watched
 from layeredrl_torchrl.checkpoints import SafeCheckpoint
-from layeredrl_torchrl.hierarchies.building import assemble, names
-from layeredrl_torchrl.hierarchies.control import ask, ends_by_duration, hand
-from layeredrl_torchrl.hierarchies.due import Due
-from layeredrl_torchrl.hierarchies.maps import Choice
-from layeredrl_torchrl.hierarchies.memory import (
+from layeredrl_torchrl.hierarchies._building import assemble, names
+from layeredrl_torchrl.hierarchies._control import ask, ends_by_duration, hand
+from layeredrl_torchrl.hierarchies._due import Due
+from layeredrl_torchrl.hierarchies._maps import Choice
+from layeredrl_torchrl.hierarchies._memory import (
     MEMORY,
     HierarchyPrimer,
     Layout,
@@ -30,10 +30,10 @@ from layeredrl_torchrl.hierarchies.memory import (
     memory_of,
     together,
 )
-from layeredrl_torchrl.hierarchies.transitions import Cut, EnvKeys
+from layeredrl_torchrl.hierarchies._transitions import Cut, EnvKeys
 from layeredrl_torchrl.levels import Level
-from layeredrl_torchrl.levels.learning import refuse_masks
-from layeredrl_torchrl.levels.undo import all_or_nothing
+from layeredrl_torchrl.levels._learning import refuse_masks
+from layeredrl_torchrl.levels._undo import all_or_nothing
 
 __all__ = ["Hierarchy"]
 

@@ -22,7 +22,7 @@ from layeredrl_torchrl._checks import (
     require,
 )
 from layeredrl_torchrl._watch import watched
-from layeredrl_torchrl.imagination.members import (
+from layeredrl_torchrl.imagination._members import (
     draw_members,
     step_by_any,
     step_by_mean,

@@ -1,10 +1,10 @@
 """Levels: policies of one time scale each, which learn from what they did."""
 
 from layeredrl_torchrl import _exit  # noqa: F401 - lets processes with collectors end
+from layeredrl_torchrl.levels._learning import LearningLevel
 from layeredrl_torchrl.levels.dqn import DQNLearner
 from layeredrl_torchrl.levels.fixed import ActionSequenceLevel, ConstantLevel, RandomLevel
 from layeredrl_torchrl.levels.learners import Learner
-from layeredrl_torchrl.levels.learning import LearningLevel
 from layeredrl_torchrl.levels.level import Level
 from layeredrl_torchrl.levels.model_free import ModelFreeLevel
 from layeredrl_torchrl.levels.planner import Planner

@@ -11,8 +11,8 @@ from torchrl.modules import QValueActor
 from torchrl.objectives import DQNLoss
 
 from layeredrl_torchrl._checks import check_flag, check_number, check_sizes
+from layeredrl_torchrl.levels._mlp import FlatMLP, layers, mlp
 from layeredrl_torchrl.levels.learners import Learner
-from layeredrl_torchrl.levels.mlp import FlatMLP, layers, mlp
 from layeredrl_torchrl.specs import is_discrete, width
 
 __all__ = ["DQNLearner"]

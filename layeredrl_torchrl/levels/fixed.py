@@ -9,8 +9,8 @@ from torchrl.data import Composite, TensorSpec, Unbounded
 from torchrl.envs import TensorDictPrimer
 
 from layeredrl_torchrl._checks import require
+from layeredrl_torchrl.levels._random_actions import RandomActions
 from layeredrl_torchrl.levels.level import Level
-from layeredrl_torchrl.levels.random_actions import RandomActions
 from layeredrl_torchrl.specs import Space, canonical_action
 
 __all__ = ["ActionSequenceLevel", "ConstantLevel", "RandomLevel"]

@@ -22,18 +22,18 @@ from layeredrl_torchrl._checks import (
 )
 from layeredrl_torchrl._reporting import log_terms, updates
 from layeredrl_torchrl._watch import flush, watched
-from layeredrl_torchrl.levels.features import InputFeatures
-from layeredrl_torchrl.levels.learners import Learner
-from layeredrl_torchrl.levels.learning import LearningLevel, LearningOptions, spaces_of
-from layeredrl_torchrl.levels.random_actions import RandomActions
-from layeredrl_torchrl.levels.reward_scale import RewardScale
-from layeredrl_torchrl.levels.rows import (
+from layeredrl_torchrl.levels._features import InputFeatures
+from layeredrl_torchrl.levels._learning import LearningLevel, LearningOptions, spaces_of
+from layeredrl_torchrl.levels._random_actions import RandomActions
+from layeredrl_torchrl.levels._reward_scale import RewardScale
+from layeredrl_torchrl.levels._rows import (
     check_choice,
     check_flags,
     check_numbers,
     check_observations,
     with_known_ends,
 )
+from layeredrl_torchrl.levels.learners import Learner
 from layeredrl_torchrl.specs import ObservationSpace, Space, is_discrete, to_spec, width
 
 __all__ = ["ModelFreeLevel"]

@@ -20,17 +20,17 @@ from layeredrl_torchrl._checks import (
     require,
 )
 from layeredrl_torchrl._watch import is_at_once, watched
-from layeredrl_torchrl.levels.learning import LearningLevel, LearningOptions, spaces_of
-from layeredrl_torchrl.levels.planner import Planner
-from layeredrl_torchrl.levels.random_actions import RandomActions
-from layeredrl_torchrl.levels.rows import (
+from layeredrl_torchrl.levels._learning import LearningLevel, LearningOptions, spaces_of
+from layeredrl_torchrl.levels._random_actions import RandomActions
+from layeredrl_torchrl.levels._rows import (
     check_choice,
     check_flags,
     check_numbers,
     check_observations,
     with_known_ends,
 )
-from layeredrl_torchrl.levels.storing import n_rows_along_time
+from layeredrl_torchrl.levels._storing import n_rows_along_time
+from layeredrl_torchrl.levels.planner import Planner
 from layeredrl_torchrl.objectives import TransitionSlices
 from layeredrl_torchrl.predictors import Predictor, RewardPredictor
 from layeredrl_torchrl.specs import ObservationSpace, Space

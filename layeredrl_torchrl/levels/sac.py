@@ -15,8 +15,8 @@ from torchrl.modules import TanhNormal
 from torchrl.objectives import SACLoss
 
 from layeredrl_torchrl._checks import check_number, check_positive_int, check_sizes
+from layeredrl_torchrl.levels._mlp import FlatMLP, layers, mlp
 from layeredrl_torchrl.levels.learners import Learner
-from layeredrl_torchrl.levels.mlp import FlatMLP, layers, mlp
 from layeredrl_torchrl.specs import width
 
 __all__ = ["SACLearner"]

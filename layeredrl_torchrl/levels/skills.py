@@ -11,8 +11,8 @@ from torch import Tensor
 from torchrl.data import Bounded, TensorSpec
 
 from layeredrl_torchrl._checks import check_instance
+from layeredrl_torchrl.levels._learning import LearningOptions
 from layeredrl_torchrl.levels.learners import Learner
-from layeredrl_torchrl.levels.learning import LearningOptions
 from layeredrl_torchrl.levels.model_free import ModelFreeLevel
 from layeredrl_torchrl.levels.skills_rewards import SkillReward
 from layeredrl_torchrl.predictors import Predictor

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from layeredrl_torchrl._checks import check_flag, check_number
 from layeredrl_torchrl._graphs import Graphs
 from layeredrl_torchrl._precision import full_precision, product_dtype
+from layeredrl_torchrl.models._members import check_net, stack_members
+from layeredrl_torchrl.models._output_checks import check_parameters
+from layeredrl_torchrl.models._scaling import Scaling
+from layeredrl_torchrl.models._step import Networks, StackedLayers, StepParts, ensemble_mixture
+from layeredrl_torchrl.models._stepping import EnsembleStepper, Stepper
 from layeredrl_torchrl.models.calibration import Calibration
-from layeredrl_torchrl.models.members import check_net, stack_members
 from layeredrl_torchrl.models.model import Model
-from layeredrl_torchrl.models.output_checks import check_parameters
-from layeredrl_torchrl.models.scaling import Scaling
-from layeredrl_torchrl.models.step import Networks, StackedLayers, StepParts, ensemble_mixture
-from layeredrl_torchrl.models.stepping import EnsembleStepper, Stepper
 from layeredrl_torchrl.nets import (
     MemberOutput,
     ProbFCDynamics,
@@ -280,7 +280,7 @@ class ProbabilisticEnsemble(Model):
     ) -> None:
         """Set the statistics of inputs and targets from transitions ``[N, ...]``.
 
-        Raises, Warns: As :meth:`~layeredrl_torchrl.models.scaling.Scaling.fit`; after an error
+        Raises, Warns: As :meth:`~layeredrl_torchrl.models._scaling.Scaling.fit`; after an error
             nothing is changed.
         """
         self.scaling.fit(state, context, action, next_state)

@@ -14,12 +14,12 @@ from layeredrl_torchrl._checks import check_finite, check_positive_int, check_wi
 from layeredrl_torchrl._graphs import Graphs
 from layeredrl_torchrl._state import WholeState
 from layeredrl_torchrl._watch import refuse, watched
-from layeredrl_torchrl.models.log_prob import NO_DENSITY, mixture_log_prob
+from layeredrl_torchrl.models._log_prob import NO_DENSITY, mixture_log_prob
+from layeredrl_torchrl.models._output_checks import check_output
+from layeredrl_torchrl.models._rollouts import lay_out, trajectory, uncertainty
+from layeredrl_torchrl.models._stepping import MixtureStepper, Stepper
 from layeredrl_torchrl.models.mixture import GaussianMixture
-from layeredrl_torchrl.models.output_checks import check_output
 from layeredrl_torchrl.models.propagation import Propagation, TSInfinity, propagation_key
-from layeredrl_torchrl.models.rollouts import lay_out, trajectory, uncertainty
-from layeredrl_torchrl.models.stepping import MixtureStepper, Stepper
 from layeredrl_torchrl.nets import MemberOutput
 from layeredrl_torchrl.specs import ActionForm, Space, is_discrete, to_spec, width
 

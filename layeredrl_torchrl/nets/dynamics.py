@@ -16,8 +16,8 @@ from layeredrl_torchrl._checks import (
     check_positive_int,
     check_sizes,
 )
-from layeredrl_torchrl.nets.gaussians import LogStdBounds, MemberOutput, mixture_parameters
-from layeredrl_torchrl.nets.stacked import StackedProbFCDynamics, init_layers
+from layeredrl_torchrl.nets._gaussians import LogStdBounds, MemberOutput, mixture_parameters
+from layeredrl_torchrl.nets._stacked import StackedProbFCDynamics, init_layers
 from layeredrl_torchrl.specs import Space, action_features, to_spec, width
 
 __all__ = ["ProbFCDynamics"]

@@ -1,5 +1,6 @@
 """Planners: policies that search for actions in what a predictor imagines."""
 
+from layeredrl_torchrl.planners._sampling import CEMPlanner, ICEMPlanner, MPPIPlanner
 from layeredrl_torchrl.planners.planner import PredictorPlanner
 from layeredrl_torchrl.planners.proposals import PolicyProposal, Proposal
 from layeredrl_torchrl.planners.return_modes import (
@@ -9,7 +10,6 @@ from layeredrl_torchrl.planners.return_modes import (
     random_plan,
 )
 from layeredrl_torchrl.planners.risk import CVaR, Mean, RiskMeasure, WorstCase
-from layeredrl_torchrl.planners.sampling import CEMPlanner, ICEMPlanner, MPPIPlanner
 
 __all__ = [
     "CEMPlanner",

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrl.envs import ExplorationType, set_exploration_type
 
 from layeredrl_torchrl._checks import check_positive_int
-from layeredrl_torchrl.imagination.members import step_by_mean
+from layeredrl_torchrl.imagination._members import step_by_mean
 from layeredrl_torchrl.predictors import Predictor
 
 __all__ = ["PolicyProposal", "Proposal"]

@@ -18,8 +18,8 @@ from layeredrl_torchrl._checks import (
 )
 from layeredrl_torchrl._watch import refuse
 from layeredrl_torchrl.models import Model, Propagation, TSInfinity
+from layeredrl_torchrl.models._rollouts import ImaginedStep, imagine, starts_at_once
 from layeredrl_torchrl.models.propagation import propagation_key
-from layeredrl_torchrl.models.rollouts import ImaginedStep, imagine, starts_at_once
 
 __all__ = ["ReturnOptions", "imagined_returns"]
 

@@ -24,13 +24,13 @@ from layeredrl_torchrl.models import ProbabilisticEnsemble
 from layeredrl_torchrl.nets import Encoder, move_towards
 from layeredrl_torchrl.objectives import ModelLoss, PredictorLoss
 from layeredrl_torchrl.objectives.terms import TermsLoss
+from layeredrl_torchrl.predictors._experience import Experience
+from layeredrl_torchrl.predictors._updates import LearningRate, Updates, WeightedLoss
+from layeredrl_torchrl.predictors._upkeep import N_STATISTICS, Upkeep
 from layeredrl_torchrl.predictors.early_stopping import HoldoutWatch
-from layeredrl_torchrl.predictors.experience import Experience
 from layeredrl_torchrl.predictors.predictor import Predictor, RewardFunction
 from layeredrl_torchrl.predictors.standardizer import DeltaStandardizer
 from layeredrl_torchrl.predictors.training import ModelTraining
-from layeredrl_torchrl.predictors.updates import LearningRate, Updates, WeightedLoss
-from layeredrl_torchrl.predictors.upkeep import N_STATISTICS, Upkeep
 
 __all__ = ["RewardPredictor"]
 

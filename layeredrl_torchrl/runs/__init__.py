@@ -1,5 +1,6 @@
 """Long runs in a folder of their own, which can be killed at any moment and resumed."""
 
+from layeredrl_torchrl.runs._playing import play_episodes
 from layeredrl_torchrl.runs.options import (
     Count,
     Natural,
@@ -11,7 +12,6 @@ from layeredrl_torchrl.runs.options import (
     command,
     find_task,
 )
-from layeredrl_torchrl.runs.playing import play_episodes
 from layeredrl_torchrl.runs.run import Run
 from layeredrl_torchrl.runs.workers import WorkerDiedError, WorkerOptions, collect_with_workers
 

@@ -23,7 +23,7 @@ from torchrl.envs import EnvBase
 from tqdm import tqdm
 
 from layeredrl_torchrl.checkpoints import CollectorState, SafeCheckpoint, SafeRotation
-from layeredrl_torchrl.runs.files import Curve, lock, write_rows, write_whole
+from layeredrl_torchrl.runs._files import Curve, lock, write_rows, write_whole
 from layeredrl_torchrl.runs.options import RunError, RunOptions, read_settings, settings_path
 from layeredrl_torchrl.runs.workers import WorkerDiedError, WorkerOptions, collect_with_workers
 

@@ -10,7 +10,7 @@ import torch
 from torchrl.data import Bounded, OneHot, Unbounded
 
 from layeredrl_torchrl import Hierarchy, ICEMPlanner, PlannerLevel, PredictorFactory
-from layeredrl_torchrl.hierarchies.maps import ObservationMap
+from layeredrl_torchrl.hierarchies._maps import ObservationMap
 
 ONE = Unbounded((1,))
 

@@ -22,7 +22,7 @@ from layeredrl_torchrl import (
     Propagation,
     TSInfinity,
 )
-from layeredrl_torchrl.imagination.members import step_by_members
+from layeredrl_torchrl.imagination._members import step_by_members
 
 PROPAGATIONS = [Expectation(), TS1(), TSInfinity()]
 SAMPLING = [TS1(), TSInfinity()]

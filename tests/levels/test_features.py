@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchrl.data import Categorical
 
-from layeredrl_torchrl.levels.features import InputFeatures
+from layeredrl_torchrl.levels._features import InputFeatures
 
 
 @settings(max_examples=20, deadline=None)

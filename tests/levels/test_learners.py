@@ -16,7 +16,7 @@ from torchrl.modules import MLP, NormalParamExtractor, ProbabilisticActor, TanhN
 from torchrl.objectives import SACLoss, ValueEstimators
 
 from layeredrl_torchrl import DQNLearner, ModelFreeLevel, SACLearner
-from layeredrl_torchrl.levels.mlp import FlatMLP, layers, mlp
+from layeredrl_torchrl.levels._mlp import FlatMLP, layers, mlp
 
 BOX = Bounded(torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 10.0]), (2,))
 F = 3

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layeredrl_torchrl import TS1, Expectation, TSInfinity
-from layeredrl_torchrl.models.step import Noise
+from layeredrl_torchrl.models._step import Noise
 
 
 def inputs(n_models, rows, *, d=3, c=2, a=2, discrete=0):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from layeredrl_torchrl import ProbabilisticEnsemble, ProbFCDynamics
-from layeredrl_torchrl.models.members import LoopMembers, VmapMembers, stack_members
+from layeredrl_torchrl.models._members import LoopMembers, VmapMembers, stack_members
 from layeredrl_torchrl.nets import StackedProbFCDynamics
 
 D, C, A = 3, 2, 2

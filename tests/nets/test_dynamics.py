@@ -14,7 +14,7 @@ from torchrl.data import Categorical, OneHot
 
 from layeredrl_torchrl import ProbFCDynamics
 from layeredrl_torchrl.nets import StackedProbFCDynamics
-from layeredrl_torchrl.nets.gaussians import LogStdBounds, mixture_parameters
+from layeredrl_torchrl.nets._gaussians import LogStdBounds, mixture_parameters
 
 BATCHES = [(), (1,), (4,), (2, 3)]
 

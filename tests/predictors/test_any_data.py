@@ -30,7 +30,7 @@ from layeredrl_torchrl import (
     PredictorFactory,
     TransitionSlices,
 )
-from layeredrl_torchrl.predictors.experience import Experience
+from layeredrl_torchrl.predictors._experience import Experience
 
 SMALL = {"batch_size": 8, "model_batch_size": 8, "n_total_env_steps": 0}
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from layeredrl_torchrl import EarlyStopping, EncoderNet, ModelTraining
-from layeredrl_torchrl.predictors.experience import Experience
+from layeredrl_torchrl.predictors._experience import Experience
 
 LEARN = {"n_updates": 3, "batch_size": 8, "model_batch_size": 8, "n_total_env_steps": 60}
 

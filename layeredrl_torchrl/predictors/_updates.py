@@ -18,9 +18,9 @@ from layeredrl_torchrl._state import refuse_other_shapes
 from layeredrl_torchrl._watch import flush, watched
 from layeredrl_torchrl.objectives import MemberBatches, ModelLoss
 from layeredrl_torchrl.objectives.terms import TermsLoss
+from layeredrl_torchrl.predictors._experience import Experience
+from layeredrl_torchrl.predictors._sums import Sums
 from layeredrl_torchrl.predictors.early_stopping import HoldoutWatch
-from layeredrl_torchrl.predictors.experience import Experience
-from layeredrl_torchrl.predictors.sums import Sums
 
 __all__ = ["LearningRate", "Updates", "WeightedLoss"]
 

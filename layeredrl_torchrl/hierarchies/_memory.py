@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrl.data import Composite, TensorSpec, Unbounded
 from torchrl.envs import TensorDictPrimer
 
-from layeredrl_torchrl.hierarchies.due import Due
+from layeredrl_torchrl.hierarchies._due import Due
 from layeredrl_torchrl.levels import Level
 
 __all__ = ["MEMORY", "HierarchyPrimer", "Layout", "Store", "memory_of", "together"]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layeredrl_torchrl._precision import worthwhile_autocast
-from layeredrl_torchrl.nets.gaussians import MemberOutput, mixture_parameters
+from layeredrl_torchrl.nets._gaussians import MemberOutput, mixture_parameters
 from layeredrl_torchrl.specs import action_features
 
 __all__ = ["StackedProbFCDynamics", "hidden_layers", "init_layers", "product"]
@@ -28,7 +28,7 @@ class StackedProbFCDynamics(nn.Module):
 
     ``baddbmm`` over stacked weights is 1.2 to 2 times faster than ``vmap`` over modules at the
     batch sizes of learning and planning on a CPU. Learning evaluates rows, which the losses are
-    laid out for; steps of a rollout (``models/step.py``) evaluate columns with
+    laid out for; steps of a rollout (``models/_step.py``) evaluate columns with
     the same weights.
 
     Args:

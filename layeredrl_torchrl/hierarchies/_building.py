@@ -7,7 +7,7 @@ from typing import Any
 
 from torchrl.data import Bounded, TensorSpec
 
-from layeredrl_torchrl.hierarchies.maps import Choice, ObservationMap
+from layeredrl_torchrl.hierarchies._maps import Choice, ObservationMap
 from layeredrl_torchrl.levels import Level
 
 __all__ = ["assemble", "label", "names"]

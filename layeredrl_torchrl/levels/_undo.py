@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from layeredrl_torchrl._state import undone_on_error
+from layeredrl_torchrl.levels._storing import Overwritten
 from layeredrl_torchrl.levels.level import Level
-from layeredrl_torchrl.levels.storing import Overwritten
 
 __all__ = ["all_or_nothing"]
 

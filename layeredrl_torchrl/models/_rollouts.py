@@ -11,8 +11,8 @@ from tensordict import NestedKey, TensorDict, unravel_key
 from torch import Tensor
 
 from layeredrl_torchrl._watch import refuse
+from layeredrl_torchrl.models._stepping import Stepper
 from layeredrl_torchrl.models.propagation import Propagation
-from layeredrl_torchrl.models.stepping import Stepper
 
 __all__ = ["ImaginedStep", "imagine", "lay_out", "starts_at_once", "trajectory", "uncertainty"]
 

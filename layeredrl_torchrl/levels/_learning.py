@@ -17,10 +17,10 @@ from torchrl.record.loggers import Logger
 from layeredrl_torchrl._checks import check_flag, check_number, check_positive_int
 from layeredrl_torchrl._reporting import check_logger
 from layeredrl_torchrl._watch import is_at_once
+from layeredrl_torchrl.levels._rows import collected, n_env_steps, without_cut
+from layeredrl_torchrl.levels._storing import make_buffer, select_stored, write
+from layeredrl_torchrl.levels._undo import all_or_nothing
 from layeredrl_torchrl.levels.level import Level
-from layeredrl_torchrl.levels.rows import collected, n_env_steps, without_cut
-from layeredrl_torchrl.levels.storing import make_buffer, select_stored, write
-from layeredrl_torchrl.levels.undo import all_or_nothing
 from layeredrl_torchrl.specs import ObservationSpace, Space
 
 __all__ = ["LearningLevel", "LearningOptions", "spaces_of"]

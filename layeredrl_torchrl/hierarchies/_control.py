@@ -6,7 +6,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from layeredrl_torchrl.hierarchies.memory import together
+from layeredrl_torchrl.hierarchies._memory import together
 from layeredrl_torchrl.levels import Level
 
 __all__ = ["ask", "ends_by_duration", "hand"]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from layeredrl_torchrl.models import ProbabilisticEnsemble
 from layeredrl_torchrl.nets import Encoder, EncoderNet, ScalarHead
-from layeredrl_torchrl.predictors.experience import Experience
+from layeredrl_torchrl.predictors._experience import Experience
 from layeredrl_torchrl.predictors.standardizer import DeltaStandardizer
 
 __all__ = ["N_STATISTICS", "Upkeep"]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from layeredrl_torchrl._precision import full_precision
-from layeredrl_torchrl.models.output_checks import check_output
-from layeredrl_torchrl.models.step import (
+from layeredrl_torchrl.models._output_checks import check_output
+from layeredrl_torchrl.models._step import (
     Noise,
     StackedLayers,
     StepParts,
@@ -125,7 +125,7 @@ class MixtureStepper(Stepper):
 
 
 class EnsembleStepper(Stepper):
-    """Steps an ensemble by :func:`~layeredrl_torchrl.models.step.ensemble_step`.
+    """Steps an ensemble by :func:`~layeredrl_torchrl.models._step.ensemble_step`.
 
     Args:
         parts: The ensemble.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from layeredrl_torchrl.models.scaling import InputUnits
+from layeredrl_torchrl.models._scaling import InputUnits
 from layeredrl_torchrl.nets import hidden_layers, product
 
 __all__ = [

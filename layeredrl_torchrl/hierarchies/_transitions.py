@@ -10,11 +10,11 @@ from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from torch import Tensor
 
 from layeredrl_torchrl._checks import require
-from layeredrl_torchrl.hierarchies.control import ask, hand
-from layeredrl_torchrl.hierarchies.maps import ObservationMap
-from layeredrl_torchrl.hierarchies.memory import MEMORY, Layout
+from layeredrl_torchrl.hierarchies._control import ask, hand
+from layeredrl_torchrl.hierarchies._maps import ObservationMap
+from layeredrl_torchrl.hierarchies._memory import MEMORY, Layout
 from layeredrl_torchrl.levels import Level
-from layeredrl_torchrl.levels.rows import collected
+from layeredrl_torchrl.levels._rows import collected
 
 __all__ = ["Cut", "EnvKeys"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
-from layeredrl_torchrl.checkpoints.simulators import SIMULATORS, array, simulator, unarray
+from layeredrl_torchrl.checkpoints._simulators import SIMULATORS, array, simulator, unarray
 
 __all__ = ["load", "save"]
 

@@ -130,6 +130,7 @@ class _Graph:
                 # Flags are outputs too, to be looked at after each replay.
                 self.outputs, self.checks = gather(lambda: self.function(*own))
         except RuntimeError as error:
+            _end_capture()
             raise RuntimeError(
                 "this could not be captured as a CUDA graph; functions of yours that are captured "
                 "along (reward, value, bonus, loss, network) must not wait for the GPU (item(), "
@@ -151,6 +152,12 @@ def _can_capture(leaves: list[Any]) -> bool:
         and not any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
         and not torch.cuda.is_current_stream_capturing()
     )
+
+
+def _end_capture() -> None:
+    """Let the generator draw again, which a capture that failed has left waiting for its end."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 def _aside(call: Callable[[], R]) -> R:

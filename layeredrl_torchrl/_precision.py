@@ -45,7 +45,9 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
 def _is_on(device: torch.device) -> bool:
     """Whether autocast is on; some devices (``"meta"``) have none."""
     kind = device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # Torch 2.11 cannot trace the first question; what is compiled is on a device that has it.
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    return known and torch.is_autocast_enabled(kind)
 
 
 def uncached_autocast(device_type: str) -> AbstractContextManager[object]:

@@ -2,8 +2,8 @@
 
 On a CPU a check raises at once. Asking an accelerator for a value would stop the host until all
 work that was launched has ended, so there the flags of a call are gathered, copied to the host at
-its end and looked at when the next call begins; :func:`flush` waits for them. Work that is captured
-as a CUDA graph carries the copy along, so that each replay reports too. While a function is traced
+its end and looked at when the next call begins; :func:`flush` waits for them. What is captured as a
+CUDA graph leaves its flags on the device, and later calls ask for them. While a function is traced
 (``torch.compile``, ``torch.export``, ``torch.vmap``) there are no values to look at: what is not
 finite then stays so in the results.
 """
@@ -52,28 +52,36 @@ class _Captured:
 
     def __init__(self, device: torch.device) -> None:
         self.flags = torch.zeros(_CAPTURED, dtype=torch.bool, device=device)
-        self.host = torch.zeros(_CAPTURED, dtype=torch.bool, pin_memory=True)
         self.used = 0
-        self.checks: list[tuple[slice, list[tuple[torch.Size, Error]]]] = []
+        self.checks: list[tuple[torch.Size, Error]] = []
+        self.sent: _Sent | None = None
 
     def add(self, flags: Tensor, checks: list[tuple[torch.Size, Error]]) -> None:
         """Called while a graph is captured: each replay sets the flags, and none clears them."""
         if self.used + len(flags) > _CAPTURED:
             return
-        where = slice(self.used, self.used + len(flags))
-        self.used = where.stop
-        self.flags[where].logical_or_(flags)
-        self.host[where].copy_(self.flags[where], non_blocking=True)
-        self.checks.append((where, checks))
+        self.flags[self.used : self.used + len(flags)].logical_or_(flags)
+        self.used += len(flags)
+        self.checks += checks
 
-    def look(self) -> None:
-        if not self.used or not bool(self.host[: self.used].any()):
+    def look(self, *, wait: bool = False) -> None:
+        """Ask for the flags as they are now, and look at those that have arrived."""
+        if not self.used:
             return
-        found = self.host.clone()
-        self.flags.zero_()
-        self.host.zero_()
-        for where, checks in self.checks:
-            _Sent(found[where], None, checks).raise_first("; it was found after a CUDA graph ran")
+        if self.sent is None:
+            on_host = self.flags[: self.used].to("cpu", non_blocking=True)  # into pinned memory
+            event = torch.Event(self.flags.device)
+            event.record()
+            self.sent = _Sent(on_host, event, list(self.checks))
+        assert self.sent.event is not None
+        if wait:
+            self.sent.event.synchronize()
+        if not self.sent.event.query():
+            return
+        sent, self.sent = self.sent, None
+        if bool(sent.flags.any()):
+            self.flags.zero_()
+            sent.raise_first("; it was found after a CUDA graph ran")
 
 
 class Watch:
@@ -159,9 +167,10 @@ class Watch:
         for sent in self._sent:
             if sent.event is not None:
                 sent.event.synchronize()
-        if self._captured:
-            torch.cuda.synchronize()
         self.look()
+        for captured in self._captured.values():
+            captured.sent = None  # asked for before the last replay, perhaps
+            captured.look(wait=True)
 
     def _send(self) -> None:
         gathered, self._gathered = self._gathered, []

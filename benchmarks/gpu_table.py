@@ -339,8 +339,8 @@ def clock(run: Run, device: str) -> float:
 
 
 def reason(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-    return f"{type(error).__name__}: {lines[-1].strip()[:160]}"
+    lines = [line for line in str(error.__cause__ or error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {lines[0].strip()[:200]} ... {lines[-1].strip()[:100]}"
 
 
 def measure(config: Config, ways: Ways) -> dict[str, float | str]:

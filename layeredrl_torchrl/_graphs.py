@@ -102,43 +102,54 @@ class _Graph:
         self.function, self.pool, self.changes = function, pool, changes
         self.n_calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.own: tuple[Any, ...] | None = None
         self.inputs: list[Tensor] = []
         self.outputs: Any = None
         self.checks: list[tuple[Tensor, Error]] = []
 
     def __call__(self, inputs: tuple[Any, ...], leaves: list[Any]) -> Any:
+        if self.own is None:
+            # Also what warms up: a function is compiled for the strides of these copies.
+            self.own = tree_map(_own, inputs, is_leaf=is_tensor_collection)
+            self.inputs = [x for x in _leaves(self.own) if isinstance(x, Tensor)]
+        torch._foreach_copy_(self.inputs, [x for x in leaves if isinstance(x, Tensor)])
         if self.graph is None:
             if self.changes and self.n_calls < _WARM_UP:
                 self.n_calls += 1
-                return _aside(lambda: self.function(*inputs))
-            self._capture(inputs)
+                return _copied(_aside(self._call))
+            self._capture()
         assert self.graph is not None
-        torch._foreach_copy_(self.inputs, [x for x in leaves if isinstance(x, Tensor)])
         self.graph.replay()
         for bad, error in self.checks:
             refuse(bad.clone(), error)
-        return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self.outputs)
+        return _copied(self.outputs)
 
-    def _capture(self, inputs: tuple[Any, ...]) -> None:
-        own = tree_map(_own, inputs, is_leaf=is_tensor_collection)
+    def _call(self) -> Any:
+        assert self.own is not None
+        return self.function(*self.own)
+
+    def _capture(self) -> None:
         if not self.changes:
             for _ in range(_WARM_UP):
-                _aside(lambda: gather(lambda: self.function(*own)))
+                _aside(lambda: gather(self._call))
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self.pool), uncached_autocast("cuda"):
                 # Flags are outputs too, to be looked at after each replay.
-                self.outputs, self.checks = gather(lambda: self.function(*own))
+                self.outputs, self.checks = gather(self._call)
         except RuntimeError as error:
             _end_capture()
             raise RuntimeError(
-                "this could not be captured as a CUDA graph; functions of yours that are captured "
-                "along (reward, value, bonus, loss, network) must not wait for the GPU (item(), "
-                "tests of tensors, copies from the host): change them, or compile without "
-                "cudagraphs=True"
+                f"this could not be captured as a CUDA graph ({error}); functions of yours that "
+                "are captured along (reward, value, bonus, loss, network) must not wait for the "
+                "GPU (item(), tests of tensors, copies from the host): change them, or compile "
+                "without cudagraphs=True"
             ) from error
         self.graph = graph
-        self.inputs = [x for x in _leaves(own) if isinstance(x, Tensor)]
+
+
+def _copied(outputs: Any) -> Any:
+    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, outputs)
 
 
 def _can_capture(leaves: list[Any]) -> bool:

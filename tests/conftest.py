@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from pretended import is_registered
 from tensordict import TensorDict
 from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer, Unbounded
 
@@ -65,6 +66,16 @@ def make_point():
         return StaticPredictor(model, val_func, rew_func, encoder, 1, 1)
 
     return build
+
+
+def pytest_runtest_setup(item):
+    """Skip tests of a GPU where there is none, or where torch was given a pretended one."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    if is_registered():
+        pytest.skip("this process has a pretended device: run with -m gpu")
 
 
 @pytest.fixture(autouse=True)

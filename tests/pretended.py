@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import traceback
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from tensordict import TensorDictParams
@@ -22,10 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "pretended"
-_setup_privateuseone_for_python_backend(NAME)
-getattr(torch, NAME).synchronize = lambda *_: None  # as TorchRL's collectors ask for
-
-getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
 
 _MADE_UP = {torch.bool: True, torch.int64: 1}
 
@@ -65,6 +62,23 @@ class _Observer(TorchDispatchMode):
         return self.notes[-1]
 
 
+@cache
+def _register():
+    """Give torch the pretended device, for the rest of the process.
+
+    From then on torch asks it, not CUDA, for streams and pinned memory.
+    """
+    _setup_privateuseone_for_python_backend(NAME)
+    backend = getattr(torch, NAME)
+    backend.synchronize = lambda *_: None  # as TorchRL's collectors ask for
+    backend.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
+
+
+def is_registered():
+    """Whether this process can no longer test a real GPU."""
+    return _register.cache_info().currsize > 0
+
+
 class Accelerator:
     """The pretended device.
 
@@ -72,6 +86,7 @@ class Accelerator:
     """
 
     def __init__(self):
+        _register()
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.device = torch.device(NAME)
 

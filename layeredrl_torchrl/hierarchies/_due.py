@@ -62,5 +62,5 @@ class Due:
         return whole.apply(self._where, part)
 
     def _where(self, whole: Tensor, part: Tensor) -> Tensor:
-        mask = self.mask.reshape(*self.mask.shape[:-1], *[1] * (whole.ndim - self.mask.ndim + 1))
+        mask = self.mask.reshape(self.mask.shape[:-1] + (1,) * (whole.ndim - self.mask.ndim + 1))
         return torch.where(mask, part.to(whole.dtype), whole)

@@ -375,4 +375,4 @@ class PlannerLevel(LearningLevel):
 
 def _where(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     """``torch.where`` for a mask ``[*B]`` and values ``[*B, ...]``."""
-    return torch.where(mask.reshape(*mask.shape, *[1] * (yes.ndim - mask.ndim)), yes, no)
+    return torch.where(mask.reshape(mask.shape + (1,) * (yes.ndim - mask.ndim)), yes, no)

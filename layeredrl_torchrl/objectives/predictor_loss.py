@@ -220,7 +220,7 @@ class PredictorLoss(TermsLoss):
         reward = torch.where(valid, stored_reward[:, :k].squeeze(-1), 0.0)
         check_finite(str(keys.reward), reward, hint="repair the rewards")
         # What is not valid may be anything, NaN too: the slice's first step stands in.
-        mask = valid.reshape(*valid.shape, *[1] * (action.ndim - 2))
+        mask = valid.reshape(valid.shape + (1,) * (action.ndim - 2))
         prepared = PreparedSlices(
             observation=torch.where(valid.unsqueeze(-1), observation, observation[:, :1]),
             action=self._canonical(torch.where(mask, action, action[:, :1])),

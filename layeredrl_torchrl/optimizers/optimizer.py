@@ -333,4 +333,4 @@ class Optimizer(nn.Module):
 
 def _like(x: Tensor, other: Tensor) -> Tensor:
     """Append axes of size 1 until ``x`` has as many as ``other``."""
-    return x.view(*x.shape, *[1] * (other.ndim - x.ndim))
+    return x.view(x.shape + (1,) * (other.ndim - x.ndim))

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
 
 from layeredrl_torchrl.runs import RunError
 
@@ -53,7 +52,6 @@ def test_leaves_a_curve_and_goes_on(name, run, curve, capsys, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", NAMES)
 def test_learns_on_a_gpu(name, run, capsys, tmp_path):
     """With the environments on the CPU; what was saved there goes on here."""

@@ -153,8 +153,6 @@ AGENTS = {
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", AGENTS)
 def test_it_learns_where_it_is_from_an_environment_on_the_host(name, device):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA")
     env = get_task("InvertedPendulum-v5").make(seed=0)
     agent = AGENTS[name](env, device)
     devices = {value.device.type for value in agent.state_dict().values()}
@@ -180,8 +178,6 @@ def test_it_learns_where_it_is_from_an_environment_on_the_host(name, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["planner", "SAC", "hierarchy", "random"])
 def test_the_library_captures_it(name):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA")
     policy = POLICIES[name]().to("cuda").eval()
     carried = policy.make_tensordict_primer().primers.zero([5]).to("cuda")
     observation = torch.randn(5, 4, device="cuda")

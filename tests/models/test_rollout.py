@@ -646,7 +646,6 @@ def test_a_rollout_allocates_no_more_than_three_times_what_it_returns(fc, record
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("n_modes", [1, 3])
 def test_on_a_gpu_it_is_what_it_is_on_the_cpu(n_modes, fc, recorded, transitions):
     ensemble, _ = recorded(fc, n_modes=n_modes)

@@ -229,10 +229,7 @@ def test_predictors_share_nothing():
         "cpu",
         pytest.param(
             "cuda",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"),
-            ],
+            marks=pytest.mark.gpu,
         ),
     ],
 )

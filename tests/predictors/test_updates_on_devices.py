@@ -138,7 +138,6 @@ class Big(TermsLoss):
         return {"loss_own": self.layer(prepared["observation"]).square().mean()}
 
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SCHEDULES = {
     "plain": {},
     "warm-up": {"encoder": ENCODER, "encoder_warm_up": 6},
@@ -153,7 +152,6 @@ SCHEDULES = {
 
 
 @pytest.mark.gpu
-@gpu
 @pytest.mark.parametrize("where", ["cpu", "cuda"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_captured_updates_are_what_they_are_one_by_one(schedule, where):
@@ -181,7 +179,6 @@ def test_captured_updates_are_what_they_are_one_by_one(schedule, where):
 
 
 @pytest.mark.gpu
-@gpu
 @pytest.mark.parametrize("captured", [False, True])
 def test_what_is_not_finite_on_a_gpu_is_named_and_undone(captured):
     predictor = build(model_lr=lambda n_steps: 1e30 if n_steps else 1e-3).cuda()
@@ -200,7 +197,6 @@ def test_what_is_not_finite_on_a_gpu_is_named_and_undone(captured):
 
 
 @pytest.mark.gpu
-@gpu
 def test_gradient_steps_of_a_user_can_be_captured():
     def losses(*, captured):
         model = build().cuda().model

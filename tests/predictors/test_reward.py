@@ -48,6 +48,7 @@ def test_it_returns_the_loss_and_its_weighted_terms(make_predictor, make_buffer)
         termination_loss_weight=2.0,
         rew_loss_weight=3.0,
         value_loss_weight=7.0,
+        beta_nll=0.0,  # so that the loss is the likelihood
     )
     loss, info = predictor.learn(make_buffer(), **LEARN)
     assert loss.shape == ()

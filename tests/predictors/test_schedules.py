@@ -31,7 +31,7 @@ def warming(make_predictor, n, **options):
 
 def test_during_the_warm_up_only_reward_and_encoder_learn(make_predictor, make_buffer, unchanged):
     predictor, buffer = (
-        warming(make_predictor, 6, model_training=ModelTraining(weight_decay=0.1)),
+        warming(make_predictor, 6, model_training=ModelTraining(weight_decay=0.1), beta_nll=0.0),
         make_buffer(),
     )
     predictor.learn(buffer, **LEARN | {"n_updates": 1})  # takes the statistics

@@ -13,7 +13,7 @@ from torchrl.checkpoint import GlobalRNGState
 from torchrl.data import Composite, Unbounded
 from torchrl.envs import EnvBase, TensorDictPrimer
 
-from layeredrl_torchrl._checks import check_finite, require
+from layeredrl_torchrl._checks import check_finite, check_width, require
 from layeredrl_torchrl._primers import OnePrimer
 from layeredrl_torchrl._state import WholeState
 from layeredrl_torchrl._watch import watched
@@ -108,7 +108,7 @@ class Hierarchy(OnePrimer, WholeState):
             )
         refuse_masks(env)
         levels = list(levels)
-        self.observation_key = key
+        self.observation_key, self.observation_dim = key, spec[key].shape[-1]
         self.action_key = unravel_key(env.action_key)
         self.reward_key = unravel_key(env.reward_key)
         action_spec = env.full_action_spec_unbatched[self.action_key]
@@ -145,10 +145,12 @@ class Hierarchy(OnePrimer, WholeState):
 
         Raises:
             KeyError: Without the observation, or without what the primer carries.
+            ValueError: An observation of another width, or one that is not finite.
         """
         carried: Any = require(tensordict, MEMORY, reader="Hierarchy", hint=_NEEDS)
         hint = "the environment gives none; name it by observation_key="
         observation = require(tensordict, self.observation_key, reader="Hierarchy", hint=hint)
+        check_width("observation", observation, self.observation_dim, hint="give what env observes")
         check_finite("observation", observation, hint="repair it in the environment")
         layout, levels = self.layout, self._in_order()
         held = {key: carried.get(key) for key in carried.keys()}

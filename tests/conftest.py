@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from pretended import is_registered
+from pretended import is_registered, register
 from tensordict import TensorDict
 from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer, Unbounded
 
@@ -66,6 +66,12 @@ def make_point():
         return StaticPredictor(model, val_func, rew_func, encoder, 1, 1)
 
     return build
+
+
+def pytest_configure(config):
+    """Pretend a device, except for a run of the tests of a real one."""
+    if config.option.markexpr.strip() != "gpu":
+        register()
 
 
 def pytest_runtest_setup(item):

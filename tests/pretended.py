@@ -63,10 +63,11 @@ class _Observer(TorchDispatchMode):
 
 
 @cache
-def _register():
+def register():
     """Give torch the pretended device, for the rest of the process.
 
-    From then on torch asks it, not CUDA, for streams and pinned memory.
+    Before the first gradient, which counts devices. From then on torch asks it, not CUDA, for
+    streams and pinned memory.
     """
     _setup_privateuseone_for_python_backend(NAME)
     backend = getattr(torch, NAME)
@@ -76,7 +77,7 @@ def _register():
 
 def is_registered():
     """Whether this process can no longer test a real GPU."""
-    return _register.cache_info().currsize > 0
+    return register.cache_info().currsize > 0
 
 
 class Accelerator:
@@ -86,7 +87,7 @@ class Accelerator:
     """
 
     def __init__(self):
-        _register()
+        register()
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.device = torch.device(NAME)
 

@@ -18,7 +18,7 @@ import layeredrl_torchrl
 PACKAGES = [
     importlib.import_module(f"layeredrl_torchrl.{found.name}")
     for found in pkgutil.iter_modules(layeredrl_torchrl.__path__)
-    if found.ispkg and found.name in dir(layeredrl_torchrl)
+    if found.ispkg
 ]
 INDEX = Path(__file__).parents[1] / "docs" / "api" / "index.md"  # has the imports they assume
 NAMES = {

@@ -20,6 +20,8 @@ def play_episodes(
     primer in the environment. Unlike ``env.rollout`` this ends with the longest episode, and
     environments go on where others are done.
 
+    >>> from tensordict.nn import TensorDictModule
+    >>> from torchrl.envs import RewardSum
     >>> env = make_batched("InvertedPendulum-v5", 3, seed=0).append_transform(RewardSum())
     >>> policy = TensorDictModule(lambda obs: obs[:, :1], ["observation"], ["action"])
     >>> play_episodes(env, policy)["episode_reward"].shape

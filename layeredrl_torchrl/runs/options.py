@@ -76,7 +76,7 @@ class RunOptions:
 
     >>> RunOptions(n_envs=0).check()
     Traceback (most recent call last):
-    layeredrl_torchrl.runs.options.RunError: --n-envs must be finite and lie in [1, inf], got 0
+    layeredrl_torchrl.runs.options.RunError: --n-envs must be finite and lie in [1, inf), got 0
     """
 
     task: str = "InvertedPendulum-v5"

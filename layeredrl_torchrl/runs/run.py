@@ -46,6 +46,7 @@ class Run:
     ``lock``                held by the process that writes here
     ======================  ================================================================
 
+    >>> from pathlib import Path
     >>> options = RunOptions(output=Path("run"), total_env_steps=40, steps_per_batch=20)
     >>> env = make_batched(options.task, 1, seed=0)
     >>> with Run(options, total=40) as run:

@@ -172,7 +172,8 @@ class Updates(nn.Module):
             warm_up: First updates, counted over all calls, without model and value function.
             after_warm_up: Called when they are over.
             annealed: Share of this call's updates, at its end, over which the learning rate of a
-                part falls linearly to a tenth, and the ``beta`` of a model's loss to 0.
+                part falls linearly to a tenth. The ``beta`` of a model's loss falls to 0 over as
+                many, a quarter of them earlier.
             watch: Ends the model's updates early.
             states_move: Whether states are old by the next update, as an encoder's that learns.
             bar: What the progress bar is called; ``None`` for no bar.
@@ -219,7 +220,8 @@ class Updates(nn.Module):
             for name in of_model & batch.keys():
                 share = (annealed or {}).get("model", 0.0)
                 loss = self.losses[name].loss
-                beta = loss.beta * _left(i, n_updates, share)
+                # It is 0 in the last quarter of the annealing, in which the variances settle.
+                beta = loss.beta * _left(i, n_updates, share, share / 4)
                 if device.type != "cpu" or (beta and loss.is_compiled):
                     # What is captured or compiled sees a tensor change, but not a number.
                     beta = torch.full((), beta, device=device)
@@ -360,9 +362,14 @@ class Updates(nn.Module):
                         moments[name] = value.to(p.device)
 
 
-def _left(i: int, n_updates: int, share: float) -> float:
-    """Return the factor of a number that falls linearly to 0 over the last ``share`` updates."""
-    return min(1.0, (1.0 - (i + 0.5) / n_updates) / share) if share else 1.0
+def _left(i: int, n_updates: int, share: float, end: float = 0.0) -> float:
+    """Return the factor of a number that falls linearly to 0 over a ``share`` of the updates.
+
+    It reaches 0 when a share of ``end`` is still to come.
+    """
+    if not share:
+        return 1.0
+    return min(1.0, max(0.0, (1.0 - (i + 0.5) / n_updates - end) / share))
 
 
 def _trainable(part: object) -> list[nn.Parameter]:

@@ -23,8 +23,8 @@ class ModelTraining:
             ``model_batch_size`` transitions of its own.
         annealing: Share of each call's updates, at its end, over which the model's learning rate
             falls linearly to a tenth: the weights settle, and the predicted variance becomes that
-            of the settled weights. ``beta_nll`` falls to 0 over the same updates. 0 for none of
-            both.
+            of the settled weights. ``beta_nll`` falls to 0 over as many updates, and reaches it
+            a quarter as many before the end. 0 for none of both.
         weight_decay: Decoupled weight decay (arXiv 1711.05101) of all the model's parameters: each
             update shrinks them by this share of the learning rate.
         early_stopping: When the model stops learning within a call; ``None`` for never. Needs

@@ -63,6 +63,7 @@ def make_planner(config: Config, agent, gamma: float) -> ICEMPlanner:
         encoder=known.encoder,
         latent_state_dim=known.latent_state_dim,
         context_dim=known.context_dim,
+        term_func=known.term_func,
     )
     return ICEMPlanner(
         guided,

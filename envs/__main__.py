@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import sys
 
+from layeredrl_torchrl.envs.known import never
 from layeredrl_torchrl.envs.registry import TASKS
 from layeredrl_torchrl.envs.task import Task
 
-_HEAD = ("task", "state", "context", "action", "horizon", "budget", "solved at", "known reward")
+_HEAD = (
+    *("task", "state", "context", "action", "horizon", "budget", "solved at"),
+    *("known reward", "known end"),
+)
+
+
+def _known(function: object, of: str) -> str:
+    """How a table puts that a function is known, and of what, or that it is not."""
+    if function is None:
+        return "no"
+    return "never" if function is never else of
 
 
 def _row(task: Task) -> tuple[str, ...]:
-    if task.reward is None:
-        known = "no"
-    else:
-        known = "needs next state" if task.reward_needs_next_state else "yes"
+    reward = "of next state" if task.reward_needs_next_state else "of state"
     sizes = (len(task.state_dims), len(task.context_dims), task.action_dim, task.horizon)
     solved = "" if task.solved_at is None else f"{task.solved_at:g}"
-    return (task.name, *map(str, sizes), f"{task.budget:,}", solved, known)
+    known = (_known(task.reward, reward), _known(task.termination, "of next state"))
+    return (task.name, *map(str, sizes), f"{task.budget:,}", solved, *known)
 
 
 def table() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import gymnasium as gym
 from tensordict import TensorDictBase
@@ -17,6 +17,31 @@ __all__ = ["StepFunction", "Task"]
 
 StepFunction: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """``(state [*B, D], context [*B, C], action [*B, A], next_state [*B, D]) -> [*B]``."""
+
+
+@dataclass(frozen=True)
+class _OfNextState:
+    """A known function of a step as predictors take one that reads the next state."""
+
+    function: StepFunction
+    reads_next_state: ClassVar[bool] = True
+
+    def __call__(
+        self, state: Tensor, context: Tensor, action: Tensor, next_state: Tensor
+    ) -> Tensor:
+        """``[*B]``."""
+        return self.function(state, context, action, next_state)
+
+
+@dataclass(frozen=True)
+class _OfState:
+    """A known function of a step as predictors take one that does not."""
+
+    function: StepFunction
+
+    def __call__(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
+        """``[*B]``."""
+        return self.function(state, context, action, state)
 
 
 class _GymWrapper(GymWrapper):
@@ -107,37 +132,32 @@ class Task:
             out.set_seed(seed)
         return out
 
-    def rew_func(
-        self, dynamics: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-    ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """Return the known reward as predictors take it: ``(state, context, action) -> [*B]``.
+    def rew_func(self) -> Callable[..., Tensor]:
+        """Return the known reward as predictors take it, their ``rew_func``.
 
-        Args:
-            dynamics: ``(state, context, action) -> next_state [*B, D]``, for rewards that need the
-                next state: most MuJoCo tasks reward where a step led to.
+        It says itself whether it reads the next state, and can be pickled if ``reward`` can.
 
         Raises:
-            ValueError: The reward is not known, or needs ``dynamics``; or ``dynamics`` would have
-                no effect.
+            ValueError: The reward is not known.
         """
-        reward = self.reward
-        if reward is None:
+        if self.reward is None:
             raise ValueError(
                 f"the reward of {self.name} is not a function of its observations; learn it "
                 "(RewardNet), or use a task whose name ends in '/x'"
             )
-        if not self.reward_needs_next_state:
-            if dynamics is not None:
-                raise ValueError(
-                    f"the reward of {self.name} does not depend on the next state: dynamics= has "
-                    "no effect, leave it out"
-                )
-            return lambda state, context, action: reward(state, context, action, state)
-        if dynamics is None:
+        if self.reward_needs_next_state:
+            return _OfNextState(self.reward)
+        return _OfState(self.reward)
+
+    def term_func(self) -> Callable[..., Tensor]:
+        """Return the known termination as predictors take it, their ``term_func``.
+
+        Raises:
+            ValueError: The termination is not known.
+        """
+        if self.termination is None:
             raise ValueError(
-                f"the reward of {self.name} depends on the next state; pass "
-                "dynamics=(state, context, action) -> next_state"
+                f"the termination of {self.name} is not known; give the task one (termination=), "
+                "or leave term_func out and have it learned"
             )
-        return lambda state, context, action: reward(
-            state, context, action, dynamics(state, context, action)
-        )
+        return _OfNextState(self.termination)

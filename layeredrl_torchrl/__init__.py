@@ -54,6 +54,7 @@ from layeredrl_torchrl.nets import (  # noqa: E402
     RewardNet,
     ScalarHead,
     ValueNet,
+    reads_next_state,
 )
 from layeredrl_torchrl.objectives import (  # noqa: E402
     BootstrappedBatches,
@@ -80,7 +81,6 @@ from layeredrl_torchrl.planners import (  # noqa: E402
     WorstCase,
     best_plan,
     mean_plan,
-    random_plan,
 )
 from layeredrl_torchrl.predictors import (  # noqa: E402
     EarlyStopping,
@@ -178,7 +178,7 @@ __all__ = [
     "make_search",
     "mean_plan",
     "point_maze",
-    "random_plan",
+    "reads_next_state",
     "sum_rewards",
     "to_spec",
 ]

@@ -91,6 +91,30 @@ def check_per_item(name: str, value: Tensor, batch: Sequence[int]) -> Tensor:
     return value
 
 
+def check_probability(name: str, value: Tensor, batch: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return what the function ``name`` gave for ``[*B]`` items as probabilities of ``dtype``.
+
+    Raises:
+        TypeError: Neither bool nor floats. ValueError: As :func:`check_per_item`; values that are
+            NaN or outside [0, 1].
+    """
+    check_per_item(name, value, batch)
+    if value.dtype != torch.bool:
+        if not value.is_floating_point():
+            raise TypeError(
+                f"{name} gave {value.dtype}, expected bool, or a probability in floats; compare "
+                "(x > limit), or convert it (.bool())"
+            )
+        refuse(
+            ~((value >= 0) & (value <= 1)).all(),
+            lambda _: ValueError(
+                f"{name} gave values that are NaN or outside [0, 1], expected bool or a "
+                f"probability; repair {name}"
+            ),
+        )
+    return value.to(dtype)
+
+
 def check_positive_int(name: str, value: int, *, minimum: int = 1) -> int:
     """Return ``value`` if it is an ``int`` of at least ``minimum``; raise otherwise."""
     if isinstance(value, bool) or not isinstance(value, int):

@@ -24,6 +24,7 @@ from layeredrl_torchrl import (
     TSInfinity,
     ValueNet,
     _watch,
+    reads_next_state,
 )
 
 D, C, A = 5, 2, 3
@@ -136,6 +137,35 @@ def test_models_and_returns(accelerator, kind, space, grad):
         predictor(TensorDict({"observation": observation, "action": one[2]}, [4]))
         traj = predictor.rollout(observation, one[2].unsqueeze(1))
         assert traj["next", "reward"].device.type == accelerator.device.type
+
+
+@reads_next_state
+def moved(state, context, action, next_state):
+    return (next_state - state).sum(-1)
+
+
+@reads_next_state
+def risky(state, context, action, next_state):
+    return next_state[..., 0].sigmoid()
+
+
+@pytest.mark.parametrize("propagation", [TSInfinity(), TS1(), Expectation()])
+def test_known_rewards_and_terminations(accelerator, propagation):
+    base = make_predictor()
+    parts = (base.model, base.val_func, moved, base.encoder, D, C)
+    env = PredictorEnv(StaticPredictor(*parts, term_func=risky), propagation=propagation)
+    env = accelerator.move(env)
+    predictor = env.predictor
+    with torch.no_grad(), accelerator.watched():
+        env._device = accelerator.device
+        state, context, action = given(accelerator, "continuous", 4)
+        td = TensorDict({"state": state, "context": context, "action": action}, [4])
+        env._step(td)
+        predictor.step(td)
+        predictor.rollout(torch.cat([state, context], -1), action.unsqueeze(1))
+        several = given(accelerator, "continuous", 2, 2, horizon=3)
+        found = predictor.returns(*several, propagation=propagation, use_value_func=True)
+        assert found.device.type == accelerator.device.type
 
 
 @pytest.mark.parametrize(

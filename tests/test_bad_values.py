@@ -177,6 +177,7 @@ TABLE = {
     lrl.RewardPredictor: (
         predictor,
         {
+            "term_func": FUNCTION,
             "learn_encoder": FLAG,
             "gamma": SHARE,
             "tau": SHARE,

@@ -30,6 +30,7 @@ from layeredrl_torchrl.imagination._members import (
 )
 from layeredrl_torchrl.imagination.starts import check_start, draw_starts
 from layeredrl_torchrl.models import TS1, Expectation, Propagation, TSInfinity
+from layeredrl_torchrl.nets import refuse_next_state
 from layeredrl_torchrl.predictors import Predictor
 from layeredrl_torchrl.specs import Space, is_discrete, to_spec, width
 
@@ -43,7 +44,8 @@ _DONE = ("done", "terminated")
 class PredictorEnv(ModelBasedEnvBase):
     """Steps a predictor in state space: TorchRL's planners and collectors run on it unmodified.
 
-    The context is carried unchanged. How the next state comes about is up to ``propagation``:
+    The context is carried unchanged. Reward and termination functions that read the next state are
+    given that which is stepped to. How it comes about is up to ``propagation``:
 
     - :class:`~layeredrl_torchrl.Expectation`: the mean over members and modes.
     - :class:`~layeredrl_torchrl.TS1`: a sample of one member's mixture; each entry of a batch is
@@ -110,7 +112,7 @@ class PredictorEnv(ModelBasedEnvBase):
         ValueError: Missing parts; a discount without ``use_value_func`` or outside ``(0, 1]``;
             ``sample_termination`` with ``use_value_func``; an action spec that does not fit the
             predictor's. When stepped or reset: a prediction that is not finite (the message names
-            the member); a bonus, members or initial states of another shape.
+            the member); a reward, termination, bonus, members or initial states of another shape.
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class PredictorEnv(ModelBasedEnvBase):
             )
         check_callable("exploration_bonus", exploration_bonus, optional=True)
         check_callable("initial_states", initial_states, optional=True)
+        refuse_next_state("exploration_bonus", exploration_bonus)
         if predictor.rew_func is None:
             raise ValueError("PredictorEnv needs a predictor with a rew_func, got None")
         if use_value_func and predictor.val_func is None:
@@ -213,7 +216,9 @@ class PredictorEnv(ModelBasedEnvBase):
             next_state, term_prob = step_by_mean(model, state, context, action)
         else:
             next_state, term_prob = step_by_any(model, state, context, action)
-        reward = self._reward(state, context, action)
+        taken = state, context, action, next_state
+        term_prob = self.predictor.term_prob_of(*taken, term_prob)
+        reward = self._reward(*taken)
         out: dict[Any, Tensor] = {}
         if self.use_value_func:
             value = self.predictor.need("terminal_value")
@@ -247,9 +252,9 @@ class PredictorEnv(ModelBasedEnvBase):
             return kept
         return draw_members(self.predictor.model, tensordict.batch_size, self.device)
 
-    def _reward(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
+    def _reward(self, state: Tensor, context: Tensor, action: Tensor, next_state: Tensor) -> Tensor:
         """Reward and bonus, ``[*B]``."""
-        reward = self.predictor.need("rew_func")(state, context, action)
+        reward = self.predictor.reward_of(state, context, action, next_state)
         if self.exploration_bonus is None:
             return reward
         bonus = self.exploration_bonus(state, context, action)

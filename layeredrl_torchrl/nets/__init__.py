@@ -5,6 +5,13 @@ from layeredrl_torchrl.nets._gaussians import LogStdBounds, MemberOutput
 from layeredrl_torchrl.nets._stacked import StackedProbFCDynamics, hidden_layers, product
 from layeredrl_torchrl.nets.dynamics import ProbFCDynamics
 from layeredrl_torchrl.nets.encoders import Encoder, EncoderNet, FixedEncoderNet, IdentityEncoder
+from layeredrl_torchrl.nets.functions import (
+    StepFunction,
+    needs_next_state,
+    on_step,
+    reads_next_state,
+    refuse_next_state,
+)
 from layeredrl_torchrl.nets.heads import RewardNet, ScalarHead, ValueNet
 from layeredrl_torchrl.nets.normalizer import Normalizer
 
@@ -20,8 +27,13 @@ __all__ = [
     "RewardNet",
     "ScalarHead",
     "StackedProbFCDynamics",
+    "StepFunction",
     "ValueNet",
     "hidden_layers",
     "move_towards",
+    "needs_next_state",
+    "on_step",
     "product",
+    "reads_next_state",
+    "refuse_next_state",
 ]

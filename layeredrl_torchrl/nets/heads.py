@@ -69,11 +69,17 @@ class ScalarHead(nn.Module, ABC):
 
     @abstractmethod
     def features(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
-        """The network's input ``[*B, in_features]``."""
+        """The network's input ``[*B, in_features]``.
 
-    def forward(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
+        A head with ``reads_next_state = True`` takes the next state ``[*B, D]`` as a fourth
+        argument, here and when it is called.
+        """
+
+    def forward(
+        self, state: Tensor, context: Tensor, action: Tensor, *next_state: Tensor
+    ) -> Tensor:
         """Evaluate at state ``[*B, D]``, context ``[*B, C]`` and action; returns ``[*B]``."""
-        x = self.inputs(self.features(state, context, action))
+        x = self.inputs(self.features(state, context, action, *next_state))
         with worthwhile_autocast(x.device, x.shape[:-1].numel(), self.net[0].out_features):
             out = self.net(x)
         if out.dtype in (torch.bfloat16, torch.float16):
@@ -90,9 +96,11 @@ class ScalarHead(nn.Module, ABC):
         self._compiled_call_impl = _Compiled(self, options)
 
     @torch.no_grad()
-    def fit_inputs(self, state: Tensor, context: Tensor, action: Tensor) -> None:
+    def fit_inputs(
+        self, state: Tensor, context: Tensor, action: Tensor, *next_state: Tensor
+    ) -> None:
         """Set the input statistics from a sample ``[N, ...]``."""
-        self.inputs.fit(self.features(state, context, action))
+        self.inputs.fit(self.features(state, context, action, *next_state))
 
     @torch.no_grad()
     def rescale(self, loc: Tensor | float, scale: Tensor | float) -> None:
@@ -131,18 +139,18 @@ class _Compiled:
         self.head, self.options = head, {"fullgraph": True} | options
         self.by_shape: dict[Hashable, Callable[..., Tensor]] = {}
 
-    def __call__(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Tensor:
         shapes = None
         if self.options.get("dynamic") is False:
-            shapes = tuple(getattr(x, "shape", None) for x in (state, context, action))
+            shapes = tuple(getattr(x, "shape", None) for x in inputs)
         if shapes not in self.by_shape:
             own = types.FunctionType(_forward.__code__.replace(), globals(), "_forward")
             self.by_shape[shapes] = torch.compile(own, **self.options)
-        return self.by_shape[shapes](self.head, state, context, action)
+        return self.by_shape[shapes](self.head, *inputs)
 
 
-def _forward(head: ScalarHead, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
-    return head.forward(state, context, action)
+def _forward(head: ScalarHead, *inputs: Tensor) -> Tensor:
+    return head.forward(*inputs)
 
 
 class RewardNet(ScalarHead):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,7 +22,13 @@ from layeredrl_torchrl._checks import (
     require,
 )
 from layeredrl_torchrl._watch import refuse, watched
-from layeredrl_torchrl.nets import Encoder
+from layeredrl_torchrl.nets import (
+    Encoder,
+    StepFunction,
+    needs_next_state,
+    on_step,
+    refuse_next_state,
+)
 from layeredrl_torchrl.objectives.targets import n_step_targets
 from layeredrl_torchrl.objectives.terms import TermsLoss
 from layeredrl_torchrl.specs import ActionForm
@@ -49,17 +54,25 @@ class PreparedSlices(NamedTuple):
     reward: Tensor  # [B, k]
     valid: Tensor  # [B, k], bool
     value: PreparedValue | None = None
+    next_observation: Tensor | None = None  # [B, k, obs], where the reward function reads it
 
     def split(self, size: int) -> list[PreparedSlices]:
         """Batches of ``size`` slices each."""
-        parts = zip(*(x.split(size) for x in self[:4]), strict=True)
-        if self.value is None:
-            return [PreparedSlices(*part) for part in parts]
-        values = zip(*(x.split(size) for x in self.value), strict=True)
-        return [
-            PreparedSlices(*part)._replace(value=PreparedValue(*value))
-            for part, value in zip(parts, values, strict=True)
+        batches = [
+            PreparedSlices(*part) for part in zip(*(x.split(size) for x in self[:4]), strict=True)
         ]
+        if self.value is not None:
+            values = zip(*(x.split(size) for x in self.value), strict=True)
+            batches = [
+                batch._replace(value=PreparedValue(*value))
+                for batch, value in zip(batches, values, strict=True)
+            ]
+        if self.next_observation is not None:
+            batches = [
+                batch._replace(next_observation=following)
+                for batch, following in zip(batches, self.next_observation.split(size), strict=True)
+            ]
+        return batches
 
 
 class PredictorLoss(TermsLoss):
@@ -79,7 +92,8 @@ class PredictorLoss(TermsLoss):
     Args:
         encoder: Observation to state and context.
         rew_func: ``(state, context, action) -> [*B]``; a plain callable is taken as known and
-            not trained, as is ``None``.
+            not trained, as is ``None``. A module that reads the next state
+            (:func:`~layeredrl_torchrl.reads_next_state`) learns from the real one, encoded.
         val_func: Likewise; ``None`` for no value function.
         gamma: Discount over one environment step.
         k_steps: Steps of a slice that get a target.
@@ -130,8 +144,8 @@ class PredictorLoss(TermsLoss):
     def __init__(
         self,
         encoder: Encoder,
-        rew_func: Callable[..., Tensor] | None,
-        val_func: Callable[..., Tensor] | None,
+        rew_func: StepFunction | None,
+        val_func: StepFunction | None,
         *,
         gamma: float = 0.99,
         k_steps: int = 1,
@@ -144,6 +158,7 @@ class PredictorLoss(TermsLoss):
         check_instance("encoder", encoder, Encoder, hint="subclass Encoder")
         check_callable("rew_func", rew_func, optional=True)
         check_callable("val_func", val_func, optional=True)
+        refuse_next_state("val_func", val_func)
         check_number("gamma", gamma, 0.0, 1.0)
         check_flag("learn_encoder", learn_encoder)
         self.encoder = encoder
@@ -228,6 +243,11 @@ class PredictorLoss(TermsLoss):
             valid=valid,
         )
         self.encoder.check(prepared.observation)
+        if self._learns_of_next_state:
+            following = data[keys.next_observation][:, :k]
+            following = torch.where(valid.unsqueeze(-1), following, following[:, :1])
+            self.encoder.check(following)
+            prepared = prepared._replace(next_observation=following)
         if not isinstance(self.val_func, nn.Module):
             return prepared
         return prepared._replace(value=self._prepare_value(tensordict))
@@ -238,10 +258,13 @@ class PredictorLoss(TermsLoss):
         with torch.set_grad_enabled(self.learn_encoder and torch.is_grad_enabled()):
             state, context = self.encoder.encode_checked(prepared.observation)
             context = context[:, :1].expand_as(context)
+            next_state = state  # stands in where it is not read
+            if prepared.next_observation is not None:
+                next_state, _ = self.encoder.encode_checked(prepared.next_observation)
         out: dict[str, Tensor] = {}
         if isinstance(self.rew_func, nn.Module):
-            error = self.rew_func(state, context, action) - prepared.reward
-            error = error / getattr(self.rew_func, "out_scale", 1.0)
+            reward = on_step(self.rew_func, state, context, action, next_state)
+            error = (reward - prepared.reward) / getattr(self.rew_func, "out_scale", 1.0)
             error = torch.where(valid, error, 0.0)
             out["loss_reward"] = error.square().sum() / valid.sum().clamp_min(1)
         if isinstance(self.val_func, nn.Module) and prepared.value is not None:
@@ -252,6 +275,11 @@ class PredictorLoss(TermsLoss):
             out["loss_value"] = error.square().sum() / counts.sum().clamp_min(1)
             out["value_mean"] = value.detach().mean()
         return out
+
+    @property
+    def _learns_of_next_state(self) -> bool:
+        """Whether the reward function is trained on where steps lead."""
+        return isinstance(self.rew_func, nn.Module) and needs_next_state(self.rew_func)
 
     @torch.no_grad()
     def value_target(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:

@@ -57,9 +57,8 @@ class PredictorPlanner(MPCPlannerBase):
         action_spec: Spec (or gymnasium space) of one environment's action; the predictor's by
             default.
         return_mode: Which sequence is the plan: :func:`~layeredrl_torchrl.best_plan`,
-            :func:`~layeredrl_torchrl.mean_plan`, :func:`~layeredrl_torchrl.random_plan`, another
-            function of the optimizer's solution, or LayeredRL's names ``"best"``, ``"mean"``,
-            ``"random"``.
+            :func:`~layeredrl_torchrl.mean_plan`, another function of the optimizer's solution, or
+            LayeredRL's names ``"best"``, ``"mean"``, ``"random"``.
         risk: How the returns ``[*B, M, P]`` of members and particles become one score; their mean
             by default.
         proposal: ``(state [*B, D], context [*B, C], horizon) -> [*B, any, H, A]``: action sequences
@@ -301,11 +300,11 @@ class PredictorPlanner(MPCPlannerBase):
             return (actions, found.mean, found.best, found.best_cost, found.random, *left)
 
         predictor = self.predictor
-        parts = (predictor.rew_func, predictor.terminal_value, self.risk, self.return_mode)
+        functions = (predictor.rew_func, predictor.terminal_value, predictor.term_func)
         name = (
             "plan",
             predictor.training,
-            *map(id, (self.options, *parts)),
+            *map(id, (self.options, *functions, self.risk, self.return_mode)),
             noise is None,
             proposals is None,
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from layeredrl_torchrl.models import ProbabilisticEnsemble
-from layeredrl_torchrl.nets import Encoder, EncoderNet, ScalarHead
+from layeredrl_torchrl.nets import Encoder, EncoderNet, ScalarHead, needs_next_state
 from layeredrl_torchrl.predictors._experience import Experience
 from layeredrl_torchrl.predictors.standardizer import DeltaStandardizer
 
@@ -81,7 +81,7 @@ class Upkeep(nn.Module):
         model.fit_statistics(state, context, action, next_state)
         if delta_standardizer is not None:
             delta_standardizer.fit(next_state - state)
-        self._rescale(reward, state, context, action)
+        self._rescale(reward, (state, context, action), next_state)
         self.n_written_at_statistics.fill_(experience.n_written)
         self.n_stored_at_statistics.fill_(n_stored)
         self.fingerprints.copy_(experience.fingerprints(n_stored, _N_PROBES))
@@ -115,7 +115,9 @@ class Upkeep(nn.Module):
         n_changed = int((found != self.fingerprints.cpu()).sum())
         return 10 * n_changed < _N_PROBES
 
-    def _rescale(self, reward: Tensor, state: Tensor, context: Tensor, action: Tensor) -> None:
+    def _rescale(
+        self, reward: Tensor, taken: tuple[Tensor, Tensor, Tensor], next_state: Tensor
+    ) -> None:
         reward = reward.double()
         std, mean = torch.std_mean(reward, correction=0)
         rms = reward.square().mean().sqrt()
@@ -124,12 +126,12 @@ class Upkeep(nn.Module):
         varies = std > 1e-6 * reward.abs().amax()
         rew_func = self._parts[2]
         if isinstance(rew_func, ScalarHead):
-            rew_func.fit_inputs(state, context, action)
+            rew_func.fit_inputs(*taken, *((next_state,) if needs_next_state(rew_func) else ()))
             rew_func.rescale(mean, torch.where(varies, std, unit))
         # Returns are many rewards large, but a value function that starts at 0 and is told the
         # size of one reward grows up to them from below, and so stays modest where there is no
         # data; planners seek out states whose value is overrated.
         for head in self._value_heads:
             if isinstance(head, ScalarHead):
-                head.fit_inputs(state, context, action)
+                head.fit_inputs(*taken)
                 head.rescale(0.0, unit)

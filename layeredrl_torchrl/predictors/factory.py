@@ -14,7 +14,7 @@ from tensordict import NestedKey
 from torchrl.data import Composite, TensorSpec, Unbounded
 from torchrl.envs import CatTensors, EnvBase, Transform, TransformedEnv
 
-from layeredrl_torchrl._checks import check_indices
+from layeredrl_torchrl._checks import check_callable, check_indices
 from layeredrl_torchrl.models import ProbabilisticEnsemble
 from layeredrl_torchrl.nets import (
     Encoder,
@@ -22,6 +22,7 @@ from layeredrl_torchrl.nets import (
     IdentityEncoder,
     ProbFCDynamics,
     RewardNet,
+    StepFunction,
     ValueNet,
 )
 from layeredrl_torchrl.predictors.reward import RewardPredictor
@@ -57,6 +58,8 @@ class PredictorFactory:
         n_modes: ``K``.
         n_particles_per_model: ``P``.
         gamma: Discount over one step.
+        rew_func: A known reward; by default a :class:`~layeredrl_torchrl.RewardNet` learns it.
+        term_func: A known termination, as of :class:`~layeredrl_torchrl.Predictor`.
         context_dims: Dimensions of the observation that are the context; the others are the
             state. Goal-based spaces have theirs.
         partial_encoder: Builds another encoder from the shape ``(obs,)`` of an observation, for
@@ -73,6 +76,7 @@ class PredictorFactory:
 
     Raises:
         ValueError: Both ``context_dims`` and ``partial_encoder``.
+        TypeError: A ``rew_func`` or ``term_func`` that cannot be called.
     """
 
     hidden_sizes: Sequence[int] = (128, 128)
@@ -80,6 +84,8 @@ class PredictorFactory:
     n_modes: int = 1
     n_particles_per_model: int = 1
     gamma: float = 0.99
+    rew_func: StepFunction | None = None
+    term_func: StepFunction | None = None
     context_dims: Sequence[int] = ()
     partial_encoder: Callable[[tuple[int]], Encoder] | None = None
     observation_key: NestedKey = "observation"
@@ -89,6 +95,8 @@ class PredictorFactory:
     predictor_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_callable("rew_func", self.rew_func, optional=True)
+        check_callable("term_func", self.term_func, optional=True)
         dims = tuple(check_indices("context_dims", self.context_dims))
         object.__setattr__(self, "context_dims", dims)
         if self.context_dims and self.partial_encoder is not None:
@@ -138,13 +146,17 @@ class PredictorFactory:
             n_particles_per_model=self.n_particles_per_model,
             **options | dict(self.model_options),
         )
+        rew_func = self.rew_func
+        if rew_func is None:
+            rew_func = RewardNet(state_dim, context_dim, model.action_spec, self.hidden_sizes)
         predictor = RewardPredictor(
             model,
             ValueNet(state_dim, context_dim, self.hidden_sizes),
-            RewardNet(state_dim, context_dim, model.action_spec, self.hidden_sizes),
+            rew_func,
             encoder,
             state_dim,
             context_dim,
+            term_func=self.term_func,
             gamma=self.gamma,
             **self.predictor_options,
         )

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer
 from torchrl.record.loggers import Logger
 
-from layeredrl_torchrl._checks import check_finite, check_per_item
+from layeredrl_torchrl._checks import check_callable
 from layeredrl_torchrl._state import WholeState
 from layeredrl_torchrl._watch import watched
 from layeredrl_torchrl.models import Model, Propagation
-from layeredrl_torchrl.nets import Encoder, ScalarHead
+from layeredrl_torchrl.nets import (
+    Encoder,
+    ScalarHead,
+    StepFunction,
+    needs_next_state,
+    refuse_next_state,
+)
+from layeredrl_torchrl.predictors._functions import StepFunctions, checked
 from layeredrl_torchrl.predictors.returns import ReturnOptions, imagined_returns
 
 __all__ = ["Predictor"]
-
-RewardFunction: TypeAlias = Callable[..., Tensor]
 
 
 class Predictor(WholeState):
@@ -44,23 +48,35 @@ class Predictor(WholeState):
         model: The dynamics and termination model.
         val_func: ``(state, context, action) -> [*B]``, a module or a plain callable; a value
             function ignores the action, an action-value function does not. ``None`` for none.
-        rew_func: ``(state, context, action) -> [*B]``, likewise.
+        rew_func: ``(state, context, action) -> [*B]``, likewise; or of the next state, too
+            (:func:`~layeredrl_torchrl.reads_next_state`).
         encoder: Maps the observation to state and context.
         latent_state_dim: ``D``; must be that of the encoder and of the model.
         context_dim: ``C``, likewise.
+        term_func: Whether a step ends the episode, where that is known: ``[*B]``, bool or a
+            probability, of what ``rew_func`` is a function of. It takes the place of the model's
+            probability of termination in all that a predictor says. ``None`` for the model's.
+
+    What reads the next state is asked about each particle's own in :meth:`rollout` and
+    :meth:`returns`, and in an imagined environment. In single steps (:meth:`predict`, :meth:`step`)
+    it is asked about the mean of each member and mode, and averaged with their weights.
 
     Raises:
-        TypeError: Parts of another kind. ValueError: Parts whose dimensions do not fit.
+        TypeError: Parts of another kind. ValueError: Parts whose dimensions do not fit; a
+            ``val_func`` that reads the next state. When called, ValueError for a function whose
+            values have another shape or are not finite, and for a probability outside [0, 1].
     """
 
     def __init__(
         self,
         model: Model,
-        val_func: RewardFunction | None,
-        rew_func: RewardFunction | None,
+        val_func: StepFunction | None,
+        rew_func: StepFunction | None,
         encoder: Encoder,
         latent_state_dim: int,
         context_dim: int = 0,
+        *,
+        term_func: StepFunction | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(model, Model):
@@ -70,9 +86,10 @@ class Predictor(WholeState):
                 f"encoder must be a layeredrl_torchrl Encoder, got {type(encoder).__name__}; "
                 "subclass Encoder and implement split(observation)"
             )
-        for name, func in (("val_func", val_func), ("rew_func", rew_func)):
-            if func is not None and not callable(func):
-                raise TypeError(f"{name} must be callable or None, got {type(func).__name__}")
+        functions = {"val_func": val_func, "rew_func": rew_func, "term_func": term_func}
+        for name, func in functions.items():
+            check_callable(name, func, optional=True)
+        refuse_next_state("val_func", val_func)
         for name, given, of_encoder, of_model in (
             ("latent_state_dim", latent_state_dim, encoder.latent_state_dim, model.state_dim),
             ("context_dim", context_dim, encoder.context_dim, model.context_dim),
@@ -85,6 +102,7 @@ class Predictor(WholeState):
         self.model = model
         self.val_func = val_func
         self.rew_func = rew_func
+        self.term_func = term_func
         self.encoder = encoder
         self.latent_state_dim = latent_state_dim
         self.context_dim = context_dim
@@ -141,16 +159,24 @@ class Predictor(WholeState):
 
         Returns:
             ``s_next_mean [*B, M, K, D], weights [*B, M, K], s_next_std [*B, M, K, D],
-            reward [*B], term_prob [*B]``.
+            reward [*B], term_prob [*B]``; the last two as the class says.
         """
         state, context = self.encode(obs)
         mean, weights, std, term_prob = self.model.predict(state, context, act)
-        return mean, weights, std, self._reward(state, context, act), term_prob
+        taken = state, context, self.model.action_form(act, state.shape[:-1])
+        self.need("rew_func")
+        reward = self._functions.mean_reward(taken, mean, weights)
+        term_prob = self._functions.mean_term_prob(taken, mean, weights, term_prob)
+        return mean, weights, std, reward, term_prob
 
     def predict_reward(self, obs: Tensor, act: Tensor) -> Tensor:
         """Reward ``[*B]`` of taking ``act`` at ``obs [*B, obs]``."""
         state, context = self.encode(obs)
-        return self._reward(state, context, act)
+        taken = state, context, self.model.action_form(act, state.shape[:-1])
+        if not needs_next_state(self.need("rew_func")):
+            return self._functions.reward_of(taken, state)
+        mean, weights, _, _ = self.model.predict(state, context, act)
+        return self._functions.mean_reward(taken, mean, weights)
 
     def value(self, obs: Tensor, act: Tensor | None = None) -> Tensor:
         """Value ``[*B]`` of ``obs [*B, obs]``, given ``act`` where the function depends on it."""
@@ -158,7 +184,7 @@ class Predictor(WholeState):
         if act is not None:
             act = self.model.action_form(act, state.shape[:-1])
         value = self.need("val_func")(state, context, act)
-        return _checked("val_func", value, state.shape[:-1])
+        return checked("val_func", value, state.shape[:-1])
 
     @property
     def n_steps_needed(self) -> int:
@@ -166,15 +192,51 @@ class Predictor(WholeState):
         return 1
 
     @property
-    def terminal_value(self) -> RewardFunction | None:
+    def terminal_value(self) -> StepFunction | None:
         """The value function that planning ends with; a subclass may keep a steadier one."""
         return self.val_func
 
-    def _reward(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
-        """Reward ``[*B]``, with the action checked and in the form of its spec."""
-        action = self.model.action_form(action, state.shape[:-1])
-        reward = self.need("rew_func")(state, context, action)
-        return _checked("rew_func", reward, state.shape[:-1])
+    # -- of steps that have been made --------------------------------------------------------
+
+    def reward_of(
+        self, state: Tensor, context: Tensor, action: Tensor, next_state: Tensor
+    ) -> Tensor:
+        """Reward ``[*B]`` of steps that led to ``next_state [*B, D]``; it keeps gradients.
+
+        Args:
+            state: ``[*B, D]``.
+            context: ``[*B, C]``.
+            action: ``[*B, *]``, in the form of the action spec.
+            next_state: ``[*B, D]``, of a particle or a real one.
+        """
+        self.need("rew_func")
+        return self._functions.reward_of((state, context, action), next_state)
+
+    def term_prob_of(
+        self,
+        state: Tensor,
+        context: Tensor,
+        action: Tensor,
+        next_state: Tensor,
+        predicted: Tensor,
+    ) -> Tensor:
+        """Probability ``[*B]`` that such steps end the episode: ``term_func``'s, if there is one.
+
+        Args:
+            state: ``[*B, D]``.
+            context: ``[*B, C]``.
+            action: As :meth:`reward_of`.
+            next_state: Likewise.
+            predicted: ``[*B]``, what the model says.
+        """
+        taken = state, context, action
+        return self._functions.term_prob_of(taken, next_state, predicted)
+
+    @property
+    def _functions(self) -> StepFunctions:
+        return StepFunctions(self.rew_func, self.val_func, self.term_func)
+
+    # -- rollouts ----------------------------------------------------------------------------
 
     def rollout(
         self,
@@ -192,10 +254,15 @@ class Predictor(WholeState):
         """
         state, context = self.encode(obs)
         traj = self.model.rollout(state, context, act, deterministic, propagation=propagation)
+        state, context, action = (traj.get(key) for key in self.model.in_keys)
+        next_state = traj.get(unravel_key(("next", self.model.in_keys[0])))
         if self.rew_func is not None:
-            inputs = (traj.get(key) for key in self.model.in_keys)
-            reward = _checked("rew_func", self.rew_func(*inputs), traj.batch_size)
+            reward = self.reward_of(state, context, action, next_state)
             traj.set(("next", "reward"), reward.unsqueeze(-1))
+        if self.term_func is not None:
+            predicted = traj.get(("next", "term_prob")).squeeze(-1)
+            ends = self.term_prob_of(state, context, action, next_state, predicted)
+            traj.set(("next", "term_prob"), ends.unsqueeze(-1))
         return traj
 
     @watched
@@ -230,8 +297,11 @@ class Predictor(WholeState):
         options = replace(ReturnOptions() if options is None else options, **changes)
         return imagined_returns(
             self.model,
-            self.need("rew_func"),
-            self.need("terminal_value") if options.use_value_func else None,
+            StepFunctions(
+                self.need("rew_func"),
+                self.need("terminal_value") if options.use_value_func else None,
+                self.term_func,
+            ),
             state,
             context,
             actions,
@@ -272,10 +342,17 @@ class Predictor(WholeState):
         context = tensordict.get(context_key, None)
         if context is None:
             context = state[..., :0]
+        loc_key, weights_key, _, term_key, _ = self.model.out_keys
+        mean, weights = tensordict.get(loc_key), tensordict.get(weights_key)
+        taken = state, context, self.model.action_form(action, state.shape[:-1])
         if self.rew_func is not None:
-            reward = self._reward(state, context, action).unsqueeze(-1)
-            tensordict.set(("next", "reward"), reward)
-        terminated = tensordict.get(self.model.out_keys[3]) > 0.5
+            reward = self._functions.mean_reward(taken, mean, weights)
+            tensordict.set(("next", "reward"), reward.unsqueeze(-1))
+        if self.term_func is not None:
+            predicted = tensordict.get(term_key).squeeze(-1)
+            ends = self._functions.mean_term_prob(taken, mean, weights, predicted)
+            tensordict.set(term_key, ends.unsqueeze(-1))
+        terminated = tensordict.get(term_key) > 0.5
         tensordict.set(("next", context_key), context)
         tensordict.set(("next", "terminated"), terminated)
         tensordict.set(("next", "done"), terminated.clone())
@@ -298,19 +375,12 @@ class Predictor(WholeState):
             keys.append(("next", "reward"))
         return [*keys, ("next", "terminated"), ("next", "done")]
 
-    def need(self, name: str) -> RewardFunction:
+    def need(self, name: str) -> StepFunction:
         """The part called ``name``; ``ValueError`` if this predictor was built without it."""
-        func: RewardFunction | None = getattr(self, name)
+        func: StepFunction | None = getattr(self, name)
         if func is None:
             raise ValueError(f"this predictor was built with {name}=None; give it one")
         return func
-
-
-def _checked(name: str, value: Tensor, batch: Sequence[int]) -> Tensor:
-    """Return what a function of states gave if it is one finite number for each of them."""
-    check_per_item(name, value, batch)
-    check_finite(f"what {name} gave", value, hint=f"repair {name}, or train it on such states")
-    return value
 
 
 class _Step(TensorDictModuleBase):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -15,11 +15,14 @@ from layeredrl_torchrl._checks import (
     check_instance,
     check_number,
     check_per_item,
+    check_probability,
 )
 from layeredrl_torchrl._watch import refuse
 from layeredrl_torchrl.models import Model, Propagation, TSInfinity
 from layeredrl_torchrl.models._rollouts import ImaginedStep, imagine, starts_at_once
 from layeredrl_torchrl.models.propagation import propagation_key
+from layeredrl_torchrl.nets import on_step, refuse_next_state
+from layeredrl_torchrl.predictors._functions import StepFunctions
 
 __all__ = ["ReturnOptions", "imagined_returns"]
 
@@ -35,9 +38,9 @@ class ReturnOptions:
         discount: Over one step of the model, in ``(0, 1]``.
         use_value_func: Whether the value of the last state counts; needs a ``val_func``.
         use_term_prob: Whether rewards count only as far as the episode has probably not ended.
-        exploration_bonus: Callable of state, context and action as a reward function is, for
-            example :class:`~layeredrl_torchrl.EnsembleDisagreement`; added to the reward,
-            evaluated at the mean over particles.
+        exploration_bonus: Callable of state, context and action, for example
+            :class:`~layeredrl_torchrl.EnsembleDisagreement`; added to the reward, evaluated at the
+            mean over particles.
         propagation: How uncertainty spreads over steps: :class:`~layeredrl_torchrl.TSInfinity`
             (the default), :class:`~layeredrl_torchrl.TS1` or
             :class:`~layeredrl_torchrl.Expectation`.
@@ -59,6 +62,7 @@ class ReturnOptions:
         for name in ("use_value_func", "use_term_prob", "deterministic"):
             check_flag(name, getattr(self, name))
         check_callable("exploration_bonus", self.exploration_bonus, optional=True)
+        refuse_next_state("exploration_bonus", self.exploration_bonus)
         if self.propagation is not None:
             check_instance("propagation", self.propagation, Propagation, hint="pass TSInfinity()")
 
@@ -70,8 +74,7 @@ _ROWS = 2048
 
 def imagined_returns(
     model: Model,
-    reward_of: Callable[..., Tensor],
-    value_of: Callable[..., Tensor] | None,
+    functions: StepFunctions,
     state: Tensor,
     context: Tensor | None,
     actions: Tensor,
@@ -94,7 +97,7 @@ def imagined_returns(
             rows = slice(start, start + size)
             block = (flat[0][rows], flat[1][rows], flat[2][rows])
             imagined = imagine(step, block, propagation, sizes)
-            totals.append(_add_up(imagined, reward_of, value_of, block[1], options))
+            totals.append(_add_up(imagined, functions, block[1], options))
         total = totals[0] if len(totals) == 1 else torch.cat(totals, 1)
         _check_returns(total, flat[2].shape[1])
         return (total.movedim(0, 1),)
@@ -102,73 +105,84 @@ def imagined_returns(
     bonus = options.exploration_bonus
     name = (
         *("returns", options.discount, options.use_term_prob, options.deterministic),
-        *(id(reward_of), id(value_of), id(bonus), propagation_key(propagation)),
+        *(*map(id, functions), id(bonus), propagation_key(propagation)),
     )
     inputs = (state, actions) if context is None else (state, actions, context)
-    (total,) = model.run(name, run, inputs, (reward_of, value_of, bonus))
+    (total,) = model.run(name, run, inputs, (*functions, bonus))
     return total.reshape(*state.shape[:-1], *total.shape[1:])
 
 
 def _add_up(
     imagined: Iterator[ImaginedStep],
-    reward_of: Callable[..., Tensor],
-    value_of: Callable[..., Tensor] | None,
+    functions: StepFunctions,
     context: Tensor,
     options: ReturnOptions,
 ) -> Tensor:
     """The returns ``[M', N, P']`` of imagined steps, with ``context [N, C]``."""
     steps: list[ImaginedStep] = []
-    shares: list[Tensor] = []
     last = next(imagined)
     share = torch.ones_like(last.term_prob)
     total = torch.zeros_like(share)
     for step in chain((last,), imagined):
         steps.append(step)
-        shares.append(share)
-        alive = 1.0 - step.term_prob if options.use_term_prob else 1.0
-        share = share * (options.discount * alive)
         if (len(steps) + 1) * share.numel() > _ROWS:
-            total = total + _reward(steps, shares, reward_of, context, options)
-            steps, shares = [], []
+            gain, share = _gain(steps, share, functions, context, options)
+            total, steps = total + gain, []
         last = step
     if steps:
-        total = total + _reward(steps, shares, reward_of, context, options)
+        gain, share = _gain(steps, share, functions, context, options)
+        total = total + gain
     # A state that is not finite makes the return so, whatever the reward makes of it.
     total = total + (last.next_state * 0.0).sum(1)
-    if value_of is not None:
+    if functions.value is not None:
         state = last.next_state.permute(0, 2, 3, 1).contiguous()
         rows = state.shape[:-1]
         ctx = context[:, None].expand(*rows, -1)
         action = last.action[:, None].expand(*rows, *last.action.shape[1:])
-        value = check_per_item("val_func", value_of(state, ctx, action), rows)
+        value = check_per_item("val_func", functions.value(state, ctx, action), rows)
         total = total + share * value
     return total
 
 
-def _reward(
+def _gain(
     steps: list[ImaginedStep],
-    shares: list[Tensor],
-    reward_of: Callable[..., Tensor],
+    share: Tensor,
+    functions: StepFunctions,
     context: Tensor,
     options: ReturnOptions,
-) -> Tensor:
-    """The shares of rewards and bonuses of several steps, ``[M', N, P']``.
+) -> tuple[Tensor, Tensor]:
+    """What several steps add to the returns, and the share that is left, ``[M', N, P']`` both.
 
     At once it is as much to compute, but in fewer and larger operations.
     """
-    states = torch.stack([step.state for step in steps]).permute(1, 3, 4, 0, 2).contiguous()
+    made = [step.state for step in steps]
+    if functions.look_ahead:  # a step begins where the one before has led
+        made.append(steps[-1].next_state)
+    states = following = torch.stack(made).permute(1, 3, 4, 0, 2).contiguous()
+    if functions.look_ahead:
+        states, following = states[..., :-1, :], states[..., 1:, :]
     action = torch.stack([step.action for step in steps], 1)  # [N, h, *]
     rows = states.shape[:-1]  # [M', N, P', h]
     spread = action[:, None].expand(*rows, *action.shape[2:])
-    gain = reward_of(states, context[:, None, None].expand(*rows, -1), spread)
-    check_per_item("rew_func", gain, rows)
+    taken = (states, context[:, None, None].expand(*rows, -1), spread, following)
+    assert functions.reward is not None
+    gain = check_per_item("rew_func", on_step(functions.reward, *taken), rows)
+    term_prob: Sequence[Tensor] = [step.term_prob for step in steps]
+    if functions.term is not None and options.use_term_prob:
+        ends = on_step(functions.term, *taken)
+        term_prob = check_probability("term_func", ends, rows, states.dtype).unbind(-1)
+    shares = []
+    for ends in term_prob:
+        shares.append(share)
+        alive = 1.0 - ends if options.use_term_prob else 1.0
+        share = share * (options.discount * alive)
     if options.exploration_bonus is not None:
         # At the mean over particles: the bonus asks all members itself.
         of_start = context[:, None].expand(*action.shape[:2], -1)
         bonus = options.exploration_bonus(states.mean((0, 2)), of_start, action)
         check_per_item("exploration_bonus", bonus, action.shape[:2])
         gain = gain + bonus[:, None]
-    return (torch.stack(shares, -1) * gain).sum(-1)
+    return (torch.stack(shares, -1) * gain).sum(-1), share
 
 
 def _check_returns(total: Tensor, horizon: int) -> None:

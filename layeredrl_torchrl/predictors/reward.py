@@ -21,14 +21,14 @@ from layeredrl_torchrl._checks import (
 from layeredrl_torchrl._graphs import Graphs
 from layeredrl_torchrl._state import undone_on_error
 from layeredrl_torchrl.models import ProbabilisticEnsemble
-from layeredrl_torchrl.nets import Encoder, move_towards
+from layeredrl_torchrl.nets import Encoder, StepFunction, move_towards
 from layeredrl_torchrl.objectives import ModelLoss, PredictorLoss
 from layeredrl_torchrl.objectives.terms import TermsLoss
 from layeredrl_torchrl.predictors._experience import Experience
 from layeredrl_torchrl.predictors._updates import LearningRate, Updates, WeightedLoss
 from layeredrl_torchrl.predictors._upkeep import N_STATISTICS, Upkeep
 from layeredrl_torchrl.predictors.early_stopping import HoldoutWatch
-from layeredrl_torchrl.predictors.predictor import Predictor, RewardFunction
+from layeredrl_torchrl.predictors.predictor import Predictor
 from layeredrl_torchrl.predictors.standardizer import DeltaStandardizer
 from layeredrl_torchrl.predictors.training import ModelTraining
 
@@ -56,6 +56,8 @@ class RewardPredictor(Predictor):
         latent_state_dim: ``D``.
         context_dim: ``C``.
         learn_encoder: Whether the reward loss reaches the encoder.
+        term_func: As :class:`Predictor`. With it the model's own terminations are not trained,
+            and no module in it is.
         gamma: Discount over one environment step.
         tau: Share of the value network that its target takes over at each update.
         k_steps: Steps of a slice that reward and value are trained on.
@@ -100,13 +102,14 @@ class RewardPredictor(Predictor):
     def __init__(
         self,
         model: ProbabilisticEnsemble,
-        val_func: RewardFunction | None,
-        rew_func: RewardFunction | None,
+        val_func: StepFunction | None,
+        rew_func: StepFunction | None,
         encoder: Encoder,
         latent_state_dim: int,
         context_dim: int = 0,
         learn_encoder: bool = True,
         *,
+        term_func: StepFunction | None = None,
         gamma: float = 0.99,
         tau: float = 0.005,
         k_steps: int = 1,
@@ -126,7 +129,9 @@ class RewardPredictor(Predictor):
         beta_nll: float = 0.75,
         model_training: ModelTraining = ModelTraining(),  # noqa: B008 - it is frozen
     ) -> None:
-        super().__init__(model, val_func, rew_func, encoder, latent_state_dim, context_dim)
+        super().__init__(
+            model, val_func, rew_func, encoder, latent_state_dim, context_dim, term_func=term_func
+        )
         check_instance(
             "model",
             model,
@@ -183,6 +188,8 @@ class RewardPredictor(Predictor):
         )
         check_number("consistency_loss_weight", consistency_loss_weight, 0.0)
         check_number("termination_loss_weight", termination_loss_weight, 0.0)
+        if term_func is not None:  # nobody asks the model for what is known
+            termination_loss_weight = 0.0
         self.updates = Updates(
             {
                 "predictor": WeightedLoss(
@@ -309,7 +316,7 @@ class RewardPredictor(Predictor):
         return int(self.predictor_loss.k_steps + self.predictor_loss.n_steps)
 
     @property
-    def terminal_value(self) -> RewardFunction | None:
+    def terminal_value(self) -> StepFunction | None:
         """The target network, an average over recent updates and so steadier than ``val_func``."""
         return self.val_func if self.target_val_func is None else self.target_val_func
 
@@ -337,7 +344,8 @@ class RewardPredictor(Predictor):
         ====================  ================================================================
         ``loss``              what is minimised: the weighted sum of the four losses below
         ``loss_dynamics``     nats, summed over dimensions (normalised) and members
-        ``loss_termination``  nats, summed over members
+        ``loss_termination``  nats, summed over members; not minimised where there is a
+                              ``term_func``
         ``loss_reward``       in squares of the reward head's scale (the rewards' std)
         ``loss_value``        in squares of the value head's scale (the rewards' root mean square)
         ``nll``               nats per dimension (normalised) and member
@@ -433,6 +441,9 @@ class RewardPredictor(Predictor):
         state, context = self.encode(obs)
         next_state, _ = self.encode(next_obs)
         whitening = self.delta_standardizer.whitening
-        return self.model.get_log_prob(
+        log_prob, predicted, info = self.model.get_log_prob(
             state, context, action, next_state, std=std, transform=whitening
         )
+        action = self.model.action_form(action, state.shape[:-1])
+        term_prob = self.term_prob_of(state, context, action, next_state, predicted)
+        return log_prob, term_prob, info

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layeredrl_torchrl import FixedEncoderNet
+from layeredrl_torchrl import FixedEncoderNet, StaticPredictor
 from layeredrl_torchrl.envs import TASKS, get_task
 from layeredrl_torchrl.envs.known import InRange, never
 
@@ -140,23 +141,54 @@ def test_the_swing_ups_reward_is_between_0_and_1_and_smooth(x, angle):
     assert state.grad.abs().max() <= 1.0
 
 
-def test_rew_func_takes_three_arguments():
+def test_rew_func_takes_three_arguments_where_the_next_state_does_not_matter():
     state, context, action = torch.randn(4, 5), torch.zeros(4, 0), torch.zeros(4, 1)
     task = get_task("CartPoleSwingUp")
+    rew_func = task.rew_func()
+    assert not getattr(rew_func, "reads_next_state", False)
     expected = task.reward(state, context, action, torch.full_like(state, math.nan))
-    assert torch.equal(task.rew_func()(state, context, action), expected)
-    with pytest.raises(ValueError, match="CartPoleSwingUp does not depend on the next state"):
-        task.rew_func(lambda state, context, action: state)
+    assert torch.equal(rew_func(state, context, action), expected)
 
 
-def test_rew_func_asks_the_dynamics_where_the_reward_needs_the_next_state(play):
-    task = TASKS["Reacher-v5"]
-    obs, action, following, reward, _ = play(task, steps=20)
-    state, context = split(task, obs)
-    rew_func = task.rew_func(lambda *inputs: split(task, following)[0])
-    torch.testing.assert_close(rew_func(state, context, action), reward)
-    with pytest.raises(ValueError, match=r"Reacher-v5 depends on the next state; pass\s+dynamics"):
-        task.rew_func()
+@pytest.mark.parametrize("name", ["Reacher-v5", "InvertedPendulum-v5", "Hopper-v5/x"])
+def test_rew_func_and_term_func_say_that_they_read_the_next_state(name, play):
+    task = TASKS[name]
+    obs, action, following, reward, terminated = play(task, steps=60)
+    (state, context), (next_state, _) = split(task, obs), split(task, following)
+    rew_func, term_func = (pickle.loads(pickle.dumps(f())) for f in (task.rew_func, task.term_func))
+    assert rew_func.reads_next_state
+    assert term_func.reads_next_state
+    found = rew_func(state, context, action, next_state)
+    torch.testing.assert_close(found, reward.to(found), atol=1e-6, rtol=0)
+    assert torch.equal(term_func(state, context, action, next_state), terminated)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_gives_predictors_what_is_known(name, make_ensemble):
+    """In a predictor of an untrained model: rewards and terminations of its own next states."""
+    task = TASKS[name]
+    dims = len(task.state_dims), len(task.context_dims)
+    predictor = StaticPredictor(
+        make_ensemble(*dims, task.action_dim),
+        None,
+        task.rew_func() if task.reward else None,
+        FixedEncoderNet((task.observation_dim,), task.state_dims, task.context_dims),
+        *dims,
+        term_func=task.term_func(),
+    )
+    obs, actions = torch.randn(3, task.observation_dim), torch.zeros(3, 4, task.action_dim)
+    traj = predictor.rollout(obs, actions)
+    steps = [traj[key] for key in ("state", "context", "action", ("next", "state"))]
+    ended = task.termination(*steps).unsqueeze(-1)
+    assert torch.equal(traj["next", "term_prob"], ended.float())
+    if task.reward:
+        assert torch.equal(traj["next", "reward"], task.reward(*steps).unsqueeze(-1))
+
+
+def test_a_termination_that_is_not_known_is_named():
+    task = replace(TASKS["Hopper-v5"], name="mine", termination=None)
+    with pytest.raises(ValueError, match=r"termination of mine is not known.*have it learned"):
+        task.term_func()
 
 
 @pytest.mark.parametrize("name", ["Reacher-v5", "Pusher-v5", *MAZES])

@@ -1,0 +1,80 @@
+"""The functions of a predictor, asked about steps that were made and about mixtures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+from torch import Tensor
+
+from layeredrl_torchrl._checks import check_finite, check_per_item, check_probability
+from layeredrl_torchrl.nets import StepFunction, needs_next_state, on_step
+
+__all__ = ["StepFunctions", "Taken", "checked"]
+
+# State [*B, D], context [*B, C] and action [*B, *], in the form of the action spec.
+Taken: TypeAlias = tuple[Tensor, Tensor, Tensor]
+
+
+class StepFunctions(NamedTuple):
+    """What a step is worth, what comes after the last one, and whether it ends the episode.
+
+    A reward must be there where one is asked for.
+    """
+
+    reward: StepFunction | None
+    value: StepFunction | None
+    term: StepFunction | None  # None: the model says
+
+    @property
+    def look_ahead(self) -> bool:
+        """Whether reward or termination read the next state."""
+        return any(f is not None and needs_next_state(f) for f in (self.reward, self.term))
+
+    def reward_of(self, taken: Taken, next_state: Tensor) -> Tensor:
+        """Reward ``[*B]`` of steps that led to ``next_state [*B, D]``."""
+        assert self.reward is not None
+        return checked("rew_func", on_step(self.reward, *taken, next_state), taken[0].shape[:-1])
+
+    def term_prob_of(self, taken: Taken, next_state: Tensor, predicted: Tensor) -> Tensor:
+        """Probability ``[*B]`` that they end the episode; ``predicted`` if it is not known."""
+        if self.term is None:
+            return predicted
+        ends = on_step(self.term, *taken, next_state)
+        return check_probability("term_func", ends, taken[0].shape[:-1], predicted.dtype)
+
+    def mean_reward(self, taken: Taken, mean: Tensor, weights: Tensor) -> Tensor:
+        """Mean of the reward ``[*B]`` at ``mean [*B, M, K, D]``, with ``weights [*B, M, K]``."""
+        if self.reward is None or not needs_next_state(self.reward):
+            return self.reward_of(taken, taken[0])
+        return _average(self.reward_of(_each(taken, mean), mean), weights)
+
+    def mean_term_prob(
+        self, taken: Taken, mean: Tensor, weights: Tensor, predicted: Tensor
+    ) -> Tensor:
+        """Likewise of the probability of termination; ``predicted [*B]`` if it is not known."""
+        if self.term is None or not needs_next_state(self.term):
+            return self.term_prob_of(taken, taken[0], predicted)
+        of_model = predicted[..., None, None].expand_as(weights)
+        return _average(self.term_prob_of(_each(taken, mean), mean, of_model), weights)
+
+
+def checked(name: str, value: Tensor, batch: Sequence[int]) -> Tensor:
+    """Return what a function of states gave if it is one finite number for each of them."""
+    check_per_item(name, value, batch)
+    check_finite(f"what {name} gave", value, hint=f"repair {name}, or train it on such states")
+    return value
+
+
+def _each(taken: Taken, mean: Tensor) -> Taken:
+    """What was taken, for each component of ``mean [*B, M, K, D]``."""
+    n, rows = mean.ndim - 3, mean.shape[:-1]
+    state, context, action = (
+        x.unsqueeze(n).unsqueeze(n).expand(*rows, *x.shape[n:]) for x in taken
+    )
+    return state, context, action
+
+
+def _average(values: Tensor, weights: Tensor) -> Tensor:
+    """``[*B]`` of values ``[*B, M, K]``: modes by their weights, members alike."""
+    return (weights * values).sum(-1).mean(-1)

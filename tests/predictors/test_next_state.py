@@ -1,0 +1,538 @@
+"""Rewards and terminations of where a step leads, against loops over particles and components."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+from torchrl.envs import ExplorationType, set_exploration_type
+from torchrl.modules import CEMPlanner as TorchRLCEM
+
+from layeredrl_torchrl import (
+    TS1,
+    CEMPlanner,
+    Expectation,
+    FixedEncoderNet,
+    IdentityEncoder,
+    PredictorEnv,
+    PredictorFactory,
+    PredictorLoss,
+    RewardNet,
+    RewardPredictor,
+    ScalarHead,
+    StaticPredictor,
+    TSInfinity,
+    ValueNet,
+    get_task,
+    reads_next_state,
+)
+
+PROPAGATIONS = [TSInfinity(), TS1(), Expectation()]
+KINDS = ["TSInfinity", "TS1", "Expectation"]
+
+
+@reads_next_state
+def progress(state, context, action, next_state):
+    return 3.0 * (next_state - state)[..., 0] - action.square().sum(-1) + context[..., 0]
+
+
+@reads_next_state
+def fallen(state, context, action, next_state):
+    return next_state[..., 1] > 0.2
+
+
+@reads_next_state
+def risky(state, context, action, next_state):
+    return torch.sigmoid(next_state[..., 0] - state[..., 1])
+
+
+def tired(state, context, action):
+    """A probability that does not need the next state."""
+    return torch.sigmoid(state[..., 0])
+
+
+def by_hand(name, state, context, action, next_state):
+    """The functions above for one step, in plain floats."""
+    state, context, action, next_state = (x.tolist() for x in (state, context, action, next_state))
+    if name == "progress":
+        return 3.0 * (next_state[0] - state[0]) - sum(a * a for a in action) + context[0]
+    if name == "fallen":
+        return float(next_state[1] > 0.2)
+    z = next_state[0] - state[1] if name == "risky" else state[0]
+    return 1.0 / (1.0 + math.exp(-z))
+
+
+@pytest.fixture
+def build(make_ensemble):
+    """A predictor with known functions on an untrained ensemble of 3 members and 2 modes."""
+
+    def build(term_func=fallen, rew_func=progress, val_func=None):
+        model = make_ensemble(2, 1, n_models=3, n_modes=2, n_particles_per_model=2)
+        encoder = FixedEncoderNet((3,), [0, 1], [2])
+        return StaticPredictor(
+            model, val_func, rew_func, encoder, 2, 1, term_func=term_func
+        ).requires_grad_(False)
+
+    return build
+
+
+def value(state, context, action):
+    return state[..., 0] * 2.0 - context[..., 0]
+
+
+# -- rollouts and returns -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("term_func", [fallen, risky, tired])
+@pytest.mark.parametrize("propagation", PROPAGATIONS, ids=KINDS)
+def test_a_rollout_asks_about_each_particles_own_next_state(build, propagation, term_func):
+    predictor = build(term_func)
+    obs, actions = torch.randn(2, 3), 2 * torch.rand(2, 4, 1) - 1
+    traj = predictor.rollout(obs, actions, propagation=propagation)
+    for index in itertools.product(*map(range, traj.batch_size)):
+        one = traj[index]
+        step = [one[key] for key in ("state", "context", "action", ("next", "state"))]
+        assert one["next", "reward"].item() == pytest.approx(by_hand("progress", *step), abs=1e-5)
+        expected = by_hand(term_func.__name__, *step)
+        assert one["next", "term_prob"].item() == pytest.approx(expected, abs=1e-5)
+    # Particles part, and so do their rewards.
+    if not isinstance(propagation, Expectation):
+        assert traj["next", "reward"][0, ..., -1, 0].std() > 0.01
+
+
+@pytest.mark.parametrize("rows", [1, 2048])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"discount": 0.9, "use_value_func": True}, {"discount": 0.9, "use_term_prob": False}],
+    ids=str,
+)
+@pytest.mark.parametrize("term_func", [fallen, risky, tired, None])
+@pytest.mark.parametrize("propagation", PROPAGATIONS, ids=KINDS)
+def test_returns_are_those_of_the_rollout(
+    build, propagation, term_func, options, rows, monkeypatch
+):
+    monkeypatch.setattr("layeredrl_torchrl.predictors.returns._ROWS", rows)
+    predictor = build(term_func, val_func=value)
+    obs, actions = torch.randn(2, 3), 2 * torch.rand(2, 5, 1) - 1
+    torch.manual_seed(1)
+    found = predictor.returns(*predictor.encode(obs), actions, propagation=propagation, **options)
+    torch.manual_seed(1)
+    traj = predictor.rollout(obs, actions, propagation=propagation)
+    assert found.shape == traj.batch_size[:-1]
+    for index in itertools.product(*map(range, found.shape)):
+        total, share = 0.0, 1.0
+        for step in traj[index].unbind(0):
+            made = [step[key] for key in ("state", "context", "action", ("next", "state"))]
+            total += share * by_hand("progress", *made)
+            share *= options.get("discount", 1.0)
+            if options.get("use_term_prob", True):
+                ends = step["next", "term_prob"].item()
+                share *= 1.0 - (ends if term_func is None else by_hand(term_func.__name__, *made))
+        if options.get("use_value_func"):
+            total += share * (2.0 * made[3][0].item() - made[1].item())
+        assert found[index].item() == pytest.approx(total, rel=1e-4, abs=1e-4)
+
+
+def test_what_comes_after_the_end_is_worth_nothing(make_point):
+    """At full speed the point passes 1.2 in its third step, the last that is paid."""
+    paid = reads_next_state(lambda s, c, a, after: 1.0 + 0.0 * after[..., 0])
+    over = reads_next_state(lambda s, c, a, after: after[..., 0] > 1.2)
+    base = make_point(val_func=lambda s, c, a: torch.full_like(s[..., 0], 100.0))
+    predictor = StaticPredictor(base.model, base.val_func, paid, base.encoder, 1, 1, term_func=over)
+    start, actions = (torch.zeros(1), torch.zeros(1)), torch.ones(6, 1)
+    assert predictor.returns(*start, actions, use_value_func=True).item() == 3.0
+    assert predictor.returns(*start, 0.1 * actions, use_value_func=True).item() == 106.0
+    assert predictor.returns(*start, actions, use_term_prob=False).item() == 6.0
+
+
+def test_gradients_reach_the_actions(make_point):
+    """Of ``-(x + a / 2 - goal)^2``: ``-(x + a / 2 - goal)``."""
+    cost = reads_next_state(lambda s, c, a, after: -(after - c).square().sum(-1))
+    predictor = make_point(rew_func=cost)
+    state, goal = torch.tensor([[0.3]]), torch.tensor([[1.0]])
+    action = torch.tensor([[[0.4]]], requires_grad=True)
+    predictor.returns(state, goal, action).sum().backward()
+    torch.testing.assert_close(action.grad.squeeze(), torch.tensor(-(0.3 + 0.2 - 1.0)))
+
+
+def test_the_dynamics_run_once(make_point, monkeypatch):
+    calls = []
+    base = make_point()
+    asked = type(base.model).predict_members
+
+    def counted(self, *inputs):
+        calls.append(inputs)
+        return asked(self, *inputs)
+
+    monkeypatch.setattr(type(base.model), "predict_members", counted)
+    both = [reads_next_state(lambda s, c, a, after: 0.1 * after[..., 0].abs()) for _ in range(2)]
+    predictor = StaticPredictor(base.model, None, both[0], base.encoder, 1, 1, term_func=both[1])
+    obs, act = torch.rand(3, 2), torch.rand(3, 4, 1)
+    td = predictor.encode(TensorDict({"observation": obs, "action": act[:, 0]}, [3]))
+    for call, expected in (
+        (lambda: predictor.predict(obs, act[:, 0]), 1),
+        (lambda: predictor.predict_reward(obs, act[:, 0]), 1),
+        (lambda: predictor.step(td.clone()), 1),
+        (lambda: PredictorEnv(predictor).step(td.clone()), 1),
+        (lambda: predictor.rollout(obs, act), 4),
+        (lambda: predictor.returns(*predictor.encode(obs), act), 4),
+    ):
+        calls.clear()
+        call()
+        assert len(calls) == expected
+
+
+# -- single steps -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 2)])
+@pytest.mark.parametrize("term_func", [fallen, risky, tired])
+def test_single_steps_average_over_the_mixture(build, batch, term_func):
+    predictor = build(term_func)
+    obs, act = torch.randn(*batch, 3), 2 * torch.rand(*batch, 1) - 1
+    mean, weights, _, reward, term_prob = predictor.predict(obs, act)
+    assert reward.shape == term_prob.shape == batch
+    for index in itertools.product(*map(range, batch)):
+        expected = dict.fromkeys(("progress", term_func.__name__), 0.0)
+        for m, k in itertools.product(range(3), range(2)):
+            step = obs[index][:2], obs[index][2:], act[index], mean[index][m, k]
+            for name in expected:
+                expected[name] += weights[index][m, k].item() / 3 * by_hand(name, *step)
+        assert reward[index].item() == pytest.approx(expected["progress"], abs=1e-5)
+        assert term_prob[index].item() == pytest.approx(expected[term_func.__name__], abs=1e-5)
+    torch.testing.assert_close(predictor.predict_reward(obs, act), reward)
+    td = predictor(TensorDict({"observation": obs, "action": act}, batch))
+    torch.testing.assert_close(td["next", "reward"].squeeze(-1), reward)
+    torch.testing.assert_close(td["next", "term_prob"].squeeze(-1), term_prob)
+    assert torch.equal(td["next", "terminated"].squeeze(-1), term_prob > 0.5)
+
+
+def test_predictions_can_be_vmapped(build):
+    predictor = build(risky)
+    obs, act = torch.randn(4, 3), 2 * torch.rand(4, 1) - 1
+    torch.testing.assert_close(torch.vmap(predictor.predict)(obs, act), predictor.predict(obs, act))
+
+
+@pytest.mark.parametrize("space", ["one-hot", "integer"])
+def test_choices_are_handed_on_in_the_form_of_the_spec(make_ensemble, space):
+    from torchrl.data import Categorical, OneHot
+
+    seen = []
+
+    @reads_next_state
+    def reward(state, context, action, next_state):
+        seen.append(action.shape)
+        return next_state[..., 0]
+
+    model = make_ensemble(2, 0, OneHot(3) if space == "one-hot" else Categorical(3))
+    predictor = StaticPredictor(model, None, reward, IdentityEncoder((2,)), 2)
+    mean, *_, found, _ = predictor.predict(torch.zeros(5, 2), torch.arange(5) % 3)
+    torch.testing.assert_close(found, mean[..., 0].mean((1, 2)))
+    assert seen == [(5, 2, 1, 3) if space == "one-hot" else (5, 2, 1)]
+
+
+# -- the imagined environment, planners ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("term_func", [fallen, risky])
+@pytest.mark.parametrize("propagation", PROPAGATIONS, ids=KINDS)
+def test_the_environment_asks_about_the_state_that_it_steps_to(build, propagation, term_func):
+    predictor = build(term_func, val_func=value)
+    envs = [
+        PredictorEnv(predictor, propagation=propagation),
+        PredictorEnv(predictor, propagation=propagation, use_value_func=True, discount=0.9),
+    ]
+    td = predictor.encode(TensorDict({"observation": torch.randn(20, 3)}, [20]))
+    td["action"] = 2 * torch.rand(20, 1) - 1
+    for env, shaped in zip(envs, (False, True), strict=True):
+        torch.manual_seed(4)
+        after = env.step(td.clone())["next"]
+        for i in range(20):
+            step = td["state"][i], td["context"][i], td["action"][i], after["state"][i]
+            reward, ends = by_hand("progress", *step), by_hand(term_func.__name__, *step)
+            if shaped:
+                values = [2.0 * s[0].item() - step[1].item() for s in (step[0], step[3])]
+                reward += 0.9 * (1.0 - ends) * values[1] - values[0]
+                left = after["imagined_discount"][i].item()
+                assert left == pytest.approx(0.9 * (1.0 - ends), abs=1e-5)
+            assert after["reward"][i].item() == pytest.approx(reward, abs=1e-4)
+            assert after["terminated"][i].item() == (ends > 0.5)
+
+
+def test_episodes_end_as_often_as_the_function_says(build):
+    predictor = build(lambda s, c, a: torch.full_like(s[..., 0], 0.3))
+    env = PredictorEnv(predictor, propagation=TS1(), sample_termination=True)
+    td = predictor.encode(TensorDict({"observation": torch.randn(4000, 3)}, [4000]))
+    ended = env.step(td.set("action", torch.zeros(4000, 1)))["next", "done"]
+    assert ended.float().mean().item() == pytest.approx(0.3, abs=0.03)
+
+
+def their_cem(predictor):
+    options = {"planning_horizon": 1, "optim_steps": 12, "num_candidates": 100, "top_k": 10}
+    planner = TorchRLCEM(PredictorEnv(predictor), **options)
+    return lambda td: planner(predictor.encode(td))["action"]
+
+
+def our_cem(predictor):
+    planner = CEMPlanner(predictor, horizon=1, n_samples=100, n_iterations=12)
+    return lambda td: planner(td.update(planner.forget(td.batch_size)))["action"]
+
+
+@pytest.mark.parametrize("make", [our_cem, their_cem])
+@torch.no_grad()
+def test_a_plan_of_one_step_finds_the_best_next_state(make_point, make):
+    """Of ``-(x + a / 2 - goal)^2 - a^2``: ``a = (goal - x) / 2.5``, within [-1, 1]."""
+    cost = reads_next_state(lambda s, c, a, after: -((after - c) ** 2 + a**2)[..., 0])
+    obs = torch.tensor([[0.0, 1.0], [0.5, -0.5], [0.0, 9.0]])
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        action = make(make_point(rew_func=cost))(TensorDict({"observation": obs}, [3]))
+    torch.testing.assert_close(action, torch.tensor([[0.4], [-0.4], [1.0]]), atol=0.02, rtol=0)
+
+
+# -- learning -----------------------------------------------------------------------------------
+
+
+def known_end(state, context, action):
+    return torch.zeros(state.shape[:-1], dtype=torch.bool)
+
+
+@pytest.mark.parametrize("known", [{"rew_func"}, {"term_func"}, {"rew_func", "term_func"}])
+def test_learned_and_known_parts_can_be_mixed(make_predictor, make_buffer, known):
+    functions = {
+        "rew_func": reads_next_state(lambda s, c, a, after: after[..., 0]),
+        "term_func": reads_next_state(lambda s, c, a, after: after[..., 0] > 0),
+    }
+    predictor = make_predictor(**{name: functions[name] for name in known})
+    _, info = predictor.learn(make_buffer(), 3, 8, 8, 0)
+    assert ("loss_reward" in info) == ("rew_func" not in known)
+    traj = predictor.rollout(torch.randn(4, 2), torch.zeros(4, 3, 1))
+    after = traj["next", "state"][..., :1]
+    assert torch.equal(traj["next", "reward"], after) == ("rew_func" in known)
+    assert torch.equal(traj["next", "term_prob"], (after > 0).float()) == ("term_func" in known)
+
+
+def test_with_a_known_end_the_models_is_not_learned(make_predictor, make_buffer):
+    """It learns what a twin learns whose terminations weigh nothing."""
+    buffer, learned = make_buffer(), []
+    for options in ({"term_func": known_end}, {"termination_loss_weight": 0.0}, {}):
+        torch.manual_seed(5)
+        predictor = make_predictor(**options)
+        predictor.learn(buffer, 5, 8, 8, 0)
+        learned.append(torch.cat([p.flatten() for p in predictor.model.parameters()]))
+    assert torch.equal(learned[0], learned[1])
+    assert not torch.equal(learned[0], learned[2])
+
+
+class Slope(nn.Module):
+    """A reward to be learned: so much for each unit of progress."""
+
+    reads_next_state = True
+
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, state, context, action, next_state):
+        return self.slope * (next_state - state)[..., 0]
+
+
+class Progress(ScalarHead):
+    """A network that is shown the progress."""
+
+    reads_next_state = True
+
+    def __init__(self):
+        super().__init__(1, (16,), nn.SiLU)
+
+    def features(self, state, context, action, next_state):
+        return (next_state - state)[..., :1]
+
+
+def test_a_module_that_reads_the_next_state_learns_from_the_real_one():
+    loss = PredictorLoss(IdentityEncoder((2,)), Slope(), None, k_steps=2)
+    obs, following = torch.randn(4, 3, 2), torch.randn(4, 3, 2)
+    after = {"observation": following, "reward": torch.randn(4, 3, 1)}
+    after["terminated"] = torch.zeros(4, 3, 1, dtype=torch.bool)
+    valid = torch.ones(4, 3, dtype=torch.bool)
+    valid[1, 1:] = False
+    following[1, 1:] = math.nan  # behind an episode's end anything may stand
+    data = {"observation": obs, "action": torch.zeros(4, 3, 1), "next": after, "valid": valid}
+    found = loss(TensorDict(data, [4, 3]))["loss_reward"]
+    errors = [
+        0.5 * (following[i, t, 0] - obs[i, t, 0]) - after["reward"][i, t, 0]
+        for i, t in itertools.product(range(4), range(2))
+        if valid[i, t]
+    ]
+    torch.testing.assert_close(found, torch.stack(errors).square().mean())
+    prepared = loss.prepare(TensorDict(data, [4, 3]))
+    parts = [loss.terms(part)["loss_reward"] for part in prepared.split(2)]
+    torch.testing.assert_close((3 * parts[0] + 4 * parts[1]) / 7, found)
+
+
+@pytest.mark.parametrize("head", [Slope, Progress])
+def test_such_a_module_is_learned(make_ensemble, head):
+    from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+
+    obs = torch.randn(400, 2)
+    following = obs + torch.randn(400, 2)
+    no = torch.zeros(400, 1, dtype=torch.bool)
+    after = {"observation": following, "terminated": no, "done": ~no}
+    after["reward"] = 4.0 * (following - obs)[:, :1]
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(400))
+    buffer.extend(
+        TensorDict({"observation": obs, "action": 0.0 * obs[:, :1], "next": after}, [400])
+    )
+    torch.manual_seed(0)
+    predictor = RewardPredictor(
+        *(make_ensemble(), None, head(), IdentityEncoder((2,)), 2), n_steps=1, reward_lr=3e-2
+    )
+    predictor.learn(buffer, 300, 64, 16, 400)
+    inputs = obs, obs[:, :0], obs[:, :1], following
+    error = (predictor.reward_of(*inputs) - after["reward"][:, 0]).square().mean().sqrt()
+    assert error < 0.3
+
+
+def test_the_density_comes_with_the_known_end(make_predictor):
+    predictor = make_predictor(term_func=reads_next_state(lambda s, c, a, after: after[..., 0] > 0))
+    obs, following = torch.randn(8, 2), torch.randn(8, 2)
+    _, term_prob, _ = predictor.get_standardized_log_prob(obs, torch.zeros(8, 1), following)
+    assert torch.equal(term_prob, (following[:, 0] > 0).float())
+
+
+# -- declarations, copies, errors ----------------------------------------------------------------
+
+
+def test_tasks_go_through_the_factory_and_through_pickle():
+    task = get_task("Hopper-v5/x")
+    env = task.make(seed=0)
+    options = {"rew_func": task.rew_func(), "term_func": task.term_func()}
+    factory = PredictorFactory(hidden_sizes=(8,), n_models=2, **options)
+    predictor = factory(env.observation_spec, env.action_spec)
+    obs = env.rollout(3)["observation"]
+    found = []
+    for one in (predictor, pickle.loads(pickle.dumps(predictor)), copy.deepcopy(predictor)):
+        torch.manual_seed(0)
+        found.append(one.rollout(obs, torch.zeros(len(obs), 5, 3)))
+    assert (found[0] == found[1]).all()
+    assert (found[0] == found[2]).all()
+
+
+def test_a_declaration_is_an_attribute():
+    def plain(state, context, action, next_state):
+        return next_state[..., 0]
+
+    assert reads_next_state(plain) is plain
+    assert plain.reads_next_state
+    assert reads_next_state(partial(plain)).reads_next_state
+
+    @reads_next_state
+    class Reward:
+        def __call__(self, state, context, action, next_state):
+            return next_state[..., 0]
+
+    assert Reward().reads_next_state
+
+
+class Slotted:
+    __slots__ = ()
+
+    def __call__(self, *inputs):
+        return inputs[-1][..., 0]
+
+    def method(self, *inputs):
+        return inputs[-1][..., 0]
+
+
+@pytest.mark.parametrize(
+    "func", [len, Slotted(), Slotted().method], ids=["builtin", "slots", "method"]
+)
+def test_what_takes_no_attributes_is_refused(func):
+    with pytest.raises(TypeError, match=r"takes no attributes; write `reads_next_state = True`"):
+        reads_next_state(func)
+
+
+def test_what_cannot_be_called_is_refused(make_point):
+    with pytest.raises(TypeError, match="func must be callable, got 3"):
+        reads_next_state(3)
+    base = make_point()
+    with pytest.raises(TypeError, match=r"term_func must be callable or None, got 0.5"):
+        StaticPredictor(base.model, None, None, base.encoder, 1, 1, term_func=0.5)
+    with pytest.raises(TypeError, match="term_func must be callable or None, got 'never'"):
+        PredictorFactory(term_func="never")
+
+
+def test_only_rewards_and_terminations_can_read_the_next_state(make_point):
+    of_next = reads_next_state(lambda s, c, a, after: after[..., 0])
+    match = "was declared to read the next state, but is asked about state, context and action"
+    with pytest.raises(ValueError, match=f"val_func {match}"):
+        make_point(val_func=of_next)
+    with pytest.raises(ValueError, match=f"exploration_bonus {match}"):
+        CEMPlanner(make_point(), exploration_bonus=of_next)
+    with pytest.raises(ValueError, match=f"exploration_bonus {match}"):
+        PredictorEnv(make_point(), exploration_bonus=of_next)
+
+
+CALLS = {
+    "predict": lambda p, td, plan: p.predict(td["observation"], td["action"]),
+    "step": lambda p, td, plan: p.step(td),
+    "rollout": lambda p, td, plan: p.rollout(td["observation"], plan),
+    "returns": lambda p, td, plan: p.returns(td["state"], td["context"], plan),
+    "env": lambda p, td, plan: PredictorEnv(p).step(td),
+}
+WRONG = {
+    "shape": (lambda x: x[..., :1], ValueError, r"{} gave shape \(.*1\), expected \(2"),
+    "nan": (lambda x: x[..., 0] * math.nan, ValueError, r"{}|imagined returns"),
+}
+WRONG_PROBABILITY = {
+    "negative": (lambda x: -x[..., 0].exp(), ValueError, r"{} gave values .* outside \[0, 1\]"),
+    "above 1": (lambda x: 1.0 + x[..., 0].exp(), ValueError, r"{} gave values .* outside \[0, 1\]"),
+    "integer": (lambda x: x[..., 0].long(), TypeError, r"{} gave torch.int64, expected bool"),
+}
+CASES = [("rew_func", *case) for case in WRONG.values()]
+CASES += [("term_func", *case) for case in (WRONG | WRONG_PROBABILITY).values()]
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(("part", "wrong", "kind", "match"), CASES)
+@pytest.mark.parametrize("looks_ahead", [True, False])
+def test_what_a_function_gives_is_checked(build, call, part, wrong, kind, match, looks_ahead):
+    if looks_ahead:
+        func = reads_next_state(lambda s, c, a, after: wrong(after))
+    else:
+
+        def func(s, c, a):
+            return wrong(s)
+
+    predictor = build(**{part: func})
+    td = predictor.encode(TensorDict({"observation": torch.randn(2, 3)}, [2]))
+    td["action"] = torch.zeros(2, 1)
+    # Members and particles come after the batch in all but returns, which has members first.
+    match = match.replace(r"\(2", r"\([23]").format(part)
+    with pytest.raises(kind, match=match):
+        CALLS[call](predictor, td, torch.zeros(2, 3, 1))
+
+
+def test_a_function_that_does_not_say_so_is_given_three_arguments(make_point):
+    seen = []
+
+    def reward(*inputs):
+        seen.append(len(inputs))
+        return inputs[0][..., 0]
+
+    predictor = make_point(rew_func=reward)
+    predictor.rollout(torch.zeros(2), torch.zeros(3, 1))
+    predictor.predict(torch.zeros(2), torch.zeros(1))
+    assert seen == [3, 3]
+
+
+def test_heads_of_this_package_read_what_they_always_did(make_predictor):
+    predictor = make_predictor()
+    for head in (RewardNet(2, 0, 1), ValueNet(2, 0), predictor.rew_func):
+        assert not getattr(head, "reads_next_state", False)

@@ -250,7 +250,7 @@ def test_what_is_not_finite_raises_and_names_the_member(wrap, propagation, part)
 
 def test_a_reward_that_is_not_finite_raises(wrap, make_shifts):
     predictor = wrap(make_shifts().model, lambda s, c, a: s[..., 0] / 0.0)
-    with pytest.raises(ValueError, match="imagined reward"):
+    with pytest.raises(ValueError, match="what rew_func gave holds 2 non-finite"):
         PredictorEnv(predictor).step(starts(2).set("action", torch.zeros(2, 1)))
 
 

@@ -37,6 +37,9 @@ OPTIONS = {
     "--steps-per-batch 50 --steps-per-checkpoint 50 --updates-per-step 0.1 --random-prob 0.1",
     "dyna_sac": f"{PENDULUM} --total-env-steps 120 --random-steps 40 --steps-per-batch 20 "
     "--steps-per-checkpoint 20 --updates-per-step 0.3 --batch-size 16 --hidden-size 8 --horizon 3",
+    "value_gradients": f"{PENDULUM} --total-env-steps 120 --random-steps 40 --steps-per-batch 20 "
+    "--steps-per-checkpoint 20 --updates-per-step 0.3 --batch-size 16 --hidden-size 8 "
+    "--model-size 8 --n-episodes 4 --episode-steps 5 --horizon 3 --steps-per-evaluation 60",
     "skill_hierarchy": f"{PLANS} --n-envs 2 --total-env-steps 500 --skill-steps 300 --duration 5 "
     "--steps-per-batch 100 --steps-per-checkpoint 100 --eval-episodes 2 "
     "--sac-updates-per-step 0.1 --model-updates-per-action 0.2 --symmetry-breaking-steps 300",

@@ -50,7 +50,13 @@ from layeredrl_torchrl.runs import RunOptions
 from layeredrl_torchrl.runs.options import read_settings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-EXAMPLES = ("planning_with_model", "learn_to_control", "dyna_sac", "skill_hierarchy")
+EXAMPLES = (
+    "planning_with_model",
+    "learn_to_control",
+    "dyna_sac",
+    "value_gradients",
+    "skill_hierarchy",
+)
 BLUE, ORANGE, GREY = "#2a6fbb", "#d9722b", "#888888"
 
 
@@ -351,6 +357,8 @@ def draw_curve(folder: Path, config: RunOptions) -> None:
     how = "planned in a model learned from scratch"
     if hasattr(config, "imagined_share"):
         how = f"SAC on {'imagined' if config.imagined_share else 'real'} experience"
+    if hasattr(config, "episode_steps"):
+        how = "value gradients through a model learned from scratch"
     learning_curve(rows, float(mean), folder / "learning_curve.png", config.task, how)
 
 

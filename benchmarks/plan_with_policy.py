@@ -1,9 +1,9 @@
 """What planning adds to a policy: plans that try the policy and end in what its critics say.
 
-    python benchmarks/plan_with_policy.py output/dyna_sac --eval-episodes 3
+    python benchmarks/plan_with_policy.py output/value_gradients --eval-episodes 3
 
-Evaluates the policy of a run of `examples/dyna_sac.py`, and iCEM in its world model with the policy
-as a proposal, on the same episodes.
+Evaluates the policy of a run of `examples/value_gradients.py` or `examples/dyna_sac.py`, and iCEM
+in its world model with the policy as a proposal, on the same episodes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from layeredrl_torchrl.runs import find_task, play_episodes
 
 @dataclass
 class Config:
-    """Plan with a policy that SAC has learned."""
+    """Plan with a policy that was learned in a world model."""
 
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder of the run."""
@@ -81,8 +81,10 @@ def main(config: Config) -> None:
     """Print both mean returns."""
     torch.set_num_threads(config.threads)
     found = example_of(config.folder)
-    if found is None or found[0].__name__ != "dyna_sac" or not found[1].imagined_share:
-        raise SystemExit(f"{config.folder} holds no run of examples/dyna_sac.py with a model")
+    names = ("dyna_sac", "value_gradients")
+    modelled = found is not None and getattr(found[1], "imagined_share", 1)
+    if not modelled or found[0].__name__ not in names:
+        raise SystemExit(f"{config.folder} holds no run of examples {names} with a model")
     example, options = found
     options.device = config.device
     task = find_task(options.task)

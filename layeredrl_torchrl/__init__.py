@@ -10,7 +10,6 @@ if not (_here / "envs").is_dir() and (_here.parent / "envs" / "__init__.py").is_
 
 from layeredrl_torchrl.checkpoints import (  # noqa: E402
     CollectorState,
-    EnvState,
     SafeCheckpoint,
     SafeRotation,
 )
@@ -22,7 +21,11 @@ from layeredrl_torchrl.envs import (  # noqa: E402
     point_maze,
 )
 from layeredrl_torchrl.hierarchies import Hierarchy  # noqa: E402
-from layeredrl_torchrl.imagination import FromBuffer, PredictorEnv  # noqa: E402
+from layeredrl_torchrl.imagination import (  # noqa: E402
+    FromBuffer,
+    PredictorEnv,
+    ValueGradientLoss,
+)
 from layeredrl_torchrl.levels import (  # noqa: E402
     ActionSequenceLevel,
     ConstantLevel,
@@ -125,7 +128,6 @@ __all__ = [
     "Encoder",
     "EncoderNet",
     "EnsembleDisagreement",
-    "EnvState",
     "Expectation",
     "FixedEncoderNet",
     "FlipTermination",
@@ -169,6 +171,7 @@ __all__ = [
     "Task",
     "TermsLoss",
     "TransitionSlices",
+    "ValueGradientLoss",
     "ValueNet",
     "WorstCase",
     "best_plan",

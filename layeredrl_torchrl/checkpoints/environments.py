@@ -28,6 +28,7 @@ class EnvState:
 
     >>> env, twin = (make_batched("Reacher-v5", 2, seed=seed) for seed in (0, 7))
     >>> data = env.rollout(5)[:, -1]
+    >>> from layeredrl_torchrl.checkpoints import EnvState
     >>> EnvState(twin).load_state_dict(EnvState(env).state_dict())
     >>> steps = [e.step(data.clone())["next"] for e in (env, twin)]
     >>> torch.equal(steps[0]["observation"], steps[1]["observation"])

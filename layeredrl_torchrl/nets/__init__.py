@@ -3,6 +3,7 @@
 from layeredrl_torchrl.nets._averaging import move_towards
 from layeredrl_torchrl.nets._gaussians import LogStdBounds, MemberOutput
 from layeredrl_torchrl.nets._stacked import StackedProbFCDynamics, hidden_layers, product
+from layeredrl_torchrl.nets.actor_critic import QValueNet, QValueOperator, TanhActor
 from layeredrl_torchrl.nets.dynamics import ProbFCDynamics
 from layeredrl_torchrl.nets.encoders import Encoder, EncoderNet, FixedEncoderNet, IdentityEncoder
 from layeredrl_torchrl.nets.functions import (
@@ -24,10 +25,13 @@ __all__ = [
     "MemberOutput",
     "Normalizer",
     "ProbFCDynamics",
+    "QValueNet",
+    "QValueOperator",
     "RewardNet",
     "ScalarHead",
     "StackedProbFCDynamics",
     "StepFunction",
+    "TanhActor",
     "ValueNet",
     "hidden_layers",
     "move_towards",

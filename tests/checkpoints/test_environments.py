@@ -13,12 +13,12 @@ from torchrl.envs import GymEnv, GymWrapper, PendulumEnv, RewardSum, SerialEnv, 
 
 from layeredrl_torchrl import (
     CollectorState,
-    EnvState,
     SafeCheckpoint,
     SuccessRate,
     get_task,
     make_batched,
 )
+from layeredrl_torchrl.checkpoints import EnvState
 
 
 def make_env(name, seed):

@@ -22,6 +22,8 @@ SMALL = {
     "planning_with_model": PENDULUM + PLANS + "--updates-per-step=0.2",
     "learn_to_control": PENDULUM + PLANS + "--updates-per-step=0.2 --batch-size=16",
     "dyna_sac": PENDULUM + "--updates-per-step=0.2 --batch-size=16 --horizon=3",
+    "value_gradients": PENDULUM + "--updates-per-step=0.2 --batch-size=16 --model-size=8 "
+    "--n-episodes=4 --episode-steps=5 --horizon=2 --steps-per-evaluation=100",
     "skill_hierarchy": PLANS + "--total-env-steps=400 --skill-steps=200 --n-envs=2 "
     "--steps-per-batch=100 --steps-per-checkpoint=200 --symmetry-breaking-steps=300 --duration=25 "
     "--sac-updates-per-step=0.1 --model-updates-per-action=0.2 --hidden-size=8 --eval-episodes=2",

@@ -1,0 +1,196 @@
+"""Learn any task of `layeredrl_torchrl.envs` by gradients through a learned world model.
+
+The policy follows the gradient of its own return in the model: `ValueGradientLoss` rolls it out for
+a few steps that keep gradients and end in the critics. These learn from lambda-returns of long
+imagined episodes that keep none, and the states of those are where the short ones start (as in
+DHMBPO, arXiv 2512.15439). One update for each real step is enough.
+
+    python examples/value_gradients.py --task Hopper-v5
+    python examples/value_gradients.py --resume
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictSequential
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.envs import EnvBase, ExplorationType, RewardSum, set_exploration_type
+from torchrl.objectives import SoftUpdate
+
+import layeredrl_torchrl as lt
+from layeredrl_torchrl import runs
+from layeredrl_torchrl.imagination import OutOfRange, TruncateWhere
+from layeredrl_torchrl.nets import QValueOperator, TanhActor
+
+
+@dataclass
+class Config(runs.RunOptions):
+    """Learn to control a task by value gradients."""
+
+    task: str = "HalfCheetah-v5"
+    """Name of the task."""
+    random_steps: runs.Natural | None = None
+    """Real steps with random actions at the start; 1,000 by default, at most a quarter of all."""
+    known_termination: bool = False
+    """Whether the task says which steps end an episode, instead of the model."""
+    gamma: runs.Share = 0.99
+    """Discount."""
+    horizon: runs.Count = 5
+    """Imagined steps that the policy's gradient flows through."""
+    episode_steps: runs.Count = 40
+    """Steps of the imagined episodes that the critics learn from."""
+    n_episodes: runs.Count = 96
+    """Episodes that are imagined side by side."""
+    updates_per_imagination: runs.Count = 20
+    """Updates until the next are imagined; those of five times are kept."""
+    lmbda: runs.Share = 0.97
+    """Decay of the critics' lambda-returns."""
+    updates_per_step: runs.Positive = 1.0
+    """Updates of the policy for every real step; the critics make twice as many."""
+    model_updates_per_step: runs.Positive = 1.0
+    """Gradient steps of the model for every real step."""
+    batch_size: runs.Count = 256
+    """Rows in a batch, for the critics and for each member of the ensemble."""
+    hidden_size: runs.Count = 128
+    """Width of the two hidden layers of policy and critics."""
+    model_size: runs.Count = 160
+    """Width of the three hidden layers of the model's networks."""
+    lr: runs.Positive = 1e-3
+    """Learning rate of policy and critics."""
+    tau: runs.Share = 0.02
+    """Share of the critics that their targets take up in an update."""
+    steps_per_batch: runs.Count = 250
+    """Real steps between two learning phases."""
+    steps_per_evaluation: runs.Count = 1000
+    """Real steps between two evaluations, of three episodes each."""
+    output: Path = Path("output/value_gradients")
+    """Folder of the learning curve, of the evaluation and of the checkpoints."""
+
+
+REAL_KEYS = ("observation", "action", "next", ("collector", "traj_ids"))
+KEYS = ("state", "context", "action", "value_target")
+TERMS = ("nll", "loss_reward", "loss_qvalue", "value", "entropy", "alpha", "evaluation")
+
+
+class Agent:
+    """Everything that learns or stores."""
+
+    def __init__(self, config: Config, task: lt.Task, env: EnvBase, total: int) -> None:
+        self.config, n_random = config, config.random_steps
+        self.random_steps = min(1000, total // 4) if n_random is None else n_random
+        dims = {"latent_state_dims": task.state_dims, "context_dims": task.context_dims}
+        make_predictor = lt.PredictorFactory(
+            hidden_sizes=(config.model_size,) * 3,
+            n_models=4,
+            gamma=config.gamma,
+            partial_encoder=partial(lt.FixedEncoderNet, **dims),
+            term_func=task.term_func() if config.known_termination else None,
+            predictor_options={"value_loss_weight": 0.0},
+        )
+        spaces = env.observation_spec_unbatched, env.action_spec_unbatched
+        self.predictor = make_predictor(*spaces, device=config.device)
+        sizes = len(task.state_dims), len(task.context_dims), spaces[1]
+        widths = (config.hidden_size,) * 2
+        self.actor = TanhActor(*sizes, hidden_sizes=widths)
+        qvalue = QValueOperator(*sizes, hidden_sizes=widths)
+        options = {"horizon": config.horizon, "mean_qvalue": True}
+        self.loss = lt.ValueGradientLoss(self.actor, qvalue, self.predictor, **options)
+        self.loss.make_value_estimator(gamma=config.gamma, lmbda=config.lmbda)
+        self.loss.to(config.device)
+        self.policy = TensorDictSequential(self.predictor.encoder, self.actor)
+        self.target = SoftUpdate(self.loss, tau=config.tau)
+        nets = [p for name, p in self.loss.named_parameters() if name != "log_alpha"]
+        groups = [{"params": nets}, {"params": [self.loss.log_alpha], "lr": 3e-4}]
+        self.optim = torch.optim.Adam(groups, lr=config.lr, fused=True)
+        store = partial(LazyTensorStorage, device=config.device)
+        self.real = TensorDictReplayBuffer(storage=store(max(total, 100_000), ndim=2))
+        size = 5 * config.n_episodes * config.episode_steps
+        self.imagined = TensorDictReplayBuffer(storage=store(size))
+        self.counts = {"steps": 0, "updates": 0}
+        names = ("loss", "optim", "real", "imagined", "counts", "predictor")
+        self.parts = {name: vars(self)[name] for name in names}
+        self.parts["model_optim"] = self.predictor.optim
+
+    def learn(self, data: TensorDictBase) -> dict[str, float]:
+        """Store real experience `[env, T]`; then update the model, the critics and the policy."""
+        config, counts, n_steps = self.config, self.counts, data.numel()
+        self.real.extend(data.select(*REAL_KEYS, strict=False).to(config.device))
+        counts["steps"] += n_steps
+        if counts["steps"] < self.random_steps:
+            return {}
+        # The first phase makes up for those in which there was nothing to learn for.
+        n_steps = n_steps if counts["updates"] else counts["steps"]
+        n_fits = max(round(config.model_updates_per_step * n_steps), 1)
+        sizes = (config.batch_size, config.batch_size)
+        _, info = self.predictor.learn(self.real, n_fits, *sizes, counts["steps"])
+        self.loss.fit_inputs(self.predictor.encoder(self.real[:]))
+        self.imagined.empty()  # what the model said before it was fitted
+        n_updates = max(round(config.updates_per_step * n_steps), 1)
+        terms = torch.stack([self.update(i) for i in range(n_updates)]).mean()
+        return info | {name: value.item() for name, value in terms.items()}
+
+    @torch.no_grad()
+    def imagine(self) -> None:
+        """Imagine episodes of the policy from real states, and store them with their returns."""
+        config, starts = self.config, lt.FromBuffer(self.real, self.predictor)
+        options = {"initial_states": starts, "batch_size": [config.n_episodes]}
+        env = lt.PredictorEnv(self.predictor, propagation=lt.TS1(), **options)
+        env = env.append_transform(TruncateWhere(OutOfRange(self.predictor.model)))
+        with set_exploration_type(ExplorationType.RANDOM):
+            episodes = env.rollout(config.episode_steps, self.actor, break_when_any_done=False)
+        self.loss.fit_scale(episodes, rate=0.05)
+        self.imagined.extend(self.loss.value_targets(episodes).select(*KEYS).reshape(-1))
+
+    def update(self, i: int) -> TensorDict:
+        """Update the critics twice, then policy and entropy's weight; imagine if it is time."""
+        if i % self.config.updates_per_imagination == 0:
+            self.imagine()
+        self.counts["updates"] += 1
+        for _ in range(2):
+            loss, _ = self.loss.qvalue_loss(self.imagined.sample(self.config.batch_size))
+            self.step(loss)
+            self.target.step()
+        loss_actor, found = self.loss.actor_loss(self.imagined.sample(self.config.batch_size // 2))
+        self.step(loss_actor + self.loss.alpha_loss(found["log_prob"]))
+        terms = {"value": found["value"].mean(), "entropy": -found["log_prob"].mean()}
+        return TensorDict({"loss_qvalue": loss.detach(), "alpha": self.loss.alpha, **terms})
+
+    def step(self, loss: torch.Tensor) -> None:
+        """One gradient step of whatever the loss depends on."""
+        self.optim.zero_grad()
+        loss.backward()
+        self.optim.step()
+
+
+def main(config: Config) -> None:
+    """Learn, saving and evaluating on the way; then evaluate at length."""
+    task = runs.find_task(config.task)
+    total = config.total_env_steps or task.budget
+
+    def make_env(seed: int, n: int = config.n_envs) -> EnvBase:
+        return lt.make_batched(task, n, seed=seed).append_transform(RewardSum())
+
+    def evaluate(seed: int, n: int) -> TensorDictBase:
+        return runs.play_episodes(make_env(seed, n), agent.policy, config.device)
+
+    with runs.Run(config, total) as run:
+        env = make_env(config.seed)
+        agent = Agent(config, task, env, total)
+        run.keep(**agent.parts)
+        for data in run.collect(env, agent.policy, init_random_frames=agent.random_steps):
+            row = dict.fromkeys(TERMS, math.nan) | agent.learn(data)
+            if run.steps % config.steps_per_evaluation < data.numel():
+                ends = evaluate(config.seed + 20_000, 3)["episode_reward"]
+                row["evaluation"] = ends.mean().item()
+            run.log(run.returns(data) | {name: row[name] for name in TERMS})
+        run.report(evaluate(config.seed + 10_000, config.eval_episodes), solved_at=task.solved_at)
+
+
+if __name__ == "__main__":
+    runs.command(main, Config, __doc__)

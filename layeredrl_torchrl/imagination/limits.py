@@ -1,0 +1,124 @@
+"""Where imagined episodes end because the model has left its data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torchrl.data import Binary, Composite, TensorSpec
+from torchrl.envs import Transform
+
+from layeredrl_torchrl._checks import check_callable, check_instance, check_number, check_per_item
+from layeredrl_torchrl.models import EnsembleDisagreement, ProbabilisticEnsemble
+
+__all__ = ["Disagrees", "OutOfRange", "TruncateWhere"]
+
+
+class OutOfRange:
+    """Whether a step leads far from all states that the model has seen.
+
+    >>> model = ProbabilisticEnsemble(Unbounded((2,)), None, Bounded(-1.0, 1.0, (1,)))
+    >>> far = OutOfRange(model, limit=20.0)
+    >>> far(torch.zeros(3, 2), torch.zeros(3, 0), torch.zeros(3, 1), torch.full((3, 2), 30.0))
+    tensor([True, True, True])
+
+    Args:
+        model: An ensemble with statistics of its inputs, as training leaves it.
+        limit: Standard deviations of the data that a dimension of the state may lie from its mean.
+
+    Raises:
+        TypeError, ValueError: A model of another kind, a limit that is not positive.
+    """
+
+    def __init__(self, model: ProbabilisticEnsemble, limit: float = 20.0) -> None:
+        check_instance("model", model, ProbabilisticEnsemble, hint="pass predictor.model")
+        self.model = model
+        self.limit = check_number("limit", limit, 0.0, open_low=True)
+
+    def __call__(
+        self, state: Tensor, context: Tensor, action: Tensor, next_state: Tensor
+    ) -> Tensor:
+        """Answer for each of ``[*B]``."""
+        inputs = self.model.scaling.state
+        distance = (next_state - inputs.loc) / inputs.scale
+        return (distance.abs() > self.limit).any(-1)
+
+
+class Disagrees:
+    """Whether the members of the model differ about a step by more than a limit.
+
+    Args:
+        model: The ensemble.
+        limit: Of :class:`~layeredrl_torchrl.EnsembleDisagreement`, in its units.
+
+    Raises:
+        TypeError, ValueError: As :class:`~layeredrl_torchrl.EnsembleDisagreement`; a limit that is
+            not positive.
+    """
+
+    def __init__(self, model: ProbabilisticEnsemble, limit: float) -> None:
+        self.disagreement = EnsembleDisagreement(model)
+        self.limit = check_number("limit", limit, 0.0, open_low=True)
+
+    def __call__(
+        self, state: Tensor, context: Tensor, action: Tensor, next_state: Tensor
+    ) -> Tensor:
+        """Answer for each of ``[*B]``."""
+        return self.disagreement(state, context, action) > self.limit
+
+
+class TruncateWhere(Transform):
+    """Truncates imagined episodes where a condition holds: their last state still has a value.
+
+    >>> model = ProbabilisticEnsemble(Unbounded((2,)), None, Bounded(-1.0, 1.0, (1,)))
+    >>> cost = lambda state, context, action: -state.square().sum(-1)
+    >>> predictor = StaticPredictor(model, None, cost, IdentityEncoder((2,)), 2)
+    >>> env = PredictorEnv(predictor, batch_size=[8])
+    >>> env = env.append_transform(TruncateWhere(OutOfRange(model, limit=1e-3)))
+    >>> env.rollout(5, break_when_any_done=False)["next", "truncated"].any()
+    tensor(True)
+
+    Args:
+        condition: ``(state, context, action, next_state) -> [*B]`` bool, for example
+            :class:`OutOfRange` or :class:`Disagrees`.
+        in_keys: Of state, context and action.
+
+    Raises:
+        TypeError: A condition that cannot be called.
+    """
+
+    def __init__(
+        self,
+        condition: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+        *,
+        in_keys: tuple[str, str, str] = ("state", "context", "action"),
+    ) -> None:
+        check_callable("condition", condition)
+        super().__init__()
+        self.condition, self.step_keys = condition, in_keys
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        state, context, action = (tensordict.get(key) for key in self.step_keys)
+        leaves = self.condition(state, context, action, next_tensordict.get(self.step_keys[0]))
+        check_per_item("condition", leaves, state.shape[:-1])
+        leaves = leaves.unsqueeze(-1)
+        done = next_tensordict.get("done")
+        next_tensordict.set("truncated", leaves & ~next_tensordict.get("terminated"))
+        return next_tensordict.set("done", done | leaves)
+
+    def _reset(
+        self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
+    ) -> TensorDictBase:
+        done = tensordict_reset.get("done", None)
+        if done is None:
+            return tensordict_reset
+        return tensordict_reset.set("truncated", torch.zeros_like(done))
+
+    def transform_done_spec(self, done_spec: TensorSpec) -> TensorSpec:
+        """Add ``"truncated"``."""
+        assert isinstance(done_spec, Composite)
+        kind = done_spec["done"]
+        done_spec["truncated"] = Binary(1, kind.shape, dtype=torch.bool, device=kind.device)
+        return done_spec

@@ -1,0 +1,158 @@
+"""A policy and action values in state space, as TorchRL's losses take them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from tensordict import NestedKey
+from tensordict.nn import NormalParamExtractor, TensorDictModule
+from torch import Tensor, nn
+from torchrl.data import Bounded
+from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
+
+from layeredrl_torchrl.nets.heads import RewardNet
+from layeredrl_torchrl.nets.normalizer import Normalizer
+from layeredrl_torchrl.specs import Space, to_spec
+
+__all__ = ["QValueNet", "QValueOperator", "TanhActor"]
+
+
+class TanhActor(ProbabilisticActor):
+    """A squashed Gaussian policy of state and context, for actions within bounds.
+
+    Inputs are standardised by statistics that :meth:`fit_inputs` sets, hidden layers normalised.
+
+    >>> actor = TanhActor(3, 0, Bounded(-2.0, 2.0, (1,)))
+    >>> actor(TensorDict({"state": torch.zeros(7, 3)}, [7]))["action"].shape
+    torch.Size([7, 1])
+
+    Args:
+        state_dim: ``D``.
+        context_dim: ``C``, may be 0.
+        action_space: Of one action ``[A]``, with finite bounds.
+        hidden_sizes: Width of each hidden layer.
+        nonlinearity: Class of the activation.
+        layer_norm: Whether each hidden layer is normalised.
+        in_keys: Of state and context; the context is not read where it is empty.
+        action_key: What is written.
+
+    Raises:
+        TypeError: Another kind of action space. ValueError: Bounds that are not finite.
+    """
+
+    def __init__(
+        self,
+        state_dim: int,
+        context_dim: int,
+        action_space: Space,
+        hidden_sizes: Sequence[int] = (128, 128),
+        nonlinearity: type[nn.Module] = nn.SiLU,
+        layer_norm: bool = True,
+        *,
+        in_keys: Sequence[NestedKey] = ("state", "context"),
+        action_key: NestedKey = "action",
+    ) -> None:
+        spec = to_spec(action_space, name="action_space")
+        if not isinstance(spec, Bounded) or not spec.dtype.is_floating_point:
+            raise TypeError(f"action_space must be a Box of floats with bounds, got {spec}")
+        low, high = spec.space.low, spec.space.high
+        if not bool((low.isfinite() & high.isfinite()).all()):
+            raise ValueError(
+                f"action_space must have finite bounds, got low={low.tolist()}, "
+                f"high={high.tolist()}; bound the actions in the environment"
+            )
+        keys = list(in_keys)[: 2 if context_dim else 1]
+        net = _PolicyNet(
+            state_dim + context_dim, spec.shape[-1], hidden_sizes, nonlinearity, layer_norm
+        )
+        super().__init__(
+            TensorDictModule(net, keys, ["loc", "scale"]),
+            in_keys=["loc", "scale"],
+            out_keys=[action_key],
+            spec=spec,
+            distribution_class=partial(TanhNormal, low=low, high=high),
+            return_log_prob=False,
+        )
+
+
+class _PolicyNet(nn.Module):
+    """Mean and std of the actions before they are squashed."""
+
+    def __init__(
+        self,
+        n_in: int,
+        n_action: int,
+        hidden_sizes: Sequence[int],
+        nonlinearity: type[nn.Module],
+        layer_norm: bool,
+    ) -> None:
+        super().__init__()
+        self.inputs = Normalizer(n_in)
+        self.net = MLP(
+            in_features=n_in,
+            out_features=2 * n_action,
+            num_cells=list(hidden_sizes),
+            activation_class=nonlinearity,
+            norm_class=nn.LayerNorm if layer_norm else None,
+            norm_kwargs=[{"normalized_shape": n} for n in hidden_sizes] if layer_norm else None,
+        )
+        self.split = NormalParamExtractor()
+
+    def forward(self, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        return self.split(self.net(self.inputs(torch.cat(parts, -1))))
+
+    def fit_inputs(self, state: Tensor, context: Tensor, action: Tensor) -> None:
+        """Set the input statistics from a sample ``[N, ...]``; the action is not looked at."""
+        self.inputs.fit(torch.cat((state, context), -1))
+
+
+class QValueNet(RewardNet):
+    """Predicts the value of taking ``action`` in ``state``; as :class:`RewardNet` otherwise.
+
+    >>> net = QValueNet(state_dim=3, context_dim=0, action_dim=1)
+    >>> net(torch.zeros(7, 3), torch.zeros(7, 0), torch.zeros(7, 1)).shape
+    torch.Size([7])
+    """
+
+
+class QValueOperator(ValueOperator):
+    """A :class:`QValueNet` as a TensorDictModule: writes ``"state_action_value" [*B, 1]``.
+
+    >>> td = TensorDict({"state": torch.zeros(7, 3), "action": torch.zeros(7, 1)}, [7])
+    >>> QValueOperator(3, 0, 1)(td)["state_action_value"].shape
+    torch.Size([7, 1])
+
+    Args:
+        state_dim, context_dim, action_dim, hidden_sizes, nonlinearity, layer_norm: As
+            :class:`RewardNet` has them.
+        in_keys: Of state, context and action; the context is not read where it is empty.
+    """
+
+    def __init__(
+        self,
+        state_dim: int,
+        context_dim: int,
+        action_dim: int | Space,
+        hidden_sizes: Sequence[int] = (128, 128),
+        nonlinearity: type[nn.Module] = nn.SiLU,
+        layer_norm: bool = True,
+        *,
+        in_keys: Sequence[NestedKey] = ("state", "context", "action"),
+    ) -> None:
+        net = QValueNet(state_dim, context_dim, action_dim, hidden_sizes, nonlinearity, layer_norm)
+        keys = [key for key, dim in zip(in_keys, (1, context_dim, 1), strict=True) if dim]
+        super().__init__(_Column(net, has_context=bool(context_dim)), in_keys=keys)
+
+
+class _Column(nn.Module):
+    """A head whose values have an axis of their own."""
+
+    def __init__(self, head: QValueNet, *, has_context: bool) -> None:
+        super().__init__()
+        self.head, self.has_context = head, has_context
+
+    def forward(self, state: Tensor, *others: Tensor) -> Tensor:
+        context, action = others if self.has_context else (state[..., :0], *others)
+        return self.head(state, context, action).unsqueeze(-1)

@@ -166,7 +166,7 @@ TABLE = {
     lrl.EnsembleDisagreement: (partial(lrl.EnsembleDisagreement, ensemble()), {"scale": NUMBER}),
     lrl.ModelLoss: (
         partial(lrl.ModelLoss, ensemble()),
-        {"per_member": FLAG, "beta": NOT_NEGATIVE},
+        {"per_member": FLAG, "beta": SHARE},
     ),
     lrl.PredictorLoss: (
         lambda **options: lrl.PredictorLoss(
@@ -195,7 +195,7 @@ TABLE = {
             "clip_grad_max_norm": POSITIVE,
             "delta_standardizer": FLAG,
             "encoder_warm_up": COUNT0,
-            "beta_nll": NOT_NEGATIVE,
+            "beta_nll": SHARE,
             "model_training": OBJECT,
         },
     ),

@@ -28,6 +28,20 @@ def latent(batch):
     return td.set("action", ACTIONS.rand(batch))
 
 
+def also(suite, *kinds):
+    """Make suites for classes that are built and called as that of another suite."""
+    for kind in kinds:
+        globals()[f"Test{kind.__name__}"] = type(f"Test{kind.__name__}", (suite,), {"kind": kind})
+
+
+def lukewarm(optimizer, batch):
+    """A memory of earlier plans, for some of the problems."""
+    memory = optimizer.forget(batch)
+    memory["mean"] = torch.rand(*batch, 3, A)
+    memory["warm"] = torch.rand(*batch, 1) < 0.5
+    return memory
+
+
 # -- encoders, heads, models ----------------------------------------------------------------------
 
 
@@ -265,9 +279,9 @@ class TestPredictorLoss(LossConformance):
         "elapsed_steps": "n",
     }
 
-    def make(self, hidden=(6,)):
+    def make(self, hidden=(6,), **options):
         heads = [stir(lrl.RewardNet(D, C, A, hidden)), stir(lrl.ValueNet(D, C, hidden))]
-        return self.kind(TestEncoderNet().make(), *heads, k_steps=2, n_steps=2)
+        return self.kind(TestEncoderNet().make(), *heads, k_steps=2, n_steps=2, **options)
 
     def make_others(self):
         return [self.make((7,))]
@@ -294,13 +308,14 @@ class TestCEM(Conformance):
         return self.kind(search, 3, n_samples=30, n_iterations=3)
 
     def inputs(self, part, batch):
-        """A memory that is warm for some, noise, and each problem's optimum."""
-        memory = part.forget(batch)
-        memory["mean"] = torch.rand(*batch, 3, A)
-        memory["warm"] = torch.rand(*batch, 1) < 0.5
+        """A memory, noise, and each problem's optimum."""
         noise = part.draw_noise(batch)  # of candidates [*B, N, H, A]
-        target = noise[..., :1, :, :].tanh()
-        return TensorDict({"memory": memory, "noise": noise, "target": target}, batch)
+        td = {
+            "memory": lukewarm(part, batch),
+            "noise": noise,
+            "target": noise[..., :1, :, :].tanh(),
+        }
+        return TensorDict(td, batch)
 
     def run(self, part, td):
         def cost(x):
@@ -311,12 +326,7 @@ class TestCEM(Conformance):
         return TensorDict({name: getattr(found, name) for name in names}, td.batch_size)
 
 
-class TestICEM(TestCEM):
-    kind = lrl.ICEM
-
-
-class TestMPPI(TestCEM):
-    kind = lrl.MPPI
+also(TestCEM, lrl.ICEM, lrl.MPPI)
 
 
 class TestCVaR(Conformance):
@@ -340,8 +350,7 @@ class TestWorstCase(TestCVaR):
         return self.kind()
 
 
-class TestMean(TestWorstCase):
-    kind = Mean
+also(TestWorstCase, Mean)
 
 
 class TestCEMPlanner(Conformance):
@@ -365,11 +374,9 @@ class TestCEMPlanner(Conformance):
         return self.make(predictor, plan_key=("agents", "plan"))
 
     def inputs(self, part, batch):
-        td = normal(batch, observation=D + C)
-        memory = part.optimizer.forget(batch)
-        memory["mean"] = torch.rand(*batch, 3, A)
-        memory["warm"] = torch.rand(*batch, 1) < 0.5
-        return td.update({"planner": memory, "noise": part.optimizer.draw_noise(batch)})
+        noise = part.optimizer.draw_noise(batch)
+        planner = {"planner": lukewarm(part.optimizer, batch), "noise": noise}
+        return normal(batch, observation=D + C).update(planner)
 
     def compare(self, part, td):
         actions, found = part.plan(td, td["noise"])
@@ -377,12 +384,7 @@ class TestCEMPlanner(Conformance):
         return TensorDict(out, td.batch_size)
 
 
-class TestICEMPlanner(TestCEMPlanner):
-    kind = lrl.ICEMPlanner
-
-
-class TestMPPIPlanner(TestCEMPlanner):
-    kind = lrl.MPPIPlanner
+also(TestCEMPlanner, lrl.ICEMPlanner, lrl.MPPIPlanner)
 
 
 # -- levels ---------------------------------------------------------------------------------------

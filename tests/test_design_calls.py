@@ -10,13 +10,10 @@ import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictSequential
-from torch import nn
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, ReplayBuffer, TensorDictReplayBuffer
 from torchrl.envs import DoubleToFloat, GymEnv, SerialEnv, TransformedEnv
-from torchrl.envs.utils import check_env_specs
-from torchrl.modules import CEMPlanner, MPPIPlanner
-from torchrl.objectives.value import TDLambdaEstimator
+from torchrl.modules import CEMPlanner
 
 from layeredrl_torchrl import (
     IdentityEncoder,
@@ -86,50 +83,6 @@ def make_inputs(batch, *steps):
 # -- models -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-def test_ensemble(task_spaces, batch):
-    model = make_ensemble(*task_spaces)
-    state, action = make_inputs(batch)
-    context = state[..., :0]
-
-    s_next_mean, weights, s_next_std, term_prob = model.predict(state, context, action)
-
-    assert s_next_mean.shape == s_next_std.shape == (*batch, 3, 2, D)
-    assert weights.shape == (*batch, 3, 2)
-    assert term_prob.shape == batch
-    td = TensorDict({"state": state, "context": context, "action": action}, batch)
-    model(td)
-    assert torch.equal(td["next", "loc"], s_next_mean)
-    assert torch.equal(td["next", "weights"], weights)
-    assert torch.equal(td["next", "scale"], s_next_std)
-    assert torch.equal(td["next", "term_prob"], term_prob.unsqueeze(-1))
-
-    next_state = torch.randn(*batch, D)
-    log_prob, same_term_prob, info = model.get_log_prob(state, context, action, next_state)
-    torch.testing.assert_close(log_prob, model.dist(td).log_prob(next_state))
-    torch.testing.assert_close(same_term_prob, term_prob)
-    assert isinstance(info, dict)
-
-
-@pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("batch", BATCHES)
-def test_ensemble_rollout_and_uncertainty(task_spaces, batch, deterministic):
-    model = make_ensemble(*task_spaces)
-    initial_state, actions = make_inputs(batch, 6)
-    context = initial_state[..., :0]
-
-    traj = model.rollout(initial_state, context, actions, deterministic=deterministic)
-
-    assert traj.batch_size == (*batch, 3, 2, 6)
-    assert traj["context"].shape == (*batch, 3, 2, 6, 0)
-    assert traj["action"].shape == (*batch, 3, 2, 6, A)
-    assert traj["next", "term_prob"].shape == (*batch, 3, 2, 6, 1)
-    spread = model.uncertainty(traj)
-    assert spread.batch_size == (*batch, 6)
-    for key in ("mean", "epistemic_var", "aleatoric_var"):
-        assert spread[key].shape == (*batch, 6, D)
-
-
 # -- predictors -------------------------------------------------------------------------------
 
 
@@ -173,16 +126,9 @@ def test_predictor(predictor, batch):
     traj = predictor.rollout(obs, torch.stack([act] * 3, -2))
     assert traj.batch_size == (*batch, 3, 2, 3)
     assert traj["next", "reward"].shape == (*batch, 3, 2, 3, 1)
-
-
-@pytest.mark.parametrize("batch", BATCHES)
-def test_predictor_with_tensordicts(predictor, batch):
-    obs, act = make_inputs(batch)
-    td = predictor.encode(TensorDict({"observation": obs, "action": act}, batch))
-    other = predictor.step_module(td.clone())
-    td = predictor.step(td)
-    mean, _, _, reward, _ = predictor.predict(obs, act)
-    for result in (td, other, predictor(TensorDict({"observation": obs, "action": act}, batch))):
+    td = TensorDict({"observation": obs, "action": act}, batch)
+    encoded = predictor.encode(td.clone())
+    for result in (predictor.step(encoded.clone()), predictor.step_module(encoded), predictor(td)):
         torch.testing.assert_close(result["next", "loc"], mean)
         torch.testing.assert_close(result["next", "reward"], reward.unsqueeze(-1))
         for key in ("terminated", "done"):
@@ -210,48 +156,6 @@ def test_modes_of_torch(task_spaces):
 # -- planning and the whole road --------------------------------------------------------------
 
 
-def make_planners(env):
-    cem = CEMPlanner(env, planning_horizon=3, optim_steps=2, num_candidates=16, top_k=4)
-    value = copy.deepcopy(env.predictor.val_func)
-
-    class StateValue(nn.Module):
-        in_keys, out_keys = ["state", "context"], ["state_value"]
-
-        def __init__(self):
-            super().__init__()
-            self.value = value
-
-        def forward(self, td):
-            return td.set("state_value", self.value(td["state"], td["context"], None)[..., None])
-
-    advantage = TDLambdaEstimator(gamma=0.99, lmbda=0.95, value_network=StateValue())
-    mppi = MPPIPlanner(
-        env,
-        advantage,
-        temperature=1.0,
-        planning_horizon=3,
-        optim_steps=2,
-        num_candidates=16,
-        top_k=4,
-    )
-    return cem, mppi
-
-
-@pytest.mark.parametrize("use_value_func", [False, True])
-def test_predictor_env_and_torchrls_planners(task_spaces, use_value_func):
-    predictor = make_predictor(*task_spaces)
-    env = PredictorEnv(predictor, action_spec=task_spaces[1], use_value_func=use_value_func)
-    check_env_specs(env)
-    for planner in make_planners(env):
-        policy = TensorDictSequential(predictor.encoder, planner)
-        for batch in BATCHES:
-            td = TensorDict({"observation": make_inputs(batch)[0]}, batch)
-            with torch.no_grad():
-                action = policy(td)["action"]
-            assert action.shape == (*batch, A)
-            assert env.action_spec.is_in(action)
-
-
 @pytest.mark.parametrize("use_value_func", [False, True])
 @pytest.mark.parametrize("n_envs", [None, 2])
 def test_collect_extend_learn(n_envs, use_value_func):
@@ -260,7 +164,8 @@ def test_collect_extend_learn(n_envs, use_value_func):
     space = real_env.observation_spec_unbatched["observation"], real_env.action_spec_unbatched
     predictor = make_predictor(*space, n_steps=2)
     env = PredictorEnv(predictor, action_spec=space[1], use_value_func=use_value_func)
-    planner = TensorDictSequential(predictor.encoder, make_planners(env)[0])
+    cem = CEMPlanner(env, planning_horizon=3, optim_steps=2, num_candidates=16, top_k=4)
+    planner = TensorDictSequential(predictor.encoder, cem)
     storage = LazyTensorStorage(200, ndim=1 if n_envs is None else 2)
     buffer = TensorDictReplayBuffer(storage=storage)
     start = copy.deepcopy(predictor.state_dict())

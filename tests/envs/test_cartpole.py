@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
@@ -45,23 +44,11 @@ def test_gymnasiums_check():
         check_env(CartPoleSwingUpEnv(), skip_render_check=True)
 
 
-def test_it_runs_at_25_hertz(env):
-    assert env.dt == pytest.approx(0.04)
-    assert env.metadata["render_fps"] == 25
-
-
 def test_it_starts_hanging_in_the_middle_and_stays_there_without_force(env):
     obs, _ = env.reset(seed=1)
     assert obs[2] < -0.95
     assert abs(obs[0]) < 0.25
     assert episode(lambda obs: 0.0, seed=1) < 5.0
-
-
-def test_a_balanced_pole_scores_one_each_step(env):
-    env.set_state(np.zeros(2), np.zeros(2))
-    for _ in range(5):
-        _, reward, *_ = step(env, 0.0)
-        assert reward == pytest.approx(1.0)
 
 
 def test_the_reward_belongs_to_the_state_in_which_the_action_is_taken(env):
@@ -92,7 +79,9 @@ def test_energy_is_lost_slowly_without_force(env):
     assert max(heights[50:]) > -0.3  # and swings on
 
 
-def test_the_rail_ends(env):
+def test_the_rail_ends_and_it_runs_at_25_hertz(env):
+    assert env.dt == pytest.approx(0.04)
+    assert env.metadata["render_fps"] == 25
     xs = [step(env, 1.0)[0][0] for _ in range(100)]
     assert 1.7 < max(xs) < 2.0
 
@@ -104,11 +93,6 @@ def test_the_noise_at_the_start():
     assert np.std([wide.reset()[0][3] for _ in range(200)]) == pytest.approx(0.5, rel=0.2)
     with pytest.raises(ValueError, match="reset_noise_scale must be at least 0, got -1"):
         CartPoleSwingUpEnv(-1.0)
-
-
-def test_seeds_repeat():
-    first, second = (CartPoleSwingUpEnv().reset(seed=7)[0] for _ in range(2))
-    np.testing.assert_array_equal(first, second)
 
 
 def swing_up(obs):
@@ -130,11 +114,3 @@ def test_a_hand_written_controller_solves_it_and_chance_does_not():
     rng = np.random.default_rng(0)
     chance = [episode(lambda obs: rng.uniform(-1, 1), seed) for seed in range(3)]
     assert max(chance) < TASK.solved_at / 3
-
-
-def test_rendering_is_not_touched_until_asked_for():
-    env = gym.make(TASK.make_gym().spec)
-    env.reset(seed=0)
-    step(env, 0.0)
-    assert env.render_mode is None
-    assert env.unwrapped.mujoco_renderer.viewer is None

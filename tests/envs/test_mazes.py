@@ -27,13 +27,6 @@ def test_the_mazes_are_those_of_gymnasium_robotics(rows, theirs):
     assert parse_maze(rows) == getattr(maps, theirs)
 
 
-def test_cells():
-    assert parse_maze(["#####", "#r.g#", "#c..#", "#####"])[1:3] == [
-        [1, "r", 0, "g", 1],
-        [1, "c", 0, 0, 1],
-    ]
-
-
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

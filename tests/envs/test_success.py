@@ -8,7 +8,7 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from tensordict import TensorDict
-from torchrl.envs import GymWrapper, SerialEnv
+from torchrl.envs import GymWrapper
 from torchrl.envs.utils import check_env_specs
 
 from layeredrl_torchrl.envs import SuccessReader
@@ -73,13 +73,6 @@ def test_vectorised_with_partial_resets(kind, at_reset):
         [True],
         [False],
     ]
-
-
-def test_in_a_serial_env():
-    env = SerialEnv(2, [lambda: wrap(Reporter(1)), lambda: wrap(Reporter(3))])
-    check_env_specs(env)
-    data = env.rollout(4)["next", "success"].squeeze(-1)
-    assert data.tolist() == [[True, False, False, False], [False, False, True, False]]
 
 
 def test_keys_can_be_renamed():

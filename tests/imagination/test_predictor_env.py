@@ -16,7 +16,15 @@ from torchrl.envs.utils import check_env_specs
 from torchrl.modules import CEMPlanner, MPPIPlanner
 from torchrl.objectives.value import TDLambdaEstimator
 
-from layeredrl_torchrl import FixedEncoderNet, IdentityEncoder, PredictorEnv
+from layeredrl_torchrl import (
+    TS1,
+    Expectation,
+    FixedEncoderNet,
+    IdentityEncoder,
+    PredictorEnv,
+    Propagation,
+    TSInfinity,
+)
 
 BATCHES = [(), (3,), (2, 3)]
 
@@ -72,11 +80,6 @@ def test_specs_are_what_torchrl_expects(build, make_point, make_predictor, use_v
         assert env.rollout(3, break_when_any_done=False).batch_size == (3,)
 
 
-@pytest.mark.parametrize("space", [OneHot(3), Categorical(3)], ids=["one-hot", "integer"])
-def test_specs_with_discrete_actions(build, space):
-    check_env_specs(PredictorEnv(build(model={"action_space": space})))
-
-
 def start_at(predictor, batch, obs_dim=3):
     obs = torch.randn(*batch, obs_dim)
     return predictor.encode(TensorDict({"observation": obs}, batch)).exclude("observation")
@@ -119,18 +122,6 @@ def test_discrete_actions_step_as_the_predictor_does(build, space):
         torch.testing.assert_close(result[key], expected[key])
 
 
-def test_a_batch_gives_what_its_items_give(build):
-    predictor = build()
-    env = PredictorEnv(predictor, use_value_func=True)
-    start, actions = start_at(predictor, (2, 3)), 2 * torch.rand(2, 3, 4, 1) - 1
-    batched = imagine(env, start, actions)
-    for i in range(2):
-        for j in range(3):
-            one = imagine(env, start[i, j], actions[i, j])
-            for key in ("state", "reward", "imagined_discount"):
-                torch.testing.assert_close(batched[i, j]["next", key], one["next", key])
-
-
 def ends_beyond(limit):
     return lambda after: (after > limit).float()
 
@@ -158,14 +149,6 @@ def test_nothing_is_reset_within_a_plan(make_point, batch):
     contexts = start["context"].unsqueeze(-2).expand(*batch, 6, 1)
     assert torch.equal(data["next", "context"], contexts)
     assert torch.equal(data["context"], contexts)
-
-
-def test_a_rollout_by_itself_stops_at_the_end(make_point):
-    env = PredictorEnv(make_point(ends_beyond(0.6)))
-    start = TensorDict({"state": torch.zeros(1), "context": torch.zeros(1)}, [])
-    data = env.rollout(10, play(torch.ones(10, 1)), auto_reset=False, tensordict=start)
-    assert data.batch_size == (2,)
-    assert data["next", "terminated"].flatten().tolist() == [False, True]
 
 
 # -- the value beyond the horizon -------------------------------------------------------------
@@ -199,19 +182,10 @@ def test_shaped_rewards_sum_to_the_return_and_the_terminal_value(make_point, bat
         assert left.item() == pytest.approx(alive, rel=1e-4)
 
 
-def test_a_certain_end_leaves_no_value(make_point):
-    predictor = make_point(ends_beyond(0.4), potential)
-    env = PredictorEnv(predictor, use_value_func=True, discount=0.9)
-    start = TensorDict({"state": torch.zeros(1), "context": torch.zeros(1)}, [])
-    data = imagine(env, start, torch.ones(3, 1))
-    assert data["next", "reward"].flatten().tolist() == [0.0, 0.0, 0.0]  # r = 0 and V(0) = 0
-    assert data["next", "imagined_discount"].flatten().tolist() == [0.0, 0.0, 0.0]
-
-
-def test_the_value_is_the_predictors_terminal_value(build):
+def test_the_value_is_the_predictors_terminal_value_discounted_by_0_99_by_default(build):
     predictor = build()
     assert predictor.terminal_value is predictor.target_val_func
-    env = PredictorEnv(predictor, use_value_func=True, discount=0.8)
+    env = PredictorEnv(predictor, use_value_func=True)
     td = start_at(predictor, (4,)).set("action", torch.zeros(4, 1))
     following = env.step(td.clone())["next"]
     plain = PredictorEnv(predictor).step(td.clone())["next"]
@@ -219,16 +193,8 @@ def test_the_value_is_the_predictors_terminal_value(build):
     v = predictor.terminal_value
     expected = plain["reward"].squeeze(-1) - v(td["state"], td["context"], td["action"])
     after = v(plain["state"], td["context"], td["action"])
-    expected += 0.8 * (1 - term_prob) * after
+    expected += 0.99 * (1 - term_prob) * after
     torch.testing.assert_close(following["reward"].squeeze(-1), expected)
-
-
-def test_without_a_discount_it_is_0_99(make_point):
-    env = PredictorEnv(make_point(val_func=potential), use_value_func=True)
-    td = TensorDict(
-        {"state": torch.zeros(1), "context": torch.zeros(1), "action": torch.zeros(1)}, []
-    )
-    assert env.step(td)["next", "imagined_discount"].item() == pytest.approx(0.99)
 
 
 # -- TorchRL's planners -----------------------------------------------------------------------
@@ -253,6 +219,7 @@ def make_mppi(env, horizon=4):
 
 
 PLANNERS = [make_cem, make_mppi]
+PROPAGATIONS = [Expectation(), TS1(), TSInfinity()]
 
 
 def plan(planner, obs, predictor):
@@ -263,10 +230,15 @@ def plan(planner, obs, predictor):
 
 @pytest.mark.parametrize("make", PLANNERS)
 @pytest.mark.parametrize("batch", BATCHES)
-def test_planners_find_the_known_optimum(make_point, make, batch, unchanged):
-    """The cost falls on where the point is, so the best first move goes as near as it can."""
-    predictor = make_point()
-    planner = make(PredictorEnv(predictor))
+@pytest.mark.parametrize("propagation", PROPAGATIONS)
+def test_planners_find_the_known_optimum(make_point, make, batch, propagation, unchanged):
+    """The cost falls on where the point is, so the best first move goes as near as it can.
+
+    Its moves are limited by the space of actions that the environment is given, too.
+    """
+    predictor = make_point(n_models=2)
+    space = gym.spaces.Box(-0.9, 1.0, (1,), dtype=np.float64)
+    planner = make(PredictorEnv(predictor, propagation=propagation, action_spec=space))
     obs = torch.tensor([[0.0, 0.2], [0.3, 0.1], [0.0, 5.0], [0.0, -5.0], [1.0, 1.0], [-2.0, -2.4]])
     obs = obs[: torch.Size(batch).numel()].reshape(*batch, 2)
     before = obs.clone()
@@ -274,23 +246,11 @@ def test_planners_find_the_known_optimum(make_point, make, batch, unchanged):
     with unchanged(predictor):
         action = plan(planner, obs, predictor)
 
-    best = (2 * (obs[..., 1:] - obs[..., :1])).clamp(-1, 1)
+    best = (2 * (obs[..., 1:] - obs[..., :1])).clamp(-0.9, 1)
     assert action.shape == (*batch, 1)
     torch.testing.assert_close(action, best, atol=0.1, rtol=0)
     assert planner.env.action_spec.is_in(action)
     assert torch.equal(obs, before)
-
-
-@pytest.mark.parametrize("make", PLANNERS)
-def test_a_value_function_stands_in_for_the_horizon(make_point, make):
-    """One step ahead, no reward depends on the action; only the value does."""
-    predictor = make_point(
-        val_func=lambda state, context, action: -((state - context)[..., 0] ** 2)
-    )
-    obs = torch.tensor([[0.0, 0.3], [0.5, 0.2]])
-    env = PredictorEnv(predictor, use_value_func=True, discount=1.0)
-    action = plan(make(env, horizon=1), obs, predictor)
-    torch.testing.assert_close(action, torch.tensor([[0.6], [-0.6]]), atol=0.1, rtol=0)
 
 
 @pytest.mark.parametrize("make", PLANNERS)
@@ -309,19 +269,6 @@ def test_rewards_after_a_predicted_end_do_not_count(make_point, make):
     assert (dead.abs() < 0.15).all()
 
 
-@pytest.mark.parametrize("make", PLANNERS)
-@pytest.mark.parametrize(
-    "space",
-    [Bounded(-0.2, 0.3, (1,)), gym.spaces.Box(-0.2, 0.3, (1,), dtype=np.float64)],
-    ids=["spec", "gym"],
-)
-def test_planned_actions_lie_in_the_given_spec(make_point, make, space):
-    predictor = make_point()
-    obs = torch.tensor([[0.0, 1.0], [0.0, -1.0]])
-    action = plan(make(PredictorEnv(predictor, action_spec=space)), obs, predictor)
-    torch.testing.assert_close(action, torch.tensor([[0.3], [-0.2]]), atol=0.02, rtol=0)
-
-
 # -- construction -----------------------------------------------------------------------------
 
 
@@ -331,34 +278,55 @@ def test_the_state_holds_every_part_of_the_predictor_once(build):
     assert len(places) == len(set(places))
 
 
+class Other(Propagation):
+    def advance(self, step, n_models, state, context, action):
+        raise NotImplementedError
+
+
+DISCRETE = {"model": {"action_space": OneHot(2)}}
+
+
 @pytest.mark.parametrize(
-    ("parts", "options", "match"),
+    ("parts", "options", "error", "match"),
     [
-        ({"rew_func": None}, {}, "rew_func"),
-        ({}, {"use_value_func": True}, "val_func"),
-        ({}, {"discount": 0.9}, "use_value_func"),
-        ({}, {"action_spec": Bounded(-1, 1, (2,))}, "action_spec"),
-        ({}, {"action_spec": Bounded(-1, 1, (3, 1))}, "action_spec"),
+        ({"rew_func": None}, {}, ValueError, "rew_func"),
+        ({"val_func": None}, {"use_value_func": True}, ValueError, "val_func"),
+        ({}, {"discount": 0.9}, ValueError, "use_value_func"),
+        ({}, {"action_spec": Bounded(-1, 1, (2,))}, ValueError, "action_spec"),
+        ({}, {"action_spec": Bounded(-1, 1, (3, 1))}, ValueError, "action_spec"),
+        ({}, {"action_spec": OneHot(2)}, ValueError, "action_spec"),
+        (DISCRETE, {"action_spec": Unbounded((2,))}, ValueError, "action_spec"),
+        (DISCRETE, {"action_spec": OneHot(3)}, ValueError, "action_spec"),
+        ({}, {"propagation": "ts1"}, TypeError, "TSInfinity"),
+        ({}, {"propagation": Other()}, TypeError, "TSInfinity"),
+        ({}, {"exploration_bonus": 1.0}, TypeError, "exploration_bonus"),
+        ({}, {"initial_states": torch.zeros(3)}, TypeError, "initial_states"),
+        ({}, {"use_value_func": True, "sample_termination": True}, ValueError, "twice"),
     ],
 )
-def test_what_does_not_fit_is_refused(make_point, parts, options, match):
+def test_what_does_not_fit_is_refused(make_predictor, parts, options, error, match):
+    with pytest.raises(error, match=match):
+        PredictorEnv(make_predictor(**parts), **options)
+
+
+def test_it_keeps_its_specs(make_point):
+    with pytest.raises(RuntimeError, match=r"state space.*action_spec="):
+        PredictorEnv(make_point()).set_specs_from_env(PredictorEnv(make_point()))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"rew_func": lambda s, c, a: s[..., 0] / 0.0}, "what rew_func gave holds 3 non-finite"),
+        ({"exploration_bonus": lambda state, context, action: state}, r"\[\*B\]"),
+    ],
+)
+def test_what_the_users_functions_say_is_checked(make_point, options, match):
+    parts = {key: options[key] for key in options if key == "rew_func"}
+    env = PredictorEnv(make_point(**parts), **{k: v for k, v in options.items() if k not in parts})
+    td = TensorDict(state=torch.zeros(3, 1), context=torch.zeros(3, 1), action=torch.zeros(3, 1))
     with pytest.raises(ValueError, match=match):
-        PredictorEnv(make_point(**parts), **options)
-
-
-@pytest.mark.parametrize(
-    ("space", "given"),
-    [
-        (Categorical(2), Categorical(3)),
-        (OneHot(2), Unbounded((2,))),
-        (2, OneHot(2)),
-    ],
-    ids=["choices", "continuous for discrete", "discrete for continuous"],
-)
-def test_an_action_spec_of_another_kind_is_refused(make_predictor, space, given):
-    predictor = make_predictor(model={"action_space": space})
-    with pytest.raises(ValueError, match="action_spec"):
-        PredictorEnv(predictor, action_spec=given)
+        env.step(td.auto_batch_size_(1))
 
 
 @pytest.mark.parametrize(
@@ -373,8 +341,3 @@ def test_a_key_that_a_transform_takes_away_is_named(make_point, transform, missi
     env = TransformedEnv(PredictorEnv(make_point(), batch_size=[2]), transform)
     with pytest.raises(KeyError, match=f"PredictorEnv reads '{missing}', which is missing"):
         env.rollout(2)
-
-
-def test_it_keeps_its_specs(make_point):
-    with pytest.raises(RuntimeError, match=r"state space.*action_spec="):
-        PredictorEnv(make_point()).set_specs_from_env(PredictorEnv(make_point()))

@@ -7,14 +7,10 @@ import copy
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequential
-from torch import nn
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
-from torchrl.envs import ExplorationType, StepCounter, TransformedEnv, set_exploration_type
+from torchrl.envs import StepCounter, TransformedEnv
 from torchrl.envs.utils import check_env_specs
-from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
-from torchrl.objectives import SACLoss, SoftUpdate
 
 from layeredrl_torchrl import (
     TS1,
@@ -100,22 +96,24 @@ def test_what_is_written_later_is_drawn_too_and_the_buffer_is_left_alone(make_po
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
 @pytest.mark.parametrize("propagation", PROPAGATIONS, ids=name)
 def test_specs_and_resets(make_point, point_buffer, batch, propagation):
-    predictor = make_point()
-    draw = FromBuffer(point_buffer(), predictor)
-    env = PredictorEnv(predictor, propagation=propagation, initial_states=draw, batch_size=batch)
+    predictor = make_point(val_func=lambda state, context, action: state[..., 0])
+    options = {"propagation": propagation, "use_value_func": True, "discount": 0.5}
+    options["initial_states"] = FromBuffer(point_buffer(), predictor)
+    env = PredictorEnv(predictor, batch_size=batch, **options)
     check_env_specs(env)
-    check_env_specs(TransformedEnv(env, StepCounter(3)))
-    td = env.reset()
-    assert td.batch_size == batch
-    torch.testing.assert_close(td["context"], 1 + td["state"])
-    free = PredictorEnv(predictor, propagation=propagation, initial_states=draw)
-    td = free.reset(TensorDict({}, batch))
-    torch.testing.assert_close(td["context"], 1 + td["state"])
-    data = env.rollout(7, break_when_any_done=False)
-    assert data.batch_size == (*batch, 7)
-    torch.testing.assert_close(
-        data["next", "state"] - data["state"], 0.5 * data["action"], atol=1e-5, rtol=0
-    )
+    limited = TransformedEnv(env, StepCounter(2))
+    check_env_specs(limited)
+    free = PredictorEnv(predictor, **options)
+    for td in (env.reset(), free.reset(TensorDict({}, batch))):
+        assert td.batch_size == batch
+        torch.testing.assert_close(td["context"], 1 + td["state"])
+    data = limited.rollout(6, break_when_any_done=False)
+    assert data.batch_size == (*batch, 6)
+    moved = data["next", "state"] - data["state"]
+    torch.testing.assert_close(moved, 0.5 * data["action"], atol=1e-5, rtol=0)
+    # what is left of the value starts over with the episode
+    discount = data["imagined_discount"].squeeze(-1)
+    assert torch.equal(discount, torch.tensor([1.0, 0.5] * 3).expand(*batch, 6))
 
 
 @pytest.mark.parametrize("propagation", PROPAGATIONS, ids=name)
@@ -147,44 +145,18 @@ def test_an_instance_that_ends_is_reset_alone(make_point, point_buffer, propagat
         assert 0.5 < (new != old).float().mean() < 0.95  # drawn anew: 3/4 are others
 
 
-def test_without_starts_nothing_is_reset(make_point):
-    env = PredictorEnv(make_point(lambda after: (after > -9).float()), batch_size=[2])
-    policy = lambda td: td.set("action", torch.ones(2, 1))  # noqa: E731
-    data = env.rollout(4, policy, break_when_any_done=False)
-    expected = 0.5 * torch.arange(1, 5).expand(2, 4)
-    torch.testing.assert_close(data["next", "state"][..., 0], expected)
-
-
-def test_a_shaped_reward_starts_over_with_the_episode(make_point, point_buffer):
-    predictor = make_point(val_func=lambda state, context, action: state[..., 0])
-    env = PredictorEnv(
-        predictor,
-        initial_states=FromBuffer(point_buffer(), predictor),
-        batch_size=[2],
-        use_value_func=True,
-        discount=0.5,
-    )
-    env = TransformedEnv(env, StepCounter(2))
-    data = env.rollout(6, break_when_any_done=False)
-    assert data["imagined_discount"][0, :, 0].tolist() == [1.0, 0.5] * 3
+def zeros(n, **widths):
+    return TensorDict({key: torch.zeros(n, width) for key, width in widths.items()}, [n])
 
 
 @pytest.mark.parametrize(
     ("starts", "match"),
     [
         (lambda n: torch.zeros(n, 1), "Tensor"),
-        (lambda n: TensorDict({"state": torch.zeros(n, 1)}, [n]), "'context'"),
-        (lambda n: TensorDict({"state": torch.zeros(2 * n, 1)}, [2 * n]), "batch size"),
-        (
-            lambda n: TensorDict({"state": torch.zeros(n, 2), "context": torch.zeros(n, 1)}, [n]),
-            "state",
-        ),
-        (
-            lambda n: TensorDict(
-                {"state": torch.full((n, 1), torch.nan), "context": torch.zeros(n, 1)}, [n]
-            ),
-            "non-finite",
-        ),
+        (lambda n: zeros(n, state=1), "'context'"),
+        (lambda n: zeros(2 * n, state=1, context=1), "batch size"),
+        (lambda n: zeros(n, state=2, context=1), "state"),
+        (lambda n: zeros(n, state=1, context=1).apply(lambda x: x + torch.nan), "non-finite"),
     ],
     ids=["no TensorDict", "no context", "batch size", "width", "nan"],
 )
@@ -203,92 +175,24 @@ def test_an_empty_buffer_is_refused(make_point):
         FromBuffer(TensorDict({}, []), predictor)
 
 
-# -- collected, and learned from ----------------------------------------------------------------
-
-
 @pytest.mark.parametrize("propagation", PROPAGATIONS, ids=name)
-@pytest.mark.parametrize("batch", [(), (5,)])
-def test_a_collector_gathers_branched_rollouts(make_predictor, make_buffer, propagation, batch):
+def test_a_collector_gathers_branched_rollouts(make_predictor, make_buffer, propagation):
     encoder = FixedEncoderNet((3,), [0, 1], [2])
     predictor = make_predictor(encoder, context_dim=1)
     real = make_buffer(obs_dim=3)
-    env = PredictorEnv(
-        predictor,
-        propagation=propagation,
-        initial_states=FromBuffer(real, predictor),
-        batch_size=batch,
-    )
-    env = TransformedEnv(env, StepCounter(4))
-    frames = 10 * max(1, torch.Size(batch).numel())
-    collector = Collector(env, frames_per_batch=frames, total_frames=2 * frames)
+    options = {"propagation": propagation, "initial_states": FromBuffer(real, predictor)}
+    env = TransformedEnv(PredictorEnv(predictor, batch_size=[5], **options), StepCounter(4))
+    collector = Collector(env, frames_per_batch=50, total_frames=100)
     data = torch.cat([data.clone() for data in collector], -1)
     collector.shutdown()
-    assert data.batch_size == (*batch, 20)
-    stored = torch.cat(encoder(real[:]["observation"]), -1)
-    first = data["step_count"][..., 0] == 0
-    ended = data["next", "done"][..., :-1, 0]
+    assert data.batch_size == (5, 20)
+    first, ended = data["step_count"][..., 0] == 0, data["next", "done"][..., :-1, 0]
     assert first[..., 0].all()
     assert torch.equal(first[..., 1:], ended)
     assert torch.equal(data["next", "truncated"], data["next", "step_count"] == 4)
-    assert data["next", "step_count"].max() == 4
     begun = torch.cat([data["state"], data["context"]], -1)[first]
+    stored = torch.cat(encoder(real[:]["observation"]), -1)
     assert (begun.unsqueeze(1) == stored).all(-1).any(-1).all()
     for key in ("state", "context"):
         got, expected = data[key][..., 1:, :][~ended], data["next", key][..., :-1, :][~ended]
         assert torch.equal(got, expected)
-
-
-def test_sac_learns_from_imagined_data(make_point, point_buffer):
-    """Collector -> replay buffer -> SACLoss: from where episodes start, the goal is two steps on.
-
-    Going nowhere costs 1 a step; the best is 1 + 0.25, then 0 (the point moves by at most 1/2).
-    """
-    torch.manual_seed(0)
-    predictor = make_point()
-    env = PredictorEnv(
-        predictor,
-        propagation=TSInfinity(),
-        initial_states=FromBuffer(point_buffer(), predictor),
-        batch_size=[16],
-    )
-    env = TransformedEnv(env, StepCounter(6))
-    hidden = {"depth": 2, "num_cells": 32, "activation_class": nn.ReLU}
-    actor = ProbabilisticActor(
-        TensorDictSequential(
-            TensorDictModule(MLP(2, 2, **hidden), ["state", "context"], ["params"]),
-            TensorDictModule(NormalParamExtractor(), ["params"], ["loc", "scale"]),
-        ),
-        in_keys=["loc", "scale"],
-        distribution_class=TanhNormal,
-        spec=env.full_action_spec_unbatched["action"],
-    )
-    critic = ValueOperator(MLP(3, 1, **hidden), in_keys=["state", "context", "action"])
-    loss = SACLoss(actor, critic, alpha_init=0.1)
-    loss.make_value_estimator(gamma=0.9)
-    target = SoftUpdate(loss, tau=0.05)
-    optimizer = torch.optim.Adam(loss.parameters(), 3e-3)
-    imagined = TensorDictReplayBuffer(storage=LazyTensorStorage(10_000), batch_size=128)
-
-    @torch.no_grad()
-    def mean_return():
-        with set_exploration_type(ExplorationType.DETERMINISTIC):
-            data = env.rollout(6, actor, break_when_any_done=False)
-        return data["next", "reward"].sum((-2, -1)).mean().item()
-
-    before = mean_return()
-    collector = Collector(env, actor, frames_per_batch=16 * 12, total_frames=16 * 12 * 25)
-    for data in collector:
-        imagined.extend(data.reshape(-1))
-        for _ in range(12):
-            losses = loss(imagined.sample())
-            total = losses["loss_actor"] + losses["loss_qvalue"] + losses["loss_alpha"]
-            assert torch.isfinite(total)
-            optimizer.zero_grad()
-            total.backward()
-            optimizer.step()
-            target.step()
-    collector.shutdown()
-    after = mean_return()
-    assert before < -2.5
-    assert after > -2  # the best is -1.25
-    assert len(imagined) == 16 * 12 * 25

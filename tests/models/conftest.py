@@ -107,6 +107,12 @@ def fc():
     return build
 
 
+@pytest.fixture(scope="session", params=["fc", "tanh"])
+def net(request, fc, tanh_net):
+    """The built-in network, then the hand-written one."""
+    return {"fc": fc, "tanh": tanh_net}[request.param]
+
+
 @pytest.fixture(scope="session")
 def recorded():
     """``ensemble, nets = recorded(net, d=, c=, a=, ...)``: the nets are the members' originals."""

@@ -27,11 +27,6 @@ def weights_of(ensemble):
     return {name: x.clone() for name, x in ensemble.members.state_dict().items()}
 
 
-@pytest.fixture(params=["fc", "tanh"])
-def net(request, fc, tanh_net):
-    return fc if request.param == "fc" else tanh_net
-
-
 @pytest.mark.parametrize("decay", [0.0, 0.15, 0.99])
 def test_predictions_come_from_the_average_of_the_weights(decay, net, recorded):
     ensemble, _ = recorded(net, ema_decay=decay)
@@ -53,32 +48,8 @@ def test_predictions_come_from_the_average_of_the_weights(decay, net, recorded):
     assert same is (decay == 0.0)
 
 
-def test_until_the_first_update_the_weights_themselves_count(net, recorded):
+def test_every_call_uses_the_average_once_there_is_one(net, recorded):
     ensemble, _ = recorded(net)
-    given = inputs()
-    before = ensemble.predict(*given)[0]
-    train(ensemble)
-    assert not torch.allclose(ensemble.predict(*given)[0], before)
-
-
-def test_training_moves_predictions_only_through_the_average(net, recorded):
-    ensemble, _ = recorded(net)
-    given = inputs()
-    ensemble.update_average()
-    before = ensemble.predict(*given)[0]
-    trained_before = ensemble.predict_normalized(*(x.expand(3, 4, -1) for x in given))[0][0]
-    train(ensemble)
-    assert torch.equal(ensemble.predict(*given)[0], before)
-    trained = ensemble.predict_normalized(*(x.expand(3, 4, -1) for x in given))[0][0]
-    assert not torch.allclose(trained, trained_before)
-    ensemble.update_average()
-    assert not torch.allclose(ensemble.predict(*given)[0], before)
-
-
-def test_every_call_uses_the_average(net, recorded):
-    ensemble, _ = recorded(net)
-    train(ensemble)
-    ensemble.update_average()
     state, context, action = inputs()
     td = TensorDict({"state": state, "context": context, "action": action}, batch_size=(4,))
     actions = action.unsqueeze(1)
@@ -96,7 +67,13 @@ def test_every_call_uses_the_average(net, recorded):
 
     before = everything()
     train(ensemble)
+    assert not any(torch.allclose(x, y) for x, y in zip(everything(), before, strict=True))
+    ensemble.update_average()
+    before = everything()
+    train(ensemble)
     assert all(torch.equal(x, y) for x, y in zip(everything(), before, strict=True))
+    trained = {id(p) for p in ensemble.parameters() if p.requires_grad}
+    assert trained == {id(p) for p in ensemble.members.parameters()}
 
 
 def test_without_a_decay_there_is_no_average(net, recorded):
@@ -110,34 +87,34 @@ def test_without_a_decay_there_is_no_average(net, recorded):
     assert count == sum(p.numel() for p in ensemble.members.parameters())
 
 
-def test_only_the_weights_under_training_are_trained(net, recorded):
-    ensemble, _ = recorded(net)
-    trained = {id(p) for p in ensemble.parameters() if p.requires_grad}
-    assert trained == {id(p) for p in ensemble.members.parameters()}
+def through_a_file(ensemble, recorded, net, path):
+    """As a part of something else, since that is how models are saved."""
+    fresh, _ = recorded(net)
+    torch.save(nn.ModuleDict({"model": ensemble}).state_dict(), path / "model.pt")
+    state = torch.load(path / "model.pt", weights_only=True)
+    nn.ModuleDict({"model": fresh}).load_state_dict(state)
+    return fresh
 
 
-@pytest.mark.parametrize("inside", [False, True])
-def test_the_average_is_saved_and_counts_after_loading(inside, net, recorded, tmp_path):
+@pytest.mark.parametrize("copied", [False, True])
+def test_the_average_is_saved_and_copied_and_goes_on_by_itself(copied, net, recorded, tmp_path):
     ensemble, _ = recorded(net)
     for _ in range(3):
         train(ensemble)
         ensemble.update_average()
     given = inputs()
     expected = ensemble.predict(*given)[0]
-    saved = nn.ModuleDict({"model": ensemble}) if inside else ensemble
-    torch.save(saved.state_dict(), tmp_path / "model.pt")
-    fresh, _ = recorded(net)
-    target = nn.ModuleDict({"model": fresh}) if inside else fresh
-    target.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
-    assert torch.equal(fresh.predict(*given)[0], expected)
-    # and it goes on where it was
+    twin = copy.deepcopy(ensemble) if copied else through_a_file(ensemble, recorded, net, tmp_path)
+    assert torch.equal(twin.predict(*given)[0], expected)
+    torch.manual_seed(1)
+    train(twin)
+    twin.update_average()
+    assert torch.equal(ensemble.predict(*given)[0], expected)
     torch.manual_seed(1)
     train(ensemble)
     ensemble.update_average()
-    torch.manual_seed(1)
-    train(fresh)
-    fresh.update_average()
-    assert torch.equal(fresh.predict(*given)[0], ensemble.predict(*given)[0])
+    assert torch.equal(twin.predict(*given)[0], ensemble.predict(*given)[0])
+    assert not torch.allclose(twin.predict(*given)[0], expected)
 
 
 def test_loading_a_state_without_an_average_ends_the_averaging(net, recorded):
@@ -151,22 +128,6 @@ def test_loading_a_state_without_an_average_ends_the_averaging(net, recorded):
     assert torch.equal(ensemble.predict(*given)[0], expected)
     train(ensemble)
     assert not torch.allclose(ensemble.predict(*given)[0], expected)
-
-
-def test_a_copy_averages_on_its_own(net, recorded):
-    ensemble, _ = recorded(net)
-    train(ensemble)
-    ensemble.update_average()
-    given = inputs()
-    expected = ensemble.predict(*given)[0]
-    twin = copy.deepcopy(ensemble)
-    assert torch.equal(twin.predict(*given)[0], expected)
-    train(twin)
-    twin.update_average()
-    assert torch.equal(ensemble.predict(*given)[0], expected)
-    assert not torch.allclose(twin.predict(*given)[0], expected)
-    ensemble.load_state_dict(twin.state_dict())
-    assert torch.equal(ensemble.predict(*given)[0], twin.predict(*given)[0])
 
 
 def test_members_without_parameters_have_nothing_to_average(table_net, tables):

@@ -89,22 +89,6 @@ def test_each_draw_is_its_place_in_the_predicted_mixture(
         torch.testing.assert_close(means.mT, average, atol=1e-4, rtol=1e-4)
 
 
-def test_modes_are_drawn_as_often_as_their_weights_say(fc, recorded):
-    model, _ = recorded(fc, n_models=2, n_modes=3, n_particles_per_model=30_000)
-    with torch.no_grad():
-        for members in (model.members, model.averaged_members):
-            members.biases[-1][..., 9:18] = -20.0  # narrow modes
-    state, context, action = (x[0, :1] for x in inputs(1, 1))
-    mean, weights, _, _ = model.predict(state, context, action)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        traj = model.rollout(state, context, action.unsqueeze(1))
-    samples = traj["next", "state"][0, :, :, 0]  # [M, P, D]
-    nearest = (samples.unsqueeze(-2) - mean[0, :, None]).norm(dim=-1).argmin(-1)
-    counts = torch.nn.functional.one_hot(nearest, 3).float().mean(1)
-    torch.testing.assert_close(counts, weights[0], atol=0.015, rtol=0.0)
-
-
 @pytest.mark.parametrize(
     ("horizon", "propagation", "discrete"),
     [(1, TSInfinity(), 0), (7, TSInfinity(), 4), (3, TS1(), 0), (3, Expectation(), 0)],
@@ -147,19 +131,6 @@ def test_no_size_falls_back_to_what_is_not_compiled(fc, recorded):
             with torch.no_grad():
                 model.rollout(state[:n], context[:n], action[:n, None])
         assert len(compiled) == expected if dynamic is False else len(compiled) <= expected
-
-
-def test_noise_is_standard_normal_and_independent(fc, recorded):
-    model, _ = recorded(fc, n_models=2, n_modes=1, n_particles_per_model=40_000)
-    state, context, action = (x[0, :1] for x in inputs(1, 1))
-    mean, _, std, _ = model.predict(state, context, action)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        samples = model.rollout(state, context, action.unsqueeze(1))["next", "state"][0, :, :, 0]
-    z = (samples - mean[0]) / std[0]
-    for member in z:
-        torch.testing.assert_close(member.T.cov(), torch.eye(3), atol=0.03, rtol=0.0)
-    assert (z[0] * z[1]).mean(0).abs().max() < 0.02
 
 
 def test_with_gradients_nothing_is_compiled(fc, recorded):

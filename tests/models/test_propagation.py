@@ -2,41 +2,13 @@
 
 from __future__ import annotations
 
-import gymnasium as gym
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shifts import Shifts, digits
 
-from layeredrl_torchrl import TS1, Expectation, Model, TSInfinity
-
-INF = float("inf")
-
-
-class Shifts(Model):
-    """Member m adds 10 ** m, so that a state's digits count which members moved it."""
-
-    def predict_members(self, state, context, action):
-        shift = 10.0 ** torch.arange(self.n_models).view(-1, 1, 1)
-        mean = (state + shift).unsqueeze(-2)
-        term_prob = torch.arange(self.n_models).unsqueeze(-1).expand(state.shape[:2]) / 10.0
-        return (mean, torch.zeros_like(mean)), torch.ones_like(mean[..., 0]), term_prob
-
-
-def shifts(n_models, n_particles):
-    return Shifts(
-        gym.spaces.Box(-INF, INF, (1,)),
-        None,
-        gym.spaces.Box(-INF, INF, (1,)),
-        n_models=n_models,
-        n_particles_per_model=n_particles,
-    )
-
-
-def digits(states, n_models):
-    """How often each member moved a particle, ``[..., M]``."""
-    value = states.squeeze(-1).round().long()
-    return torch.stack([(value // 10**m) % 10 for m in range(n_models)], -1)
+from layeredrl_torchrl import TS1, Expectation, TSInfinity
 
 
 @settings(max_examples=20, deadline=None)
@@ -49,16 +21,16 @@ def digits(states, n_models):
 def test_each_propagation_moves_particles_by_the_members_it_says(
     n_models, n_particles, horizon, batch
 ):
-    model = shifts(n_models, n_particles)
-    state, actions = torch.zeros(*batch, 1), torch.zeros(*batch, horizon, 1)
+    model = Shifts(n_models, n_particles_per_model=n_particles)
+    given = torch.zeros(*batch, 1), torch.zeros(*batch, 1), torch.zeros(*batch, horizon, 1)
 
-    stay = model.rollout(state, None, actions, propagation=TSInfinity())
+    stay = model.rollout(*given, propagation=TSInfinity())
     moved = digits(stay["next", "state"][..., -1, :], n_models)
     for m in range(n_models):
         expected = horizon * torch.eye(n_models, dtype=torch.long)[m]
         assert (moved[..., m, :, :] == expected).all()
 
-    mixed = model.rollout(state, None, actions, propagation=TS1())
+    mixed = model.rollout(*given, propagation=TS1())
     assert mixed.batch_size == stay.batch_size
     moved = digits(mixed["next", "state"], n_models)  # [*B, M, P, H, M]
     steps = torch.arange(1, horizon + 1)
@@ -72,7 +44,7 @@ def test_each_propagation_moves_particles_by_the_members_it_says(
     member = digits(following - root, n_models).argmax(-1)
     torch.testing.assert_close(mixed["next", "term_prob"].squeeze(-1), member / 10.0)
 
-    mean = model.rollout(state, None, actions, propagation=Expectation())
+    mean = model.rollout(*given, propagation=Expectation())
     assert mean.batch_size == (*batch, 1, 1, horizon)
     step = sum(10.0**m for m in range(n_models)) / n_models
     expected = (step * steps).expand(*batch, 1, 1, horizon)
@@ -82,9 +54,8 @@ def test_each_propagation_moves_particles_by_the_members_it_says(
 
 
 def test_ts1_draws_every_member_equally_often_and_independently_over_steps():
-    model = shifts(4, 1)
-    torch.manual_seed(0)
-    traj = model.rollout(torch.zeros(20_000, 1), None, torch.zeros(20_000, 2, 1), propagation=TS1())
+    given = torch.zeros(20_000, 1), torch.zeros(20_000, 1), torch.zeros(20_000, 2, 1)
+    traj = Shifts(4).rollout(*given, propagation=TS1())
     member = digits(traj["next", "state"] - traj["state"], 4).argmax(-1)  # [B, M, P, 2]
     first, second = member[:, 0, 0, 0], member[:, 0, 0, 1]
     counts = torch.bincount(4 * first + second, minlength=16) / len(first)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torchrl.data import Categorical, OneHot
 
-from layeredrl_torchrl import ProbFCDynamics
+from layeredrl_torchrl import ProbFCDynamics, RewardNet
 from layeredrl_torchrl.nets import StackedProbFCDynamics
 from layeredrl_torchrl.nets._gaussians import LogStdBounds, mixture_parameters
 
@@ -23,9 +23,10 @@ def box(n):
     return gym.spaces.Box(-math.inf, math.inf, (n,))
 
 
-def make(n_modes=2, d=3, c=2, a=2, **options):
+def make(n_modes=2, d=3, c=2, space=None, **options):
     """A small network with biases that are not 0."""
-    net = ProbFCDynamics(box(d), box(c), box(a), n_modes, **{"hidden_sizes": (6,), **options})
+    spaces = box(d), box(c), space or box(2)
+    net = ProbFCDynamics(*spaces, n_modes, **{"hidden_sizes": (6,), **options})
     for layer in net.layers:
         nn.init.normal_(layer.bias, std=0.3)
     return net
@@ -117,10 +118,13 @@ def by_hand(net, features):
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("ignore_context", [True, False])
+@pytest.mark.parametrize("ignore_context", [None, False])
 @pytest.mark.parametrize("hidden_sizes", [(4,), (5, 3), (4, 4, 4), (5, 5, 3)])
 def test_the_inputs_are_state_context_and_action_in_this_order(batch, ignore_context, hidden_sizes):
-    net = make(ignore_context=ignore_context, hidden_sizes=hidden_sizes)
+    """The context is left out by default."""
+    options = {} if ignore_context is None else {"ignore_context": ignore_context}
+    net = make(hidden_sizes=hidden_sizes, **options)
+    ignore_context = ignore_context is not False
     state, context, action = (torch.randn(*batch, n) for n in (3, 2, 2))
     (mean, _), _, term_prob = net(state, context, action)
     used = (state, action) if ignore_context else (state, context, action)
@@ -132,39 +136,42 @@ def test_the_inputs_are_state_context_and_action_in_this_order(batch, ignore_con
         assert term_prob.reshape(-1)[i].item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_context_is_ignored_by_default():
-    assert ProbFCDynamics(box(3), box(2), box(2)).ignore_context
+NETWORKS = {
+    "dynamics": lambda space, **options: make(c=0, space=space, **options),
+    "reward": lambda space, **options: RewardNet(3, 0, space, (6,), layer_norm=False, **options),
+}
 
 
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
 @pytest.mark.parametrize(
     "space",
     [gym.spaces.Discrete(4), Categorical(4), OneHot(4), OneHot(4, dtype=torch.float32)],
     ids=["Discrete", "Categorical", "OneHot", "OneHotFloat"],
 )
-def test_choices_enter_as_one_hot_features(space, batch):
-    net = ProbFCDynamics(box(3), None, space, 2, hidden_sizes=(5,))
-    twin = ProbFCDynamics(box(3), None, box(4), 2, hidden_sizes=(5,))
+def test_choices_enter_as_one_hot_features(space, build):
+    """The twin is fed the one-hot floats as continuous actions."""
+    net, twin = build(space), build(box(4))
+    nn.init.normal_([*net.parameters()][-2])
     twin.load_state_dict(net.state_dict())
-    state, context = torch.randn(*batch, 3), torch.zeros(*batch, 0)
-    index = torch.randint(4, batch)
-    rows = torch.eye(4)[index]
-    action = rows.to(space.dtype) if isinstance(space, OneHot) else index
-    got, expected = net(state, context, action), twin(state, context, rows)
-    for x, y in zip((*got[0], *got[1:]), (*expected[0], *expected[1:]), strict=True):
-        torch.testing.assert_close(x, y)
+    for batch in BATCHES:
+        state, context = torch.randn(*batch, 3), torch.zeros(*batch, 0)
+        index = torch.randint(4, batch)
+        rows = torch.eye(4)[index]
+        action = rows.to(space.dtype) if isinstance(space, OneHot) else index
+        torch.testing.assert_close(net(state, context, action), twin(state, context, rows))
 
 
-def test_a_nonlinearity_is_used():
-    net = make(nonlinearity=nn.Identity)
-    state, action = torch.randn(3), torch.randn(2)
-    means = [net(k * state, torch.zeros(2), k * action)[0][0] for k in (-1, 0, 1)]
-    torch.testing.assert_close((means[0] + means[2]) / 2, means[1], atol=1e-5, rtol=1e-5)
-
-
-def test_a_space_that_is_none_of_ours_is_refused_by_name():
-    with pytest.raises(TypeError, match="state_space is MultiBinary"):
-        ProbFCDynamics(gym.spaces.MultiBinary(2), None, box(1))
+@pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
+def test_a_nonlinearity_is_used_and_a_space_of_another_kind_refused(build):
+    net = build(box(2), nonlinearity=nn.Identity)
+    nn.init.normal_([*net.parameters()][-2])
+    state, action, context = torch.randn(3), torch.randn(2), torch.zeros(0)
+    outs = [net(k * state, context, k * action) for k in (-1, 0, 1)]
+    low, middle, high = (out if isinstance(out, torch.Tensor) else out[0][0] for out in outs)
+    torch.testing.assert_close((low + high) / 2, middle, atol=1e-5, rtol=1e-5)  # affine
+    assert not torch.allclose(low, high)
+    with pytest.raises(TypeError, match=r"action_(space|dim) is MultiBinary"):
+        build(gym.spaces.MultiBinary(2))
 
 
 # -- the stacked form ----------------------------------------------------------------------
@@ -230,23 +237,3 @@ def test_gradients_of_the_stack_are_those_of_its_networks(nonlinearity, hidden_s
         for layer, weight, bias in zip(net.layers, stacked.weights, stacked.biases, strict=True):
             torch.testing.assert_close(weight.grad[m], layer.weight.grad.T, atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(bias.grad[m, 0], layer.bias.grad, atol=1e-5, rtol=1e-4)
-
-
-def test_the_stack_holds_every_parameter_once_and_its_own_copy():
-    nets = [make() for _ in range(3)]
-    stacked = ProbFCDynamics.stack(nets)
-    count = sum(p.numel() for p in stacked.parameters())
-    assert count == sum(p.numel() for net in nets for p in net.parameters())
-    given = [torch.randn(3, 2, k) for k in (3, 2, 2)]
-    (before, _), _, _ = stacked(*given)
-    with torch.no_grad():
-        for net in nets:
-            for parameter in net.parameters():
-                parameter.zero_()
-    (after, _), _, _ = stacked(*given)
-    assert torch.equal(before, after)
-
-
-def test_bounds_in_the_wrong_order_are_refused():
-    with pytest.raises(ValueError, match=r"log_std_bounds are \(1.0, -6.0\)"):
-        make(log_std_bounds=(1.0, -6.0))

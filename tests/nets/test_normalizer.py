@@ -21,12 +21,6 @@ def by_hand(data):
     return stats
 
 
-def test_without_fit_it_changes_nothing():
-    x = torch.randn(2, 3, 4)
-    normalizer = Normalizer(4)
-    assert torch.equal(normalizer(x), x)
-
-
 @settings(max_examples=40, deadline=None)
 @given(
     n=st.integers(2, 8),
@@ -40,6 +34,8 @@ def test_fit_is_the_mean_and_population_std(n, dim, loc, scale, dtype, seed):
     noise = torch.randn(n, dim, generator=torch.Generator().manual_seed(seed))
     data = (loc + scale * noise).to(dtype)
     normalizer = Normalizer(dim)
+    assert torch.equal(normalizer(data), data)  # until it is fitted
+    normalizer.fit(50 * torch.randn(9, dim))  # of which nothing is left
     normalizer.fit(data)
     expected = by_hand(data)
     # rounding of float32 sums of numbers around loc
@@ -53,15 +49,7 @@ def test_fit_is_the_mean_and_population_std(n, dim, loc, scale, dtype, seed):
         atol=atol,
         rtol=1e-4,
     )
-
-
-def test_the_fitted_data_has_mean_0_and_std_1():
-    data = torch.randn(500, 3) * torch.tensor([0.01, 1.0, 300.0]) + torch.tensor([5.0, 0.0, -40.0])
-    normalizer = Normalizer(3)
-    normalizer.fit(data)
-    for mean, std in by_hand(normalizer(data)):
-        assert mean == pytest.approx(0, abs=1e-4)
-        assert std == pytest.approx(1, abs=1e-4)
+    torch.testing.assert_close(normalizer(data), (data - normalizer.loc) / normalizer.scale)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -3.3, 1e6, 1e-6])
@@ -110,36 +98,6 @@ def test_clip_keeps_results_within_the_range_of_the_data(n):
     torch.testing.assert_close(clipped(x), plain(x))
 
 
-def test_clip_is_saved():
-    one, two = Normalizer(2, clip=True), Normalizer(2, clip=True)
-    one.fit(torch.randn(9, 2))
-    two.load_state_dict(one.state_dict())
-    x = 100 * torch.randn(9, 2)
-    assert torch.equal(two(x), one(x))
-    assert two(x).abs().max() < 10
-
-
-def test_fit_replaces_what_an_earlier_fit_found():
-    once, twice = Normalizer(2), Normalizer(2)
-    data = torch.randn(10, 2)
-    twice.fit(torch.randn(10, 2) * 50)
-    once.fit(data)
-    twice.fit(data)
-    assert torch.equal(once.loc, twice.loc)
-    assert torch.equal(once.scale, twice.scale)
-
-
-def test_only_fit_changes_the_statistics_and_they_are_saved():
-    normalizer = Normalizer(2)
-    normalizer.fit(torch.randn(10, 2) * 3 + 1)
-    before = {name: value.clone() for name, value in normalizer.state_dict().items()}
-    normalizer(torch.randn(100, 2) * 9)
-    after = normalizer.state_dict()
-    assert set(before) == set(after) == {"loc", "scale"}
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert not list(normalizer.parameters())
-
-
 def test_a_normalizer_of_no_features_is_allowed():
     normalizer = Normalizer(0)
     normalizer.fit(torch.zeros(5, 0))
@@ -157,25 +115,19 @@ def test_gradients_pass_to_the_input_and_not_to_the_sample():
 
 
 @pytest.mark.parametrize(
-    "sample",
+    ("sample", "message"),
     [
-        torch.zeros(0, 3),
-        torch.tensor([[0.0, 1.0, math.nan], [1.0, 2.0, 3.0]]),
-        torch.tensor([[0.0, 1.0, math.inf], [1.0, 2.0, 3.0]]),
+        (torch.zeros(0, 3), "at least one|empty"),
+        (torch.tensor([[0.0, 1.0, math.nan], [1.0, 2.0, 3.0]]), "finite"),
+        (torch.tensor([[0.0, 1.0, math.inf], [1.0, 2.0, 3.0]]), "finite"),
+        (torch.randn(5), "expected"),
+        (torch.randn(5, 1), "expected"),
+        (torch.randn(2, 5, 3), "expected"),
     ],
-    ids=["empty", "nan", "inf"],
 )
-def test_a_sample_without_statistics_is_refused_and_changes_nothing(sample):
+def test_a_sample_without_statistics_or_of_another_shape_changes_nothing(sample, message):
     normalizer = Normalizer(3)
-    with pytest.raises(ValueError, match=r"empty|at least one|finite|NaN"):
+    with pytest.raises(ValueError, match=message):
         normalizer.fit(sample)
     assert normalizer.loc.tolist() == [0, 0, 0]
     assert normalizer.scale.tolist() == [1, 1, 1]
-
-
-@pytest.mark.parametrize("shape", [(5,), (5, 1), (5, 4), (2, 5, 3)])
-def test_a_sample_of_another_shape_is_refused_and_changes_nothing(shape):
-    normalizer = Normalizer(3)
-    with pytest.raises(ValueError, match="expected"):
-        normalizer.fit(torch.randn(shape))
-    assert normalizer.loc.tolist() == [0, 0, 0]

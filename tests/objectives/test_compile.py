@@ -4,80 +4,30 @@ from __future__ import annotations
 
 import copy
 import pickle
-from functools import partial
 
 import pytest
 import torch
-from tensordict import TensorDict
+from test_conformance import TestModelLoss as ModelSuite
+from test_conformance import TestPredictorLoss as PredictorSuite
 from torch._dynamo.utils import counters
-from torchrl.data import Bounded, Unbounded
 
-from layeredrl_torchrl import (
-    EncoderNet,
-    ModelLoss,
-    PredictorLoss,
-    ProbabilisticEnsemble,
-    ProbFCDynamics,
-    RewardNet,
-    ValueNet,
-)
+from layeredrl_torchrl import ModelLoss
 
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
 
-B, OBS, A = 6, 4, 2
-
-
-def randomize(module):
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return module
-
 
 def model_loss(**options):
-    """Of two members with context, statistics and clipped inputs, and a batch for each."""
-    model = ProbabilisticEnsemble(
-        Unbounded((3,)),
-        Unbounded((2,)),
-        Bounded(-1.0, 1.0, (A,)),
-        partial(ProbFCDynamics, hidden_sizes=(8, 8)),
-        n_models=2,
-        n_modes=2,
-    )
-    randomize(model.members)
-    action = model.action_spec.rand
-    model.fit_statistics(torch.randn(9, 3), torch.randn(9, 2), action((9,)), torch.randn(9, 3))
-    batch = TensorDict(
-        {
-            "state": 2 * torch.randn(2, B, 3),
-            "context": torch.randn(2, B, 2),
-            "action": action((2, B)),
-            "weight": torch.rand(2, B),
-            "next": {"state": torch.randn(2, B, 3), "terminated": torch.rand(2, B, 1) < 0.5},
-        },
-        [2, B],
-    )
-    return ModelLoss(model, per_member=True, **options), batch
+    """Of members with context, statistics and clipped inputs, and a batch for each."""
+    loss = ModelLoss(ModelSuite().make().model, per_member=True, **options)
+    batch = torch.stack([ModelSuite().batch(6) for _ in range(loss.model.n_models)])
+    return loss, batch.set("weight", torch.rand(batch.shape))
 
 
 def predictor_loss(**options):
     """Of an encoder that learns, reward and value, and slices some of whose steps are not valid."""
-    encoder = EncoderNet((OBS,), latent_state_dim=2, context_dim=1)
-    heads = [randomize(RewardNet(2, 1, A, (8,))), randomize(ValueNet(2, 1, (8,)))]
-    loss = PredictorLoss(encoder, *heads, k_steps=2, n_steps=2, **options)
-    batch = TensorDict(
-        {
-            "observation": torch.randn(B, 4, OBS),
-            "action": torch.rand(B, 4, A),
-            "valid": torch.arange(4) <= (torch.arange(B) % 4)[:, None],
-            "next": {
-                "observation": torch.randn(B, 4, OBS),
-                "reward": torch.randn(B, 4, 1),
-                "terminated": torch.zeros(B, 4, 1, dtype=torch.bool),
-            },
-        },
-        [B, 4],
-    )
-    return loss, batch
+    batch = PredictorSuite().batch(6)
+    batch["valid"] = torch.arange(4) <= (torch.arange(6) % 4)[:, None]
+    return PredictorSuite().make(**options), batch
 
 
 def values_and_gradients(loss, batch):

@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from torch import nn
 from torchrl.objectives import SoftUpdate
 
-from layeredrl_torchrl import EncoderNet, IdentityEncoder, PredictorLoss, RewardNet, ValueNet
+from layeredrl_torchrl import EncoderNet, PredictorLoss, RewardNet, ValueNet
 
 # TorchRL warns that nothing updates the target: most of these tests want none that does.
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
@@ -153,13 +153,12 @@ def test_action_values_are_bootstrapped_with_the_action_taken_there():
     torch.testing.assert_close(loss.value_target(batch)[0][:, 0], batch["action"][:, 2, 0])
 
 
-@pytest.mark.parametrize("garbage", [1e6, float("nan")])
 @pytest.mark.parametrize("mask", ["valid", ("collector", "mask")])
-def test_steps_that_are_not_valid_have_no_influence(garbage, mask):
+def test_steps_that_are_not_valid_have_no_influence(mask):
     loss, batch = make_loss(), make_slices(5)
     spoiled = batch.clone()
     outside = ~batch["valid"]
-    spoiled["next", "reward"][outside] = garbage
+    spoiled["next", "reward"][outside] = float("nan")
     if mask != "valid":
         spoiled[mask] = spoiled["valid"].unsqueeze(-1)
         spoiled["valid"] = torch.ones_like(spoiled["valid"])
@@ -202,16 +201,6 @@ def test_what_the_gradients_reach(learn_encoder):
         assert loss.encoder.context_net.weight.grad.any()
 
 
-def test_the_context_is_that_of_the_first_step():
-    """What changes within a slice cannot reach the reward through the context."""
-    loss, batch = make_loss(), make_slices(5)
-    moved = batch.clone()
-    moved["observation"][:, 1:, 2:] += 10.0  # the dimensions that feed the context
-    torch.testing.assert_close(loss(moved)["loss_reward"], loss(batch)["loss_reward"])
-    moved["observation"][:, 0, 2:] += 10.0
-    assert not torch.isclose(loss(moved)["loss_reward"], loss(batch)["loss_reward"])
-
-
 def test_the_target_is_a_copy_unless_given_and_is_not_trained():
     loss = make_loss(target_val_func=None)
     assert loss.target_val_func is not loss.val_func
@@ -222,9 +211,10 @@ def test_the_target_is_a_copy_unless_given_and_is_not_trained():
         assert {id(p) for p in part.parameters()} <= trained
 
 
-@pytest.mark.parametrize("tau", [0.1, 0.4])
-def test_the_target_moves_only_by_soft_update(tau, unchanged):
-    loss = make_loss(target_val_func=None)
+@pytest.mark.parametrize("copied", [False, True])
+def test_the_target_moves_only_by_soft_update(copied, unchanged):
+    tau, loss = 0.4, make_loss(target_val_func=None)
+    loss = copy.deepcopy(loss) if copied else loss
     update = SoftUpdate(loss, tau=tau)
     optim = torch.optim.SGD([p for p in loss.parameters() if p.requires_grad], lr=0.1)
     with unchanged(loss.target_val_func):
@@ -242,18 +232,6 @@ def test_the_target_moves_only_by_soft_update(tau, unchanged):
         torch.testing.assert_close(parameter.detach(), expected)
     for name, parameter in loss.val_func.named_parameters():
         assert torch.equal(parameter, source[name])
-
-
-def test_a_deep_copy_updates_its_own_target():
-    loss = copy.deepcopy(make_loss(target_val_func=None))
-    update = SoftUpdate(loss, tau=0.25)
-    with torch.no_grad():
-        for parameter in loss.val_func.parameters():
-            parameter.add_(1.0)
-    update.step()
-    pairs = zip(loss.target_val_func.parameters(), loss.val_func.parameters(), strict=True)
-    for target, source in pairs:
-        torch.testing.assert_close(target.detach(), source.detach() - 0.75)
 
 
 def test_without_a_chosen_action_there_is_no_value_to_learn():
@@ -280,70 +258,27 @@ def test_plain_callables_are_known_and_not_trained():
     assert {k for k in loss(batch).keys() if k.startswith("loss_")} == {"loss_reward"}
 
 
-@pytest.mark.parametrize("length", [4, 6])
-def test_slices_of_another_length_are_refused(length):
-    with pytest.raises(ValueError, match="k_steps"):
-        make_loss(k_steps=2, n_steps=3)(make_slices(length))
+def spoil(key, change):
+    def spoiled(batch):
+        batch[key] = change(batch[key])
+        return batch
+
+    return spoiled
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda batch: batch[:, :4], "k_steps"),
+        (lambda batch: torch.cat([batch, batch[:, :1]], 1), "k_steps"),
+        (spoil(("next", "reward"), lambda x: x / 0), "reward"),
+        (spoil("valid", torch.zeros_like), "valid"),
+        # else [B, 1] - [B] broadcasts to [B, B] and trains on other slices' rewards
+        (spoil(("next", "reward"), lambda x: x.squeeze(-1)), "reward"),
+    ],
+)
 @pytest.mark.parametrize("with_value", [False, True])
-def test_rewards_that_are_not_finite_are_refused(with_value):
+def test_slices_that_do_not_fit_are_refused(with_value, change, message):
     loss = make_loss() if with_value else make_loss(val_func=None, target_val_func=None)
-    batch = make_slices(5)
-    batch["next", "reward"][0, 0] = float("nan")
-    with pytest.raises(ValueError, match="reward"):
-        loss(batch)
-
-
-def test_slices_without_a_valid_step_are_refused():
-    batch = make_slices(5)
-    batch["valid"].zero_()
-    with pytest.raises(ValueError, match="valid"):
-        make_loss()(batch)
-
-
-def test_rewards_without_a_last_axis_are_refused():
-    """Else ``[B, 1] - [B]`` broadcasts to ``[B, B]`` and trains on other slices' rewards."""
-    loss, batch = make_loss(k_steps=1, n_steps=2), make_slices(3)
-    batch["next", "reward"] = batch["next", "reward"].squeeze(-1)
-    with pytest.raises(ValueError, match="reward"):
-        loss(batch)
-
-
-def test_descends_to_known_reward_and_value():
-    """Reward ``s0`` in a world that stands still: the value is ``s0 / (1 - gamma)``."""
-    loss = PredictorLoss(
-        IdentityEncoder((1,)),
-        RewardNet(1, 0, A, (16,)),
-        ValueNet(1, 0, (16,)),
-        gamma=0.5,
-        n_steps=2,
-    )
-    update = SoftUpdate(loss, tau=0.2)
-    optim = torch.optim.Adam([p for p in loss.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(300):
-        state = (4 * torch.rand(64, 1, 1) - 2).expand(64, 3, 1)
-        batch = TensorDict(
-            {
-                "observation": state,
-                "action": torch.rand(64, 3, A),
-                "next": {
-                    "observation": state,
-                    "reward": state,
-                    "terminated": torch.zeros(64, 3, 1, dtype=torch.bool),
-                },
-                "valid": torch.ones(64, 3, dtype=torch.bool),
-            },
-            [64, 3],
-        )
-        out = loss(batch)
-        sum(v for k, v in out.items() if k.startswith("loss_")).backward()
-        optim.step()
-        optim.zero_grad()
-        update.step()
-    state, action = torch.linspace(-1.8, 1.8, 10)[:, None], torch.rand(10, A)
-    context = torch.zeros(10, 0)
-    with torch.no_grad():
-        reward, value = (f(state, context, action) for f in (loss.rew_func, loss.val_func))
-    torch.testing.assert_close(reward, state[:, 0], atol=0.15, rtol=0)
-    torch.testing.assert_close(value, 2 * state[:, 0], atol=0.3, rtol=0)
+    with pytest.raises(ValueError, match=message):
+        loss(change(make_slices(5)))

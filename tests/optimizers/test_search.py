@@ -53,14 +53,6 @@ def test_a_search_keeps_its_own_bounds():
         torch.testing.assert_close(one.sample(parameters, noise), expected)
 
 
-def test_inside_the_bounds_a_sample_is_mean_plus_std_times_noise(make_gaussian):
-    mean, std, noise = torch.randn(2, 3, 2), torch.rand(2, 3, 2), torch.randn(2, 5, 3, 2)
-    samples = make_gaussian(low=-100.0, high=100.0).sample((mean, std), noise)
-    for b in range(2):
-        for n in range(5):
-            torch.testing.assert_close(samples[b, n], mean[b] + std[b] * noise[b, n])
-
-
 def test_the_gaussian_fit_is_the_weighted_mean_and_std(make_gaussian):
     candidates = torch.randn(2, 6, 3, 2, dtype=torch.float64)
     weights = torch.rand(2, 6).softmax(1)
@@ -84,20 +76,11 @@ def test_a_search_starts_from_the_memory_or_the_middle_and_always_from_sigma(sig
     torch.testing.assert_close(std, torch.tensor(expected).expand(2, 1, 2))
 
 
-def test_choices_come_as_often_as_their_probability():
-    probs = torch.tensor([[[0.5, 0.0, 0.3, 0.2], [0.0, 1.0, 0.0, 0.0]]])
-    drawn = CategoricalSearch(4).sample((probs,), torch.randn(1, 40_000, 2))
-    assert drawn.dtype == torch.long
-    for h in range(2):
-        shares = torch.bincount(drawn[0, :, h], minlength=4) / 40_000
-        torch.testing.assert_close(shares, probs[0, h], atol=0.01, rtol=0)
-
-
 def test_choices_are_the_quantiles_of_the_noise():
-    """The normal quantiles of 0.2 and 0.7 are -0.8416 and 0.5244."""
-    probs = torch.tensor([0.2, 0.5, 0.3]).expand(1, 1, 3)
-    noise = torch.tensor([-9.0, -0.85, -0.83, 0.52, 0.53, 9.0]).view(1, 6, 1)
-    assert CategoricalSearch(3).sample((probs,), noise).flatten().tolist() == [0, 0, 1, 1, 2, 2]
+    """The normal quantiles of 0.2 and 0.7 are -0.8416 and 0.5244; what cannot be never is."""
+    probs = torch.tensor([0.0, 0.2, 0.0, 0.5, 0.3, 0.0]).expand(1, 1, 6)
+    noise = torch.tensor([-4.0, -0.85, -0.83, 0.52, 0.53, 9.0]).view(1, 6, 1)
+    assert CategoricalSearch(6).sample((probs,), noise).flatten().tolist() == [1, 1, 3, 3, 4, 4]
 
 
 def test_the_categorical_fit_is_the_weighted_count():
@@ -114,17 +97,6 @@ def test_remembered_probabilities_are_mixed_with_uniform_ones(uniform):
     (probs,) = CategoricalSearch(2, uniform).start(memory, torch.tensor([True, False]))
     expected = torch.tensor([[[1 - uniform / 2, uniform / 2]], [[0.5, 0.5]]])
     torch.testing.assert_close(probs, expected)
-
-
-def test_correlated_noise_makes_choices_that_last():
-    (probs,) = CategoricalSearch(3).start({"probs": torch.zeros(1, 8, 3)}, torch.tensor([False]))
-    white = torch.randn(1, 500, 8)
-    changes = [
-        (CategoricalSearch(3).sample((probs,), x).diff(dim=-1) != 0).float().mean()
-        for x in (white, white[..., :1].expand_as(white))
-    ]
-    assert changes[0].item() == pytest.approx(2 / 3, abs=0.05)
-    assert changes[1] == 0
 
 
 @pytest.mark.parametrize(
@@ -170,12 +142,15 @@ def test_spaces_that_cannot_be_searched_are_refused(space, sigma, error, match):
         make_search(space, sigma)
 
 
-def test_crossed_bounds_and_empty_choices_are_refused():
-    with pytest.raises(ValueError, match="exceeds"):
-        GaussianSearch(torch.ones(2), torch.tensor([2.0, 0.5]))
-    with pytest.raises(ValueError, match="shape"):
-        GaussianSearch(torch.ones(2), torch.ones(3))
-    with pytest.raises(ValueError, match="n must be"):
-        CategoricalSearch(0)
-    with pytest.raises(ValueError, match="uniform"):
-        CategoricalSearch(2, uniform=0.0)
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: GaussianSearch(torch.ones(2), torch.tensor([2.0, 0.5])), "exceeds"),
+        (lambda: GaussianSearch(torch.ones(2), torch.ones(3)), "shape"),
+        (lambda: CategoricalSearch(0), "n must be"),
+        (lambda: CategoricalSearch(2, uniform=0.0), "uniform"),
+    ],
+)
+def test_crossed_bounds_and_empty_choices_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

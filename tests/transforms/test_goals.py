@@ -126,19 +126,23 @@ def unravel(key):
     return key if isinstance(key, tuple) else (key,)
 
 
-def test_errors():
-    with pytest.raises(RuntimeError, match="part of an environment"):
-        JoinGoals().index_ranges  # noqa: B018
-    for keys in (([], ["goal"]), (["a", "b"], ["a"])):
-        with pytest.raises(ValueError, match="each key once"):
-            JoinGoals(*keys)
-
-
-def test_a_missing_entry_is_named():
-    from layeredrl_torchrl import TASKS
-
-    env = TASKS["Reacher-v5"].make()
-    env.append_transform(join := JoinGoals())
-    with pytest.raises(KeyError, match=r"observes \['observation'\], but JoinGoals joins"):
-        join.index_ranges  # noqa: B018
-    env.close()
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: JoinGoals().index_ranges, RuntimeError, "part of an environment"),
+        (lambda: JoinGoals([], ["goal"]), ValueError, "each key once"),
+        (lambda: JoinGoals(["a", "b"], ["a"]), ValueError, "each key once"),
+        (
+            lambda: (
+                TransformedEnv(get_task("Reacher-v5").make(), JoinGoals())
+                .transform[-1]
+                .index_ranges
+            ),
+            KeyError,
+            r"observes \['observation'\], but JoinGoals joins",
+        ),
+    ],
+)
+def test_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

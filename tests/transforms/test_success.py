@@ -6,7 +6,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torchrl.collectors import Collector
-from torchrl.envs import Compose, GymEnv, StepCounter, TransformedEnv
+from torchrl.envs import GymEnv, StepCounter, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 from torchrl.testing.mocking_classes import NestedCountingEnv
 
@@ -50,6 +50,8 @@ def check(data, window, finished, episode):
 @pytest.mark.parametrize("window", [100, 3, 1])
 def test_against_the_loop_in_rollouts_and_collectors(build, window):
     env = build(lambda: SuccessRate(window=window), WALKS)
+    check_env_specs(env)
+    env = build(lambda: SuccessRate(window=window), WALKS)
     n = max(env.batch_size.numel(), 1)
     inside = not isinstance(env, TransformedEnv)
     parts = [[i] for i in range(n)] if inside else [list(range(n))]  # of one transform each
@@ -68,13 +70,6 @@ def test_against_the_loop_in_rollouts_and_collectors(build, window):
     assert sum(len(finished) for finished, _ in twins) == sum(
         56 // walk["length"] for walk in WALKS[:n]
     )
-
-
-def test_specs_in_every_environment(build):
-    env = build(SuccessRate, WALKS)
-    check_env_specs(env)
-    data = env.rollout(5, break_when_any_done=False)
-    assert data["success_rate"].dtype == torch.float32
 
 
 def test_more_instances_finish_at_once_than_the_window_holds():
@@ -97,7 +92,7 @@ def small(n=2, max_episode_steps=2):
     return env.append_transform(SuccessRate("step_count", window=10))
 
 
-def test_resets_keep_the_statistics_and_clear_starts_over():
+def test_resets_keep_the_statistics_clear_starts_over_and_they_are_saved():
     env = small()
     td = env.rollout(4, break_when_any_done=False)[:, -1]["next"].exclude("reward")
     assert td["episode_count"].flatten().tolist() == [4, 4]
@@ -113,30 +108,12 @@ def test_resets_keep_the_statistics_and_clear_starts_over():
     cleared = env.reset()
     assert not cleared["episode_count"].any()
     assert not cleared["success_rate"].any()
-
-
-def test_the_statistics_are_saved():
-    env, other = small(), small()
+    # they are saved
     env.rollout(6, break_when_any_done=False)
+    other = small()
     other.transform.load_state_dict(env.transform.state_dict())
     assert other.transform[-1].rate == env.transform[-1].rate == 1.0
     assert other.reset()["episode_count"].flatten().tolist() == [6, 6]
-
-
-def test_it_counts_ends_of_the_transforms_before_it(build):
-    env = build(lambda: Compose(StepCounter(2), SuccessRate()), [{"length": 50}] * 2)
-    data = env.rollout(10, break_when_any_done=False)
-    instances = data.numel() // 10 if isinstance(env, TransformedEnv) else 1
-    assert data["next", "episode_count"].max() == 5 * instances
-
-
-def test_on_the_point_maze():
-    pytest.importorskip("gymnasium_robotics")
-    env = make_batched("PointMaze-Open", 3, seed=0, max_episode_steps=40)
-    env.append_transform(SuccessRate())
-    check_env_specs(env, seed=None)
-    env.transform[-1].clear()
-    check(env.rollout(120, break_when_any_done=False), 100, [], [False] * 3)
 
 
 def test_an_environment_without_success_is_an_error():

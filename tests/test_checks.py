@@ -11,14 +11,13 @@ from tensordict import TensorDict
 
 from layeredrl_torchrl._checks import (
     check_callable,
-    check_flag,
     check_instance,
     check_number,
     require,
 )
 
 
-@given(st.floats(allow_nan=True, allow_infinity=True), st.booleans(), st.booleans())
+@given(st.floats() | st.sampled_from([-1.0, 2.0]), st.booleans(), st.booleans())
 def test_a_number_passes_exactly_where_the_interval_holds_it(
     value: float, open_low: bool, open_high: bool
 ) -> None:
@@ -28,33 +27,13 @@ def test_a_number_passes_exactly_where_the_interval_holds_it(
     if inside:
         assert check_number("x", value, -1.0, 2.0, **options) == value
     else:
-        with pytest.raises(ValueError, match="x must be finite and lie in"):
+        with pytest.raises(ValueError, match=r"x must be finite and lie in .-1, 2."):
             check_number("x", value, -1.0, 2.0, **options)
-
-
-@pytest.mark.parametrize("end", [-1.0, 2.0])
-def test_the_ends_of_an_interval_count_unless_it_is_open(end: float) -> None:
-    assert check_number("x", end, -1.0, 2.0) == end
-    with pytest.raises(ValueError, match=r"\(-1, 2\)"):
-        check_number("x", end, -1.0, 2.0, open_low=True, open_high=True)
-
-
-@pytest.mark.parametrize("value", [True, "0.5", None, torch.tensor(0.5), [0.5]])
-def test_what_is_no_number_is_refused(value: object) -> None:
-    with pytest.raises(TypeError, match=r"x must be a number, got .*; give a share"):
-        check_number("x", value, 0.0, 1.0, hint="give a share")
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
     assert check_number("x", np.float32(0.5), 0.0, 1.0) == 0.5
     assert check_number("x", np.int64(1), 0.0, 1.0) == 1
-
-
-@pytest.mark.parametrize("value", ["False", 1, 0, None, [True, False]])
-def test_only_booleans_are_flags(value: object) -> None:
-    with pytest.raises(TypeError, match="x must be True or False"):
-        check_flag("x", value)
-    assert check_flag("x", False) is False
 
 
 def test_callables_and_objects_are_told_from_what_is_not() -> None:

@@ -105,7 +105,8 @@ class SACLearner(Learner):
         ]
         loss = _Loss(
             actor,
-            critics,
+            # Of a list of one, TorchRL's losses have no parameters: it would never be trained.
+            critics if n_critics > 1 else critics[0],
             num_qvalue_nets=n_critics,
             loss_function="l2",
             alpha_init=alpha_init,

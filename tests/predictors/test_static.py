@@ -7,28 +7,19 @@ import math
 
 import pytest
 import torch
+from helpers import known, make_buffer, unchanged
 from tensordict import TensorDict
-from torchrl.data import Bounded, Unbounded
+from torchrl.data import Bounded
 
-from layeredrl_torchrl import IdentityEncoder, Model, RewardPredictor, StaticPredictor
+from layeredrl_torchrl import IdentityEncoder, RewardPredictor, StaticPredictor
 
 DT = 0.05
 
 
-class Pendulum(Model):
-    """A pendulum by Euler's rule, known exactly; it never ends."""
-
-    def __init__(self):
-        super().__init__(Unbounded((2,)), None, Bounded(-2.0, 2.0, (1,)))
-
-    def predict_members(self, state, context, action):
-        angle, speed = state.unbind(-1)
-        following = torch.stack(
-            [angle + DT * speed, speed + DT * (torch.sin(angle) + action[..., 0])], -1
-        )
-        mean = following.unsqueeze(-2)
-        ones = torch.ones_like(mean[..., 0])
-        return (mean, torch.zeros_like(mean)), ones, torch.zeros_like(angle)
+def move(state, action):
+    """A pendulum by Euler's rule, known exactly."""
+    angle, speed = state.unbind(-1)
+    return torch.stack([angle + DT * speed, speed + DT * (torch.sin(angle) + action[..., 0])], -1)
 
 
 def reward(state, context, action):
@@ -41,14 +32,7 @@ def value(state, context, action):
 
 @pytest.fixture
 def predictor():
-    return StaticPredictor(
-        model=Pendulum(),
-        val_func=value,
-        rew_func=reward,
-        encoder=IdentityEncoder((2,)),
-        latent_state_dim=2,
-        context_dim=0,
-    )
+    return known(move, reward, Bounded(-2.0, 2.0, (1,)), width=2, value=value)
 
 
 def simulate(angle, speed, torques):
@@ -88,22 +72,13 @@ def test_one_step_calls(predictor):
     assert predictor.value(obs, act).tolist() == [-1.0]
 
 
-def test_with_a_tensordict(predictor):
-    obs, act = torch.randn(2, 3, 2), torch.rand(2, 3, 1)
-    td = predictor(TensorDict({"observation": obs, "action": act}, [2, 3]))
-    mean, _, _, predicted, _ = predictor.predict(obs, act)
-    torch.testing.assert_close(td["next", "state"], mean.squeeze((-3, -2)))
-    torch.testing.assert_close(td["next", "reward"].squeeze(-1), predicted)
-    assert not td["next", "done"].any()
-
-
 def test_a_known_model_has_no_density(predictor):
     td = TensorDict({"state": torch.zeros(1, 2), "action": torch.zeros(1, 1)}, [1])
     with pytest.raises(ValueError, match="standard deviation of 0"):
         predictor.model.dist(td)
 
 
-def test_learn_returns_at_once_and_says_so(predictor, make_buffer, unchanged, caplog):
+def test_learn_returns_at_once_and_says_so(predictor, caplog):
     buffer = make_buffer()
     with caplog.at_level(logging.INFO, logger="layeredrl_torchrl"), unchanged(predictor):
         loss, info = predictor.learn(buffer, 1000, 256, 256, 10_000)
@@ -111,18 +86,14 @@ def test_learn_returns_at_once_and_says_so(predictor, make_buffer, unchanged, ca
     assert loss.item() == 0.0
     assert info == {"n_updates": 0.0}
     assert "nothing to learn" in caplog.text
-
-
-def test_it_has_no_parameters_and_an_empty_state(predictor):
     assert list(predictor.parameters()) == []
     assert all(name.startswith("encoder.") for name in predictor.state_dict())
+    with pytest.raises(TypeError, match=r"torchrl.*Logger.*got str"):
+        predictor.learn(buffer, 1, 1, 1, 0, logger="tensorboard")
 
 
-def test_a_reward_predictor_refuses_a_known_model(predictor):
+def test_models_of_another_kind_are_refused(predictor):
     with pytest.raises(TypeError, match="StaticPredictor"):
         RewardPredictor(predictor.model, value, reward, predictor.encoder, 2)
-
-
-def test_a_model_that_is_none_is_refused():
     with pytest.raises(TypeError, match="Model"):
         StaticPredictor(torch.nn.Linear(2, 2), value, reward, IdentityEncoder((2,)), 2)

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import make_transitions
 from pretended import Accelerator
 from tensordict import TensorDict
 from tensordict.nn import CudaGraphModule
@@ -35,17 +36,10 @@ def build(*, encoder=None, **options):
     return factory(Unbounded((OBS,)), Bounded(-1.0, 1.0, (ACTIONS,)))
 
 
-def transitions(*shape, device="cpu"):
-    obs = torch.randn(*shape, OBS, device=device)
-    done = torch.zeros(*shape, 1, dtype=torch.bool, device=device)
-    following = {
-        "observation": obs + 0.1,
-        "reward": torch.randn(*shape, 1, device=device),
-        "terminated": done,
-        "done": done,
-    }
-    action = torch.rand(*shape, ACTIONS, device=device)
-    return TensorDict({"observation": obs, "action": action, "next": following}, shape)
+def transitions(n, device="cpu"):
+    data = make_transitions(n, obs_dim=OBS, action_dim=ACTIONS, episode_length=n + 1)
+    data["next", "observation"] = data["observation"] + 0.1
+    return data.to(device)
 
 
 def buffer(device="cpu", n=200):
@@ -87,29 +81,6 @@ def test_what_learning_waits_for_does_not_grow_with_its_updates(on_device, encod
     assert many == few
 
 
-def test_a_step_waits_for_nothing():
-    accelerator = Accelerator()
-    predictor = move(accelerator, build(encoder=ENCODER))
-    updates = predictor.updates
-    with accelerator.mode:
-        updates._settle()
-    with accelerator.watched():
-        data = transitions(16, 4, device=accelerator.device)
-        data["valid"] = torch.ones(16, 4, dtype=torch.bool, device=accelerator.device)
-        with torch.no_grad():
-            state, context = predictor.encode(data["observation"][:, 0])
-        rows = TensorDict({"state": state, "context": context, "next": {"state": state}}, [16])
-        rows["action"], rows["next", "terminated"] = data["action"][:, 0], data["valid"][:, :1]
-        batch = {
-            "predictor": updates.losses["predictor"].loss.prepare(data),
-            "model": updates.losses["model"].loss.prepare(rows.expand(3, 16)),
-        }
-        for _ in range(2):
-            updates.step(batch)
-    grads = [p.grad for group in updates.optim.param_groups for p in group["params"]]
-    assert {grad.device.type for grad in grads} == {accelerator.device.type}
-
-
 def test_losses_are_compiled_once_for_all_updates():
     compiled = []
 
@@ -146,7 +117,7 @@ SCHEDULES = {
             early_stopping=EarlyStopping(every=4, patience=1, min_delta=1.0),
             member_batches=BootstrappedBatches(),
             annealing=0.5,
-        ),
+        )
     },
 }
 

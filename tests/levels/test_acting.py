@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-
 import pytest
 import torch
+from helpers import (
+    ACTIONS,
+    OBS,
+    SMALL_FACTORY,
+    SPACES,
+    make_transitions,
+    observed,
+    planner_level,
+    point_level,
+    unchanged,
+)
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torchrl.data import Bounded, Composite, OneHot, Unbounded
 from torchrl.envs import TensorDictPrimer
 from torchrl.envs.utils import ExplorationType, set_exploration_type, step_mdp
 
-from layeredrl_torchrl import ICEMPlanner, PlannerLevel, PredictorFactory
+from layeredrl_torchrl import ICEMPlanner, PlannerLevel
 
 
 def far_goals(n, seed=0):
@@ -33,9 +41,9 @@ def steps(level, td, n):
     return torch.stack(flags)
 
 
-def test_without_random_steps_it_is_its_planner(make_level, observe):
-    level = make_level()
-    td = observe(level, torch.randn(3, 2))
+def test_without_random_steps_it_is_its_planner():
+    level = point_level()
+    td = observed(level, torch.randn(3, 2))
     alone = level.planner
     for step in range(3):
         torch.manual_seed(step)
@@ -50,32 +58,19 @@ def test_without_random_steps_it_is_its_planner(make_level, observe):
         assert td["planner", "warm"].all()
 
 
-@pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
-def test_initial_random_steps(make_level, observe, batch):
-    level = make_level(n_initial_random_steps=1)
-    out = level(observe(level, torch.randn(*batch, 2)))
-    assert out["random_action"].shape == (*batch, 1)
-    assert out["random_action"].all()
-    assert out["action"].shape == (*batch, 1)
-    assert not out["next", "planner", "warm"].any()
-    level.n_env_steps += 1
-    out = level(observe(level, torch.randn(*batch, 2)))
-    assert not out["random_action"].any()
-    assert out["next", "planner", "warm"].all()
+def test_initial_random_steps():
+    level = point_level(n_initial_random_steps=1)
+    for random in (True, False):
+        out = level(observed(level, torch.randn(2, 3, 2)))
+        assert out["action"].shape == out["random_action"].shape == (2, 3, 1)
+        assert (out["random_action"] == random).all()
+        assert (out["next", "planner", "warm"] != random).all()
+        level.n_env_steps += 1
 
 
-def test_random_actions_are_uniform(make_level, observe):
-    level = make_level(n_initial_random_steps=1)
-    action = level(observe(level, far_goals(5000)))["action"]
-    assert action.abs().max() <= 1.0
-    # Mean 0 and variance 1/3 (whose own is 4/45), within four standard errors.
-    assert abs(action.mean()) < 4 * (1 / 3 / 5000) ** 0.5
-    assert abs(action.var() - 1 / 3) < 4 * (4 / 45 / 5000) ** 0.5
-
-
-def test_in_a_mixed_batch_only_the_others_plan(make_level, observe):
-    level = make_level(random_prob=0.5)
-    out = level(observe(level, far_goals(400)))
+def test_in_a_mixed_batch_only_the_others_plan():
+    level = point_level(random_prob=0.5)
+    out = level(observed(level, far_goals(400)))
     random = out["random_action"].squeeze(-1)
     assert 140 < random.sum() < 260
     # The best of some forty plans is never one that goes the wrong way.
@@ -87,11 +82,11 @@ def test_in_a_mixed_batch_only_the_others_plan(make_level, observe):
     assert out["next", "planner", "elites"][~random].any()
 
 
-def test_random_phases_last_as_long_as_told(make_level, observe):
+def test_random_phases_last_as_long_as_told():
     """Lengths are exact, and how often is what the Markov chain of the phases says."""
     prob, duration, n_steps, n = 0.2, 4, 30, 400
-    level = make_level(random_prob=prob, random_duration=duration)
-    flags = steps(level, observe(level, far_goals(n)), n_steps)
+    level = point_level(random_prob=prob, random_duration=duration)
+    flags = steps(level, observed(level, far_goals(n)), n_steps)
     for row in flags.T.tolist():
         length = 0
         for flag in row:
@@ -114,16 +109,9 @@ def test_random_phases_last_as_long_as_told(make_level, observe):
     assert (share - torch.tensor(expected)).abs().max() < 4 * (0.25 / n) ** 0.5
 
 
-def test_a_phase_of_one_step_and_one_of_all_steps(make_level, observe):
-    always = make_level(random_prob=1.0, random_duration=1)
-    assert steps(always, observe(always, far_goals(3)), 4).all()
-    never = make_level(random_prob=0.0, random_duration=7)
-    assert not steps(never, observe(never, far_goals(3)), 4).any()
-
-
-def test_evaluation_is_never_random(make_level, observe):
-    level = make_level(n_initial_random_steps=100, random_prob=1.0)
-    td = observe(level, far_goals(3))
+def test_evaluation_is_never_random():
+    level = point_level(n_initial_random_steps=100, random_prob=1.0)
+    td = observed(level, far_goals(3))
     td["random_steps_left"] += 5
     assert level(td.clone())["random_action"].all()
     with set_exploration_type(ExplorationType.DETERMINISTIC):
@@ -135,57 +123,29 @@ def test_evaluation_is_never_random(make_level, observe):
     assert level.train()(td)["random_action"].all()
 
 
-@pytest.mark.parametrize("options", [{"n_initial_random_steps": 5}, {"random_prob": 0.5}])
-def test_acting_changes_nothing_in_the_level(make_learner, observe, unchanged, options):
-    level = make_learner(**options)
-    td = observe(level, far_goals(8))
-    names = set(level.__dict__)
-    with unchanged(level):
-        for _ in range(3):
-            level(td.clone())
-    assert set(level.__dict__) == names
-    assert not len(level.buffer)
-
-
 @pytest.mark.parametrize("spec", [OneHot(3), Bounded(-2.0, 3.0, (2,))], ids=["skill", "torque"])
-def test_what_the_actions_are_does_not_matter(make_learner, observe, spec):
-    level = make_learner(action_space=spec, n_initial_random_steps=0, random_prob=0.5)
-    out = level(observe(level, torch.randn(20, 2)))
+def test_what_the_actions_are_does_not_matter(spec):
+    level = planner_level(OBS, spec, random_prob=0.5)
+    with unchanged(level):
+        out = level(observed(level, torch.randn(20, 2)))
     assert 0 < out["random_action"].sum() < 20
     assert spec.is_in(out["action"])
     assert out["action"].dtype == spec.dtype
 
 
-def test_keys_can_be_renamed(make_level, observe):
-    level = make_level(
+def test_keys_can_be_renamed():
+    level = point_level(
         random_prob=1.0, random_action_key=("upper", "random"), state_key=("upper", "left")
     )
-    out = level(observe(level, far_goals(3)))
+    out = level(observed(level, far_goals(3)))
     assert set(level.out_keys) <= set(out.keys(True, True))
     assert out["upper", "random"].all()
     assert (out["next", "upper", "left"] == 10).all()  # it acted, and nine are left
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_copies_act_and_do_not_learn(make_learner, make_transitions, observe, duplicate):
-    level = make_learner(random_prob=0.3)
-    level.learn(make_transitions())
-    other = duplicate(level)
-    td = observe(level, torch.randn(6, 2))
-    torch.manual_seed(3)
-    expected = level(td.clone())
-    torch.manual_seed(3)
-    got = other(td.clone())
-    assert torch.equal(got["action"], expected["action"])
-    with pytest.raises(RuntimeError, match="copies come without a buffer"):
-        other.learn(make_transitions())
-    other.buffer = level.buffer
-    assert other.learn(make_transitions())["n_updates"] == 60
-
-
-def test_what_is_missing_is_named(make_level, observe):
-    level = make_level()
-    td = observe(level, far_goals(3))
+def test_what_is_missing_is_named():
+    level = point_level()
+    td = observed(level, far_goals(3))
     with pytest.raises(KeyError, match=r"reads 'random_steps_left'.*make_tensordict_primer"):
         level(td.exclude("random_steps_left"))
     with pytest.raises(KeyError, match=r"reads 'planner', which is missing"):
@@ -196,25 +156,21 @@ def test_what_is_missing_is_named(make_level, observe):
 
 def test_factories_see_what_they_should():
     seen = {}
-    spaces = Unbounded((2,)), Bounded(-1.0, 1.0, (1,))
-    own = PredictorFactory(hidden_sizes=(4,))
 
     def predictor_factory(observation_space, action_space):
         seen["spaces"] = observation_space, action_space
-        return own(observation_space, action_space)
+        return SMALL_FACTORY(observation_space, action_space)
 
     def planner_factory(predictor, *, action_spec):
         seen["predictor"], seen["action_spec"] = predictor, action_spec
         return ICEMPlanner(predictor, action_spec=action_spec, horizon=3)
 
-    level = PlannerLevel(
-        *spaces, predictor_factory=predictor_factory, planner_factory=planner_factory
-    )
-    assert seen["spaces"] == spaces
+    factories = {"predictor_factory": predictor_factory, "planner_factory": planner_factory}
+    level = PlannerLevel(*SPACES, **factories)
+    assert seen["spaces"] == SPACES
     assert seen["predictor"] is level.predictor
-    assert seen["action_spec"] == spaces[1]
+    assert seen["action_spec"] == ACTIONS
     assert level.planner.optimizer.horizon == 3
-    assert level.optim is level.predictor.optim
 
 
 class Shooting(TensorDictModuleBase):
@@ -246,36 +202,33 @@ class Shooting(TensorDictModuleBase):
         return tensordict
 
 
-def test_a_planner_of_ones_own(make_learner, make_transitions, observe, unchanged):
+def test_a_planner_of_ones_own():
     """Its memory is carried, forgotten in random steps, and not stored; it is saved once."""
-    level = make_learner(planner_factory=Shooting, random_prob=0.5)
-    td = observe(level, torch.randn(200, 2))
+    level = planner_level(*SPACES, planner_factory=Shooting, random_prob=0.5)
+    td = observed(level, torch.randn(200, 2))
     with unchanged(level):
         out = level(td)
     random = out["random_action"]
     assert torch.equal(out["next", "shooting", "score"] == 0.0, random)
     assert 60 < random.sum() < 140
-    assert level.optim is level.predictor.optim
-    assert level.learn(make_transitions())["n_updates"] == 60
+    assert level.learn(make_transitions())["n_updates"] == 6
     pointers = [value.data_ptr() for value in level.state_dict().values() if value.numel()]
     assert len(set(pointers)) == len(pointers)
 
-
-def test_what_is_no_planner(make_learner):
     class Forgetful(Shooting):
         forget = property()
 
     with pytest.raises(TypeError, match=r"gave a Forgetful, expected .* forget\(\)"):
-        make_learner(planner_factory=Forgetful)
+        planner_level(*SPACES, planner_factory=Forgetful)
 
 
-def test_with_a_predictor_that_is_given(make_level, make_transitions, observe, unchanged):
+def test_with_a_predictor_that_is_given():
     """It plans, stores and counts; updates are due, and change nothing."""
-    level = make_level(random_prob=0.3, updates_per_step=0.5)
+    level = point_level(random_prob=0.3, updates_per_step=0.5)
     assert level.optim is None
     before = {name: x.clone() for name, x in level.predictor.state_dict().items()}
     for n in (1, 2):
-        td = observe(level, far_goals(5))
+        td = observed(level, far_goals(5))
         assert level(td)["action"].abs().max() <= 1.0
         info = level.learn(make_transitions(n_steps=20))
         assert info == {"n_env_steps": 20.0 * n, "n_updates": 0.0}

@@ -6,10 +6,18 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import (
+    SMALL_FACTORY,
+    SPACES,
+    both,
+    collected,
+    make_transitions,
+    model_free_level,
+    planner_level,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
-from torchrl.collectors import Collector
 from torchrl.data import (
     Bounded,
     LazyStackStorage,
@@ -21,65 +29,26 @@ from torchrl.data import (
     SliceSampler,
     TensorDictMaxValueWriter,
     TensorDictReplayBuffer,
-    Unbounded,
 )
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 from torchrl.envs import MultiStepTransform, RenameTransform, StepCounter
 
-from layeredrl_torchrl import (
-    Hierarchy,
-    ICEMPlanner,
-    IdentityEncoder,
-    ModelFreeLevel,
-    PlannerLevel,
-    PredictorFactory,
-    SACLearner,
-    get_task,
-)
-
-SPACES = Unbounded((2,)), Bounded(-1.0, 1.0, (1,))
-
-
-def planner_level(*spaces, **options):
-    small = {"n_initial_random_steps": 0, "batch_size": 8, "model_batch_size": 8}
-    small["predictor_factory"] = PredictorFactory(hidden_sizes=(8,), n_models=2)
-    return PlannerLevel(
-        *spaces,
-        planner_factory=partial(ICEMPlanner, horizon=2, n_samples=24, n_iterations=2),
-        **small | {"updates_per_step": 0.1} | options,
-    )
-
-
-def model_free_level(*spaces, **options):
-    small = {"n_initial_random_steps": 0, "batch_size": 8, "updates_per_step": 0.1}
-    return ModelFreeLevel(
-        *spaces, learner_factory=partial(SACLearner, hidden_sizes=(8,)), **small | options
-    )
-
-
-both = pytest.mark.parametrize("make", [planner_level, model_free_level])
+from layeredrl_torchrl import Hierarchy, PredictorFactory, get_task
 
 
 def everything(level):
-    """All that learning changes."""
+    """All that learning changes, as copies."""
     writer, storage = level.buffer.writer.state_dict(), level.buffer.storage
-    rows = storage[:].clone() if len(storage) else None
+    rows = storage[:].to_dict() if len(storage) else None
     optim = {str(i): s for i, s in level.optim.state_dict()["state"].items()}
-    return {"level": dict(level.state_dict()), "optim": optim, "writer": writer, "rows": rows}
+    state = {"level": dict(level.state_dict()), "optim": optim, "writer": writer, "rows": rows}
+    return torch.utils._pytree.tree_map(
+        lambda x: x.clone() if isinstance(x, torch.Tensor) else x, state
+    )
 
 
 def assert_same(got, expected):
-    torch.testing.assert_close(got["level"], expected["level"], rtol=0, atol=0)
-    torch.testing.assert_close(got["optim"], expected["optim"], rtol=0, atol=0)
-    assert got["writer"] == expected["writer"]
-    assert (got["rows"] is None) == (expected["rows"] is None)
-    assert got["rows"] is None or bool((got["rows"] == expected["rows"]).all())
-
-
-def snapshot(level):
-    return torch.utils._pytree.tree_map(
-        lambda x: x.clone() if isinstance(x, torch.Tensor) else x, everything(level)
-    )
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
 # -- all or nothing -------------------------------------------------------------------------
@@ -97,9 +66,7 @@ class Logger:
 
 @both
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt(), MemoryError()])
-def test_after_an_error_in_an_update_it_is_as_if_nothing_had_been_learned(
-    make, error, make_transitions
-):
+def test_after_an_error_in_an_update_it_is_as_if_nothing_had_been_learned(make, error):
     """In a ring that is full, where rows were overwritten; and the next call is as ever."""
     twins = [make(*SPACES, logger=Logger(), buffer_size=50) for _ in range(2)]
     twins[1].load_state_dict(twins[0].state_dict())
@@ -109,7 +76,7 @@ def test_after_an_error_in_an_update_it_is_as_if_nothing_had_been_learned(
             torch.manual_seed(i)
             level.learn(data)
     tried, spared = twins
-    before = snapshot(tried)
+    before = everything(tried)
     tried.logger.error = error
     with pytest.raises(type(error)):
         tried.learn(batches[0])
@@ -121,25 +88,19 @@ def test_after_an_error_in_an_update_it_is_as_if_nothing_had_been_learned(
     assert_same(everything(tried), everything(spared))
 
 
-def test_an_error_of_the_lowest_level_undoes_what_the_highest_learned(toy_agent):
-    agent, data = toy_agent
+def test_an_error_of_the_lowest_level_undoes_what_the_highest_learned():
+    env = get_task("InvertedPendulum-v5").make(seed=0)
+    lower = model_free_level(input_spec=Bounded(-1.0, 1.0, (1,)), duration=2)
+    agent = Hierarchy([planner_level(), lower], env)
+    (data,) = collected(env, agent, 1, 30)
     agent.learn(data)
-    before = [snapshot(level) for level in agent.levels]
-    agent.levels[1].logger = Logger()
-    agent.levels[1].logger.error = OSError("disk full")
+    before = [everything(level) for level in agent.levels]
+    lower.logger = Logger()
+    lower.logger.error = OSError("disk full")
     with pytest.raises(OSError, match="disk full"):
         agent.learn(data)
     for level, was in zip(agent.levels, before, strict=True):
         assert_same(everything(level), was)
-
-
-@pytest.fixture
-def toy_agent():
-    env = get_task("InvertedPendulum-v5").make(seed=0)
-    lower = model_free_level(input_spec=Bounded(-1.0, 1.0, (1,)), duration=2)
-    agent = Hierarchy([planner_level(), lower], env)
-    env.append_transform(agent.make_tensordict_primer())
-    return agent, env.rollout(30, agent, break_when_any_done=False)
 
 
 def replace(key, value):
@@ -159,6 +120,8 @@ BROKEN = {
     "doubles": (replace("observation", lambda d: d["observation"].double()), ValueError),
     "action outside": (replace("action", lambda d: d["action"] * 9.0), ValueError),
     "action wide": (replace("action", lambda d: d["action"].expand(-1, 2)), ValueError),
+    "no action": (lambda d: d.exclude("action"), KeyError),
+    "no reward": (lambda d: d.exclude(REWARD), KeyError),
     "no termination": (lambda d: d.exclude(TERMINATED), KeyError),
     "no done": (lambda d: d.exclude(DONE), KeyError),
     "no next": (lambda d: d.exclude(NEXT), KeyError),
@@ -170,19 +133,21 @@ BROKEN = {
         replace("steps_to_next_obs", lambda d: torch.full((len(d), 1), 3)),
         ValueError,
     ),
+    "one row": (lambda d: d[0], ValueError),
+    "no rows": (lambda d: d[:0], ValueError),
     "nothing": (lambda d: None, TypeError),
 }
 
 
 @both
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_bad_batch_leaves_no_trace(make, name, make_transitions):
+def test_a_bad_batch_leaves_no_trace(make, name):
     breaks, error = BROKEN[name]
     if make is model_free_level and name == "environments":
         pytest.skip("it stores single transitions, of any number of environments")
     level = make(*SPACES)
     for _ in range(2):
-        before = snapshot(level)
+        before = everything(level)
         bad = breaks(make_transitions(n_steps=20))
         # At first those are as good as others.
         if name not in ("doubles", "environments") or len(level.buffer):
@@ -193,8 +158,23 @@ def test_a_bad_batch_leaves_no_trace(make, name, make_transitions):
     assert len(level.buffer) == 120
 
 
+def test_what_comes_from_above_is_needed_too():
+    data = make_transitions(n_steps=20)
+    data["input"], data["n_actions"] = torch.rand(20, 1), torch.zeros(20, 1, dtype=torch.int64)
+    data["next", "input_done"] = data["next", "done"].clone()
+    options = {"input_spec": Bounded(-1.0, 1.0, (1,)), "duration": 4}
+    level = model_free_level(*SPACES, **options)
+    for key in ("input", "n_actions", ("next", "input_done")):
+        last = key if isinstance(key, str) else key[-1]
+        with pytest.raises(KeyError, match=f"learn reads .*{last}.*, which is missing"):
+            level.learn(data.exclude(key))
+    assert not len(level.buffer)
+    # Without an end of the input, nobody has to say where it is.
+    model_free_level(*SPACES, **options, input_ends=False).learn(data.exclude(key))
+
+
 @both
-def test_what_was_stored_before_has_to_be_there_again(make, make_transitions):
+def test_what_was_stored_before_has_to_be_there_again(make):
     """TorchRL would store zeros: here terminations that never were."""
     level = make(*SPACES, store_keys=["weight"])
     weighted = make_transitions().set("weight", torch.ones(60))
@@ -212,7 +192,7 @@ def test_what_was_stored_before_has_to_be_there_again(make, make_transitions):
 
 
 @both
-def test_rows_that_pad_trajectories_are_neither_stored_nor_counted(make, make_transitions):
+def test_rows_that_pad_trajectories_are_neither_stored_nor_counted(make):
     data = make_transitions(n_steps=60, episode_length=20)
     lengths = torch.tensor([20, 11, 17])
     mask = torch.arange(20) < lengths.unsqueeze(-1)
@@ -233,14 +213,7 @@ def test_actions_of_others_are_random_ones():
     """Those that a collector draws before it asks the level."""
     env = get_task("InvertedPendulum-v5").make(seed=0).append_transform(StepCounter(9))
     level = planner_level(env=env)
-    for data in Collector(
-        env,
-        level,
-        frames_per_batch=20,
-        total_frames=60,
-        init_random_frames=20,
-        auto_register_policy_transforms=True,
-    ):
+    for data in collected(env, level, 3, init_random_frames=20):
         level.learn(data)
     random = level.buffer[:]["random_action"]
     assert random[:20].all()
@@ -250,21 +223,14 @@ def test_actions_of_others_are_random_ones():
 def test_transitions_of_several_steps_are_refused():
     env = get_task("InvertedPendulum-v5").make(seed=0)
     level = planner_level(env=env)
-    (data,) = Collector(
-        env,
-        level,
-        frames_per_batch=30,
-        total_frames=30,
-        auto_register_policy_transforms=True,
-        postproc=MultiStep(gamma=0.9, n_steps=3),
-    )
+    (data,) = collected(env, level, 1, 30, postproc=MultiStep(gamma=0.9, n_steps=3))
     with pytest.raises(ValueError, match=r"up to 3 steps .*leave MultiStep out"):
         level.learn(data)
     assert not len(level.buffer)
 
 
 @both
-def test_ends_that_nobody_saw_are_left_out(make, make_transitions):
+def test_ends_that_nobody_saw_are_left_out(make):
     """As of environments that reset themselves: NaN where the last observation should be."""
     data = make_transitions(n_steps=60, episode_length=20)
     ends = data["next", "done"].squeeze(-1)
@@ -276,23 +242,20 @@ def test_ends_that_nobody_saw_are_left_out(make, make_transitions):
     assert torch.equal(level.buffer[:]["observation"], data["observation"][~ends])
 
 
-def test_only_what_is_needed_is_stored(make_transitions):
-    def with_pictures(n):
-        data = make_transitions(n_steps=n)
-        data["pixels"] = torch.zeros(n, 64, 64, 3, dtype=torch.uint8)
-        return data.set("weight", torch.rand(n))
-
-    for make in (planner_level, model_free_level):
-        level = make(*SPACES, store_keys=["weight"])
-        level.learn(with_pictures(20))
-        level.learn(with_pictures(20).exclude("pixels"))
-        assert {"observation", "action", "weight"} <= set(level.buffer[:].keys())
-        assert "pixels" not in level.buffer[:].keys()
+@both
+def test_only_what_is_needed_is_stored(make):
+    level, data = make(*SPACES, store_keys=["weight"]), make_transitions(n_steps=20)
+    data["pixels"] = torch.zeros(20, 64, 64, 3, dtype=torch.uint8)
+    data["weight"] = torch.rand(20)
+    level.learn(data)
+    level.learn(data.exclude("pixels"))
+    assert {"observation", "action", "weight"} <= set(level.buffer[:].keys())
+    assert "pixels" not in level.buffer[:].keys()
 
 
 @both
 @pytest.mark.parametrize("n", [None, 3])
-def test_learning_after_every_step(make, n, make_transitions):
+def test_learning_after_every_step(make, n):
     """What is stored is as if it had come at once, and all updates are made in the end."""
     data = make_transitions(n_steps=24, episode_length=8)
     data = data if n is None else data.reshape(n, 8)
@@ -313,20 +276,10 @@ OBS, ACTION, PAY = ("agents", "observation"), ("agents", "u"), ("agents", "pay")
 
 
 def renamed_predictor(observation_space, action_space, **keys):
-    factory = PredictorFactory(
-        hidden_sizes=(8,),
-        n_models=2,
-        partial_encoder=partial(IdentityEncoder, in_keys=[OBS]),
-        model_options={"in_keys": ["state", "context", ACTION]},
-    )
-    predictor = factory(observation_space[OBS], action_space)
-    given = {
-        "observation": OBS,
-        "next_observation": ("next", *OBS),
-        "action": ACTION,
-        "reward": ("next", *PAY),
-    }
-    predictor.predictor_loss.set_keys(**given | keys)
+    renamed = {"observation_key": OBS, "action_key": ACTION}
+    factory = PredictorFactory(hidden_sizes=(8,), n_models=2, **renamed)
+    predictor = factory(observation_space, action_space)
+    predictor.predictor_loss.set_keys(**{"reward": ("next", *PAY)} | keys)
     return predictor
 
 
@@ -341,18 +294,12 @@ def run(make, rename):
     if make is model_free_level:
         options |= {"observation_key": OBS} if rename else {}
     else:
-        options["predictor_factory"] = renamed_predictor if rename else make_factory()
+        options["predictor_factory"] = renamed_predictor if rename else SMALL_FACTORY
     level, actions = make(**options), []
-    for data in Collector(
-        env, level, frames_per_batch=20, total_frames=60, auto_register_policy_transforms=True
-    ):
-        actions.append(data[level.action_key].clone())
+    for data in collected(env, level, 3):
+        actions.append(data[level.action_key])
         level.learn(data)
     return level, torch.cat(actions), env
-
-
-def make_factory():
-    return PredictorFactory(hidden_sizes=(8,), n_models=2)
 
 
 @both
@@ -402,52 +349,37 @@ def test_the_unit_of_the_reward_does_not_matter(power, sparse):
 # -- buffers --------------------------------------------------------------------------------
 
 
+def buffer(storage=LazyTensorStorage, **options):
+    return TensorDictReplayBuffer(storage=storage(9), **options)
+
+
 @both
 @pytest.mark.parametrize(
-    ("buffer", "error", "message"),
+    ("build", "error", "message"),
     [
         (lambda: TensorDictReplayBuffer(batch_size=16), TypeError, "storage of tensors"),
-        (lambda: TensorDictReplayBuffer(storage=ListStorage(9)), TypeError, "storage of tensors"),
-        (lambda: TensorDictReplayBuffer(storage=LazyStackStorage(9)), TypeError, "of tensors"),
-        (
-            lambda: TensorDictReplayBuffer(
-                storage=LazyTensorStorage(9), writer=TensorDictMaxValueWriter()
-            ),
-            TypeError,
-            "RoundRobinWriter",
-        ),
-        (
-            lambda: TensorDictReplayBuffer(
-                storage=LazyTensorStorage(9), writer=ImmutableDatasetWriter()
-            ),
-            TypeError,
-            "RoundRobinWriter",
-        ),
-        (
-            lambda: TensorDictReplayBuffer(
-                storage=LazyTensorStorage(9), transform=MultiStepTransform(3, 0.9)
-            ),
-            ValueError,
-            "MultiStepTransform",
-        ),
+        (lambda: buffer(ListStorage), TypeError, "storage of tensors"),
+        (lambda: buffer(LazyStackStorage), TypeError, "storage of tensors"),
+        (lambda: buffer(writer=TensorDictMaxValueWriter()), TypeError, "RoundRobinWriter"),
+        (lambda: buffer(writer=ImmutableDatasetWriter()), TypeError, "RoundRobinWriter"),
+        (lambda: buffer(transform=MultiStepTransform(3, 0.9)), ValueError, "MultiStepTransform"),
         (lambda: TensorDictReplayBuffer, TypeError, "got the class"),
     ],
 )
-def test_buffers_that_cannot_be_used_are_refused_at_once(make, buffer, error, message):
+def test_buffers_that_cannot_be_used_are_refused_at_once(make, build, error, message):
     with pytest.raises(error, match=message):
-        make(buffer=buffer())
+        make(buffer=build())
 
 
 def test_samplers_that_would_have_no_effect_are_refused_at_once():
     for sampler in (SliceSampler(slice_len=4), object.__new__(PrioritizedSampler)):
-        buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(9))
-        buffer._sampler = sampler
+        own = buffer()
+        own._sampler = sampler
         with pytest.raises(ValueError, match="use a RandomSampler"):
-            model_free_level(buffer=buffer)
+            model_free_level(buffer=own)
 
     class Relabels(RandomSampler):
         pass
 
-    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(9), sampler=Relabels())
     with pytest.raises(TypeError, match=r"learn\(\) draw by"):
-        planner_level(buffer=buffer)
+        planner_level(buffer=buffer(sampler=Relabels()))

@@ -6,10 +6,10 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import collected, model_free_level, planner_level
 from pretended import Accelerator
 from tensordict import TensorDict
 from tensordict.nn import CudaGraphModule, TensorDictModuleBase
-from torchrl.collectors import Collector
 from torchrl.data import Bounded, Categorical, Composite, OneHot, Unbounded
 from torchrl.envs import TensorDictPrimer
 
@@ -17,29 +17,13 @@ from layeredrl_torchrl import (
     ActionSequenceLevel,
     DQNLearner,
     Hierarchy,
-    ICEMPlanner,
-    ModelFreeLevel,
-    PlannerLevel,
-    PredictorFactory,
     RandomLevel,
-    SACLearner,
     _watch,
     get_task,
 )
 
 OBS, ACTIONS = Unbounded((4,)), Bounded(-1.0, 1.0, (1,))
-
-
-def planner_level(*spaces, **options):
-    planner = partial(ICEMPlanner, horizon=2, n_samples=16, n_iterations=2)
-    factory = PredictorFactory(hidden_sizes=(8,), n_models=2)
-    given = {"predictor_factory": factory, "planner_factory": planner}
-    return PlannerLevel(*spaces, **given | options)
-
-
-def model_free_level(*spaces, learner=SACLearner, **options):
-    factory = partial(learner, hidden_sizes=(8,))
-    return ModelFreeLevel(*spaces, learner_factory=factory, **options)
+SMALL_DQN = partial(DQNLearner, hidden_sizes=(8,))
 
 
 def hierarchy(upper, spec=Bounded(-1.0, 1.0, (2,)), **options):  # noqa: B008
@@ -78,7 +62,7 @@ POLICIES = {
     "always random": lambda: calm(random_prob=1.0),
     "SAC": lambda: model_free_level(OBS, ACTIONS),
     "SAC with input": lambda: model_free_level(OBS, ACTIONS, input_spec=Categorical(3), duration=3),
-    "DQN": lambda: model_free_level(OBS, OneHot(3), learner=DQNLearner),
+    "DQN": lambda: model_free_level(OBS, OneHot(3), learner_factory=SMALL_DQN),
     "hierarchy": lambda: hierarchy(planner_level(random_prob=0.3)),
     "choices and maps": lambda: hierarchy(
         planner_level(), Categorical(3), observation_maps=[None, [0, 2]]
@@ -134,15 +118,15 @@ def test_all_are_planned_for_where_counting_would_wait(monkeypatch, n_initial_ra
 # -- the environment on the host, the level anywhere ----------------------------------------
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-LEARNING = {"n_initial_random_steps": 20, "updates_per_step": 0.1, "batch_size": 8}
+LEARNING = {"n_initial_random_steps": 20, "updates_per_step": 0.1}
 AGENTS = {
     "planner": lambda env, device: planner_level(
-        env=env, device=device, model_batch_size=8, random_prob=0.2, **LEARNING
+        env=env, device=device, random_prob=0.2, **LEARNING
     ),
     "SAC": lambda env, device: model_free_level(env=env, **LEARNING).to(device),
     "hierarchy": lambda env, device: Hierarchy(
         [
-            planner_level(model_batch_size=8, device=device, **LEARNING),
+            planner_level(device=device, **LEARNING),
             model_free_level(input_spec=Categorical(3), duration=3, **LEARNING),
         ],
         env,
@@ -157,17 +141,8 @@ def test_it_learns_where_it_is_from_an_environment_on_the_host(name, device):
     agent = AGENTS[name](env, device)
     devices = {value.device.type for value in agent.state_dict().values()}
     assert devices == {device}
-    collector = Collector(
-        env,
-        agent,
-        frames_per_batch=30,
-        total_frames=90,
-        policy_device=device,
-        env_device="cpu",
-        storing_device="cpu",
-        auto_register_policy_transforms=True,
-    )
-    for data in collector:
+    host = {"policy_device": device, "env_device": "cpu", "storing_device": "cpu"}
+    for data in collected(env, agent, 3, 30, **host):
         info = agent.learn(data)
         assert data.device.type == "cpu"
     assert any(value > 0 for term, value in info.items() if term.endswith("n_updates"))

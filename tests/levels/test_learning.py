@@ -1,13 +1,27 @@
-"""PlannerLevel.learn: what is stored, how often is learned, and that all of it can be saved."""
+"""Levels that learn: how often, from which buffer, what they report, and going on after saving."""
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from fractions import Fraction
 from functools import partial
 
 import pytest
 import torch
+from helpers import (
+    ACTIONS,
+    OBS,
+    SMALL_FACTORY,
+    SMALL_PLANNER,
+    SPACES,
+    Kept,
+    both,
+    make_transitions,
+    model_free_level,
+    planner_level,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
@@ -16,40 +30,29 @@ from torchrl.data import (
     Bounded,
     LazyTensorStorage,
     ListStorage,
+    OneHot,
     ReplayBuffer,
     TensorDictReplayBuffer,
-    Unbounded,
 )
 
 from layeredrl_torchrl import (
+    DQNLearner,
     ICEMPlanner,
     IdentityEncoder,
-    Model,
+    ModelFreeLevel,
     PlannerLevel,
-    RewardPredictor,
     StaticPredictor,
     get_task,
     make_batched,
 )
 
 
-class Still(Model):
-    """A world in which nothing moves."""
-
-    def __init__(self):
-        super().__init__(Unbounded((2,)), None, Bounded(-1.0, 1.0, (1,)))
-
-    def predict_members(self, state, context, action):
-        mean, weights = state.unsqueeze(-2), torch.ones_like(state[..., :1])
-        return (mean, torch.zeros_like(mean)), weights, torch.zeros_like(state[..., 0])
-
-
 class Diary(StaticPredictor):
     """Writes down what it is asked to learn."""
 
-    def __init__(self):
+    def __init__(self, *_):
         reward = lambda state, context, action: state.sum(-1)  # noqa: E731
-        super().__init__(Still(), None, reward, IdentityEncoder((2,)), 2)
+        super().__init__(SMALL_FACTORY(*SPACES).model, None, reward, IdentityEncoder((2,)), 2)
         self.calls = []
 
     def learn(self, buffer, n_updates, batch_size, model_batch_size, n_total_env_steps, **_):
@@ -57,35 +60,17 @@ class Diary(StaticPredictor):
         return torch.zeros(()), {"n_updates": float(n_updates)}
 
 
-def level_with_diary(**options):
-    return PlannerLevel(
-        Unbounded((2,)),
-        Bounded(-1.0, 1.0, (1,)),
-        predictor_factory=lambda observation_space, action_space: Diary(),
-        planner_factory=partial(ICEMPlanner, horizon=2, n_samples=24),
-        **options,
-    )
+level_with_diary = partial(planner_level, *SPACES, predictor_factory=Diary)
 
 
-def random_data(n, obs_dim=2):
+def random_data(n):
     """``[n]`` steps in the layout of a collector, with what a level leaves in it."""
-    done = torch.zeros(n, 1, dtype=torch.bool)
-    following = {
-        "observation": torch.randn(n, obs_dim),
-        "reward": torch.randn(n, 1),
-        "done": done,
-        "terminated": done.clone(),
-        "planner": {"warm": ~done},
-        "random_steps_left": torch.ones(n, 1, dtype=torch.int64),
-    }
-    now = {
-        "observation": torch.randn(n, obs_dim),
-        "action": 2 * torch.rand(n, 1) - 1,
-        "random_action": done.clone(),
-        "planner": {"warm": ~done},
-        "random_steps_left": torch.ones(n, 1, dtype=torch.int64),
-    }
-    return TensorDict({**now, "next": following}, [n])
+    no = torch.zeros(n, 1, dtype=torch.bool)
+    carried = {"planner": {"warm": ~no}, "random_steps_left": (~no).long()}
+    now = {"observation": torch.randn(n, 2), "action": 2 * torch.rand(n, 1) - 1}
+    after = {"observation": torch.randn(n, 2), "reward": torch.randn(n, 1)}
+    after |= {"done": no, "terminated": no.clone(), **carried}
+    return TensorDict({**now, "random_action": no.clone(), **carried, "next": after}, [n])
 
 
 # -- the schedule ---------------------------------------------------------------------------
@@ -101,7 +86,11 @@ def random_data(n, obs_dim=2):
 def test_updates_are_those_of_an_exact_count(sizes, rate, n_random, n_initial):
     """The slow twin counts in fractions, from the beginning for each call."""
     level = level_with_diary(
-        updates_per_step=float(rate), n_initial_random_steps=n_random, n_initial_updates=n_initial
+        updates_per_step=float(rate),
+        n_initial_random_steps=n_random,
+        n_initial_updates=n_initial,
+        batch_size=3,
+        model_batch_size=5,
     )
     begins, expected, done = None, [], 0
     for i, size in enumerate(sizes):
@@ -118,14 +107,8 @@ def test_updates_are_those_of_an_exact_count(sizes, rate, n_random, n_initial):
             due, done = total - done, total
         assert info["n_updates"] == due
         if due:
-            expected.append((steps, due, 256, 256, steps))
+            expected.append((steps, due, 3, 5, steps))
     assert level.predictor.calls == expected
-
-
-def test_batch_sizes_are_handed_on():
-    level = level_with_diary(batch_size=3, model_batch_size=5, n_initial_random_steps=0)
-    level.learn(random_data(4))
-    assert level.predictor.calls == [(4, 4, 3, 5, 4)]
 
 
 def test_transitions_that_take_many_environment_steps():
@@ -136,37 +119,39 @@ def test_transitions_that_take_many_environment_steps():
         assert level.learn(data)["n_updates"] == n_updates
     assert level.n_env_steps == 40
     # Updates go by transitions, all else by environment steps.
-    assert level.predictor.calls == [(8, 4, 256, 256, 32), (12, 2, 256, 256, 40)]
+    assert level.predictor.calls == [(8, 4, 8, 8, 32), (12, 2, 8, 8, 40)]
     assert len(level.buffer) == 12
 
 
-def test_the_predictor_learns(make_learner, make_transitions):
-    level = make_learner(updates_per_step=0.1)
-    before = {name: value.clone() for name, value in level.predictor.state_dict().items()}
+def test_updates_wait_for_enough_steps():
+    """Two steps are too few for a value target over three."""
+    level = planner_level(*SPACES, updates_per_step=1.0)
+    assert level.learn(make_transitions(n_steps=2))["n_updates"] == 0
+    assert level.updates_due == level.n_env_steps == len(level.buffer) == 2
+    assert level.learn(make_transitions(n_steps=20))["n_updates"] == 22
+
+
+@both
+def test_its_parts_learn_and_report_to_logger_and_bar(make, capsys):
+    name, term = {
+        planner_level: ("RewardPredictor", "nll"),
+        model_free_level: ("walker", "loss_qvalue"),
+    }[make]
+    level = make(*SPACES, logger=Kept(), progress=True)
+    level.name = "walker"
+    before = {key: value.clone() for key, value in level.state_dict().items()}
     info = level.learn(make_transitions())
     assert info["n_updates"] == 6
-    assert level.predictor.n_learn_updates == 6
-    assert {"nll", "loss_reward", "loss_value"} <= info.keys()
-    moved = [k for k, v in level.predictor.state_dict().items() if not torch.equal(v, before[k])]
-    assert any("members" in name for name in moved)
-
-
-def test_logger_and_bar(make_learner, make_transitions, capsys):
-    class Kept:
-        def __init__(self):
-            self.logged = []
-
-        def log_metrics(self, metrics, step):
-            self.logged.append((metrics, step))
-
-    level = make_learner(logger=Kept(), progress=True, updates_per_step=0.1)
-    info = level.learn(make_transitions())
+    moved = {
+        key for key, value in level.state_dict().items() if not torch.equal(value, before[key])
+    }
+    trained = {p.data_ptr() for group in level.optim.param_groups for p in group["params"]}
+    assert {k for k, v in level.state_dict().items() if v.data_ptr() in trained} <= moved
     ((metrics, step),) = level.logger.logged
     assert step == 60
-    assert metrics["RewardPredictor/nll"] == info["nll"]
-    assert "RewardPredictor" in capsys.readouterr().err
-    quiet = make_learner(updates_per_step=0.1)
-    quiet.learn(make_transitions())
+    assert metrics[f"{name}/{term}"] == info[term]
+    assert name in capsys.readouterr().err
+    make(*SPACES).learn(make_transitions())
     assert not capsys.readouterr().err
 
 
@@ -181,34 +166,28 @@ def test_what_only_acting_needs_is_not_stored():
     left_out = {"planner", "random_steps_left"}
     assert not left_out & set(stored.keys())
     assert not left_out & set(stored["next"].keys())
-    assert set(data.exclude(*left_out)["next"].keys()) - left_out <= set(stored["next"].keys())
+    assert set(data["next"].keys()) - left_out <= set(stored["next"].keys())
     for key in ("observation", "action", "random_action", ("next", "reward")):
         assert torch.equal(stored[key], data[key])
     assert "planner" in data.keys()  # what was passed is as it was
 
 
-def test_the_value_function_is_not_taught_by_random_actions(make_learner, make_transitions):
+def test_the_value_function_is_not_taught_by_random_actions():
     """The flag that the level writes is the one that the value targets read."""
-    level = make_learner(updates_per_step=0.1)
-    data = make_transitions()
+    level, data = planner_level(*SPACES), make_transitions()
     value = [p.clone() for p in level.predictor.val_func.parameters()]
-    data["random_action"] = torch.ones(60, 1, dtype=torch.bool)
-    level.learn(data)
-    assert all(map(torch.equal, value, level.predictor.val_func.parameters()))
-    data["random_action"] = torch.zeros(60, 1, dtype=torch.bool)
-    level.learn(data)
-    assert not all(map(torch.equal, value, level.predictor.val_func.parameters()))
+    for random in (True, False):
+        data["random_action"] = torch.full((60, 1), random)
+        level.learn(data)
+        same = map(torch.equal, value, level.predictor.val_func.parameters())
+        assert all(same) == random
 
 
 def test_buffers_fit_the_data_of_the_environment():
     batched = make_batched("InvertedPendulum-v5", 2)
     single = get_task("InvertedPendulum-v5").make()
-    factories = {
-        "predictor_factory": lambda observation_space, action_space: Diary(),
-        "planner_factory": partial(ICEMPlanner, horizon=2, n_samples=24),
-    }
     for env, ndim in ((single, 1), (batched, 2)):
-        level = PlannerLevel(env=env, **factories)
+        level = planner_level(env=env)
         assert level.buffer.storage.ndim == ndim
         assert level.action_spec == env.action_spec_unbatched
 
@@ -226,49 +205,47 @@ def test_or_the_first_data(shape):
         level.learn(random_data(12).reshape((4, 3) if len(shape) == 1 else (12,)))
 
 
-def test_a_buffer_of_ones_own():
+@both
+def test_a_buffer_of_ones_own(make):
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(7))
-    level = level_with_diary(buffer=buffer)
+    level = make(*SPACES, buffer=buffer)
     assert level.buffer is buffer
-    level.learn(random_data(10))
+    level.learn(make_transitions(10))
     assert len(buffer) == 7
-    with pytest.raises(ValueError, match="buffer stores 1 axes"):
-        level_with_diary(buffer=TensorDictReplayBuffer(storage=LazyTensorStorage(7))).learn(
-            random_data(4).reshape(2, 2)
-        )
+    other = TensorDictReplayBuffer(storage=LazyTensorStorage(8, ndim=2))
+    with pytest.raises(ValueError, match="the buffer stores 2 axes"):
+        make(*SPACES, buffer=other).learn(make_transitions(4))
 
 
 # -- state ----------------------------------------------------------------------------------
 
+LEARNERS = {
+    "planner": (planner_level, ACTIONS, (20,), {}),
+    "planner of two": (planner_level, ACTIONS, (2, 10), {}),
+    "SAC": (model_free_level, ACTIONS, (20,), {}),
+    "DQN": (
+        model_free_level,
+        OneHot(3),
+        (20,),
+        {"learner_factory": partial(DQNLearner, hidden_sizes=(8,))},
+    ),
+}
 
-def test_the_state_dict_holds_everything_once(make_learner, make_transitions):
-    level, other = make_learner(updates_per_step=0.15), make_learner(updates_per_step=0.15)
-    level.learn(make_transitions(n_steps=70))
-    state = level.state_dict()
-    pointers = [value.data_ptr() for value in state.values() if value.numel()]
-    assert len(set(pointers)) == len(pointers)
-    assert state["n_env_steps"] == 70
-    assert state["updates_due"] == pytest.approx(0.5)
-    other.load_state_dict(state)
-    assert other.n_env_steps == 70
-    torch.testing.assert_close(other.state_dict(), state, rtol=0, atol=0)
 
-
-@pytest.mark.parametrize("shape", [(20,), (2, 10)])
-def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, make_learner, make_transitions, shape):
-    batches = [make_transitions(n_steps=20, episode_length=10).reshape(shape) for _ in range(4)]
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, name):
+    make, spec, shape, options = LEARNERS[name]
+    batches = [make_transitions(20, episode_length=10).reshape(shape) for _ in range(4)]
+    for data in batches:
+        data["action"] = spec.rand(shape)
 
     def start():
-        options = {"updates_per_step": 0.33, "n_initial_random_steps": 15}
-        if len(shape) == 2:
-            # As env= would have it.
-            storage = LazyTensorStorage(60, ndim=2)
-            options["buffer"] = TensorDictReplayBuffer(storage=storage)
-        level = make_learner(**options)
+        storage = LazyTensorStorage(60, ndim=len(shape))  # as env= would have it
+        given = {"buffer": TensorDictReplayBuffer(storage=storage), "n_initial_random_steps": 15}
+        level = make(OBS, spec, **given, updates_per_step=0.33, **options)
         parts = {"level": level, "optim": level.optim, "buffer": level.buffer}
         return level, Checkpoint(**parts, rng=GlobalRNGState())
 
-    torch.manual_seed(0)
     level, checkpoint = start()
     for data in batches[:2]:
         level.learn(data)
@@ -282,100 +259,83 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, make_learner, make_transiti
     torch.testing.assert_close(resumed.state_dict(), level.state_dict(), rtol=0, atol=0)
 
 
-# -- bad input ------------------------------------------------------------------------------
+@both
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_do_not_learn(make, duplicate):
+    level = make(*SPACES)
+    level.learn(make_transitions())
+    other = duplicate(level)
+    with pytest.raises(RuntimeError, match="is a copy that was made to act"):
+        other.learn(make_transitions())
+    if make is planner_level:
+        other.buffer = level.buffer
+        assert other.learn(make_transitions())["n_updates"] == 6
+    else:
+        assert other.optim is None
 
 
-def test_bad_data_is_refused_before_it_is_stored():
-    level = level_with_diary(n_initial_random_steps=0)
-    broken = random_data(3)
-    broken["next", "observation"][1, 0] = torch.nan
-    inf = random_data(3)
-    inf["next", "reward"][0] = torch.inf
-    for data, error, message in (
-        (None, TypeError, "got NoneType; pass what a collector yields"),
-        (random_data(3)[0], ValueError, r"batch shape \(\), expected transitions"),
-        (random_data(0), ValueError, r"batch shape \(0,\)"),
-        (random_data(3).exclude("action"), KeyError, "learn reads .*action.*nothing of the data"),
-        (
-            random_data(3).exclude(("next", "reward")),
-            KeyError,
-            "learn reads .*next.*reward.*, which is missing",
-        ),
-        (broken, ValueError, r"observation.*1 non-finite.*nothing of the data is stored"),
-        (inf, ValueError, r"reward.*1 non-finite"),
-    ):
-        with pytest.raises(error, match=message):
-            level.learn(data)
-    assert not len(level.buffer)
-    assert level.n_env_steps == level.updates_due == 0
-
-
-def test_updates_wait_for_enough_steps(make_learner, make_transitions):
-    """Two steps are too few for a value target over three."""
-    level = make_learner()
-    assert level.learn(make_transitions(n_steps=2))["n_updates"] == 0
-    assert level.updates_due == level.n_env_steps == len(level.buffer) == 2
-    assert level.learn(make_transitions(n_steps=20))["n_updates"] == 22
-
-
-def test_bad_options():
-    spaces = Unbounded((2,)), Bounded(-1.0, 1.0, (1,))
-    env = get_task("InvertedPendulum-v5").make()
-    for options, error, message in (
-        ({"buffer": [1]}, TypeError, "buffer must be an object of ReplayBuffer, got list"),
-        (
-            {"buffer": TensorDictReplayBuffer(batch_size=8)},
-            TypeError,
-            "on a ListStorage, but a level writes to .* storage of tensors",
-        ),
-        (
-            {"buffer": ReplayBuffer(storage=ListStorage(3)), "buffer_size": 3},
-            ValueError,
-            "buffer_size=3 has no effect beside a buffer",
-        ),
-        ({"env": env}, ValueError, "or env= to take both from"),
-    ):
-        with pytest.raises(error, match=message):
-            level_with_diary(**options)
-    good = {
-        "predictor_factory": lambda observation_space, action_space: Diary(),
-        "planner_factory": partial(ICEMPlanner, horizon=2),
-    }
-    for one in ({"observation_space": spaces[0]}, {"action_space": spaces[1]}):
-        with pytest.raises(ValueError, match="pass observation_space and action_space"):
-            PlannerLevel(**one, **good)
-    for factories, error, message in (
-        (
-            {"predictor_factory": lambda *_: Still()},
-            TypeError,
-            "object of Predictor, got Still",
-        ),
-        (
-            {"planner_factory": lambda *_, **__: Still()},
-            TypeError,
-            "gave a Still, expected",
-        ),
-        (
-            {"planner_factory": lambda *_, **__: ICEMPlanner(Diary())},
-            ValueError,
-            "in another predictor",
-        ),
-        (
-            {
-                "planner_factory": lambda predictor, action_spec: ICEMPlanner(
-                    predictor, action_spec=Bounded(-0.5, 0.5, (1,))
-                )
-            },
-            ValueError,
-            "hand action_spec= on",
-        ),
-    ):
-        with pytest.raises(error, match=message):
-            PlannerLevel(*spaces, **good | factories)
-
-
-def test_of_what_cannot_learn_there_is_no_optimizer(make_learner):
+def test_of_what_cannot_learn_there_is_no_optimizer():
     assert level_with_diary().optim is None
-    level = make_learner()
-    assert isinstance(level.predictor, RewardPredictor)
+    level = planner_level(*SPACES)
     assert level.optim is level.predictor.optim
+
+
+# -- bad options ----------------------------------------------------------------------------
+
+ENV = partial(get_task("InvertedPendulum-v5").make)
+GIVEN = {"predictor_factory": Diary, "planner_factory": SMALL_PLANNER}
+EITHER = [
+    ({"buffer": [1]}, TypeError, "buffer must be an object of ReplayBuffer, got list"),
+    (
+        {"buffer": ReplayBuffer(storage=ListStorage(3)), "buffer_size": 3},
+        ValueError,
+        "buffer_size=3 has no effect beside a buffer",
+    ),
+    ({"env": ENV}, ValueError, "or env= to take both from"),
+]
+PLANNER = [
+    ({"predictor_factory": lambda *_: OBS}, TypeError, "object of Predictor, got Unbounded"),
+    ({"planner_factory": lambda *_, **__: OBS}, TypeError, "gave a Unbounded.*, expected"),
+    (
+        {"planner_factory": lambda *_, **__: ICEMPlanner(Diary())},
+        ValueError,
+        "in another predictor",
+    ),
+    (
+        {
+            "planner_factory": lambda predictor, action_spec: ICEMPlanner(
+                predictor, action_spec=Bounded(-0.5, 0.5, (1,))
+            )
+        },
+        ValueError,
+        "hand action_spec= on",
+    ),
+]
+MODEL_FREE = [
+    ({"duration": 3}, ValueError, "duration is about an input from above"),
+    ({"input_ends": False}, ValueError, "input_ends is about an input from above"),
+    ({"learner_factory": lambda *_: OBS}, TypeError, "got Unbounded.*; pass partial"),
+    ({"learner_factory": DQNLearner}, TypeError, "pass SACLearner"),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "error", "message"),
+    [
+        *((planner_level, *row) for row in EITHER + PLANNER),
+        *((model_free_level, *row) for row in EITHER + MODEL_FREE),
+    ],
+)
+def test_bad_options(make, options, error, message):
+    if "env" in options:
+        options = {"env": options["env"]()}
+    with pytest.raises(error, match=message):
+        make(*SPACES, **options)
+
+
+def test_spaces_come_in_pairs():
+    for one in ({"observation_space": OBS}, {"action_space": ACTIONS}):
+        with pytest.raises(ValueError, match="pass observation_space and action_space"):
+            PlannerLevel(**one, **GIVEN)
+    with pytest.raises(TypeError, match="expected a vector of floats"):
+        ModelFreeLevel(OneHot(3), ACTIONS, learner_factory=DQNLearner)

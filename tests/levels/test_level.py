@@ -1,14 +1,19 @@
-"""What all levels share."""
+"""What all levels share, and those that do not learn."""
 
 from __future__ import annotations
 
 import gymnasium as gym
 import pytest
 import torch
+from helpers import make_predictor
 from tensordict import TensorDict
-from torchrl.data import Bounded, OneHot, Unbounded
+from torchrl.data import Bounded, Categorical, OneHot, Unbounded
+from torchrl.envs import TransformedEnv
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from layeredrl_torchrl import Level
+from layeredrl_torchrl import ActionSequenceLevel, ConstantLevel, Level, RandomLevel, get_task
+
+OBS, BOX = Unbounded((2,)), Bounded(-2.0, 3.0, (2,))
 
 
 class Constant(Level):
@@ -35,7 +40,7 @@ def test_a_level_without_predictor():
     assert level(TensorDict(batch_size=[5]))["action"].shape == (5,)
 
 
-def test_the_parent_predictor_stays_its_owners(make_predictor):
+def test_the_parent_predictor_stays_its_owners():
     level, predictor = Constant(Bounded(-1.0, 1.0, (2,))), make_predictor()
     level.attach(predictor)
     assert level.parent_predictor is predictor
@@ -47,6 +52,93 @@ def test_the_parent_predictor_stays_its_owners(make_predictor):
     assert level.parent_predictor is None
 
 
+# -- levels that do not learn ----------------------------------------------------------------
+
+
+def setup(level, action_spec):
+    level.setup(OBS, action_spec)
+    return level
+
+
+def seen(*batch, **more):
+    return TensorDict({"observation": torch.randn(*batch, 2), **more}, batch)
+
+
+@pytest.mark.parametrize("spec", [BOX, OneHot(3), Categorical(3)])
+def test_random_actions_are_of_the_spec(spec):
+    level = setup(RandomLevel(), spec)
+    for batch in ((), (4,), (2, 3)):
+        action = level(seen(*batch))["action"]
+        assert action.shape == (*batch, *spec.shape)
+        assert spec.is_in(action)
+        assert action.dtype == spec.dtype
+
+
+def test_random_actions_are_uniform_in_evaluation_too():
+    level = setup(RandomLevel(), BOX).eval()
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        action = level(seen(4000))["action"]
+    # Mean 1/2 and variance 25/12, within four standard errors.
+    assert (action.mean(0) - 0.5).abs().max() < 4 * (25 / 12 / 4000) ** 0.5
+    assert (action.var(0) - 25 / 12).abs().max() < 4 * ((625 / 80 - (25 / 12) ** 2) / 4000) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("spec", "action"),
+    [(BOX, [0.5, -1.0]), (OneHot(3), [0, 1, 0]), (OneHot(3), 1), (Categorical(3), 2)],
+)
+def test_a_constant_action(spec, action):
+    level = setup(ConstantLevel(torch.tensor(action)), spec)
+    expected = torch.tensor([0, 1, 0] if isinstance(spec, OneHot) else action)
+    for batch in ((), (4,), (2, 3)):
+        out = level(seen(*batch))["action"]
+        assert spec.is_in(out)
+        assert (out == expected).all()
+        assert out.shape == (*batch, *spec.shape)
+        out.zero_()  # what is written belongs to the caller
+    assert level.learn(seen(3)) == {}
+
+
+def test_a_sequence_starts_at_each_input_and_then_hands_back():
+    actions = torch.arange(6.0).reshape(3, 2) / 5
+    level = setup(ActionSequenceLevel(actions, input_spec=OneHot(4)), BOX)
+    n_actions = torch.tensor([[0], [1], [2], [3], [7]])
+    td = seen(5, n_actions=n_actions)
+    assert level.hands_back(td).squeeze(-1).tolist() == [False, False, False, True, True]
+    assert torch.equal(level(td)["action"], actions[[0, 1, 2, 2, 2]])
+    assert not level.make_tensordict_primer().primers.keys()
+    # A duration of its own cuts it, or makes it hold the last action.
+    for duration in (2, 5):
+        other = ActionSequenceLevel(actions, input_spec=OneHot(4), duration=duration)
+        assert torch.equal(other.hands_back(td), n_actions >= duration)
+
+
+def test_alone_a_sequence_starts_at_each_reset_and_holds_its_end():
+    env = get_task("InvertedPendulum-v5").make(seed=0)
+    actions = torch.tensor([[0.5], [-0.5], [1.0], [0.0]])
+    level = ActionSequenceLevel(actions)
+    level.setup(env.observation_spec_unbatched["observation"], env.action_spec_unbatched)
+    env = TransformedEnv(env, level.make_tensordict_primer())
+    torch.manual_seed(0)
+    data = env.rollout(60, level, break_when_any_done=False)
+    assert data["next", "done"].sum() > 2
+    position = 0
+    for row in data:
+        assert row["action"] == actions[min(position, 3)]
+        assert row["n_played"] == position
+        position = 0 if row["next", "done"] else position + 1
+
+
+def test_choices_in_a_sequence():
+    level = setup(ActionSequenceLevel(torch.tensor([2, 0])), OneHot(3))
+    out = level(seen(3, n_played=torch.tensor([[0], [1], [2]])))
+    assert out["action"].long().tolist() == [[0, 0, 1], [1, 0, 0], [1, 0, 0]]
+    assert out["next", "n_played"].tolist() == [[1], [2], [3]]
+
+
+# -- bad input ------------------------------------------------------------------------------
+
+
 def test_bad_input():
     with pytest.raises(TypeError, match=r"action_spec is 3 .*expected a gymnasium Box"):
         Constant(3)
@@ -54,3 +146,20 @@ def test_bad_input():
         Constant(OneHot(3), input_spec=Bounded(0.0, 1.0, (2, 2)))
     with pytest.raises(TypeError, match=r"got Constant; pass the upper level's \.predictor"):
         Constant(OneHot(3)).attach(Constant(OneHot(3)))
+    with pytest.raises(ValueError, match=r"action has shape \(3,\), expected \(2,\)"):
+        setup(ConstantLevel(torch.zeros(3)), BOX)
+    with pytest.raises(ValueError, match="outside the action space"):
+        setup(ConstantLevel(torch.full((2,), 4.0)), BOX)
+    with pytest.raises(ValueError, match=r"action has shape \(4, 3\), expected \(4, 2\)"):
+        setup(ActionSequenceLevel(torch.zeros(4, 3)), BOX)
+    with pytest.raises(ValueError, match=r"actions has shape \(0, 2\), expected \[n, A\]"):
+        ActionSequenceLevel(torch.zeros(0, 2))
+    with pytest.raises(ValueError, match="duration=3 is about an input from above"):
+        ActionSequenceLevel(torch.zeros(4, 2), duration=3)
+    with pytest.raises(RuntimeError, match="knows no spaces yet"):
+        RandomLevel()(seen(3))
+    for level in (RandomLevel(), ConstantLevel(torch.zeros(2))):
+        with pytest.raises(KeyError, match="reads 'observation', which is missing"):
+            setup(level, BOX)(TensorDict(batch_size=[3]))
+    with pytest.raises(KeyError, match="reads 'n_played', which is missing"):
+        setup(ActionSequenceLevel(torch.zeros(4, 2)), BOX)(seen(3))

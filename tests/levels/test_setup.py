@@ -2,63 +2,25 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
-from tensordict import TensorDict
+from helpers import ACTIONS, OBS, SPACES, both, make_transitions, observed, planner_level, unchanged
 from torchrl.data import Bounded, OneHot, Unbounded
 
-from layeredrl_torchrl import (
-    ICEMPlanner,
-    ModelFreeLevel,
-    ModelTraining,
-    PlannerLevel,
-    PredictorFactory,
-    SACLearner,
-    get_task,
-)
+from layeredrl_torchrl import ModelTraining, PredictorFactory, get_task
 from layeredrl_torchrl.objectives import PartitionedBatch
-
-OBS = Unbounded((2,))
-ACTIONS = Bounded(-1.0, 1.0, (1,))
-
-
-def planner_level(*spaces, **options):
-    small = {"n_initial_random_steps": 0, "batch_size": 8, "model_batch_size": 8}
-    small["predictor_factory"] = PredictorFactory(hidden_sizes=(8,), n_models=2)
-    return PlannerLevel(
-        *spaces,
-        planner_factory=partial(ICEMPlanner, horizon=2, n_samples=24, n_iterations=2),
-        **small | options,
-    )
-
-
-def model_free_level(*spaces, **options):
-    small = {"n_initial_random_steps": 0, "batch_size": 8}
-    return ModelFreeLevel(
-        *spaces, learner_factory=partial(SACLearner, hidden_sizes=(8,)), **small | options
-    )
-
-
-both = pytest.mark.parametrize("make", [planner_level, model_free_level])
-
-
-def observed(level, n=4):
-    carried = level.make_tensordict_primer().primers.zero([n])
-    return TensorDict({"observation": torch.randn(n, 2), **carried.to_dict()}, [n])
 
 
 @both
 def test_set_up_later_it_is_as_if_built_with_its_spaces(make):
     torch.manual_seed(1)
-    at_once = make(OBS, ACTIONS)
+    at_once = make(*SPACES)
     later = make()
     assert later.buffer is not None
     torch.manual_seed(1)
-    later.setup(OBS, ACTIONS)
+    later.setup(*SPACES)
     torch.testing.assert_close(later.state_dict(), at_once.state_dict(), rtol=0, atol=0)
-    td = observed(later)
+    td = observed(later, torch.randn(4, 2))
     actions = []
     for level in (at_once, later):
         torch.manual_seed(2)
@@ -69,8 +31,8 @@ def test_set_up_later_it_is_as_if_built_with_its_spaces(make):
 
 
 @both
-def test_set_up_again_it_stays_what_it_learned(make, make_transitions, unchanged):
-    level = make(OBS, ACTIONS, updates_per_step=0.1)
+def test_set_up_again_it_stays_what_it_learned(make):
+    level = make(*SPACES, updates_per_step=0.1)
     level.learn(make_transitions())
     with unchanged(level, level.optim):
         level.setup(Unbounded((2,)), Bounded(-1.0, 1.0, (1,)))
@@ -91,7 +53,7 @@ def test_what_learned_alone_fits_the_same_environments_observations(make):
 
 
 @both
-def test_before_it_is_set_up(make, make_transitions):
+def test_before_it_is_set_up(make):
     level = make()
     for use in (
         lambda: level.action_spec,
@@ -110,7 +72,7 @@ def test_after_a_setup_that_failed_it_can_be_set_up(make):
         level.setup(OneHot(3), ACTIONS)
     with pytest.raises(RuntimeError, match="knows no spaces yet"):
         level.action_spec  # noqa: B018
-    level.setup(OBS, ACTIONS)
+    level.setup(*SPACES)
     assert level.action_spec == ACTIONS
 
 
@@ -121,16 +83,16 @@ def test_batches_that_the_members_cannot_share_are_refused_before_anything_is_co
         predictor_options={"model_training": ModelTraining(member_batches=PartitionedBatch())},
     )
     with pytest.raises(ValueError, match=r"model_batch_size is 8, which 3 members.*multiple of 3"):
-        planner_level(OBS, ACTIONS, predictor_factory=factory)
-    planner_level(OBS, ACTIONS, predictor_factory=factory, model_batch_size=9)
+        planner_level(*SPACES, predictor_factory=factory)
+    planner_level(*SPACES, predictor_factory=factory, model_batch_size=9)
 
 
 # -- loading --------------------------------------------------------------------------------
 
 
 @both
-def test_a_state_is_loaded_as_a_whole_or_not_at_all(make, make_transitions, unchanged):
-    level, other = make(OBS, ACTIONS, updates_per_step=0.1), make(OBS, ACTIONS)
+def test_a_state_is_loaded_as_a_whole_or_not_at_all(make):
+    level, other = make(*SPACES, updates_per_step=0.1), make(*SPACES)
     level.learn(make_transitions())
     good = level.state_dict()
     last = next(name for name in reversed(good) if good[name].ndim)
@@ -161,14 +123,14 @@ def test_a_state_is_loaded_as_a_whole_or_not_at_all(make, make_transitions, unch
 
 
 @both
-def test_of_an_action_that_a_time_limit_cut_short_nothing_is_learned(make, make_transitions):
+def test_of_an_action_that_a_time_limit_cut_short_nothing_is_learned(make):
     data = make_transitions(n_steps=40)
     ended = torch.arange(40).unsqueeze(-1)
     data["next", "interrupted"] = ended % 4 == 0
     # One that is seen to terminate shows where it led.
     data["next", "terminated"] = ended % 8 == 0
     data["next", "elapsed_steps"] = torch.full((40, 1), 5)
-    level = make(OBS, ACTIONS, updates_per_step=0.1)
+    level = make(*SPACES, updates_per_step=0.1)
     info = level.learn(data)
     stored = (ended % 4 != 0) | (ended % 8 == 0)
     assert stored.sum() == 35
@@ -182,5 +144,5 @@ def test_of_an_action_that_a_time_limit_cut_short_nothing_is_learned(make, make_
     cut["next", "terminated"] = torch.zeros(8, 1, dtype=torch.bool)
     assert level.learn(cut)["n_env_steps"] == 240
     assert len(level.buffer) == 35
-    fresh = make(OBS, ACTIONS, n_initial_updates=5)
+    fresh = make(*SPACES, n_initial_updates=5)
     assert fresh.learn(cut)["n_updates"] == 0

@@ -6,8 +6,8 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import collected, planner_level
 from tensordict import TensorDict
-from torchrl.collectors import Collector
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
 
@@ -15,7 +15,6 @@ from layeredrl_torchrl import (
     DADSReward,
     Hierarchy,
     ICEMPlanner,
-    PlannerLevel,
     PredictorFactory,
     RandomLevel,
     SACLearner,
@@ -75,12 +74,12 @@ def make_skills(**options):
 
 
 def make_agent(env, each_step=False, **options):
-    planner = PlannerLevel(
-        predictor_factory=PredictorFactory(
-            hidden_sizes=(16,), n_models=2, predictor_options={"model_lr": 1e-2}
-        ),
+    factory = PredictorFactory(hidden_sizes=(16,), n_models=2, predictor_options={"model_lr": 1e-2})
+    planner = planner_level(
+        predictor_factory=factory,
         planner_factory=partial(ICEMPlanner, horizon=2, n_samples=16, n_iterations=1),
         n_initial_random_steps=100,
+        updates_per_step=1.0,
         random_prob=1.0,
         random_duration=1,
         batch_size=64,
@@ -92,16 +91,7 @@ def make_agent(env, each_step=False, **options):
 
 
 def train(agent, env, n_steps, per_batch=120):
-    infos = []
-    for data in Collector(
-        env,
-        agent,
-        frames_per_batch=per_batch,
-        total_frames=n_steps,
-        auto_register_policy_transforms=True,
-    ):
-        infos.append(agent.learn(data))
-    return infos
+    return [agent.learn(data) for data in collected(env, agent, n_steps // per_batch, per_batch)]
 
 
 def ends(skills, skill):
@@ -133,10 +123,7 @@ def test_skills_fan_out():
 def test_paid_for_each_step_by_a_model_of_single_steps():
     env = Plane(3)
     agent = make_agent(env, each_step=True, reward=DADSReward(n_skill_samples=8))
-    collector = Collector(
-        env, agent, frames_per_batch=60, total_frames=60, auto_register_policy_transforms=True
-    )
-    (data,) = [batch.clone() for batch in collector]
+    (data,) = collected(env, agent, 1, 60)
     above, below = agent.transitions(data)
     place = data["observation"].flatten(0, 1)
     assert len(above) == len(below) == 60
@@ -173,14 +160,6 @@ def test_the_environments_reward_plays_no_part():
     assert all(torch.allclose(first[key], second[key], atol=1e-5) for key in first)
 
 
-def test_what_stands_above_has_to_predict():
-    env = Plane(2)
-    with pytest.raises(ValueError, match="SkillLevel"):
-        Hierarchy([RandomLevel(), make_skills()], env)
-    with pytest.raises(ValueError, match="put a PlannerLevel above it"):
-        make_skills().attach(None)
-
-
 def test_saved_and_resumed_bit_for_bit(tmp_path):
     first, second = (make_agent(Plane(5), updates_per_step=0.2) for _ in range(2))
     train(first, Plane(5), 240)
@@ -195,15 +174,17 @@ def test_saved_and_resumed_bit_for_bit(tmp_path):
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_its_reward_is_not_replaced():
-    with pytest.raises(TypeError, match="takes no reward_func"):
-        make_skills(reward_func=None)
-
-
-def test_bad_input():
-    with pytest.raises(TypeError, match="SPlaTESReward"):
-        make_skills(reward=object())
-    with pytest.raises(ValueError, match="duration is None"):
-        make_skills(duration=None)
-    with pytest.raises(TypeError, match="learned RewardPredictor"):
-        make_skills().attach(object())
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: make_skills(reward=object()), TypeError, "SPlaTESReward"),
+        (lambda: make_skills(duration=None), ValueError, "duration is None"),
+        (lambda: make_skills(reward_func=None), TypeError, "takes no reward_func"),
+        (lambda: make_skills().attach(object()), TypeError, "learned RewardPredictor"),
+        (lambda: make_skills().attach(None), ValueError, "put a PlannerLevel above it"),
+        (lambda: Hierarchy([RandomLevel(), make_skills()], Plane(2)), ValueError, "SkillLevel"),
+    ],
+)
+def test_bad_input(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.collectors import Collector
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase, TensorDictPrimer
 
-from layeredrl_torchrl import ICEMPlanner, Level, PlannerLevel
+from layeredrl_torchrl import Level
 
 
 class Counting(EnvBase):
@@ -219,44 +217,9 @@ def plain_loop(levels, sees, episode, instance, n_steps, lengths):
     return found
 
 
-def collect(env, hierarchy, n_batches, n_steps):
-    """Batches ``[T]`` or ``[n, T]`` from TorchRL's collector."""
-    collector = Collector(
-        env,
-        hierarchy,
-        frames_per_batch=n_steps * max(env.batch_size.numel(), 1),
-        total_frames=n_batches * n_steps * max(env.batch_size.numel(), 1),
-        auto_register_policy_transforms=True,
-    )
-    batches = [data.clone() for data in collector]
-    collector.shutdown()
-    return batches
-
-
 @pytest.fixture(scope="session")
 def toy():
-    """The environment, the level, the loop and the collector of this file."""
+    """The environment, the levels and the loop of this file."""
     return SimpleNamespace(
-        Env=Counting,
-        Level=Formula,
-        Follower=Follower,
-        Base=Level,
-        plain_loop=plain_loop,
-        collect=collect,
+        Env=Counting, Level=Formula, Follower=Follower, Base=Level, plain_loop=plain_loop
     )
-
-
-@pytest.fixture
-def make_planner_level(make_point):
-    """Build a level that plans for the last two entries of the toy environment's observation."""
-    planner = partial(ICEMPlanner, horizon=2, n_samples=24, n_iterations=2)
-
-    def build(**options):
-        given = {
-            "predictor_factory": lambda observation_space, action_space: make_point(),
-            "planner_factory": planner,
-            "n_initial_random_steps": 0,
-        }
-        return PlannerLevel(**given | options)
-
-    return build

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from helpers import collected, known_level
 from torchrl.collectors import Collector
 from torchrl.data import Bounded, Categorical, OneHot, Unbounded
 from torchrl.envs import RenameTransform, SerialEnv, TransformedEnv
@@ -33,20 +34,19 @@ def three(toy):
     return build
 
 
+def set_up(env, hierarchy):
+    return TransformedEnv(env, hierarchy.make_tensordict_primer())
+
+
 @pytest.mark.parametrize("n", [None, 3])
 def test_environment_specs(three, n):
+    """Levels are handed just what they need; what is read and written is what is declared."""
     env, hierarchy = three(n)
-    env = TransformedEnv(env, hierarchy.make_tensordict_primer())
+    env = set_up(env, hierarchy)
     check_env_specs(env)
-    data = env.rollout(6, hierarchy, break_when_any_done=False)
+    data = env.rollout(9, hierarchy, break_when_any_done=False)
     assert set(hierarchy.in_keys) <= set(env.reset().keys(True, True))
     assert set(hierarchy.out_keys) <= set(data.keys(True, True))
-
-
-def test_levels_are_handed_just_what_they_need(three):
-    env, hierarchy = three(3)
-    env = TransformedEnv(env, hierarchy.make_tensordict_primer())
-    env.rollout(9, hierarchy, break_when_any_done=False)
     common = [str(("own", "sum")), "n_actions", "observation"]
     for i, level in enumerate(hierarchy.levels):
         assert level.calls
@@ -56,7 +56,7 @@ def test_levels_are_handed_just_what_they_need(three):
 
 def test_levels_act_only_where_they_are_due(three):
     env, hierarchy = three(4)
-    env = TransformedEnv(env, hierarchy.make_tensordict_primer())
+    env = set_up(env, hierarchy)
     data = env.rollout(40, hierarchy, break_when_any_done=False)
     assert data["next", "done"].any()
     for level, own in zip(hierarchy.levels, hierarchy.transitions(data), strict=True):
@@ -74,37 +74,10 @@ def test_on_an_accelerator_all_are_called_and_those_that_are_due_count(three, mo
     for at_once in (("cpu",), ()):
         monkeypatch.setattr(_watch._WATCH, "at_once", at_once)
         env, _ = three(4)
-        env = TransformedEnv(env, hierarchy.make_tensordict_primer())
+        env = set_up(env, hierarchy)
         runs.append(env.rollout(30, hierarchy, break_when_any_done=False))
     assert runs[0]["next", "done"].any()
     assert (runs[0] == runs[1]).all()
-
-
-def test_maps_hide_what_is_left_out(toy):
-    """The lower level sees one entry alone, so that nothing else changes what it does."""
-    env = toy.Env()
-    levels = toy.Level(1), toy.Level(3, input_spec=ONE, duration=3, remembers=False)
-    hierarchy = Hierarchy(levels, env, observation_maps=[None, [2]])
-    env = TransformedEnv(env, hierarchy.make_tensordict_primer())
-    data = env.rollout(2, hierarchy)[1].exclude("next")  # in the middle of an action
-    other = data.clone()
-    other["observation"][..., [0, 1, 3]] += 7.0
-    assert torch.equal(hierarchy(data.clone())["action"], hierarchy(other)["action"])
-    seen = data.clone()
-    seen["observation"][..., 2] += 1.0
-    assert not torch.equal(hierarchy(data.clone())["action"], hierarchy(seen)["action"])
-
-
-def test_a_call_changes_nothing_that_it_is_given(three):
-    env, hierarchy = three(3)
-    env = TransformedEnv(env, hierarchy.make_tensordict_primer())
-    td = env.reset()
-    for _ in range(12):
-        inner = td["hierarchy"]
-        before = inner.clone()
-        td = hierarchy(td)
-        assert (inner == before).all()
-        td = env.step_and_maybe_reset(td)[1]
 
 
 def test_torchrl_finds_one_primer(three):
@@ -116,10 +89,9 @@ def test_torchrl_finds_one_primer(three):
     hierarchy.apply(lambda module: names.append(type(module).__name__))
     assert names.count("Formula") == 3
     # A collector adds it once, and to an environment that has it, not at all.
-    env = TransformedEnv(env, hierarchy.make_tensordict_primer())
-    collector = Collector(
-        env, hierarchy, frames_per_batch=4, total_frames=4, auto_register_policy_transforms=True
-    )
+    env = set_up(env, hierarchy)
+    options = {"frames_per_batch": 4, "total_frames": 4, "auto_register_policy_transforms": True}
+    collector = Collector(env, hierarchy, **options)
     names = [type(t).__name__ for t in collector.env.transform]
     assert names.count("HierarchyPrimer") == 1
     assert set(next(iter(collector)).keys()) & {"own", "memory"} == set()
@@ -133,7 +105,7 @@ def test_batched_environments_of_torchrl(toy, three):
         toy.Env(2),
         SerialEnv(2, [lambda: toy.Env(None, first=0), lambda: toy.Env(None, first=1)]),
     ):
-        data = torch.cat(toy.collect(env, hierarchy, 3, 7), 1)
+        data = torch.cat(list(collected(env, hierarchy, 3, 14)), 1)
         runs.append(hierarchy.transitions(data))
     for one, other in zip(*runs, strict=True):
         one, other = one.exclude("collector"), other.exclude("collector")
@@ -141,16 +113,10 @@ def test_batched_environments_of_torchrl(toy, three):
         assert (one == other).all()
 
 
-def test_modes_reach_the_levels(three):
-    _, hierarchy = three()
-    assert not any(level.training for level in hierarchy.eval().levels)
-    assert all(level.training for level in hierarchy.train().levels)
-
-
 @pytest.mark.parametrize("n", [None, 3])
 def test_in_keys_are_all_that_it_reads(three, n):
     env, hierarchy = three(n)
-    td = TransformedEnv(env, hierarchy.make_tensordict_primer()).reset()
+    td = set_up(env, hierarchy).reset()
     assert {str(key) for key in hierarchy.in_keys} == {
         "observation",
         *(str(key) for key in hierarchy.make_tensordict_primer().primers.keys(True, True)),
@@ -167,7 +133,7 @@ def test_one_hierarchy_in_environments_of_several_sizes(three):
     _, hierarchy = three()
     for n in (3, None, 2):
         env, _ = three(n)
-        env = TransformedEnv(env, hierarchy.make_tensordict_primer())
+        env = set_up(env, hierarchy)
         assert env.rollout(3, hierarchy)["action"].shape == ((3, 1) if n is None else (n, 3, 1))
 
 
@@ -184,18 +150,10 @@ def test_keys_of_the_environment_can_be_renamed(toy, three):
     other = Hierarchy(
         list(hierarchy.levels), renamed, observation_maps=maps, observation_key=names[1][0]
     )
-    (data,), (moved,) = toy.collect(plain, hierarchy, 1, 9), toy.collect(renamed, other, 1, 9)
+    (data,), (moved,) = collected(plain, hierarchy, 1, 18), collected(renamed, other, 1, 18)
     assert torch.equal(moved["agents", "action"], data["action"])
     for one, two in zip(hierarchy.transitions(data), other.transitions(moved), strict=True):
         assert (one == two).all()
-
-
-def test_observations_that_are_not_finite_are_refused(three):
-    env, hierarchy = three(2)
-    td = TransformedEnv(env, hierarchy.make_tensordict_primer()).reset()
-    td["observation"][1, 2] = torch.nan
-    with pytest.raises(ValueError, match="observation holds 1 non-finite"):
-        hierarchy(td)
 
 
 @pytest.mark.parametrize("n", [None, 3])
@@ -219,7 +177,7 @@ def test_discrete_inputs(toy, n):
             level.hands_back = toy.Base.hands_back
         env = toy.Env(n)
         hierarchy = Hierarchy([Chooses(1), Follows(1, input_spec=spec, duration=2)], env)
-        (data,) = toy.collect(env, hierarchy, 1, 9)
+        (data,) = collected(env, hierarchy, 1, 9 * (n or 1))
         upper, lower = hierarchy.transitions(data)
         assert upper["action"].dtype == lower["input"].dtype == spec.dtype
         assert spec.is_in(upper["action"])
@@ -229,7 +187,7 @@ def test_needs_observation_and_memory(three):
     env, hierarchy = three()
     with pytest.raises(KeyError, match=r"append hierarchy\.make_tensordict_primer"):
         hierarchy(env.reset())
-    held = TransformedEnv(env, hierarchy.make_tensordict_primer()).reset()
+    held = set_up(env, hierarchy).reset()
     with pytest.raises(KeyError, match=r"reads 'observation', which is missing"):
         hierarchy(held.exclude("observation"))
 
@@ -249,7 +207,7 @@ def test_answers_of_levels_are_checked(toy):
 
     def run(*levels):
         env = toy.Env(3)
-        toy.collect(env, Hierarchy(levels, env), 1, 4)
+        next(collected(env, Hierarchy(levels, env), 1, 12))
 
     with pytest.raises(KeyError, match="Silent did not write it"):
         run(Silent(1, remembers=False))
@@ -259,28 +217,16 @@ def test_answers_of_levels_are_checked(toy):
         run(toy.Level(1), Mumbles(2, input_spec=ONE, duration=2))
 
 
-def test_a_copy_of_a_child_knows_the_copy_of_its_parent(toy, make_planner_level):
+def test_evaluation_reaches_a_level(toy):
+    """An upper level that is in its random steps plans in evaluation; in a copy, too."""
     env = toy.Env()
     box = Bounded(-1.0, 1.0, (1,))
-    levels = [make_planner_level(), toy.Level(2, input_spec=box, duration=2)]
+    levels = [known_level(n_initial_random_steps=9), toy.Level(2, input_spec=box, duration=2)]
     hierarchy = copy.deepcopy(Hierarchy(levels, env, observation_maps=[[2, 3], None]))
     upper, lower = hierarchy.levels
-    assert lower.parent_predictor is upper.predictor
-    assert upper.predictor is not levels[0].predictor
-
-
-def test_evaluation_reaches_a_level(toy, make_planner_level):
-    """An upper level that is in its random steps plans in evaluation."""
-    env = toy.Env()
-    box = Bounded(-1.0, 1.0, (1,))
-    levels = [
-        make_planner_level(n_initial_random_steps=9),
-        toy.Level(2, input_spec=box, duration=2),
-    ]
-    hierarchy = Hierarchy(levels, env, observation_maps=[[2, 3], None])
-    (data,) = toy.collect(env, hierarchy, 1, 4)
+    assert lower.parent_predictor is upper.predictor is not levels[0].predictor
+    (data,) = collected(env, hierarchy, 1, 4)
     assert hierarchy.transitions(data)[0]["random_action"].all()
     with set_exploration_type(ExplorationType.DETERMINISTIC):
-        held = TransformedEnv(env, hierarchy.make_tensordict_primer())
-        data = held.rollout(4, hierarchy)
+        data = set_up(env, hierarchy).rollout(4, hierarchy)
     assert not hierarchy.transitions(data)[0]["random_action"].any()

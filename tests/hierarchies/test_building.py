@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-import numpy as np
 import pytest
 import torch
+from helpers import known_level, planner_level
 from torchrl.data import Bounded, OneHot, Unbounded
 
-from layeredrl_torchrl import Hierarchy, ICEMPlanner, PlannerLevel, PredictorFactory
-from layeredrl_torchrl.hierarchies._maps import ObservationMap
+from layeredrl_torchrl import Hierarchy
 
 ONE = Unbounded((1,))
 
@@ -35,8 +32,8 @@ def lower(toy):
     return make
 
 
-def test_levels_know_their_spaces(build, lower, toy, make_planner_level):
-    plans = make_planner_level()
+def test_levels_know_their_spaces(build, lower, toy):
+    plans = known_level()
     middle, lowest = lower(input_spec=Bounded(-1.0, 1.0, (1,))), lower(input_spec=OneHot(3))
     hierarchy = build(plans, middle, lowest, maps=[[2, 3], None, lambda obs: obs[..., :3].double()])
     assert list(hierarchy.levels) == [plans, middle, lowest]
@@ -53,14 +50,14 @@ def test_levels_know_their_spaces(build, lower, toy, make_planner_level):
     build(plans, middle, lowest, maps=[[2, 3], None, lambda obs: obs[..., :3].double()])
 
 
-def test_parents_are_built_before_their_children(toy, build, make_planner_level):
+def test_parents_are_built_before_their_children(toy, build):
     seen = []
 
     class Looks(toy.Level):
         def _build(self, observation_space, action_spec):
             seen.append(self.parent_predictor)
 
-    plans = make_planner_level()
+    plans = known_level()
     box = Bounded(-1.0, 1.0, (1,))
     build(plans, Looks(2, input_spec=box, duration=1), maps=[[2, 3], None])
     assert seen == [plans.predictor]
@@ -68,11 +65,7 @@ def test_parents_are_built_before_their_children(toy, build, make_planner_level)
 
 def test_a_level_that_was_built_for_the_environment(toy):
     env = toy.Env()
-    level = PlannerLevel(
-        env=env,
-        predictor_factory=PredictorFactory(hidden_sizes=(8,), n_models=2),
-        planner_factory=partial(ICEMPlanner, horizon=2, n_samples=24, n_iterations=2),
-    )
+    level = planner_level(env=env)
     predictor = level.predictor
     assert Hierarchy([level], env).levels[0].predictor is predictor
 
@@ -121,10 +114,7 @@ def test_the_same_level_twice(build, lower, toy):
     low = lower()
     with pytest.raises(ValueError, match=r"level 1 \(Formula\) and level 2 .* the same object"):
         build(toy.Level(1), low, low)
-
-
-def test_overriding_hands_back_needs_no_duration(build, lower, toy):
-    build(toy.Level(1), lower(duration=None))
+    build(toy.Level(1), lower(duration=None))  # its rule of handing back needs no duration
 
 
 def test_a_level_set_up_for_other_spaces(build, lower, toy):
@@ -181,11 +171,6 @@ def test_bad_maps(build, lower, toy, error, message, choice):
         build(toy.Level(1), lower(), maps=[None, choice])
 
 
-def test_a_wrong_number_of_maps(build, lower, toy):
-    with pytest.raises(ValueError, match="1 entries for 2 levels"):
-        build(toy.Level(1), lower(), maps=[None])
-
-
 def test_an_environment_without_flat_observation(toy):
     class Other(toy.Env):
         def __init__(self):
@@ -195,6 +180,8 @@ def test_an_environment_without_flat_observation(toy):
 
     with pytest.raises(ValueError, match="expected one flat 'observation'"):
         Hierarchy([toy.Level(1)], Other())
+    with pytest.raises(ValueError, match="2 entries for 1 levels"):
+        Hierarchy([toy.Level(1)], toy.Env(), observation_maps=[None, None])
 
 
 def test_memory_starts_from_zeros(toy, build):
@@ -205,19 +192,3 @@ def test_memory_starts_from_zeros(toy, build):
 
     with pytest.raises(ValueError, match="memory in a hierarchy starts from zeros"):
         build(Ones(1))
-
-
-def test_maps_see_what_they_choose(toy):
-    """By indices of numpy as well; a map says of what shape and dtype."""
-    env, obs = toy.Env(), torch.arange(24.0).reshape(2, 3, 4)
-    for choice, expected in (
-        (None, obs),
-        (np.array([3, 1]), obs[..., [3, 1]]),
-        (lambda o: 2 * o[..., :1], 2 * obs[..., :1]),
-        (lambda o: o[..., 1:].double(), obs[..., 1:].double()),
-    ):
-        see = ObservationMap(choice, env.observation_spec["observation"])
-        assert torch.equal(see(obs), expected)
-        assert see.is_identity is (choice is None)
-        assert see.space.shape == expected.shape[-1:]
-        assert see.space.dtype == expected.dtype

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from helpers import collected
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchrl.data import Unbounded
@@ -12,7 +14,7 @@ from layeredrl_torchrl import Hierarchy
 ONE = Unbounded((1,))
 MAPS = {
     "all": (None, lambda obs: obs),
-    "some": ([3, 1, 2], lambda obs: obs[..., [3, 1, 2]]),
+    "some": (np.array([3, 1, 2]), lambda obs: obs[..., [3, 1, 2]]),
     "func": (lambda obs: 2 * obs[..., 2:], lambda obs: 2 * obs[..., 2:]),
 }
 level_options = st.fixed_dictionaries(
@@ -44,7 +46,7 @@ def test_equals_a_plain_loop(toy, options, maps, n, n_batches, n_steps, lengths)
     maps = maps[: len(levels)]
     env = toy.Env(n, lengths)
     hierarchy = Hierarchy(levels, env, observation_maps=[MAPS[m][0] for m in maps])
-    batches = toy.collect(env, hierarchy, n_batches, n_steps)
+    batches = list(collected(env, hierarchy, n_batches, n_steps * (n or 1)))
     first = batches[0]["observation"].reshape(-1, n_steps, 4)[:, 0]
     loops = [
         toy.plain_loop(

@@ -18,17 +18,8 @@ from torchrl.collectors import MultiSyncCollector
 from torchrl.data import Bounded
 
 from layeredrl_torchrl import (
-    Hierarchy, ICEMPlanner, Level, PlannerLevel, PredictorFactory, get_task
+    ActionSequenceLevel, Hierarchy, ICEMPlanner, PlannerLevel, PredictorFactory, get_task
 )
-
-
-class Push(Level):
-    def forward(self, tensordict):
-        action = tensordict["input"].sum(-1, keepdim=True)
-        return tensordict.set("action", action.expand(self.action_spec.expand(action.shape).shape))
-
-    def learn(self, data):
-        return {"n": float(len(data))}
 
 
 def main():
@@ -40,7 +31,7 @@ def main():
         planner_factory=partial(ICEMPlanner, horizon=3, n_samples=24, n_iterations=2),
         n_initial_random_steps=30, updates_per_step=0.5, batch_size=8, model_batch_size=8,
     )
-    lower = Push(input_spec=Bounded(-1.0, 1.0, (2,)), duration=2)
+    lower = ActionSequenceLevel(torch.ones(2, 1), input_spec=Bounded(-1.0, 1.0, (2,)))
     hierarchy = Hierarchy([upper, lower], env=task.make())
     collector = MultiSyncCollector(
         [task.make] * 2,
@@ -57,7 +48,6 @@ def main():
         # What learn has counted reaches the workers: they plan from the second batch on.
         assert own["random_action"].all() if i == 0 else not own["random_action"][-3:].any()
         info = hierarchy.learn(data)
-        assert info["Push/n"] == 40
         assert info["PlannerLevel/n_updates"] > 0, info
     collector.shutdown()
     print("learned from two workers")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import make_point, make_predictor
 from pretended import Accelerator
 from tensordict import TensorDict
 from tensordict.nn import CudaGraphModule, TensorDictModule
@@ -176,7 +177,7 @@ def test_what_a_graph_finds_is_reported_one_plan_later(cuda):
 
 
 @pytest.mark.parametrize("compiled", ["dynamics", "reward"])
-def test_compiling_reaches_the_dynamics_and_the_reward(compiled, make_predictor, make_point):
+def test_compiling_reaches_the_dynamics_and_the_reward(compiled):
     torch._dynamo.reset()
     seen = []
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gymnasium as gym
 import pytest
 import torch
-from torchrl.collectors import Collector
-from torchrl.data import Bounded, Unbounded
+from helpers import SMALL_FACTORY, SMALL_PLANNER, collected, known
+from torchrl.data import Bounded
 from torchrl.envs import (
     ActionDiscretizer,
     GymEnv,
@@ -17,31 +17,15 @@ from torchrl.envs import (
 )
 from torchrl.envs.utils import check_env_specs
 
-from layeredrl_torchrl import (
-    ICEMPlanner,
-    IdentityEncoder,
-    Model,
-    PredictorFactory,
-    StaticPredictor,
-)
-
-
-class Drift(Model):
-    """Something simple in the shape of the pendulum's observations and actions."""
-
-    def __init__(self):
-        super().__init__(Unbounded((4,)), None, Bounded(-3.0, 3.0, (1,)))
-
-    def predict_members(self, state, context, action):
-        after = (state + 0.1 * action).unsqueeze(-2)
-        weights = torch.ones_like(after[..., 0])
-        return (after, torch.zeros_like(after)), weights, torch.zeros_like(weights[..., 0])
-
 
 @pytest.fixture
 def planner(kind):
-    predictor = StaticPredictor(
-        Drift(), None, lambda s, c, a: -s.square().sum(-1), IdentityEncoder((4,)), 4
+    """In something simple in the shape of the pendulum's observations and actions."""
+    predictor = known(
+        lambda state, action: state + 0.1 * action,
+        lambda s, c, a: -s.square().sum(-1),
+        Bounded(-3.0, 3.0, (1,)),
+        width=4,
     )
     return kind(predictor, horizon=3, n_samples=24, n_iterations=2)
 
@@ -70,34 +54,23 @@ def check(data, planner, spec):
         assert ended.any()
 
 
-def test_in_a_rollout_of_one_environment(planner):
-    env = pendulum().append_transform(planner.make_tensordict_primer())
-    env.set_seed(0)
-    data = env.rollout(25, planner, break_when_any_done=False)
-    assert data.batch_size == (25,)
-    check(data, planner, env.base_env.action_spec)
+def vector():
+    mode = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
+    options = {"num_envs": 2, "vectorization_mode": "sync", "vector_kwargs": mode}
+    return GymWrapper(gym.make_vec("InvertedPendulum-v5", **options))
 
 
-def test_in_a_rollout_of_several(planner):
-    env = TransformedEnv(SerialEnv(3, pendulum), planner.make_tensordict_primer())
+@pytest.mark.parametrize("make", [pendulum, lambda: SerialEnv(3, pendulum), vector])
+def test_in_a_rollout(planner, make):
+    env = TransformedEnv(make(), planner.make_tensordict_primer())
     check_env_specs(env)
     env.set_seed(0)
-    data = env.rollout(20, planner, break_when_any_done=False)
-    assert data.batch_size == (3, 20)
-    check(data, planner, env.base_env.action_spec_unbatched)
-    ends = data["next", "done"][..., 0]
-    assert (ends.any(0) & ~ends.all(0)).any()  # some instance was reset alone
-
-
-def test_over_a_vector_environment(planner):
-    mode = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
-    vector = gym.make_vec(
-        "InvertedPendulum-v5", num_envs=2, vectorization_mode="sync", vector_kwargs=mode
-    )
-    env = TransformedEnv(GymWrapper(vector), planner.make_tensordict_primer())
     data = env.rollout(30, planner, break_when_any_done=False)
-    assert data.batch_size == (2, 30)
+    assert data.batch_size == (*env.batch_size, 30)
     check(data, planner, env.base_env.action_spec_unbatched)
+    if make is not pendulum:
+        ends = data["next", "done"][..., 0]
+        assert (ends.any(0) & ~ends.all(0)).any()  # some instance was reset alone
 
 
 @pytest.mark.parametrize("categorical", [True, False])
@@ -105,12 +78,7 @@ def test_actions_that_torchrl_has_discretized(categorical):
     make = lambda: pendulum().append_transform(ActionDiscretizer(5, categorical=categorical))  # noqa: E731
     for env in (make(), SerialEnv(2, make)):
         spaces = env.observation_spec_unbatched, env.full_action_spec_unbatched
-        planner = ICEMPlanner(
-            PredictorFactory(hidden_sizes=(8,), n_models=2)(*spaces),
-            horizon=3,
-            n_samples=24,
-            n_iterations=2,
-        )
+        planner = SMALL_PLANNER(SMALL_FACTORY(*spaces))
         env = TransformedEnv(env, planner.make_tensordict_primer())
         data = env.rollout(20, planner, break_when_any_done=False)
         choices = data["action"].squeeze(-1) if categorical else data["action"].long().argmax(-1)
@@ -125,31 +93,13 @@ def test_in_a_collector(planner, n):
     for _ in range(2):
         torch.manual_seed(0)
         env.set_seed(0)
-        collector = Collector(
-            env,
-            planner,
-            frames_per_batch=24,
-            total_frames=48,
-            auto_register_policy_transforms=True,
-        )
-        batches = [data.clone() for data in collector]
-        collector.shutdown(close_env=False)
-        results.append(torch.cat(batches, -1))
+        results.append(torch.cat(list(collected(env, planner, 2, 24)), -1))
     check(results[0], planner, Bounded(-3.0, 3.0, (1,)))
     assert torch.equal(results[0]["action"], results[1]["action"])
 
 
 def test_random_steps_first_leave_the_memory_cold(planner):
-    collector = Collector(
-        pendulum(),
-        planner,
-        frames_per_batch=5,
-        total_frames=15,
-        init_random_frames=5,
-        auto_register_policy_transforms=True,
-    )
-    random, first, _ = [data.clone() for data in collector]
-    collector.shutdown()
+    random, first, _ = collected(pendulum(), planner, 3, 5, init_random_frames=5)
     assert not random["planner", "warm"].any()
     assert not first["planner", "warm"][0]
     assert first["next", "planner", "warm"].all()

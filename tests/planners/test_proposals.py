@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import observed
 from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.data import OneHot, Unbounded
@@ -46,7 +47,7 @@ def noisy_actor():
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
 def test_a_policy_is_played_in_the_predictor(linear, batch):
-    """Against a loop over the world's own equations, one start at a time."""
+    """Against a loop over the world's own steps, one start at a time."""
     predictor, _ = linear
     state = torch.randn(*batch, 2)
     actions = PolicyProposal(predictor, make_policy(), n=3)(state, state[..., :0], 5)
@@ -56,7 +57,7 @@ def test_a_policy_is_played_in_the_predictor(linear, batch):
             u = linear_policy(x, None)
             for found in actions.reshape(-1, 3, 5, 1)[i, :, h]:
                 torch.testing.assert_close(found, u)
-            x = predictor.model.A @ x + predictor.model.B @ u
+            x = predictor.model.after(x, u)
 
 
 def test_the_middle_of_a_stochastic_policy_comes_first(linear, noisy_actor):
@@ -73,7 +74,7 @@ def test_the_middle_of_a_stochastic_policy_comes_first(linear, noisy_actor):
     torch.testing.assert_close(only[0], first[0])
 
 
-def test_a_plan_is_no_worse_than_what_was_proposed(linear, observe):
+def test_a_plan_is_no_worse_than_what_was_proposed(linear):
     """With hardly any candidates of its own a planner is as good as the policy, no longer lost."""
     predictor, _ = linear
     torch.manual_seed(0)
@@ -88,7 +89,7 @@ def test_a_plan_is_no_worse_than_what_was_proposed(linear, observe):
     scores = {}
     for name, given in (("plain", None), ("told", proposal)):
         planner = ICEMPlanner(predictor, proposal=given, **options)
-        td = observe(planner, obs)
+        td = observed(planner, obs)
         torch.manual_seed(1)
         actions, _ = planner.plan(td)
         scores[name] = score(actions)
@@ -97,7 +98,7 @@ def test_a_plan_is_no_worse_than_what_was_proposed(linear, observe):
     assert scores["told"].mean() > scores["plain"].mean() + 0.1
 
 
-def test_a_plain_function_proposes_too(linear, observe):
+def test_a_plain_function_proposes_too(linear):
     """It is called once a plan, with the encoded observation and the horizon."""
     predictor, _ = linear
     calls = []
@@ -107,7 +108,7 @@ def test_a_plain_function_proposes_too(linear, observe):
         return torch.full((*state.shape[:-1], 2, horizon, 1), 9.0)
 
     planner = ICEMPlanner(predictor, horizon=3, n_iterations=2, proposal=proposal)
-    planner(observe(planner, torch.randn(4, 2)))
+    planner(observed(planner, torch.randn(4, 2)))
     assert calls == [((4, 2), (4, 0), 3)]
 
 
@@ -129,10 +130,10 @@ def test_bad_proposals_are_refused(linear):
         ICEMPlanner(discrete, proposal=lambda s, c, h: s)
 
 
-def test_a_policy_of_another_task_is_refused_when_it_plans(linear, observe):
+def test_a_policy_of_another_task_is_refused_when_it_plans(linear):
     """Sequences of another width do not reach the search."""
     predictor, _ = linear
     wide = make_policy(lambda state, context: torch.zeros(*state.shape[:-1], 3))
     planner = ICEMPlanner(predictor, horizon=3, proposal=PolicyProposal(predictor, wide))
     with pytest.raises((ValueError, RuntimeError), match=r"shape|expand|size|width"):
-        planner(observe(planner, torch.randn(4, 2)))
+        planner(observed(planner, torch.randn(4, 2)))

@@ -14,8 +14,8 @@ import tyro
 
 ROOT = Path(__file__).parents[2]
 PENDULUM = (
-    "--task=InvertedPendulum-v5 --total-env-steps=160 --random-steps=60 --n-envs=2 "
-    "--steps-per-batch=20 --steps-per-checkpoint=80 --eval-episodes=2 --hidden-size=8 "
+    "--task=InvertedPendulum-v5 --total-env-steps=80 --random-steps=40 --n-envs=2 "
+    "--steps-per-batch=20 --steps-per-checkpoint=40 --eval-episodes=2 --hidden-size=8 "
 )
 PLANS = "--n-models=2 --horizon=2 --n-samples=24 --n-iterations=1 "
 SMALL = {

@@ -91,7 +91,7 @@ def test_flat_agents_of_the_maze(agent, run, curve, capsys, tmp_path):
         *((name, "--steps-per-batch=0", "--steps-per-batch must be") for name in NAMES),
         *((name, "--resume", "holds no run") for name in NAMES),
         *((name, "--horizon=0", "--horizon must be") for name in LEARNS),
-        *((name, "--random-steps=500", "--random-steps is 500 of 160") for name in LEARNS[:3]),
+        *((name, "--random-steps=500", "--random-steps is 500 of 80") for name in LEARNS[:3]),
         ("dyna_sac", "--imagined-share=1.5", "--imagined-share must be"),
         ("skill_hierarchy", "--duration=999", "--duration is 999, episodes have 300 steps"),
         ("skill_hierarchy", "--task=Reacher-v5", "choose a point maze"),

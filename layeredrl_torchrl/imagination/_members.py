@@ -7,6 +7,7 @@ from torch import Tensor
 
 from layeredrl_torchrl._watch import refuse
 from layeredrl_torchrl.models import Model
+from layeredrl_torchrl.models._step import StepInputs
 
 __all__ = ["draw_members", "step_by_any", "step_by_mean", "step_by_members"]
 
@@ -149,7 +150,8 @@ def _step(
     step = model.make_step(rows=state.shape[1], deterministic=deterministic)
     action = step.actions(action)
     columns = state.mT
-    following, term_prob = step(columns, context.mT, action.movedim(1, -1), step.draw(columns))
+    inputs = StepInputs(columns, context.mT, action.movedim(1, -1), step.draw(columns))
+    following, term_prob = step(inputs)
     return following.mT, term_prob
 
 

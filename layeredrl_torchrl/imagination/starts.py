@@ -36,7 +36,7 @@ class FromBuffer:
 
     Args:
         buffer: Real transitions, as :class:`~layeredrl_torchrl.TransitionSlices` reads them.
-        predictor: Whose encoder turns observations into state and context.
+        predictor: Its encoder turns observations into state and context.
         observation_key: Key of the observation in the buffer; the encoder's by default.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Log-density of a mixture given the differences from its means."""
+"""The log-density of a mixture, from the differences to its means."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def mixture_log_prob(
     std: Tensor | float | None = None,
     transform: Tensor | Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Log-density ``[*B]`` of the equal mixture over members.
+    """Return the log-density ``[*B]`` of the mixture of all members, in equal shares.
 
     Args:
         difference: Next state minus the predicted means, ``[*B, M, K, D]``.

@@ -1,4 +1,4 @@
-"""Ways of evaluating the member networks of an ensemble together."""
+"""Modules that evaluate the member networks of an ensemble together."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class VmapMembers(nn.Module):
     def __init__(self, nets: Sequence[nn.Module]) -> None:
         super().__init__()
         self.params = TensorDict.from_modules(*nets, as_module=True)
-        # Only a shape to pour parameters into; in a list, so that it is no registered submodule.
+        # A module without values to put parameters into; in a list, so that it is not registered.
         self._template = [copy.deepcopy(nets[0]).to("meta")]
 
     def _call(
@@ -68,10 +68,10 @@ class LoopMembers(nn.Module):
 def check_net(
     member: int, net: nn.Module, probe: tuple[Tensor, Tensor, Tensor], n_modes: int
 ) -> None:
-    """Run a new network once, so that a wrong one fails here and says why.
+    """Run a new network once, so that a wrong one raises an error here.
 
     Args:
-        member: Which one, for the message.
+        member: Its index, for the message.
         net: The network.
         probe: State ``[2, D]``, context ``[2, C]`` and action.
         n_modes: ``K``.
@@ -145,9 +145,9 @@ def _shapes(net: nn.Module) -> list[tuple[str, torch.Size]]:
 def stack_members(nets: Sequence[nn.Module], probe: tuple[Tensor, Tensor, Tensor]) -> nn.Module:
     """Put members together in the fastest way that fits them.
 
-    A class with a static method ``stack(nets)`` decides itself (the built-in network does), and
-    may return ``None`` for nets that it cannot stack; other modules that differ in their
-    parameters only go through :class:`VmapMembers`, the rest through :class:`LoopMembers`.
+    A class may define a static method ``stack(nets)``, like the built-in network, which returns
+    ``None`` for nets that it cannot stack. Other modules that differ in their parameters only go
+    through :class:`VmapMembers`, the rest through :class:`LoopMembers`.
 
     Args:
         nets: The members.

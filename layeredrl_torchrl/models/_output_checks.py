@@ -1,4 +1,4 @@
-"""Checks of what member networks say."""
+"""Checks of the outputs and the parameters of member networks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_output(out: MemberOutput, *, sign: bool = True) -> None:
 
     Args:
         out: ``(mean [M, N, K, D], std [M, N, K, D]), weights [M, N, K], term_prob [M, N]``.
-        sign: Whether mean and std are looked at too, not only weights and term_prob.
+        sign: Whether to check mean and std too, not only weights and term_prob.
 
     Raises:
         ValueError: The message names the members.
@@ -55,7 +55,7 @@ def check_output(out: MemberOutput, *, sign: bool = True) -> None:
 def check_parameters(parameters: list[Tensor]) -> None:
     """Refuse ``parameters [M, ...]`` that are not finite; the message names the members."""
     on_host = parameters[0].device.type == "cpu"
-    if on_host:  # all members at once: a closer look is free
+    if on_host:  # one number for each tensor; the members are told apart after a failure
         total = torch.stack(torch._foreach_norm([p.detach() for p in parameters]))
     else:
         total = torch.stack([p.detach().flatten(1).sum(1) for p in parameters]).sum(0)

@@ -1,4 +1,4 @@
-"""Rolling a model out, and the layout and uncertainty of its trajectories."""
+"""Rollouts of a model, and the layout and uncertainty of their trajectories."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from tensordict import NestedKey, TensorDict, unravel_key
 from torch import Tensor
 
 from layeredrl_torchrl._watch import refuse
+from layeredrl_torchrl.models._step import StepInputs
 from layeredrl_torchrl.models._stepping import Stepper
 from layeredrl_torchrl.models.propagation import Propagation
 
 __all__ = ["ImaginedStep", "imagine", "lay_out", "starts_at_once", "trajectory", "uncertainty"]
 
-# Floats in the widest layer of the rows that a CPU steps together: what lies between two products
-# then stays in the second-level caches.
+# Floats in the widest layer of the rows that a CPU steps together, so that intermediate results
+# stay in the second-level caches.
 _BLOCK = 2**18
 
 
@@ -31,13 +32,13 @@ class ImaginedStep(NamedTuple):
 
 
 def starts_at_once(n: int, n_particles: int, floats_per_row: int, device: torch.device) -> int:
-    """How many of ``n`` starts with ``n_particles`` in each member to roll out together.
+    """Return how many of ``n`` starts with ``n_particles`` in each member to roll out together.
 
     Args:
         n: Starts.
         n_particles: ``P``.
         floats_per_row: In the widest layers of all members, 0 if unknown.
-        device: Only a CPU takes less than all.
+        device: Only on a CPU are they fewer than all.
     """
     if (
         device.type != "cpu"
@@ -59,20 +60,21 @@ def imagine(
     sizes: tuple[int, int],
     into: tuple[Tensor, Tensor] | None = None,
 ) -> Iterator[ImaginedStep]:
-    """Step particles along ``actions``, keeping nothing but the few steps made at once.
+    """Step particles along ``actions``, keeping only the few steps that are made at once.
 
     Args:
         step: Steps the members.
         given: State ``[N, D]``, context ``[N, C]`` and actions ``[N, H, *]``, checked.
         propagation: Which member moves which particle.
         sizes: ``M`` and ``P``.
-        into: Where to write all states ``[H, M', D, N, P']`` and term_probs ``[H, M', N, P']``.
+        into: Tensors to write all states ``[H, M', D, N, P']`` and term_probs ``[H, M', N, P']``
+            to.
     """
     state, context, actions = given
     n_models = sizes[0]
     n_seats, n_part = propagation.particles(*sizes)
     particles = state.mT[None, :, :, None].expand(n_seats, -1, -1, n_part)
-    # Columns of all rows; each start's action and context for each of its particles.
+    # Columns of all rows: the action and context of a start are repeated for its particles.
     ctx = _spread(context.mT, n_part)
     acts = _spread(step.actions(actions).movedim(0, -1), n_part)  # [1, H, *, R]
     n_at_once = step.n_at_once if propagation.stays and into is None else 1
@@ -102,7 +104,7 @@ def imagine(
                 out = (out[0].view(flat.shape), out[1].view(n_models, -1))
             else:
                 out = None
-            following, term_prob = step(flat, ctx, acts[:, h], step.draw(flat), out)
+            following, term_prob = step(StepInputs(flat, ctx, acts[:, h], step.draw(flat)), out)
             shape = (n_models, *particles.shape[2:])
             return following.view(*shape[:1], -1, *shape[1:]), term_prob.view(shape)
 
@@ -114,7 +116,7 @@ def imagine(
 
 
 def _spread(columns: Tensor, n_particles: int) -> Tensor:
-    """``[..., N]`` of the starts as ``[1, ..., N * P]`` of their particles."""
+    """Repeat columns ``[..., N]`` of starts for their particles, ``[1, ..., N * P]``."""
     if n_particles > 1:
         columns = columns.repeat_interleave(n_particles, -1)
     return columns.unsqueeze(0)
@@ -127,16 +129,16 @@ def trajectory(
     sizes: tuple[int, int],
     floats_per_row: int,
 ) -> tuple[Tensor, Tensor]:
-    """Make all states ``[H + 1, M', D, N, P']`` and term_probs ``[H, M', N, P']``.
+    """Compute all states ``[H + 1, M', D, N, P']`` and term_probs ``[H, M', N, P']``.
 
-    Arguments are those of :func:`imagine` and :func:`starts_at_once`.
+    For the arguments see :func:`imagine` and :func:`starts_at_once`.
     """
     state, context, actions = given
     n, horizon = actions.shape[:2]
     n_seats, n_part = propagation.particles(*sizes)
     first = state.mT[None, :, :, None].expand(n_seats, -1, -1, n_part)
     if torch.is_grad_enabled() or not step.writes:
-        # Steps written in place would destroy what a backward pass needs.
+        # Writing steps in place would destroy tensors that a backward pass needs.
         made = list(imagine(step, (state, context, actions), propagation, sizes))
         states = torch.stack([first, *(one.next_state for one in made)])
         term = torch.stack([one.term_prob for one in made])
@@ -169,7 +171,7 @@ def lay_out(
         batch: ``*B``, of ``N`` items.
         keys: Of state, context and action.
         states: From :func:`trajectory`.
-        term: Likewise.
+        term: From :func:`trajectory`.
         context: ``[N, C]``.
         actions: ``[N, H, *]``.
     """
@@ -193,7 +195,7 @@ def lay_out(
 
 
 def uncertainty(state: Tensor) -> TensorDict:
-    """Mean and variances ``[*B, H, D]`` of particles ``[*B, M, P, H, D]``."""
+    """Return mean and variances ``[*B, H, D]`` of particles ``[*B, M, P, H, D]``."""
     member_mean = state.mean(-3)  # [*B, M, H, D]
     return TensorDict(
         {
@@ -206,7 +208,7 @@ def uncertainty(state: Tensor) -> TensorDict:
 
 
 def check_trajectory(states: Tensor, term_prob: Tensor) -> None:
-    """Refuse what is not finite in ``states [H + 1, M, *]`` or ``term_prob [H, M, *]``."""
+    """Refuse values that are not finite in ``states [H + 1, M, *]``, ``term_prob [H, M, *]``."""
     horizon = len(term_prob)
     bad = ~torch.isfinite(states.detach().flatten(2).sum(2))
     bad[1:] |= ~torch.isfinite(term_prob.detach().flatten(2).sum(2))

@@ -1,4 +1,4 @@
-"""The units that an ensemble's networks see and say."""
+"""The units of the inputs and outputs of an ensemble's networks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["InputUnits", "Scaling"]
 
 
 class InputUnits(NamedTuple):
-    """Inputs ``x [..., F, R]`` become ``clamp((x - loc) * factor, low, high)``.
+    """Maps inputs ``x [..., F, R]`` to ``clamp((x - loc) * factor, low, high)``.
 
     The statistics are ``[F, 1]``.
     """
@@ -27,7 +27,7 @@ class InputUnits(NamedTuple):
     high: Tensor | None
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The networks' inputs, and how far each lay beyond the range (``None`` if not clipped)."""
+        """Return the networks' inputs, and by how much each was clipped (``None`` without)."""
         x = (x - self.loc).mul_(self.factor)
         if self.low is None:
             return x, None
@@ -36,20 +36,20 @@ class InputUnits(NamedTuple):
 
 
 class Scaling(nn.Module):
-    """Standardises what networks are fed, and their targets; only :meth:`fit` changes it.
+    """Standardises the inputs and targets of networks; only :meth:`fit` changes it.
 
     Args:
         state_dim: ``D``.
         context_dim: ``C``.
-        action_dim: ``A`` of continuous actions, 0 for choices, which stay as they are.
+        action_dim: ``A`` of continuous actions; 0 for choices, which are not standardised.
         predict_delta: Whether the target is the change of the state, instead of the next state.
         normalize_inputs: Whether inputs are standardised.
         normalize_targets: Whether targets are.
-        clip_inputs: Whether standardised inputs are kept within the range of the data; where they
-            are standardised, by default.
+        clip_inputs: Whether standardised inputs are kept within the range of the data; the default
+            is ``normalize_inputs``.
 
     Raises:
-        TypeError: Options that are no flags. ValueError: Clipped inputs without standardised ones.
+        TypeError: Options that are no bools. ValueError: Clipped inputs without standardised ones.
     """
 
     def __init__(
@@ -92,11 +92,11 @@ class Scaling(nn.Module):
         return self.target(next_state - state if self.predict_delta else next_state)
 
     def units(self, parts: list[str], n_plain: int) -> InputUnits | None:
-        """The units of inputs side by side, ``None`` where they are used as they are.
+        """Return the units of concatenated inputs, ``None`` where they are not standardised.
 
         Args:
-            parts: Of ``"state"``, ``"context"`` and ``"action"``, in their order.
-            n_plain: How many inputs behind those stay what they are.
+            parts: The inputs, of ``"state"``, ``"context"`` and ``"action"``, in order.
+            n_plain: How many further inputs follow that are not standardised.
         """
         if not self.normalize_inputs:
             return None
@@ -132,7 +132,7 @@ class Scaling(nn.Module):
                 changed.
 
         Warns:
-            UserWarning: Dimensions whose spread is that of a few readings far from all others.
+            UserWarning: Dimensions whose spread comes from a few outliers.
         """
         self.check(state, context, action, next_state)
         fits: list[tuple[str, Normalizer, Tensor]] = []
@@ -153,7 +153,7 @@ class Scaling(nn.Module):
 
 
 def _warn_of_outliers(name: str, x: Tensor, normalizer: Normalizer) -> None:
-    """Warn of dimensions of ``x [N, n]`` in which a thousandth of the rows makes up the spread."""
+    """Warn of dimensions of ``x [N, n]`` whose spread comes from a thousandth of the rows."""
     n = len(x)
     if n < 100 or not x.shape[1]:
         return
@@ -162,7 +162,7 @@ def _warn_of_outliers(name: str, x: Tensor, normalizer: Normalizer) -> None:
     far = distance.topk(n_far + 1, dim=0).values
     count = torch.arange(1, n_far + 1, device=x.device).unsqueeze(-1)
     rest = (distance.square().sum(0) - far[:-1].square().cumsum(0)) / (n - count)
-    # A gap, with nearly all of the variance beyond it.
+    # Outliers: a gap with nearly all of the variance beyond it.
     broken = (rest < 1e-2) & (far[:-1] > 20.0 * far[1:]) & (far[0] > 5.0)
     broken = broken.any(0)
     found = [d for d, is_broken in enumerate(broken.tolist()) if is_broken]
@@ -171,6 +171,6 @@ def _warn_of_outliers(name: str, x: Tensor, normalizer: Normalizer) -> None:
         warnings.warn(
             f"{name}: a few of {n} rows make up the spread of dimension(s) {found} (up to "
             f"{', '.join(values)}); if these readings are broken, remove them from the data, since "
-            "all others look alike to the networks beside them",
+            "the networks can hardly tell the others apart on that scale",
             stacklevel=4,
         )

@@ -1,9 +1,9 @@
 """One step of an ensemble as a pure function of tensors.
 
-Everything is laid out in columns, ``[M, *, R]`` for ``R`` rows: a state has few dimensions and rows
-are many, so operations along the rows fill vector registers and the warps of a GPU, and what the
-networks' last layer says for each dimension is one block of memory. The function is the same
-whether it runs eagerly, compiled or in a CUDA graph; its random numbers are drawn outside.
+Everything is laid out in columns, ``[M, *, R]`` for ``R`` rows: there are few dimensions and many
+rows, so operations along the rows fill vector registers and the warps of a GPU, and the outputs of
+the networks' last layer are one block of memory for each dimension. The same function runs eagerly,
+compiled or in a CUDA graph; its random numbers are drawn outside.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ __all__ = [
     "Networks",
     "Noise",
     "StackedLayers",
+    "StepInputs",
     "StepParts",
     "draw_noise",
     "ensemble_mixture",
@@ -45,10 +46,19 @@ def draw_noise(shape: torch.Size, n_modes: int, like: Tensor) -> Noise:
     return Noise(normal, torch.rand(n_models, 1, rows, dtype=like.dtype, device=like.device))
 
 
+class StepInputs(NamedTuple):
+    """Inputs of a step: ``R`` rows for each of ``M`` members."""
+
+    state: Tensor  # [M, D, R]
+    context: Tensor  # [1, C, R] or [M, C, R]
+    action: Tensor  # as the networks read it: [1, A, R] or [M, A, R], or choices without A
+    noise: Noise | None  # None steps to the mean of the mixture
+
+
 class MixtureColumns(NamedTuple):
     """Predictions of members, in any units: mixtures and terminations of ``R`` rows."""
 
-    pairs: Tensor  # [M, 2, K, D, R]: mean, and what becomes the std
+    pairs: Tensor  # [M, 2, K, D, R]: mean, and the number that the std is made from
     weights: Tensor  # [M, K, R]
     term_prob: Tensor  # [M, R]
     are_logits: bool  # whether the weights are the logarithms of shares
@@ -67,82 +77,74 @@ class StackedLayers(NamedTuple):
 
 
 class Networks(NamedTuple):
-    """Member networks of any kind, which are fed and answer in rows."""
+    """Member networks of any kind; their inputs and outputs are rows."""
 
     members: nn.Module
     widths: tuple[int, int, int]  # of state, continuous action and context
 
 
 class StepParts(NamedTuple):
-    """All of an ensemble that a step depends on."""
+    """Everything in an ensemble that a step depends on."""
 
     layers: StackedLayers | Networks
     inputs: InputUnits | None
-    n_measured: int  # the first inputs, whose distance from the data adds to the std
+    n_measured: int  # of these first inputs the distance from the data adds to the std
     log_std: tuple[Tensor, Tensor]  # shift [M, D, 1] and slope [D, 1], for the std of the state
     target: tuple[Tensor, Tensor]  # loc and scale [D, 1]
     predict_delta: bool
 
 
 def ensemble_step(
-    parts: StepParts,
-    state: Tensor,
-    context: Tensor,
-    action: Tensor,
-    noise: Noise | None,
-    out: tuple[Tensor, Tensor] | None = None,
+    parts: StepParts, inputs: StepInputs, out: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Step row block ``m`` with member ``m``.
 
     Args:
         parts: The ensemble.
-        state: ``[M, D, R]``.
-        context: ``[1, C, R]`` or ``[M, C, R]``.
-        action: As the networks read it, ``[1, A, R]`` or ``[M, A, R]``; choices ``[1, R]`` or
-            ``[M, R]`` for networks that are not stacked.
-        noise: ``None`` steps to the mean of the mixture.
+        inputs: State, context, action and noise.
         out: Where to write next state and term_prob; only without gradients.
 
     Returns:
         Next state ``[M, D, R]`` and term_prob ``[M, R]``.
     """
-    said, extra = _say(parts, state, context, action)
+    predicted, extra = _evaluate(parts, inputs)
     loc, scale = parts.target
-    base = state + loc if parts.predict_delta else loc
+    base = inputs.state + loc if parts.predict_delta else loc
     following, term = (None, None) if out is None else out
+    noise = inputs.noise
     if noise is None:
-        mean = _expected(said)
+        mean = _expected(predicted)
         next_state = torch.add(base, mean * scale, out=following)
     else:
-        pairs, total = _pick(said, noise.height)
+        pairs, total = _pick(predicted, noise.height)
         mean, raw = pairs.unbind(1)
         if total is not None:
-            # Weights of NaN choose a mode like any others, but shall be seen.
+            # NaN weights choose a mode like any others; adding them makes the state NaN, too.
             extra = total - total if extra is None else extra + (total - total)
         std = _std(parts, raw, extra)
         mean = torch.addcmul(base, mean, scale)
         next_state = torch.addcmul(mean, std, noise.normal, out=following)
     if term is None:
-        return next_state, said.term_prob
-    return next_state, term.copy_(said.term_prob)
+        return next_state, predicted.term_prob
+    return next_state, term.copy_(predicted.term_prob)
 
 
 def ensemble_mixture(
-    parts: StepParts, state: Tensor, context: Tensor, action: Tensor
+    parts: StepParts, inputs: StepInputs
 ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-    """The mixtures that :func:`ensemble_step` samples from.
+    """Return the mixtures that :func:`ensemble_step` samples from; the noise is ignored.
 
     Returns:
         ``(mean [M, K, D, R], std [M, K, D, R]), weights [M, K, R], term_prob [M, R]``.
     """
-    said, extra = _say(parts, state, context, action)
-    loc, scale = parts.target
+    predicted, extra = _evaluate(parts, inputs)
+    state, (loc, scale) = inputs.state, parts.target
     base = state + loc if parts.predict_delta else loc.expand_as(state)
-    mean, raw = said.pairs.unbind(1)
-    # With the modes among the dimensions, which the calibration takes alike.
+    mean, raw = predicted.pairs.unbind(1)
+    # Modes come first: the calibration is the same for all of them.
     std = _std(parts, raw.transpose(0, 1), extra).transpose(0, 1)
     mean = torch.addcmul(base.unsqueeze(1), mean, scale)
-    return (mean, std), _shares(said), said.term_prob
+    return (mean, std), _shares(predicted), predicted.term_prob
 
 
 def sample_mixture(mean: Tensor, std: Tensor, weights: Tensor, noise: Noise | None) -> Tensor:
@@ -154,19 +156,22 @@ def sample_mixture(mean: Tensor, std: Tensor, weights: Tensor, noise: Noise | No
         weights: ``[M, K, R]``.
         noise: ``None`` gives the mean.
     """
-    said = MixtureColumns(torch.stack((mean, std), 1), weights, weights[:, 0], False)
+    mixture = MixtureColumns(torch.stack((mean, std), 1), weights, weights[:, 0], False)
     if noise is None:
-        return _expected(said)
-    pairs, total = _pick(said, noise.height)
+        return _expected(mixture)
+    pairs, total = _pick(mixture, noise.height)
     mean, std = pairs.unbind(1)
     following = torch.addcmul(mean, std, noise.normal)
     return following if total is None else following + (total - total)
 
 
-def _say(
-    parts: StepParts, state: Tensor, context: Tensor, action: Tensor
-) -> tuple[MixtureColumns, Tensor | None]:
-    """Evaluate the networks, and what the distance from the data adds to the std, ``[M, 1, R]``."""
+def _evaluate(parts: StepParts, inputs: StepInputs) -> tuple[MixtureColumns, Tensor | None]:
+    """Evaluate the networks.
+
+    Returns:
+        Their predictions, and how much the distance from the data adds to the std, ``[M, 1, R]``.
+    """
+    state, context, action, _ = inputs
     layers = parts.layers
     n_models = len(state)
     if isinstance(layers, StackedLayers):
@@ -179,19 +184,19 @@ def _say(
     if parts.inputs is not None:
         x, excess = parts.inputs(x)
     if isinstance(layers, StackedLayers):
-        said = _say_stacked(layers, x)
+        predicted = _evaluate_stacked(layers, x)
     else:
-        said = _say_members(layers, x, action)
+        predicted = _evaluate_members(layers, x, action)
     if excess is None:
-        return said, None
-    # The distance in standard deviations of the inputs, and at most 1: far from the data the
-    # prediction is no sharper than the spread of all that was seen.
+        return predicted, None
+    # The distance in standard deviations of the inputs, at most 1: far from the data the
+    # prediction is no sharper than the spread of the whole data.
     square = excess[:, : parts.n_measured].square().sum(1, keepdim=True)
-    return said, _distance(square)
+    return predicted, _distance(square)
 
 
 def _distance(square: Tensor) -> Tensor:
-    """The root, at most 1; its gradient at 0 is 0."""
+    """Return the square root, at most 1; its gradient at 0 is 0."""
     if square.requires_grad:
         # The root of 0 has no gradient.
         outside = square > 0
@@ -200,7 +205,7 @@ def _distance(square: Tensor) -> Tensor:
     return square.sqrt().clamp(max=1.0)
 
 
-def _say_stacked(layers: StackedLayers, x: Tensor) -> MixtureColumns:
+def _evaluate_stacked(layers: StackedLayers, x: Tensor) -> MixtureColumns:
     *hidden, last = layers.weights
     *biases, last_bias = layers.biases
     n_modes = layers.n_modes
@@ -212,7 +217,7 @@ def _say_stacked(layers: StackedLayers, x: Tensor) -> MixtureColumns:
     return MixtureColumns(pairs, logits, term.squeeze(1).sigmoid(), True)
 
 
-def _say_members(layers: Networks, x: Tensor, action: Tensor) -> MixtureColumns:
+def _evaluate_members(layers: Networks, x: Tensor, action: Tensor) -> MixtureColumns:
     state, act, context = x.split(list(layers.widths), 1)
     if not layers.widths[1]:
         act = action.expand(len(x), *action.shape[1:])
@@ -223,7 +228,7 @@ def _say_members(layers: Networks, x: Tensor, action: Tensor) -> MixtureColumns:
 
 
 def _std(parts: StepParts, raw: Tensor, extra: Tensor | None) -> Tensor:
-    """The std of the next state, from what the networks say ``[..., M, D, R]``."""
+    """Return the std of the next state from the networks' raw outputs ``[..., M, D, R]``."""
     shift, slope = parts.log_std
     if isinstance(parts.layers, StackedLayers):
         center, half = parts.layers.bounds
@@ -232,31 +237,31 @@ def _std(parts: StepParts, raw: Tensor, extra: Tensor | None) -> Tensor:
     return std if extra is None else torch.addcmul(std, extra, parts.target[1])
 
 
-def _expected(said: MixtureColumns) -> Tensor:
-    """The mean of the mixture, ``[M, D, R]``."""
-    mean = said.pairs[:, 0]
+def _expected(mixture: MixtureColumns) -> Tensor:
+    """Return the mean of a mixture, ``[M, D, R]``."""
+    mean = mixture.pairs[:, 0]
     if mean.shape[1] == 1:
         return mean.squeeze(1)
-    return (mean * _shares(said).unsqueeze(2)).sum(1)
+    return (mean * _shares(mixture).unsqueeze(2)).sum(1)
 
 
-def _shares(said: MixtureColumns) -> Tensor:
-    """The weights of the modes, ``[M, K, R]``."""
-    return said.weights.softmax(1) if said.are_logits else said.weights
+def _shares(mixture: MixtureColumns) -> Tensor:
+    """Return the weights of the modes, ``[M, K, R]``."""
+    return mixture.weights.softmax(1) if mixture.are_logits else mixture.weights
 
 
-def _pick(said: MixtureColumns, height: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The pairs ``[M, 2, D, R]`` of the modes that ``height`` falls upon.
+def _pick(mixture: MixtureColumns, height: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the pairs ``[M, 2, D, R]`` of the modes chosen by ``height``.
 
-    With several modes, also the sum of their weights ``[M, 1, R]``.
+    With several modes, also return the sum of their weights ``[M, 1, R]``.
     """
-    pairs = said.pairs
+    pairs = mixture.pairs
     if height is None:
         return pairs.squeeze(2), None
-    # Inversion of the cumulative sum, which takes half the time of a softmax over so few. The last
-    # edge is not compared: rounding may put the height upon it.
-    shares = said.weights
-    if said.are_logits:
+    # Invert the cumulative sum, which takes half the time of a softmax over so few modes. The last
+    # edge is not compared, since rounding may put the height on it.
+    shares = mixture.weights
+    if mixture.are_logits:
         shares = (shares - shares.amax(1, keepdim=True)).exp_()
     edges = shares.cumsum(1)
     total = edges[:, -1:]

@@ -16,6 +16,7 @@ from layeredrl_torchrl.models._output_checks import check_output
 from layeredrl_torchrl.models._step import (
     Noise,
     StackedLayers,
+    StepInputs,
     StepParts,
     draw_noise,
     ensemble_step,
@@ -49,45 +50,31 @@ class Stepper(ABC):
         return None if self.deterministic else draw_noise(state.shape, self.n_modes, state)
 
     def actions(self, actions: Tensor) -> Tensor:
-        """Bring ``actions [..., *]``, in the form of the spec, into that which steps read."""
+        """Turn ``actions [..., *]`` in the form of the spec into those that steps read."""
         return actions
 
     @abstractmethod
-    def __call__(
-        self,
-        state: Tensor,
-        context: Tensor,
-        action: Tensor,
-        noise: Noise | None,
-        out: Moved | None = None,
-    ) -> Moved:
+    def __call__(self, inputs: StepInputs, out: Moved | None = None) -> Moved:
         """Step row block ``m`` with member ``m``.
 
         Args:
-            state: ``[M, D, R]``.
-            context: ``[1, C, R]`` or ``[M, C, R]``.
-            action: From :meth:`actions`, ``[1, A, R]`` or ``[M, A, R]``; integers without ``A``.
-            noise: From :meth:`draw`.
+            inputs: Actions are from :meth:`actions`, the noise from :meth:`draw`.
             out: Where to write the results; without gradients only.
         """
 
     def several(
         self, state: Tensor, context: Tensor, actions: Sequence[Tensor], noise: Sequence[Any]
     ) -> list[Moved]:
-        """One step after another."""
-        moved = []
-        for action, drawn in zip(actions, noise, strict=True):
-            state, term_prob = self(state, context, action, drawn)
-            moved.append((state, term_prob))
-        return moved
+        """Make one step after another, each from the state that the step before it led to."""
+        return _several(self, state, context, actions, noise)
 
 
 class MixtureStepper(Stepper):
-    """Steps any model, by way of the mixtures that it predicts.
+    """Steps any model by sampling the mixtures that it predicts.
 
     Args:
-        predict_members: As ``Model.predict_members``.
-        n_modes, deterministic: As the base class has them.
+        predict_members: The model's ``predict_members``.
+        n_modes, deterministic: See the base class.
     """
 
     def __init__(
@@ -100,28 +87,20 @@ class MixtureStepper(Stepper):
         super().__init__(n_modes, deterministic=deterministic)
         self.predict_members = predict_members
 
-    def __call__(
-        self,
-        state: Tensor,
-        context: Tensor,
-        action: Tensor,
-        noise: Noise | None,
-        out: Moved | None = None,
-    ) -> Moved:
-        """As the base class has it."""
+    def __call__(self, inputs: StepInputs, out: Moved | None = None) -> Moved:
+        """See the base class."""
+        state, context, action, noise = inputs
         n_models = len(state)
         context = context.expand(n_models, *context.shape[1:])
         action = action.expand(n_models, *action.shape[1:])
         rows = action.mT if action.ndim == state.ndim else action
-        said = self.predict_members(state.mT, context.mT, rows)
-        check_output(said, sign=False)
-        (mean, std), weights, term_prob = said
+        predicted = self.predict_members(state.mT, context.mT, rows)
+        check_output(predicted, sign=False)
+        (mean, std), weights, term_prob = predicted
         following = sample_mixture(
             mean.permute(0, 2, 3, 1), std.permute(0, 2, 3, 1), weights.mT, noise
         )
-        if out is None:
-            return following, term_prob
-        return out[0].copy_(following), out[1].copy_(term_prob)
+        return _write((following, term_prob), out)
 
 
 class EnsembleStepper(Stepper):
@@ -131,8 +110,8 @@ class EnsembleStepper(Stepper):
         parts: The ensemble.
         action_spec: The form of its actions.
         options: Of ``torch.compile``; ``None`` runs the function as it is.
-        n_at_once: Steps in a call of what is compiled.
-        n_modes, deterministic: As the base class has them.
+        n_at_once: Steps in one call of the compiled function.
+        n_modes, deterministic: See the base class.
     """
 
     def __init__(
@@ -152,34 +131,26 @@ class EnsembleStepper(Stepper):
         self.stacked = isinstance(parts.layers, StackedLayers)
 
     def actions(self, actions: Tensor) -> Tensor:
-        """As the base class has it: features for stacked members."""
+        """See the base class; stacked members read features."""
         if not self.stacked:
             return actions
         return action_features(self.action_spec, actions, self.parts.target[0].dtype)
 
-    def __call__(
-        self,
-        state: Tensor,
-        context: Tensor,
-        action: Tensor,
-        noise: Noise | None,
-        out: Moved | None = None,
-    ) -> Moved:
-        """As the base class has it."""
+    def __call__(self, inputs: StepInputs, out: Moved | None = None) -> Moved:
+        """See the base class."""
         if self.options is not None:
-            ((following, term_prob),) = self.several(state, context, [action], [noise])
-            if out is None:
-                return following, term_prob
-            return out[0].copy_(following), out[1].copy_(term_prob)
+            state, context, action, noise = inputs
+            (moved,) = self.several(state, context, [action], [noise])
+            return _write(moved, out)
         if not self.stacked:
-            return ensemble_step(self.parts, state, context, action, noise, out)
-        with full_precision(state.device):
-            return ensemble_step(self.parts, state, context, action, noise, out)
+            return ensemble_step(self.parts, inputs, out)
+        with full_precision(inputs.state.device):
+            return ensemble_step(self.parts, inputs, out)
 
     def several(
         self, state: Tensor, context: Tensor, actions: Sequence[Tensor], noise: Sequence[Any]
     ) -> list[Moved]:
-        """As the base class has it; compiled in one call."""
+        """See the base class; compiled, all steps are one call."""
         if self.options is None:
             return super().several(state, context, actions, noise)
         layers = self.parts.layers
@@ -197,29 +168,46 @@ class EnsembleStepper(Stepper):
             return run(self.parts, state, context, list(actions), list(noise))
 
 
+def _write(moved: Moved, out: Moved | None) -> Moved:
+    """Copy results to ``out`` if it is given."""
+    if out is None:
+        return moved
+    return out[0].copy_(moved[0]), out[1].copy_(moved[1])
+
+
 def _several(
+    step: Callable[[StepInputs], Moved],
+    state: Tensor,
+    context: Tensor,
+    actions: Sequence[Tensor],
+    noise: Sequence[Noise | None],
+) -> list[Moved]:
+    """Make one ``step`` after another."""
+    moved = []
+    for action, drawn in zip(actions, noise, strict=True):
+        state, term_prob = step(StepInputs(state, context, action, drawn))
+        moved.append((state, term_prob))
+    return moved
+
+
+def _several_of_ensemble(
     parts: StepParts,
     state: Tensor,
     context: Tensor,
     actions: list[Tensor],
     noise: list[Noise | None],
 ) -> list[Moved]:
-    """One :func:`ensemble_step` after another: what is compiled."""
-    moved = []
-    for action, drawn in zip(actions, noise, strict=True):
-        state, term_prob = ensemble_step(parts, state, context, action, drawn)
-        moved.append((state, term_prob))
-    return moved
+    """Make one :func:`ensemble_step` after another; :func:`_compiled` compiles this function."""
+    return _several(lambda inputs: ensemble_step(parts, inputs), state, context, actions, noise)
 
 
 @cache
 def _compiled(options: tuple[tuple[str, Any], ...], static: tuple[Any, ...]) -> Callable[..., Any]:
-    """The compiled function, one for each choice of options and each kind of ensemble.
+    """Return the compiled function, one for each choice of options and each kind of ensemble.
 
     Torch counts compilations by code object and falls back to eager beyond a limit; each kind gets
     a code object of its own, and ``fullgraph`` makes the limit an error.
     """
-    own = types.FunctionType(
-        _several.__code__.replace(), _several.__globals__, _several.__name__, None, None
-    )
+    code = _several_of_ensemble.__code__.replace()
+    own = types.FunctionType(code, globals(), _several_of_ensemble.__name__)
     return torch.compile(own, **({"fullgraph": True} | dict(options)))

@@ -17,17 +17,16 @@ _PRIOR = (0.5, 0.25, 0.5, 1.0)
 class Calibration(nn.Module):
     """Corrects the log std of ``M`` members, and how far their means lie apart.
 
-    The log std becomes ``shift_d + slope_d * log_std + spread * o_m``. What a member learns as its
-    std is the error of its own weights on the data it is trained on; what is predicted with is an
-    average over weights and over members, on other data. Shift and slope correct the size for
-    each dimension. The members' offsets ``o`` run evenly from -1 to 1, so that the mixture has
-    components of different widths: residuals of contact dynamics have heavier tails than one
-    Gaussian.
+    The log std becomes ``shift_d + slope_d * log_std + spread * o_m``. A member learns as its std
+    the error of its own weights on its training data, but predictions come from an average over
+    weights and members, on other data. Shift and slope correct the size for each dimension. The
+    members' offsets ``o`` run evenly from -1 to 1, so that the mixture has components of different
+    widths: residuals of contact dynamics have heavier tails than one Gaussian.
 
-    A member's mean becomes ``center + disagreement * (mean - center)``, with the ensemble's mean
-    as the center, which keeps it. The mean of ``M`` members errs less than they differ (by
-    ``M ** -0.5`` if their errors were independent), so the mixture of their own means is too flat
-    in the middle; 0.25 to 0.4 is what held-out data of MuJoCo tasks asks of 5 members.
+    A member's mean becomes ``center + disagreement * (mean - center)``, where the center is the
+    mean of the ensemble, which does not change. The mean of ``M`` members errs less than the
+    members differ (by ``M ** -0.5`` if their errors were independent), so the mixture of their own
+    means is too flat in the middle. Held-out data of MuJoCo tasks gives 0.25 to 0.4 for 5 members.
 
     Args:
         n_models: ``M``.
@@ -56,7 +55,7 @@ class Calibration(nn.Module):
         return (shift + slope * std.log()).exp()
 
     def affine(self) -> tuple[Tensor, Tensor]:
-        """``shift [M, D]`` and ``slope [D]`` of ``shift + slope * log_std``."""
+        """Return ``shift [M, D]`` and ``slope [D]`` of ``shift + slope * log_std``."""
         return self.shift + self.spread * self.offsets.unsqueeze(-1), self.slope
 
     def reconcile(self, mean: Tensor, weights: Tensor) -> Tensor:
@@ -68,7 +67,7 @@ class Calibration(nn.Module):
 
     @torch.no_grad()
     def fit(self, mean: Tensor, std: Tensor, weights: Tensor, target: Tensor) -> None:
-        """Maximise the likelihood of held-out targets, with a prior that all is right as it is.
+        """Maximise the likelihood of held-out targets, with a prior around no correction.
 
         The likelihood is that of each dimension's marginal mixture over members and modes.
 
@@ -102,7 +101,7 @@ class Calibration(nn.Module):
                 prior = (
                     (shift / _PRIOR[0]).square().sum()
                     + ((slope - 1.0) / _PRIOR[1]).square().sum()
-                    # These two serve all dimensions, so their priors count as often.
+                    # These two are shared by all dimensions, so their priors count for each.
                     + dim * (spread / _PRIOR[2]).square().sum()
                     + dim * (log_share / _PRIOR[3]).square().sum()
                 )
@@ -125,6 +124,6 @@ class Calibration(nn.Module):
 
 
 def _apart(mean: Tensor, weights: Tensor) -> Tensor:
-    """Each member's mean minus that of all, ``[M, N, 1, D]``."""
+    """Return each member's mean minus the mean of all members, ``[M, N, 1, D]``."""
     of_member = (weights.unsqueeze(-1) * mean).sum(-2)
     return (of_member - of_member.mean(0)).unsqueeze(-2)

@@ -60,7 +60,7 @@ class EnsembleDisagreement(TensorDictModuleBase):
             raise ValueError(
                 f"an ensemble of {model.n_models} cannot disagree; build it with n_models >= 2"
             )
-        # Not registered: whoever owns the model saves and trains it.
+        # Not registered, since the owner of the model saves and trains it.
         self.__dict__["model"] = model
         self.scale = check_number("scale", scale)
         self.in_keys = list(model.in_keys)
@@ -72,7 +72,7 @@ class EnsembleDisagreement(TensorDictModuleBase):
         context: Tensor | None = None,
         action: Tensor | None = None,
     ) -> Tensor | TensorDictBase:
-        """The bonus; shapes in the class docstring."""
+        """Compute the bonus; shapes in the class docstring."""
         if isinstance(state, TensorDictBase):
             values = self.model.read(state)
             return state.set(self.out_keys[0], self._bonus(*values).unsqueeze(-1))

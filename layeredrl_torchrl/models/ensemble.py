@@ -8,17 +8,17 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from layeredrl_torchrl._checks import check_flag, check_number
 from layeredrl_torchrl._graphs import Graphs
-from layeredrl_torchrl._precision import full_precision, product_dtype
+from layeredrl_torchrl._precision import full_precision
 from layeredrl_torchrl.models._members import check_net, stack_members
 from layeredrl_torchrl.models._output_checks import check_parameters
+from layeredrl_torchrl.models._parts import step_parts
 from layeredrl_torchrl.models._scaling import Scaling
-from layeredrl_torchrl.models._step import Networks, StackedLayers, StepParts, ensemble_mixture
+from layeredrl_torchrl.models._step import StepInputs, StepParts, ensemble_mixture
 from layeredrl_torchrl.models._stepping import EnsembleStepper, Stepper
 from layeredrl_torchrl.models.calibration import Calibration
 from layeredrl_torchrl.models.model import Model
@@ -36,7 +36,7 @@ __all__ = ["ProbabilisticEnsemble"]
 class ProbabilisticEnsemble(Model):
     """An ensemble of networks that each predict a mixture of Gaussians (arXiv 1805.12114).
 
-    What the members disagree on is what the data has not told them: see :meth:`uncertainty`.
+    Members disagree where the data does not determine the dynamics: see :meth:`uncertainty`.
 
     >>> model = ProbabilisticEnsemble(Unbounded((3,)), None, Bounded(-1.0, 1.0, (1,)), n_models=5)
     >>> mean, weights, std, term_prob = model.predict(torch.zeros(7, 3), None, torch.zeros(7, 1))
@@ -59,9 +59,9 @@ class ProbabilisticEnsemble(Model):
         normalize_inputs: Whether state, context and continuous actions are standardised before
             they reach the networks.
         clip_inputs: Whether standardised inputs are also kept within the range of the data that
-            the statistics are from (:class:`~layeredrl_torchrl.nets.Normalizer`); by default where
-            there are such inputs. What a prediction's inputs lie beyond that range adds to its
-            std, up to the spread of all that was seen.
+            the statistics are from (:class:`~layeredrl_torchrl.nets.Normalizer`); the default
+            is ``normalize_inputs``. The distance of an input from that range adds to the
+            predicted std, up to the spread of the whole data.
         ema_decay: Predictions come from an exponential moving average of the members' weights
             with this decay, ``None`` for the weights themselves. The average starts with the
             first :meth:`update_average`, which a predictor's ``learn`` calls after each gradient
@@ -146,38 +146,38 @@ class ProbabilisticEnsemble(Model):
     # -- prediction -----------------------------------------------------------------------
 
     def predict_normalized(self, state: Tensor, context: Tensor, action: Tensor) -> MemberOutput:
-        """Predict with the weights under training, with mean and std in units of :meth:`target`."""
+        """Predict with the weights being trained, mean and std in units of :meth:`target`."""
         return self.members(*self.scaling.inputs(state, context, action))
 
     @property
     def predicting_members(self) -> nn.Module:
-        """The networks that predict, those of averaged weights once there is an average."""
+        """The networks that predict: the averaged ones as soon as there is an average."""
         if self.ema_decay is None or not self._averaging:
             return self.members
         return self.averaged_members
 
     @property
     def predicting_averages(self) -> bool:
-        """As the base class has it."""
+        """See the base class."""
         return self._averaging
 
     def predict_members(self, state: Tensor, context: Tensor, action: Tensor) -> MemberOutput:
-        """Predict with member ``m`` on row block ``m``; shapes as the base class has them."""
+        """Predict with member ``m`` on row block ``m``; for the shapes see the base class."""
         step = self._stepper(rows=state.shape[1], deterministic=False)
         action = step.actions(action)
         columns = action.mT if action.ndim == state.ndim else action
         with full_precision(state.device) if step.stacked else nullcontext():
             (mean, std), weights, term_prob = ensemble_mixture(
-                step.parts, state.mT, context.mT, columns
+                step.parts, StepInputs(state.mT, context.mT, columns, None)
             )
         return (mean.permute(0, 3, 1, 2), std.permute(0, 3, 1, 2)), weights.mT, term_prob
 
     def reconcile_members(self, mean: Tensor, weights: Tensor) -> Tensor:
-        """As the base class has it: by :class:`Calibration`."""
+        """Correct the members' means by :class:`Calibration`."""
         return self.calibration.reconcile(mean, weights)
 
     def make_step(self, *, rows: int, deterministic: bool = False) -> Stepper:
-        """As the base class has it.
+        """See the base class.
 
         Raises:
             ValueError: Built-in members with parameters that are not finite; the message names
@@ -197,41 +197,22 @@ class ProbabilisticEnsemble(Model):
             self.n_modes,
             deterministic=deterministic,
             options=options,
-            # Calls of what is compiled cost a CPU as much as steps do; more take long to compile.
+            # On a CPU a compiled call costs as much as a step does; more steps compile too long.
             n_at_once=5 if parts.target[0].device.type == "cpu" else 1,
         )
 
     def _parts(self, rows: int) -> StepParts:
-        """All that a step of ``rows`` rows depends on, made anew since learning changes it."""
-        members, scaling = self.predicting_members, self.scaling
-        loc, scale = scaling.target.loc.unsqueeze(-1), scaling.target.scale.unsqueeze(-1)
-        shift, slope = self.calibration.affine()
-        shift, slope = shift.unsqueeze(-1), slope.unsqueeze(-1)
-        n_context = 0 if self._ignores_context else self.context_dim
-        n_action = scaling.action.loc.numel()
-        layers: StackedLayers | Networks
-        if isinstance(members, StackedProbFCDynamics):
-            layers = _stacked_layers(members, rows)
-            center, half = layers.bounds
-            shift, slope = shift + slope * center, slope * half
-            parts = ["state", *(["context"] if not members.ignore_context else []), "action"]
-            n_plain = width(self.action_spec) - n_action
-            n_measured = self.state_dim + n_context + n_action
-        else:
-            layers = Networks(members, (self.state_dim, n_action, self.context_dim))
-            parts, n_plain = ["state", "action", "context"], 0
-            n_measured = self.state_dim + n_action + n_context
-        return StepParts(
-            layers,
-            scaling.units(parts, n_plain),
-            n_measured,
-            (shift + scale.log(), slope),
-            (loc, scale),
-            scaling.predict_delta,
+        return step_parts(
+            self.predicting_members,
+            self.scaling,
+            self.calibration,
+            self.action_spec,
+            rows=rows,
+            ignores_context=self._ignores_context,
         )
 
     def floats_per_row(self) -> int:
-        """As the base class has it."""
+        """See the base class."""
         members = self.predicting_members
         if not isinstance(members, StackedProbFCDynamics):
             return 0
@@ -240,23 +221,23 @@ class ProbabilisticEnsemble(Model):
     def compile(self, *, cudagraphs: bool = False, **options: Any) -> None:
         """Compile the steps of rollouts and plans, instead of ``forward`` as other modules do.
 
-        ``benchmarks/rollout.py`` and ``benchmarks/planning.py`` have both times. Compiling takes
-        half a minute at the first rollout and again at the first of another size (afterwards for
-        any size; with ``dynamic=False`` for each one), in each process, and needs a C++ compiler.
-        Only the built-in members are compiled, and only where no gradient is kept. The same seed
-        gives other random numbers.
+        ``benchmarks/rollout.py`` and ``benchmarks/planning.py`` time both. Compiling needs a C++
+        compiler, and half a minute in each process: at the first rollout, and again at the first
+        one of another size, which then serves all sizes (with ``dynamic=False`` each size is
+        compiled). Only the built-in members are compiled, and only where no gradient is kept. The
+        same seed gives other random numbers than without compiling.
 
         Args:
             cudagraphs: On a GPU, capture each rollout (and each ``returns`` of a predictor) as a
                 CUDA graph, once for each shape of its inputs, and replay it: the host then launches
-                one thing instead of hundreds. Weights may be changed in place, as learning does.
-                Functions of the user that are captured along (reward, value, bonus) run in Python
-                only when they are captured. On a CPU this changes nothing.
+                one graph instead of hundreds of kernels. Weights may be changed in place, as
+                learning does. Functions of yours that are captured along (reward, value, bonus) run
+                in Python only during the capture. On a CPU this changes nothing.
             **options: Of ``torch.compile``, for example ``dynamic=False``; ``backend="eager"``
                 compiles nothing.
 
         Raises:
-            TypeError: Members that are not the built-in ones, or a ``cudagraphs`` that is no flag.
+            TypeError: Members that are not the built-in ones; ``cudagraphs`` that is no bool.
         """
         if not isinstance(self.members, StackedProbFCDynamics):
             raise TypeError(
@@ -272,7 +253,7 @@ class ProbabilisticEnsemble(Model):
     # -- learning -------------------------------------------------------------------------
 
     def target(self, state: Tensor, next_state: Tensor) -> Tensor:
-        """Return what the networks predict for a transition, ``[*B, D]``: see ``predict_delta``."""
+        """Return the networks' target for a transition, ``[*B, D]``; see ``predict_delta``."""
         return self.scaling.targets(state, next_state)
 
     def fit_statistics(
@@ -300,9 +281,9 @@ class ProbabilisticEnsemble(Model):
         self.calibration.fit(mean, std, weights, self.target(state, next_state))
 
     def reset_parameters(self) -> None:
-        """Begin anew: new weights, of which there is no average yet; statistics stay.
+        """Draw new weights and drop the average; the statistics stay.
 
-        Members of your own get what the ``reset_parameters`` of their parts gives them.
+        Members of your own are reset by the ``reset_parameters`` of their parts.
         """
         self._reset_parameters(self.members)
         if isinstance(self.members, StackedProbFCDynamics):
@@ -315,7 +296,7 @@ class ProbabilisticEnsemble(Model):
     def reset_parameters_recursive(
         self, parameters: TensorDictBase | None = None
     ) -> TensorDictBase | None:
-        """As tensordict's; without ``parameters``, :meth:`reset_parameters`."""
+        """Call tensordict's method with ``parameters``, :meth:`reset_parameters` without."""
         if parameters is not None:
             return super().reset_parameters_recursive(parameters)
         self.reset_parameters()
@@ -346,28 +327,3 @@ class ProbabilisticEnsemble(Model):
         generator = torch.Generator().manual_seed(0)
         state = torch.randn(2, self.state_dim, generator=generator)
         return state, torch.randn(2, self.context_dim, generator=generator), action
-
-
-def _stacked_layers(members: StackedProbFCDynamics, rows: int) -> StackedLayers:
-    """The layers of ``members`` in columns, in the precision of products of ``rows`` rows."""
-    weights, biases = list(members.weights), list(members.biases)
-    widest = max(weight.shape[-1] for weight in weights)
-    device, dtype = weights[0].device, weights[0].dtype
-    low = product_dtype(device, dtype, rows, widest)
-    if low != dtype and device.type != "cpu":
-        # Tensor cores want rows of eight numbers.
-        pad = -weights[-1].shape[-1] % 8
-        weights[-1], biases[-1] = F.pad(weights[-1], (0, pad)), F.pad(biases[-1], (0, pad))
-    bounds = members.log_std_bounds
-    columns = [weight.to(low).mT for weight in weights]
-    if rows >= 256 and device.type == "cpu":  # faster products with weights in order
-        columns = [weight.contiguous() for weight in columns]
-    return StackedLayers(
-        columns,
-        [*(bias.to(low).mT for bias in biases[:-1]), biases[-1].mT],
-        members.activation,
-        members.n_modes,
-        members.state_dim,
-        members.ignore_context,
-        (bounds.center, bounds.half),
-    )

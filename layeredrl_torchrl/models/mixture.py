@@ -32,8 +32,7 @@ class GaussianMixture(MixtureSameFamily):
     """
 
     def __init__(self, loc: Tensor, scale: Tensor, weights: Tensor) -> None:
-        # A weight of 0 is a component that is not there: -inf, by selection rather than by log(0),
-        # whose gradient would be NaN.
+        # The logit of a weight of 0 is -inf; it is selected, as the gradient of log(0) is NaN.
         present = weights > 0
         logits = torch.where(present, torch.where(present, weights, 1.0).log(), -torch.inf)
         self.modes = Normal(loc, scale, validate_args=False)
@@ -46,7 +45,7 @@ class GaussianMixture(MixtureSameFamily):
     def expand(
         self, batch_shape: torch.Size | list[int] | tuple[int, ...], _instance: Any = None
     ) -> GaussianMixture:
-        """The same mixture over a larger batch shape."""
+        """Expand to a larger batch shape."""
         batch = torch.Size(batch_shape)
         shape = (*batch, *self.modes.loc.shape[-2:])
         weights = self.mixture_distribution.probs.expand(*batch, -1)
@@ -55,6 +54,6 @@ class GaussianMixture(MixtureSameFamily):
         )
 
     def cdf(self, value: Tensor) -> Tensor:
-        """Marginal cumulative distribution of each dimension at ``value [*B, D]``: ``[*B, D]``."""
+        """Return the marginal CDF of each dimension at ``value [*B, D]``, ``[*B, D]``."""
         probs = self.mixture_distribution.probs.unsqueeze(-1)
         return (probs * self.modes.cdf(value.unsqueeze(-2))).sum(-2)

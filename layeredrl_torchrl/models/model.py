@@ -1,4 +1,4 @@
-"""The base of dynamics models: everything that follows from predicting with each member."""
+"""The base class of dynamics models: what follows from the predictions of each member."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from layeredrl_torchrl._checks import check_finite, check_positive_int, check_wi
 from layeredrl_torchrl._graphs import Graphs
 from layeredrl_torchrl._state import WholeState
 from layeredrl_torchrl._watch import refuse, watched
+from layeredrl_torchrl.models._inputs import InputRows, Rows
 from layeredrl_torchrl.models._log_prob import NO_DENSITY, mixture_log_prob
 from layeredrl_torchrl.models._output_checks import check_output
 from layeredrl_torchrl.models._rollouts import lay_out, trajectory, uncertainty
@@ -38,7 +39,7 @@ _OUT_KEYS: tuple[NestedKey, ...] = (
 class Model(WholeState):
     """A dynamics model: ``M`` members, each a mixture of ``K`` Gaussians over the next state.
 
-    A subclass implements :meth:`predict_members`; in a hand-written one, the std may be 0.
+    A subclass implements :meth:`predict_members`. The std it returns may be 0.
 
     Called with a TensorDict, it reads ``in_keys`` (state, context, action; a missing context
     counts as empty) and writes ``out_keys``: loc, weights, scale, term_prob and the expected
@@ -94,6 +95,7 @@ class Model(WholeState):
         self.context_dim = width(self.context_spec)
         if self.state_dim == 0:
             raise ValueError("state_space has no dimension; give at least one")
+        self._input_rows = InputRows(self.state_dim, self.context_dim, self.action_form)
         if len(in_keys) != len(_IN_KEYS) or len(out_keys) != len(_OUT_KEYS):
             raise ValueError(
                 f"expected {len(_IN_KEYS)} in_keys like {list(_IN_KEYS)} and {len(_OUT_KEYS)} "
@@ -103,7 +105,7 @@ class Model(WholeState):
         self.out_keys = list(out_keys)
         self._graphs: Graphs | None = None
 
-    # -- what a subclass provides ---------------------------------------------------------
+    # -- for subclasses -------------------------------------------------------------------
 
     @abstractmethod
     def predict_members(self, state: Tensor, context: Tensor, action: Tensor) -> MemberOutput:
@@ -112,7 +114,7 @@ class Model(WholeState):
         Args:
             state: ``[M, N, D]``.
             context: ``[M, N, C]``.
-            action: ``[M, N, A]``, or as the action spec says for discrete actions.
+            action: ``[M, N, A]``, or discrete in the form of the action spec.
 
         Returns:
             ``(mean [M, N, K, D], std [M, N, K, D]), weights [M, N, K], term_prob [M, N]``: mean
@@ -120,10 +122,10 @@ class Model(WholeState):
         """
 
     def reconcile_members(self, mean: Tensor, weights: Tensor) -> Tensor:
-        """Correct the members' means where all are asked about the same rows.
+        """Correct the members' means where all members predict the same rows.
 
-        A hook for :meth:`predict` and what builds on it; the members' own means by default. A
-        rollout propagates members as they are, since their particles part.
+        A hook that :meth:`predict` calls; by default the means stay as they are. Rollouts do not
+        call it: there each member predicts the rows of its own particles.
 
         Args:
             mean: ``[M, N, K, D]``.
@@ -173,7 +175,7 @@ class Model(WholeState):
 
     @watched
     def dist(self, tensordict: TensorDictBase) -> GaussianMixture:
-        """The equal mixture over members as one distribution over the next state.
+        """Return the mixture of all members, in equal shares, over the next state.
 
         Args:
             tensordict: ``[*B]`` with the model's ``in_keys``.
@@ -200,7 +202,7 @@ class Model(WholeState):
         std: Tensor | float | None = None,
         transform: Tensor | Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Log-density of ``next_state`` under the whole ensemble.
+        """Evaluate the log-density of ``next_state`` under the whole ensemble.
 
         Args:
             state: ``[*B, D]``.
@@ -260,8 +262,8 @@ class Model(WholeState):
             context and actions are expanded, not copied.
 
         Raises:
-            ValueError: ``H`` of 0; a state that leaves the finite numbers (the message says which
-                member at which step); and as :meth:`predict`.
+            ValueError: ``H`` of 0; a state that is not finite (the message names member and step);
+                and as :meth:`predict`.
         """
         propagation = TSInfinity() if propagation is None else propagation
 
@@ -294,22 +296,23 @@ class Model(WholeState):
             TensorDict ``[*B, H]`` with ``"mean"``, ``"epistemic_var"`` (variance over members of
             their means) and ``"aleatoric_var"`` (mean over members of the variance of their
             particles), each ``[*B, H, D]``; the two sum to the variance over all particles. With
-            one particle a member the aleatoric part is 0; with :class:`TS1` the split says nothing.
+            one particle a member the aleatoric part is 0; with :class:`TS1` the split means
+            nothing.
         """
         state = traj.get(("next", self.in_keys[0]), None)
         if state is None or state.ndim < 4:
             raise KeyError(
-                f"traj has no {('next', self.in_keys[0])!r} of shape [*B, M, P, H, D]; give what "
-                "rollout() returns"
+                f"traj has no {('next', self.in_keys[0])!r} of shape [*B, M, P, H, D]; pass the "
+                "result of rollout()"
             )
         return uncertainty(state)
 
     # -- shared steps ---------------------------------------------------------------------
 
     def make_step(self, *, rows: int, deterministic: bool = False) -> Stepper:
-        """Make what steps members in a rollout: once, to be called for each step.
+        """Make the object that steps the members in a rollout.
 
-        A hook: a model that can sample faster than by way of :meth:`predict_members` has its own.
+        A hook for models that can sample faster than through :meth:`predict_members`.
 
         Args:
             rows: How many rows each member steps, about.
@@ -331,13 +334,13 @@ class Model(WholeState):
         inputs: tuple[Tensor, ...],
         modules: Sequence[Any] = (),
     ) -> tuple[Tensor, ...]:
-        """Run a function of this model and of tensors, as a CUDA graph if it was compiled so.
+        """Run a function that reads this model; as a CUDA graph if it was compiled so.
 
         Args:
-            name: Of the function and all it depends on beside tensors.
+            name: Identifies the function, and everything but tensors that it depends on.
             function: Called with the inputs.
             inputs: Tensors.
-            modules: What it reads beside the model.
+            modules: Modules that it reads beside this model.
         """
         if self._graphs is None or not all(isinstance(x, Tensor) for x in inputs):
             return function(*inputs)
@@ -348,16 +351,20 @@ class Model(WholeState):
 
     @property
     def predicting_averages(self) -> bool:
-        """Whether averaged weights predict; a hook for models that have some."""
+        """Whether predictions come from averaged weights; a hook for models that keep some."""
         return False
 
     def _rows(self, n: int, propagation: Propagation) -> int:
-        """Rows that each member steps at once, for ``n`` starts."""
+        """Return how many rows each member steps at once, for ``n`` starts."""
         n_part = propagation.particles(self.n_models, self.n_particles_per_model)[1]
         return n * n_part
 
     def read(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None, Tensor]:
-        """State, context and action of a TensorDict; ``KeyError`` names what is missing."""
+        """Return state, context and action of a TensorDict.
+
+        Raises:
+            KeyError: Entries are missing; the message names them.
+        """
         state_key, context_key, action_key = self.in_keys
         found = {key: tensordict.get(key, None) for key in self.in_keys}
         missing = [k for k in (state_key, action_key) if found[k] is None]
@@ -370,74 +377,25 @@ class Model(WholeState):
             )
         return found[state_key], found[context_key], found[action_key]
 
-    def prepare(
-        self, state: Tensor, context: Tensor | None, action: Tensor
-    ) -> tuple[torch.Size, tuple[Tensor, Tensor, Tensor]]:
+    def prepare(self, state: Tensor, context: Tensor | None, action: Tensor) -> Rows:
         """Check inputs ``[*B, ...]`` and flatten them to ``[N, ...]``; returns ``*B`` first."""
-        batch, state, context = self._prepare_state(state, context)
-        action = self.action_form(action, batch)
-        return batch, (state, context, self._flatten_action(action, batch))
+        return self._input_rows.of_step(state, context, action, self._dtype())
 
-    def prepare_rollout(
-        self, state: Tensor, context: Tensor | None, actions: Tensor
-    ) -> tuple[torch.Size, tuple[Tensor, Tensor, Tensor]]:
+    def prepare_rollout(self, state: Tensor, context: Tensor | None, actions: Tensor) -> Rows:
         """Check the inputs of :meth:`rollout` and flatten them to ``[N, ...]``.
 
         Returns:
             ``*B``, and state ``[N, D]``, context ``[N, C]``, actions ``[N, H, *]``.
         """
-        batch, state, context = self._prepare_state(state, context)
-        if not isinstance(actions, Tensor) or actions.ndim <= len(batch):
-            raise ValueError(
-                f"actions must be a tensor [*B, H, A] with *B = {tuple(batch)}, got "
-                f"{tuple(actions.shape) if isinstance(actions, Tensor) else type(actions)}"
-            )
-        horizon = actions.shape[len(batch)]
-        if horizon == 0:
-            raise ValueError("actions have horizon 0; give at least one step")
-        steps = torch.Size((*batch, horizon))
-        actions = self.action_form(actions, steps)
-        actions = self._flatten_action(actions, steps)
-        return batch, (state, context, actions.unflatten(0, (-1, horizon)))
-
-    def _prepare_state(
-        self, state: Tensor, context: Tensor | None
-    ) -> tuple[torch.Size, Tensor, Tensor]:
-        hint = f"the state space has {self.state_dim} dimensions"
-        check_width("state", state, self.state_dim, hint=hint)
-        check_finite("state", state, hint="repair the observation or the model it came from")
-        batch = state.shape[:-1]
-        if batch.numel() == 0:
-            raise ValueError(f"state has shape {tuple(state.shape)}: the batch is empty")
-        dtype = self._dtype()
-        if context is None:
-            context = state.new_empty((*batch, 0))
-        hint = f"the context space has {self.context_dim} dimensions"
-        check_width("context", context, self.context_dim, hint=hint)
-        if context.shape[:-1] != batch:
-            raise ValueError(
-                f"context has batch shape {tuple(context.shape[:-1])}, the state "
-                f"{tuple(batch)}; they must be equal"
-            )
-        check_finite("context", context, hint="repair it first")
-        n = batch.numel()
-        return (
-            batch,
-            state.to(dtype).reshape(n, self.state_dim),
-            context.to(dtype).reshape(n, self.context_dim),
-        )
-
-    def _flatten_action(self, action: Tensor, batch: torch.Size) -> Tensor:
-        action = action.reshape(batch.numel(), *action.shape[len(batch) :])
-        return action.to(self._dtype()) if action.is_floating_point() else action
+        return self._input_rows.of_rollout(state, context, actions, self._dtype())
 
     def _dtype(self) -> torch.dtype:
-        """The dtype the model computes in: that of its parameters."""
+        """Return the dtype the model computes in, which is that of its parameters."""
         parameter = next(self.parameters(), None)
         return torch.get_default_dtype() if parameter is None else parameter.dtype
 
     def _predict_flat(self, state: Tensor, context: Tensor, action: Tensor) -> MemberOutput:
-        """Evaluate every member on the same rows ``[N, ...]`` and check what it says."""
+        """Evaluate every member on the same rows ``[N, ...]`` and check its output."""
         out = self.predict_members(
             *(x.expand(self.n_models, *x.shape) for x in (state, context, action))
         )

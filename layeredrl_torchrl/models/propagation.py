@@ -30,13 +30,13 @@ class Propagation(ABC):
     torch.Size([1, 1, 6])
     """
 
-    # Whether members follow their mean rather than a sample of it.
+    # Whether members step to their mean instead of sampling.
     deterministic = False
-    # Whether advance(move, ...) is move(particles): then several steps can be made at once.
+    # Whether advance() only calls move(particles); several steps can then be made at once.
     stays = False
 
     def particles(self, n_models: int, n_particles_per_model: int) -> tuple[int, int]:
-        """``M'`` and ``P'`` of an ensemble with ``M`` and ``P``."""
+        """Return ``M'`` and ``P'`` for an ensemble with ``M`` and ``P``."""
         return n_models, n_particles_per_model
 
     @abstractmethod
@@ -54,7 +54,7 @@ class Propagation(ABC):
 
 
 class _Sampled(Propagation):
-    """Propagations whose number of particles is free.
+    """A propagation with any number of particles in each member.
 
     Args:
         n_particles: ``P``, particles in each member; the model's by default.
@@ -66,12 +66,12 @@ class _Sampled(Propagation):
         self.n_particles = n_particles
 
     def particles(self, n_models: int, n_particles_per_model: int) -> tuple[int, int]:
-        """``M`` and ``P``."""
+        """Return ``M`` and ``P``."""
         return n_models, self.n_particles or n_particles_per_model
 
 
 class TSInfinity(_Sampled):
-    """Particles stay within their member: what the members disagree on adds up over a rollout.
+    """Keep each particle in its member, so that disagreement adds up over a rollout.
 
     >>> TSInfinity().particles(n_models=5, n_particles_per_model=4)
     (5, 4)
@@ -85,16 +85,16 @@ class TSInfinity(_Sampled):
     stays = True
 
     def advance(self, move: Move, n_models: int, particles: Tensor) -> tuple[Tensor, Tensor]:
-        """As the base class has it."""
+        """See the base class."""
         return move(particles)
 
 
 class TS1(_Sampled):
-    """Each particle is moved by a newly drawn member at every step.
+    """Move each particle by a newly drawn member at every step.
 
     The ``M * P`` particles of a start are dealt out to the members anew, ``P`` to each, so that
-    every particle has every member with probability ``1 / M``. The axes ``[M, P]`` of a rollout
-    then only count particles: which member moved one is different at each step.
+    every particle gets every member with probability ``1 / M``. The axes ``[M, P]`` of a rollout
+    then only count particles, each of which is moved by different members.
 
     >>> spaces = Unbounded((3,)), None, Bounded(-1.0, 1.0, (1,))
     >>> model = ProbabilisticEnsemble(*spaces, n_models=2, n_particles_per_model=4)
@@ -106,7 +106,7 @@ class TS1(_Sampled):
     """
 
     def advance(self, move: Move, n_models: int, particles: Tensor) -> tuple[Tensor, Tensor]:
-        """As the base class has it."""
+        """See the base class."""
         _, _, n, n_part = particles.shape
         chance = torch.rand(n_models * n_part, n, device=particles.device)
         order = chance.argsort(0)  # the particle on each seat
@@ -116,7 +116,7 @@ class TS1(_Sampled):
 
 
 class Expectation(Propagation):
-    """One particle follows the mean over members and modes; ``M' = P' = 1``.
+    """Follow the mean over members and modes with one particle; ``M' = P' = 1``.
 
     >>> Expectation().particles(n_models=5, n_particles_per_model=4)
     (1, 1)
@@ -125,17 +125,17 @@ class Expectation(Propagation):
     deterministic = True
 
     def particles(self, n_models: int, n_particles_per_model: int) -> tuple[int, int]:
-        """One and one."""
+        """Return 1 and 1."""
         return 1, 1
 
     def advance(self, move: Move, n_models: int, particles: Tensor) -> tuple[Tensor, Tensor]:
-        """As the base class has it."""
+        """See the base class."""
         following, term_prob = move(particles.expand(n_models, -1, -1, -1))
         return following.mean(0, keepdim=True), term_prob.mean(0, keepdim=True)
 
 
 def propagation_key(propagation: Propagation) -> Hashable:
-    """Equal for propagations that do the same: of one class, with the same attributes."""
+    """Return a key that is equal for propagations of one class with the same attributes."""
     own = tuple(sorted(vars(propagation).items()))
     try:
         hash(own)
@@ -145,7 +145,7 @@ def propagation_key(propagation: Propagation) -> Hashable:
 
 
 def _deal(x: Tensor, order: Tensor) -> Tensor:
-    """Put particle ``order[i, n]`` of ``x [M, F, N, P]`` on place ``i`` of start ``n``."""
+    """Move particle ``order[i, n]`` of ``x [M, F, N, P]`` to place ``i`` of start ``n``."""
     n_models, width, n, n_part = x.shape
     flat = x.permute(1, 0, 3, 2).reshape(width, n_models * n_part, n)
     flat = flat.take_along_dim(order.unsqueeze(0), 1)

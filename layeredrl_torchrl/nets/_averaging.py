@@ -1,4 +1,4 @@
-"""Moving the weights of one module towards those of another that is built alike."""
+"""Move the weights of one module towards those of another one of the same build."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ __all__ = ["move_towards"]
 def move_towards(average: nn.Module, source: nn.Module, share: float | Tensor) -> None:
     """Replace each parameter ``a`` of ``average`` by ``a + share * (s - a)``; buffers are copied.
 
-    What TorchRL's ``SoftUpdate`` does for a loss's target networks, in few calls for all
-    parameters. A ``share`` in a scalar tensor stays on its device.
+    TorchRL's ``SoftUpdate`` does the same for the target networks of a loss; this makes few calls
+    for all parameters. A ``share`` in a scalar tensor stays on its device.
     """
     ours: list[Tensor] = list(average.parameters())
     theirs: list[Tensor] = list(source.parameters())

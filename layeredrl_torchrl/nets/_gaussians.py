@@ -11,16 +11,16 @@ from layeredrl_torchrl._checks import check_number
 
 __all__ = ["LogStdBounds", "MemberOutput", "mixture_parameters", "split_output"]
 
-# (mean, std), weights, term_prob: what a member network returns.
+# The output of a member network: (mean, std), weights, term_prob.
 MemberOutput: TypeAlias = tuple[tuple[Tensor, Tensor], Tensor, Tensor]
 
 
 class LogStdBounds:
     """Soft bounds of a log standard deviation: ``center + half * tanh((raw - center) / half)``.
 
-    PETS (arXiv 1805.12114, appendix A.1) bounds with a pair of softplus and learns the bounds;
-    these are fixed, which calibration on held-out data makes up for, and one tanh instead of two
-    softplus is a tenth of the time on a CPU.
+    PETS (arXiv 1805.12114, appendix A.1) uses two softplus and learns the bounds. Here they are
+    fixed, which calibration on held-out data makes up for, and one tanh takes a tenth of the time
+    of two softplus on a CPU.
 
     Args:
         low: Lower bound.
@@ -39,7 +39,7 @@ class LogStdBounds:
         self.half = (high - low) / 2
 
     def __call__(self, raw: Tensor) -> Tensor:
-        """The bounded log std, of the shape of ``raw``."""
+        """Return the bounded log std, of the shape of ``raw``."""
         return self.center + self.half * torch.tanh((raw - self.center) / self.half)
 
 
@@ -64,7 +64,7 @@ def mixture_parameters(
 
 
 def split_output(out: Tensor, n_modes: int, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Means and raw log std ``[..., K, D]``, weight logits ``[..., K]``, termination logit."""
+    """Split into means and raw log std ``[..., K, D]``, weight logits ``[..., K]``, termination."""
     if out.dtype in (torch.bfloat16, torch.float16):
         out = out.float()
     size = n_modes * dim

@@ -1,4 +1,4 @@
-"""All members of an ensemble of :class:`ProbFCDynamics` as one chain of batched products."""
+"""The members of an ensemble of :class:`ProbFCDynamics` as one chain of batched products."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchrl.data import TensorSpec
 
 from layeredrl_torchrl._precision import worthwhile_autocast
 from layeredrl_torchrl.nets._gaussians import MemberOutput, mixture_parameters
 from layeredrl_torchrl.specs import action_features
 
-__all__ = ["StackedProbFCDynamics", "hidden_layers", "init_layers", "product"]
+__all__ = [
+    "ConcatenatedInputs",
+    "StackedProbFCDynamics",
+    "hidden_layers",
+    "init_layers",
+    "product",
+]
 
 _IN_PLACE: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
     nn.SiLU: partial(F.silu, inplace=True),
@@ -23,13 +30,25 @@ _IN_PLACE: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
 }
 
 
-class StackedProbFCDynamics(nn.Module):
+class ConcatenatedInputs(nn.Module):
+    """A network whose input is the state, the context unless ignored, and the action's features."""
+
+    action_spec: TensorSpec
+    ignore_context: bool
+
+    def features(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
+        """Concatenate state ``[*B, D]``, context ``[*B, C]`` and action to ``[*B, in]``."""
+        act = action_features(self.action_spec, action, state.dtype)
+        parts = (state, act) if self.ignore_context else (state, context, act)
+        return torch.cat(parts, dim=-1)
+
+
+class StackedProbFCDynamics(ConcatenatedInputs):
     """``M`` equally built :class:`~layeredrl_torchrl.ProbFCDynamics` as one chain of products.
 
     ``baddbmm`` over stacked weights is 1.2 to 2 times faster than ``vmap`` over modules at the
-    batch sizes of learning and planning on a CPU. Learning evaluates rows, which the losses are
-    laid out for; steps of a rollout (``models/_step.py``) evaluate columns with
-    the same weights.
+    batch sizes of learning and planning on a CPU. Learning evaluates rows, the layout of the
+    losses; rollouts (``models/_step.py``) evaluate columns with the same weights.
 
     Args:
         nets: The members; their parameters are copied.
@@ -67,12 +86,6 @@ class StackedProbFCDynamics(nn.Module):
         """Draw new weights, distributed as those of new networks."""
         init_layers(list(self.weights), list(self.biases))
 
-    def features(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
-        """Concatenate the inputs to ``[M, N, in]``."""
-        act = action_features(self.action_spec, action, state.dtype)
-        parts = (state, act) if self.ignore_context else (state, context, act)
-        return torch.cat(parts, dim=-1)
-
     def forward(self, state: Tensor, context: Tensor, action: Tensor) -> MemberOutput:
         """Predict with member ``m`` on row block ``m``; shapes in the class docstring."""
         *weights, last = self.weights
@@ -90,7 +103,7 @@ def init_layers(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
 
     LeCun's normal initialisation: with the skips, the variance of an untrained network's layers
     stays near that of its normalised input. The last layer is a tenth of that, so that an untrained
-    network predicts next to no change and its rollouts stay where they are.
+    network predicts almost no change and its rollouts stay near their start.
     """
     for weight, bias in zip(weights, biases, strict=True):
         weight.normal_(std=weight.shape[-2] ** -0.5)
@@ -113,14 +126,14 @@ def hidden_layers(
         weights: ``[M, in, out]`` each; for columns ``[M, out, in]``.
         biases: ``[M, 1, out]`` each; for columns ``[M, out, 1]``.
         activation: Applied after each layer.
-        columns: Which of the two.
+        columns: Whether ``x`` is in columns.
     """
     in_place = _IN_PLACE.get(type(activation))
     axis = 1 if columns else -1
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         y = product(weight, x, bias) if columns else torch.baddbmm(bias, x, weight)
         skip = i > 0 and x.shape[axis] == y.shape[axis]
-        # In place where nothing has to be kept for a backward pass: half the memory traffic.
+        # In place, which halves the memory traffic, unless a backward pass needs the values.
         if y.requires_grad or torch.compiler.is_compiling():
             y = activation(y)
             x = y + x if skip else y
@@ -131,10 +144,10 @@ def hidden_layers(
 
 
 def product(weight: Tensor, x: Tensor, bias: Tensor) -> Tensor:
-    """``weight [M, out, in] @ x [M, in, N] + bias [M, out, 1]``, in the precision of the bias."""
+    """Compute ``weight [M, out, in] @ x [M, in, N] + bias [M, out, 1]`` in the bias's precision."""
     if weight.dtype != bias.dtype or torch.compiler.is_compiling():
-        # Compiled, the sum becomes part of the loop that follows.
+        # The compiler fuses the sum with the operations that follow.
         return torch.bmm(weight, x).to(bias.dtype) + bias
-    if bias.dtype.itemsize < 4:  # of which a CPU makes baddbmm more slowly than the two
+    if bias.dtype.itemsize < 4:  # in half precision, baddbmm is slower on a CPU than these two
         return torch.bmm(weight, x).add_(bias)
     return torch.baddbmm(bias, weight, x)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from layeredrl_torchrl._checks import (
@@ -17,18 +16,18 @@ from layeredrl_torchrl._checks import (
     check_sizes,
 )
 from layeredrl_torchrl.nets._gaussians import LogStdBounds, MemberOutput, mixture_parameters
-from layeredrl_torchrl.nets._stacked import StackedProbFCDynamics, init_layers
-from layeredrl_torchrl.specs import Space, action_features, to_spec, width
+from layeredrl_torchrl.nets._stacked import ConcatenatedInputs, StackedProbFCDynamics, init_layers
+from layeredrl_torchrl.specs import Space, to_spec, width
 
 __all__ = ["ProbFCDynamics"]
 
 
-class ProbFCDynamics(nn.Module):
+class ProbFCDynamics(ConcatenatedInputs):
     """A fully connected network that predicts a mixture of Gaussians and a termination.
 
-    It is a ``partial_net`` of :class:`~layeredrl_torchrl.ProbabilisticEnsemble`: called with the
-    three spaces and ``n_modes``. What its mean and std refer to (state or delta, normalised or
-    not) is the ensemble's business.
+    It is a ``partial_net`` of :class:`~layeredrl_torchrl.ProbabilisticEnsemble`, called with the
+    three spaces and ``n_modes``. The ensemble decides what mean and std refer to: the state or its
+    change, normalised or not.
 
     >>> net = ProbFCDynamics(Unbounded((3,)), None, Bounded(-1.0, 1.0, (1,)), n_modes=2)
     >>> (mean, std), weights, term_prob = net(
@@ -44,14 +43,14 @@ class ProbFCDynamics(nn.Module):
         n_modes: ``K``, the number of Gaussians.
         hidden_sizes: Width of each hidden layer; a layer as wide as the one before adds to it
             (an identity skip).
-        nonlinearity: Class of the activation. ``nn.SiLU``, which the default imitates, predicts
-            slightly better on some tasks and takes three times as long on a CPU.
+        nonlinearity: Class of the activation. ``nn.SiLU``, which the default approximates,
+            predicts slightly better on some tasks and takes three times as long on a CPU.
         ignore_context: Whether the context is left out of the input (LayeredRL's default: a goal
             does not move the world). Set to ``False`` where the context changes the dynamics.
         log_std_bounds: Soft bounds of the log standard deviation, in units of the target.
 
     Shapes:
-        state ``[*B, D]``, context ``[*B, C]``, action as the spec says ->
+        state ``[*B, D]``, context ``[*B, C]``, action in the form of its spec ->
         ``(mean [*B, K, D], std [*B, K, D]), weights [*B, K], term_prob [*B]``.
     """
 
@@ -90,12 +89,6 @@ class ProbFCDynamics(nn.Module):
         layers = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
         init_layers([x.weight.mT for x in layers], [x.bias for x in layers])
 
-    def features(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
-        """Concatenate the inputs to ``[*B, in]``."""
-        act = action_features(self.action_spec, action, state.dtype)
-        parts = (state, act) if self.ignore_context else (state, context, act)
-        return torch.cat(parts, dim=-1)
-
     def forward(self, state: Tensor, context: Tensor, action: Tensor) -> MemberOutput:
         """Predict; shapes in the class docstring."""
         x = self.features(state, context, action)
@@ -109,9 +102,10 @@ class ProbFCDynamics(nn.Module):
     def stack(nets: Sequence[nn.Module]) -> StackedProbFCDynamics | None:
         """Combine equally built networks into one module that evaluates them together.
 
-        ``None`` for networks that differ in more than their weights, or whose activation learns.
+        Return ``None`` for networks that differ in more than their weights, or whose activation
+        has parameters.
         """
-        # A subclass may compute something else, so it has to say itself how it is stacked.
+        # A subclass may compute something else, so it has to define its own stack().
         same = [net for net in nets if type(net) is ProbFCDynamics]
         if len(same) != len(nets) or len({net._build() for net in same}) != 1:
             return None
@@ -120,7 +114,7 @@ class ProbFCDynamics(nn.Module):
         return StackedProbFCDynamics(same)
 
     def _build(self) -> tuple[Any, ...]:
-        """All that has to agree for networks to be stacked."""
+        """Return everything that has to agree for networks to be stacked."""
         shapes = tuple(tuple(p.shape) for p in self.parameters())
         bounds = (self.log_std_bounds.center, self.log_std_bounds.half)
         how = (repr(self.activation), bounds, self.ignore_context, self.n_modes)

@@ -1,4 +1,4 @@
-"""Encoders: split an observation into a state and a context that is constant in an episode."""
+"""Encoders, which split an observation into a state and a context constant in an episode."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Encoder(TensorDictModuleBase):
     """Base of the encoders; called with a tensor or with a TensorDict.
 
     ``encoder(obs)`` returns ``(state, context)``; ``encoder(td)`` reads ``in_keys`` and writes
-    ``out_keys``. (tensordict's ``dispatch`` would do the same at 60 to 90 microseconds a call;
-    encoders are called in control loops.)
+    ``out_keys``. (tensordict's ``dispatch`` would take 60 to 90 microseconds for each call, which
+    is long in a control loop.)
 
     >>> class Halves(Encoder):
     ...     def split(self, observation):
@@ -103,7 +103,7 @@ class Encoder(TensorDictModuleBase):
             _check_resolution(observation.detach().reshape(-1, self.obs_dim), self._floats.dtype)
 
     def encode_checked(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`encode` of what has passed :meth:`check`, which ``torch.compile`` sees through."""
+        """Map observations that passed :meth:`check`; ``torch.compile`` can trace this."""
         return self.split(observation.to(self._floats.dtype))
 
     def forward(
@@ -126,16 +126,16 @@ class Encoder(TensorDictModuleBase):
 
 
 def _check_resolution(observation: Tensor, dtype: torch.dtype) -> None:
-    """Refuse ``[N, obs]`` that vary, far from 0, by no more than ``dtype`` rounds them.
+    """Refuse ``[N, obs]`` that are far from 0 and vary by less than ``dtype`` can resolve.
 
-    Map coordinates, clocks and counters do. Of a few rows, nothing is known of how they vary.
+    Map coordinates, clocks and counters can be such. A few rows do not show how much they vary.
     """
     if len(observation) < 8:
         return
     error_of = (observation - observation.to(dtype).to(observation.dtype)).abs().amax(0)
     far = observation.abs().amax(0)
     spread = observation.std(0)
-    # Below a billionth it is what rounding left of a constant.
+    # A constant also varies, by rounding, but by less than a billionth.
     bad = (far > 1e4) & (spread > 1e-10 * far) & (error_of > 0.1 * spread)
 
     def error(found: Tensor) -> ValueError:
@@ -150,7 +150,7 @@ def _check_resolution(observation: Tensor, dtype: torch.dtype) -> None:
 
 
 class IdentityEncoder(Encoder):
-    """Takes the observation as the state; the context is empty.
+    """Uses the observation as the state; the context is empty.
 
     >>> state, context = IdentityEncoder((4,))(torch.zeros(7, 4))
     >>> state.shape, context.shape
@@ -166,12 +166,12 @@ class IdentityEncoder(Encoder):
         super().__init__(shape, shape[0] if shape else 0, 0, **keys)
 
     def split(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        """The observation, and a context of width 0."""
+        """Return the observation, and a context of width 0."""
         return observation, observation[..., :0]
 
 
 class FixedEncoderNet(Encoder):
-    """Picks dimensions of the observation as the state and as the context.
+    """Selects dimensions of the observation as the state and as the context.
 
     >>> encoder = FixedEncoderNet((4,), latent_state_dims=[3, 0], context_dims=[1])
     >>> encoder(torch.arange(4.0))
@@ -219,10 +219,10 @@ class FixedEncoderNet(Encoder):
 
 
 class EncoderNet(Encoder):
-    """A learned linear encoder with a mask that keeps the two outputs apart.
+    """A learned linear encoder with a mask that separates state and context.
 
-    Dimensions that were seen to change within an episode go to the state, the others to the
-    context: the mask starts with none seen, and a predictor's ``learn`` updates it
+    The state is computed from the dimensions that have changed within an episode, the context from
+    the others. The mask starts without any of the former, and a predictor's ``learn`` updates it
     (:meth:`update_mask`). Before that the state is 0.
 
     >>> encoder = EncoderNet((3,), latent_state_dim=8, context_dim=2)
@@ -255,7 +255,7 @@ class EncoderNet(Encoder):
         self.register_buffer("mask", torch.zeros(self.obs_dim, dtype=torch.bool))
 
     def split(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        """Two linear maps of the masked observation."""
+        """Apply a linear map to each part of the masked observation."""
         state = self.state_net(observation * self.mask)
         if self.context_net is None:
             return state, observation[..., :0]

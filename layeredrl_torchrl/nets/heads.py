@@ -24,10 +24,10 @@ class ScalarHead(nn.Module, ABC):
 
     The statistics of its inputs and the scale of its output are buffers that a predictor's
     ``learn`` sets (:meth:`fit_inputs`, :meth:`rescale`), so that learning rates mean the same
-    whatever the units of the task. Without those calls it is a plain network.
+    in tasks of any units. Without those calls it is a plain network.
 
     >>> head = ValueNet(3, 0)
-    >>> head.rescale(loc=0.0, scale=100.0)  # the function stays what it is
+    >>> head.rescale(loc=0.0, scale=100.0)  # the function does not change
     >>> head(torch.zeros(7, 3), torch.zeros(7, 0), None).shape
     torch.Size([7])
 
@@ -63,13 +63,13 @@ class ScalarHead(nn.Module, ABC):
         )
         self.register_buffer("out_loc", torch.zeros(()))
         self.register_buffer("out_scale", torch.ones(()))
-        # An untrained head says 0 everywhere rather than noise (as LayeredRL's value net does).
+        # An untrained head returns 0 everywhere instead of noise, as LayeredRL's value net does.
         nn.init.zeros_(self.net[-1].weight)
         nn.init.zeros_(self.net[-1].bias)
 
     @abstractmethod
     def features(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:
-        """The network's input ``[*B, in_features]``.
+        """Return the network's input ``[*B, in_features]``.
 
         A head with ``reads_next_state = True`` takes the next state ``[*B, D]`` as a fourth
         argument, here and when it is called.
@@ -90,8 +90,8 @@ class ScalarHead(nn.Module, ABC):
         """Compile calls of this head; copies and pickles of it are not compiled.
 
         Args:
-            **options: Of ``torch.compile``. With ``dynamic=False`` each shape is compiled by
-                itself, however many there are.
+            **options: Of ``torch.compile``. With ``dynamic=False`` every shape is compiled
+                separately, without a limit.
         """
         self._compiled_call_impl = _Compiled(self, options)
 
@@ -106,8 +106,8 @@ class ScalarHead(nn.Module, ABC):
     def rescale(self, loc: Tensor | float, scale: Tensor | float) -> None:
         """Set ``loc`` and ``scale`` of the output without changing the function.
 
-        The last layer takes up the change, as in PopArt (arXiv 1602.07714, equation 9). An
-        untrained head has no function to keep: it says ``loc`` everywhere from now on.
+        The last layer compensates the change, as in PopArt (arXiv 1602.07714, equation 9). An
+        untrained head has no function to keep; it returns ``loc`` everywhere afterwards.
 
         Raises:
             ValueError: A scale that is not positive and finite.
@@ -128,7 +128,7 @@ class ScalarHead(nn.Module, ABC):
 
 
 class _Compiled:
-    """Calls of a head, compiled.
+    """Calls a head, compiled.
 
     Torch counts compilations by code object and falls back to eager beyond a limit; each head, and
     with ``dynamic=False`` each shape, gets a code object of its own, and ``fullgraph`` makes the
@@ -208,8 +208,8 @@ class ValueNet(ScalarHead):
         context_dim: ``C``, may be 0.
         hidden_sizes: Width of each hidden layer.
         nonlinearity: Class of the activation.
-        layer_norm: Whether each hidden layer is normalised, which bounds what the network says
-            far from its data (arXiv 2302.02948, section 4.2).
+        layer_norm: Whether each hidden layer is normalised, which bounds the network's output far
+            from its data (arXiv 2302.02948, section 4.2).
 
     Shapes:
         state ``[*B, D]``, context ``[*B, C]``, action (any) -> ``[*B]``, in reward units.

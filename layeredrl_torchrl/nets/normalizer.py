@@ -14,11 +14,11 @@ class Normalizer(nn.Module):
     """Maps ``x`` to ``(x - loc) / scale``; ``loc = 0`` and ``scale = 1`` until :meth:`fit`.
 
     With ``clip``, the result is kept within the range of the data it was fitted to, widened by a
-    tenth on both sides: what a network makes of inputs that it has never seen is no better than
-    what it makes of the nearest ones it has.
+    tenth on both sides: a network predicts no better for inputs unlike its data than for the
+    nearest ones in it.
 
-    TorchRL's ``ObservationNorm`` and ``VecNormV2`` normalise an environment's stream; this one
-    sits inside a network and never changes while the network is evaluated.
+    TorchRL's ``ObservationNorm`` and ``VecNormV2`` normalise the stream of an environment; this
+    one is part of a network and does not change while the network is evaluated.
 
     >>> normalizer = Normalizer(1)
     >>> normalizer.fit(torch.tensor([[1.0], [3.0]]))
@@ -50,7 +50,7 @@ class Normalizer(nn.Module):
         return torch.clamp(x, self.low, self.high) if self.clip else x
 
     def check(self, x: Tensor) -> None:
-        """Raise what :meth:`fit` would, and change nothing."""
+        """Raise if :meth:`fit` would; nothing is changed."""
         dim = self.loc.numel()
         if x.ndim != 2 or x.shape[1] != dim or not len(x):
             raise ValueError(
@@ -60,10 +60,10 @@ class Normalizer(nn.Module):
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """Set the statistics to mean and standard deviation of ``x [N, n]``, also of integers.
+        """Set the statistics to mean and standard deviation of ``x [N, n]``, floats or integers.
 
-        A feature that does not vary (beyond float32 rounding) keeps ``scale = 1``, so that it is
-        centred but not blown up.
+        A feature that does not vary (beyond float32 rounding) keeps ``scale = 1``: it is centred,
+        and its rounding errors are not magnified.
 
         Raises:
             ValueError: A sample of another shape, without rows, or with NaN; nothing is changed.
@@ -73,8 +73,8 @@ class Normalizer(nn.Module):
             return
         if not x.is_floating_point() or x.dtype.itemsize < 4:
             x = x.to(torch.promote_types(self.loc.dtype, torch.float32))
-        # Of the sample put into [-1, 1]: squares of large numbers overflow, and beside a large
-        # mean small deviations are lost.
+        # The sample is first scaled to [-1, 1]: squares of large numbers overflow, and small
+        # deviations from a large mean are lost.
         low, high = x.amin(0), x.amax(0)
         center, half = low / 2 + high / 2, high / 2 - low / 2
         unit = torch.where(half > 0, half, 1.0)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layeredrl_torchrl import TS1, Expectation, TSInfinity
-from layeredrl_torchrl.models._step import Noise
+from layeredrl_torchrl.models._step import Noise, StepInputs
 
 
 def inputs(n_models, rows, *, d=3, c=2, a=2, discrete=0):
@@ -81,10 +81,10 @@ def test_each_draw_is_its_place_in_the_predicted_mixture(
         acts = step.actions(action)
         columns = state.mT, context.mT, acts.mT if acts.ndim == 3 else acts
         drawn = Noise(noise.mT, height.unsqueeze(1) if n_modes > 1 else None)
-        got, got_term = step(*columns, drawn)
+        got, got_term = step(StepInputs(*columns, drawn))
         torch.testing.assert_close(got.mT, expected, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(got_term, term_prob)
-        means, _ = model.make_step(rows=rows, deterministic=True)(*columns, None)
+        means, _ = model.make_step(rows=rows, deterministic=True)(StepInputs(*columns, None))
         average = (weights.unsqueeze(-1) * mean).sum(-2)
         torch.testing.assert_close(means.mT, average, atol=1e-4, rtol=1e-4)
 

@@ -1,4 +1,4 @@
-"""Ways in which the members of an ensemble share the transitions of a batch."""
+"""How the members of an ensemble share the transitions of a batch."""
 
 from __future__ import annotations
 
@@ -33,50 +33,50 @@ class MemberBatches(ABC):
 
     @abstractmethod
     def n_rows(self, batch_size: int, n_models: int) -> int:
-        """Transitions to sample for a batch size of ``batch_size``."""
+        """Return how many transitions to sample for a batch size of ``batch_size``."""
 
     @abstractmethod
     def assign(self, batch: TensorDictBase, n_models: int) -> TensorDictBase:
         """Give the sampled transitions ``[R]`` to the members: ``[M, N]``.
 
-        ``R`` may be that of several batches, which are then cut from the result along ``N``.
+        The transitions may be those of several batches; the result is then split along ``N``.
         """
 
 
 class OwnBatches(MemberBatches):
-    """Every member gets ``batch_size`` transitions of its own, drawn independently.
+    """Gives every member ``batch_size`` transitions of its own, drawn independently.
 
     >>> OwnBatches().n_rows(batch_size=256, n_models=5)
     1280
     """
 
     def n_rows(self, batch_size: int, n_models: int) -> int:
-        """``batch_size`` for each member."""
+        """Return ``batch_size`` for each member."""
         return batch_size * n_models
 
     def assign(self, batch: TensorDictBase, n_models: int) -> TensorDictBase:
-        """Cut into equal parts."""
+        """Cut the batch into equal parts."""
         return batch.reshape(n_models, -1)
 
 
 class SharedBatch(MemberBatches):
-    """All members learn from the same transitions and differ by their initial weights only.
+    """Gives all members the same transitions; they differ by their initial weights only.
 
     >>> SharedBatch().assign(TensorDict({"state": torch.zeros(256, 3)}, [256]), n_models=5).shape
     torch.Size([5, 256])
     """
 
     def n_rows(self, batch_size: int, n_models: int) -> int:
-        """One batch for all."""
+        """Return ``batch_size``: one batch serves all members."""
         return batch_size
 
     def assign(self, batch: TensorDictBase, n_models: int) -> TensorDictBase:
-        """Expand, without a copy."""
+        """Expand the batch, without a copy."""
         return batch.expand(n_models, *batch.batch_size)
 
 
 class PartitionedBatch(MemberBatches):
-    """One batch is divided among the members (LayeredRL's ``partition_batch``).
+    """Divides one batch among the members (LayeredRL's ``partition_batch``).
 
     >>> data = TensorDict({"state": torch.zeros(250, 3)}, [250])
     >>> PartitionedBatch().assign(data, n_models=5).shape
@@ -87,7 +87,7 @@ class PartitionedBatch(MemberBatches):
     """
 
     def n_rows(self, batch_size: int, n_models: int) -> int:
-        """One batch, which must be divisible."""
+        """Return ``batch_size``, which the number of members must divide."""
         if batch_size % n_models:
             raise ValueError(
                 f"model_batch_size is {batch_size}, which {n_models} members cannot share evenly; "
@@ -96,18 +96,17 @@ class PartitionedBatch(MemberBatches):
         return batch_size
 
     def assign(self, batch: TensorDictBase, n_models: int) -> TensorDictBase:
-        """Cut into equal parts."""
+        """Cut the batch into equal parts."""
         return batch.reshape(n_models, -1)
 
 
 class BootstrappedBatches(OwnBatches):
-    """Every member sees a bootstrap sample of all the data, as in PETS (arXiv 1805.12114).
+    """Gives every member a bootstrap sample of the whole data, as in PETS (arXiv 1805.12114).
 
     A transition counts for a member as often as it was drawn into that member's resampled data
-    set: Poisson(1) times, the limit of drawing with replacement (Oza and Russell, 2001). That
-    number is a fixed function of the transition's place in the storage and the member, so it needs
-    no memory and stays what it is while the buffer grows. It is written as ``"weight"``, multiplied
-    with the weight that is there.
+    set: Poisson(1) times, the limit of drawing with replacement (Oza and Russell, 2001). The count
+    is a fixed function of member and place in the storage, so it needs no memory and does not
+    change while the buffer grows. It multiplies the entry ``"weight"``, which is 1 if missing.
 
     >>> data = TensorDict({"storage_index": torch.arange(20, 28)}, [8])
     >>> BootstrappedBatches().assign(data, n_models=2)["weight"]
@@ -122,7 +121,7 @@ class BootstrappedBatches(OwnBatches):
         self.seed = check_positive_int("seed", seed, minimum=0)
 
     def assign(self, batch: TensorDictBase, n_models: int) -> TensorDictBase:
-        """Cut into equal parts and weight them; reads ``"storage_index"``, int64 ``[R]``."""
+        """Cut the batch into equal parts and weight them by ``"storage_index"``, int64 ``[R]``."""
         own = super().assign(batch, n_models)
         uniform = torch.stack(
             [
@@ -143,13 +142,13 @@ class BootstrappedBatches(OwnBatches):
 
 
 def fingerprint(*tensors: Tensor) -> Tensor:
-    """A number for each row that depends on its content alone, int64 ``[R]``.
+    """Hash the content of each row, int64 ``[R]``.
 
-    Sums the values' bits times odd constants that look random (multilinear hashing), which is
+    Multilinear hashing: the values' bits times odd pseudo-random constants are summed, which is
     several times cheaper than mixing each of them.
 
     Args:
-        *tensors: What the rows consist of, ``[R, *]`` each, of any dtype.
+        *tensors: The parts of the rows, ``[R, *]`` each, of any dtype.
     """
     mixed = torch.ones(tensors[0].shape[0], dtype=torch.long, device=tensors[0].device)
     for tensor in tensors:
@@ -165,8 +164,8 @@ def fingerprint(*tensors: Tensor) -> Tensor:
 
 
 def hashed_uniform(fingerprints: Tensor, salt: int) -> Tensor:
-    """Uniform numbers in [0, 1) that are a fixed function of fingerprints ``[R]`` and ``salt``."""
-    # Torch wraps around what overflows 64 bits, but takes no number that already has.
+    """Return numbers uniform in [0, 1), a fixed function of fingerprints ``[R]`` and ``salt``."""
+    # Torch wraps products that overflow 64 bits, but refuses Python numbers beyond them.
     offset = (_MULTIPLIER * (salt + 1) + 2**63) % 2**64 - 2**63
     bits = _stir(_stir(fingerprints + offset))
     return ((bits >> 33) & (2**24 - 1)).float() / 2**24
@@ -176,6 +175,6 @@ _MULTIPLIER = 0x5851F42D4C957F2D
 
 
 def _stir(x: Tensor) -> Tensor:
-    """Xor-shift and multiply: what differs in few bits comes to differ in all."""
+    """Mix the bits by xor-shifts and products, so that few different bits change all."""
     x = (x ^ ((x >> 30) & (2**34 - 1))) * _MULTIPLIER
     return x ^ ((x >> 27) & (2**37 - 1))

@@ -34,14 +34,14 @@ class ModelInputs(NamedTuple):
 
     state: Tensor  # [M, N, D]
     context: Tensor  # [M, N, C]
-    action: Tensor  # [M, N, A] or as the spec says
+    action: Tensor  # [M, N, A], or discrete in the form of the spec
     next_state: Tensor  # [M, N, D]
     terminated: Tensor  # [M, N], bool or float
     weight: Tensor  # [M, N]: how much each transition counts
-    beta: Tensor | float | None = None  # []: in place of that of the loss
+    beta: Tensor | float | None = None  # []: replaces the beta of the loss
 
     def split(self, size: int) -> list[ModelInputs]:
-        """Batches of ``size`` transitions for each member."""
+        """Split into batches of ``size`` transitions for each member."""
         parts = zip(*(x.split(size, 1) for x in self[:6]), strict=True)
         return [ModelInputs(*part)._replace(beta=self.beta) for part in parts]
 
@@ -52,7 +52,7 @@ class ModelLoss(TermsLoss):
     For each member the first is the mean over transitions of ``-log p(target)``, in nats, in the
     normalised units of :meth:`~layeredrl_torchrl.ProbabilisticEnsemble.target` (arXiv 1805.12114,
     equation 1, with a mixture and with its constants kept); the second is a binary cross
-    entropy. Every member counts once, and transitions that are not ``valid`` not at all.
+    entropy. All members count equally, and transitions that are not ``valid`` do not count.
 
     >>> spaces = Unbounded((3,)), None, Bounded(-1.0, 1.0, (1,))
     >>> model = ProbabilisticEnsemble(*spaces, n_models=2)
@@ -64,15 +64,15 @@ class ModelLoss(TermsLoss):
 
     Args:
         model: The ensemble.
-        per_member: Whether batches come with a leading member axis, ``[M, N]``, so that each
-            member learns from transitions of its own; else all learn from the same ``[N]``.
+        per_member: Whether batches have a leading member axis, ``[M, N]``, so that each member
+            learns from transitions of its own; otherwise all learn from the same ``[N]``.
         beta: In [0, 1]. Each dimension's part of the gradient is multiplied by ``std ** (2 *
             beta)``, its predicted std in the units of the target: beta-NLL (arXiv 2203.09168,
-            section 3). Plain likelihood (0) attends to what is already predicted well and
-            neglects the rest; squared errors (1) attend to what is predicted badly. Of several
-            modes, each is weighted by its own std, at the responsibilities that the unweighted
-            likelihood gives (the gradient of a mixture's likelihood is that of its modes'
-            log-densities, averaged so).
+            section 3). The plain likelihood (0) favours dimensions that are already predicted
+            well, squared errors (1) those that are predicted badly. With several modes, each is
+            weighted by its own std, with the responsibilities of the unweighted likelihood (the
+            gradient of a mixture's likelihood is that of its modes' log-densities, averaged with
+            these).
 
     Reads (``set_keys`` renames): ``state``, ``context``, ``action``, ``next_state``
     (``("next", "state")``), ``terminated`` (``("next", "terminated")``), and where present
@@ -123,10 +123,10 @@ class ModelLoss(TermsLoss):
     def prepare(self, tensordict: TensorDictBase) -> ModelInputs:
         """Check and mask a batch ``[N]``, or ``[M, N]`` with ``per_member``.
 
-        Or several in one, which :meth:`ModelInputs.split` cuts.
+        It may join several batches, which :meth:`ModelInputs.split` separates again.
 
         Raises:
-            KeyError, ValueError: As the class says.
+            KeyError, ValueError: See the class.
         """
         expected = 2 if self.per_member else 1
         if tensordict.ndim != expected or (
@@ -148,7 +148,7 @@ class ModelLoss(TermsLoss):
         terminated = terminated.squeeze(-1)
         weight, masked = self._weights(tensordict, state)
         if masked:
-            # What does not count may be anything, NaN too, which a weight of 0 would not stop.
+            # Rows that do not count may hold NaN, which a weight of 0 would not remove.
             keep = (weight > 0).unsqueeze(-1)
             state, context, next_state = (
                 torch.where(keep, x, 0.0) for x in (state, context, next_state)
@@ -172,20 +172,20 @@ class ModelLoss(TermsLoss):
         return ModelInputs(state, context, action, next_state, terminated, weight)
 
     def _canonical(self, action: Tensor) -> Tensor:
-        """Actions ``[M, N, ...]`` in the form of the spec."""
+        """Bring actions ``[M, N, ...]`` into the form of the spec."""
         spec = self.model.action_spec
         return canonical_action(spec, action, action.shape[:2]) if is_discrete(spec) else action
 
     def terms(self, prepared: ModelInputs) -> dict[str, Tensor]:
-        """The losses of a prepared batch, as :meth:`forward` writes them."""
+        """Compute the losses of a prepared batch, as :meth:`forward` writes them."""
         state, context, action, next_state, terminated, weight, beta = prepared
         beta = self.beta if beta is None else beta
-        # A share of its member's mean; that of a member of which no transition counts is 0.
+        # Shares in the mean of the member; all 0 for a member of which no transition counts.
         weight = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
         (mean, std), weights, term_prob = self.model.predict_normalized(state, context, action)
         target = self.model.target(state, next_state).unsqueeze(-2)
-        # [M, N, K, D]: each dimension's density under each mode, as -log and without its constant,
-        # so that few operations run over the largest tensors of the whole update.
+        # [M, N, K, D]: minus the log-density of each dimension under each mode, without its
+        # constant, so that few operations run over the largest tensors of an update.
         log_std = std.log()
         surprise = torch.add(log_std, ((target - mean) / std).square(), alpha=0.5)
         constant = 0.5 * _LOG_2PI
@@ -194,8 +194,8 @@ class ModelLoss(TermsLoss):
         if self.model.n_modes > 1:
             log_weights = weights.clamp_min(torch.finfo(weights.dtype).tiny).log()
             joint = log_prob + log_weights
-            # A mode below exp(-60) of the likeliest changes no digit of the sum, but its gradient
-            # would be subnormal numbers, which take processors ten times as long to multiply.
+            # A mode below exp(-60) of the likeliest does not change the sum, but its gradient would
+            # hold subnormal numbers, which processors multiply ten times as slowly.
             joint = joint.clamp_min(joint.detach().amax(-1, keepdim=True) - 60.0)
             log_prob = joint.logsumexp(-1, keepdim=True)
         nll = -(log_prob.squeeze(-1) * weight).sum(-1)  # [M]
@@ -264,7 +264,7 @@ class ModelLoss(TermsLoss):
 
 
 def _termination_bce(prob: Tensor, terminated: Tensor) -> Tensor:
-    """Binary cross entropy, NaN where ``prob`` is, both ``[M, N]``.
+    """Return the binary cross entropy ``[M, N]``, NaN where ``prob`` is NaN.
 
     Torch's own raises for values outside [0, 1]; on a GPU that ends the process.
     """

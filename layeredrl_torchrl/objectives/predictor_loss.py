@@ -39,8 +39,8 @@ __all__ = ["PredictorLoss", "PreparedSlices", "PreparedValue"]
 class PreparedValue(NamedTuple):
     """The parts of value targets: ``returns + discount * V(observation, action)``."""
 
-    observation: Tensor  # [B, k, obs]: where the target network is asked
-    action: Tensor  # [B, k, A] or as the spec says
+    observation: Tensor  # [B, k, obs]: where the target network is evaluated
+    action: Tensor  # [B, k, A], or discrete in the form of the spec
     returns: Tensor  # [B, k]
     discount: Tensor  # [B, k]
     counts: Tensor  # [B, k], bool: whether the step has a target
@@ -50,14 +50,14 @@ class PreparedSlices(NamedTuple):
     """A checked batch of :class:`PredictorLoss`, without NaN in the steps that are not valid."""
 
     observation: Tensor  # [B, k, obs]
-    action: Tensor  # [B, k, A] or as the spec says
+    action: Tensor  # [B, k, A], or discrete in the form of the spec
     reward: Tensor  # [B, k]
     valid: Tensor  # [B, k], bool
     value: PreparedValue | None = None
     next_observation: Tensor | None = None  # [B, k, obs], where the reward function reads it
 
     def split(self, size: int) -> list[PreparedSlices]:
-        """Batches of ``size`` slices each."""
+        """Split into batches of ``size`` slices each."""
         batches = [
             PreparedSlices(*part) for part in zip(*(x.split(size) for x in self[:4]), strict=True)
         ]
@@ -79,10 +79,10 @@ class PredictorLoss(TermsLoss):
     """Squared errors of the reward and of the n-step value over slices of ``k + n`` steps.
 
     The reward loss also trains the encoder (``learn_encoder``): state and context are computed
-    from the observation with gradients, the context from the first step of the slice, so that
-    nothing that changes can hide in it. The value loss does not reach the encoder. Value targets
-    are those of :func:`~layeredrl_torchrl.objectives.targets.n_step_targets`, bootstrapped from
-    a target network. Steps that are not ``valid`` count in neither.
+    from the observation with gradients, the context from the first step of the slice only, so that
+    it cannot carry what changes. The value loss does not train the encoder. Value targets are
+    those of :func:`~layeredrl_torchrl.objectives.targets.n_step_targets`, bootstrapped from a
+    target network. Steps that are not ``valid`` count in neither loss.
 
     >>> loss = PredictorLoss(IdentityEncoder((3,)), RewardNet(3, 0, 1), ValueNet(3, 0), n_steps=2)
     >>> loss.in_keys
@@ -91,18 +91,19 @@ class PredictorLoss(TermsLoss):
 
     Args:
         encoder: Observation to state and context.
-        rew_func: ``(state, context, action) -> [*B]``; a plain callable is taken as known and
-            not trained, as is ``None``. A module that reads the next state
-            (:func:`~layeredrl_torchrl.reads_next_state`) learns from the real one, encoded.
-        val_func: Likewise; ``None`` for no value function.
+        rew_func: ``(state, context, action) -> [*B]``. Only a module is trained; a plain callable
+            counts as known, and ``None`` stands for no reward function. A module that reads the
+            next state (:func:`~layeredrl_torchrl.reads_next_state`) learns from the real one,
+            encoded.
+        val_func: Likewise, without the next state.
         gamma: Discount over one environment step.
         k_steps: Steps of a slice that get a target.
         n_steps: Rewards in a value target.
-        learn_encoder: Whether the reward loss reaches the encoder.
-        target_val_func: The target network; a copy of ``val_func`` if not given. Update it with
+        learn_encoder: Whether the reward loss trains the encoder.
+        target_val_func: The target network; a copy of ``val_func`` by default. Update it with
             TorchRL's ``SoftUpdate(loss, tau=...)``.
-        action_spec: Stored actions are brought into its form (a choice may be stored as an
-            integer or one-hot); as they are if not given. The
+        action_spec: The form that stored actions are brought into (a choice may be stored as an
+            integer or one-hot); by default they are used as they are. The
             :class:`~layeredrl_torchrl.specs.ActionForm` of a model moves along with the model.
 
     Reads (``set_keys`` renames) a batch ``[B, L]`` with ``L = k_steps + n_steps``, as
@@ -110,9 +111,9 @@ class PredictorLoss(TermsLoss):
     ``action``, ``next_observation``, ``reward``, ``terminated``, ``valid``, and where present
     ``elapsed_steps`` (environment steps a transition took) and ``random_action`` (bool ``[B, L]``
     or ``[B, L, 1]``: the action was drawn at random and not by the policy to be valued).
-    What TorchRL's ``loss_mask_key`` names (by default ``("collector", "mask")``, false for padding)
-    is not valid. Value targets end before a random action, and a step that starts with one has
-    none: random behaviour would teach that states are bad which the policy masters.
+    Steps that TorchRL's ``loss_mask_key`` masks (by default ``("collector", "mask")``, which is
+    false for padding) are not valid. Value targets end before a random action, and a step that
+    starts with one has none: random behaviour would make the value of states too low.
 
     Writes ``loss_reward`` and ``loss_value`` (mean squared errors in reward units squared, divided
     by the square of the head's scale where it is a :class:`~layeredrl_torchrl.ScalarHead`), and
@@ -180,12 +181,12 @@ class PredictorLoss(TermsLoss):
             self._has_update_associated["value"] = False
 
     def _view_parameters(self) -> None:
-        """Show both value networks' parameters under the names that SoftUpdate looks for."""
+        """Expose both value networks' parameters under the names that SoftUpdate looks for."""
         self.value_params = TensorDict.from_module(self.val_func, as_module=True)
         self.target_value_params = TensorDict.from_module(self.target_val_func, as_module=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: without the views, which would be copied into parameters of their own."""
+        """Leave out the views, which a copy would turn into parameters of their own."""
         views = ("value_params", "target_value_params")
         modules = {k: v for k, v in self._modules.items() if k not in views}
         return {**super().__getstate__(), "_modules": modules}
@@ -207,10 +208,11 @@ class PredictorLoss(TermsLoss):
     def prepare(self, tensordict: TensorDictBase) -> PreparedSlices:
         """Check slices ``[B, L]`` and precompute what needs no gradient.
 
-        For many batches at once it takes hardly longer than for one (:meth:`PreparedSlices.split`).
+        Join many batches, which takes hardly longer than one, and separate them again by
+        :meth:`PreparedSlices.split`.
 
         Raises:
-            KeyError, ValueError: As the class says.
+            KeyError, ValueError: See the class.
         """
         keys = self.tensor_keys
         data = {key: self._get(tensordict, key) for key in self.in_keys}
@@ -234,7 +236,7 @@ class PredictorLoss(TermsLoss):
             )
         reward = torch.where(valid, stored_reward[:, :k].squeeze(-1), 0.0)
         check_finite(str(keys.reward), reward, hint="repair the rewards")
-        # What is not valid may be anything, NaN too: the slice's first step stands in.
+        # Steps that are not valid may hold NaN; the first step of the slice replaces them.
         mask = valid.reshape(valid.shape + (1,) * (action.ndim - 2))
         prepared = PreparedSlices(
             observation=torch.where(valid.unsqueeze(-1), observation, observation[:, :1]),
@@ -253,7 +255,7 @@ class PredictorLoss(TermsLoss):
         return prepared._replace(value=self._prepare_value(tensordict))
 
     def terms(self, prepared: PreparedSlices) -> dict[str, Tensor]:
-        """The losses of prepared slices, as :meth:`forward` writes them."""
+        """Compute the losses of prepared slices, as :meth:`forward` writes them."""
         valid, action = prepared.valid, prepared.action
         with torch.set_grad_enabled(self.learn_encoder and torch.is_grad_enabled()):
             state, context = self.encoder.encode_checked(prepared.observation)
@@ -283,7 +285,7 @@ class PredictorLoss(TermsLoss):
 
     @torch.no_grad()
     def value_target(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
-        """The n-step value targets ``[B, k]`` of slices ``[B, L]``, and where there is one."""
+        """Return the n-step value targets ``[B, k]`` of slices ``[B, L]``, and where they exist."""
         prepared = self._prepare_value(tensordict)
         return self._targets(prepared), prepared.counts
 
@@ -307,8 +309,8 @@ class PredictorLoss(TermsLoss):
         )
         index = targets.bootstrap_index
         rows = torch.arange(index.shape[0], device=index.device).unsqueeze(1)
-        # An action-value function is bootstrapped with the action that was taken there; the slice
-        # repeats its last valid step, so at its end with the last action taken.
+        # An action-value function is bootstrapped with the action that was taken there. At the end
+        # of a slice, which repeats its last valid step, that is the last action taken.
         action = self._get(tensordict, keys.action)[rows, index + 1]
         observation = self._get(tensordict, keys.next_observation)[rows, index]
         self.encoder.check(observation)
@@ -327,7 +329,7 @@ class PredictorLoss(TermsLoss):
         return prepared.returns + prepared.discount * value
 
     def _valid(self, tensordict: TensorDictBase) -> Tensor:
-        """Which steps ``[B, L]`` of slices count."""
+        """Return which steps ``[B, L]`` of slices count."""
         valid = self._get(tensordict, self.tensor_keys.valid)
         for key in self._loss_mask_keys():
             mask = tensordict.get(key, None)
@@ -336,7 +338,7 @@ class PredictorLoss(TermsLoss):
         return valid
 
     def _canonical(self, action: Tensor) -> Tensor:
-        """Actions ``[B, k, ...]`` in the form of the spec."""
+        """Bring actions ``[B, k, ...]`` into the form of the spec."""
         if self._action_form is None:
             return action
         return self._action_form(action, action.shape[:2])

@@ -7,31 +7,24 @@ lanes of the storage (environments that stepped side by side; absent if it has o
 from __future__ import annotations
 
 import torch
-from tensordict import NestedKey, TensorDictBase, is_leaf_nontensor, unravel_key
+from tensordict import NestedKey, TensorDictBase, unravel_key
 from torch import Tensor
-from torchrl.data import (
-    LazyTensorStorage,
-    RandomSampler,
-    RayReplayBuffer,
-    ReplayBuffer,
-    RoundRobinWriter,
-    SamplerWithoutReplacement,
-    SliceSampler,
-    SliceSamplerWithoutReplacement,
-    TensorDictReplayBuffer,
-    TensorStorage,
-)
+from torchrl.data import ReplayBuffer
 
 from layeredrl_torchrl._checks import check_positive_int
+from layeredrl_torchrl.objectives._stored import (
+    StoredRows,
+    any_in_row,
+    check_single_steps,
+    rows_at,
+    take,
+)
 
 __all__ = ["TransitionSlices"]
 
-# Samplers without preferences; slices are drawn uniformly by themselves.
-_UNIFORM = (RandomSampler, SamplerWithoutReplacement, SliceSampler, SliceSamplerWithoutReplacement)
-
 
 class TransitionSlices:
-    """Draws slices of consecutive transitions; every stored one is equally likely to start a slice.
+    """Draws slices of consecutive transitions, which start at any stored one with equal chance.
 
     The buffer holds one-step transitions as TorchRL's collectors lay them out, in a tensor or
     memory-mapped storage of one dimension or of several (time first, as
@@ -46,11 +39,12 @@ class TransitionSlices:
 
     Padding, which TorchRL marks as false in ``("collector", "mask")``, never starts a slice either.
 
-    The last condition needs no bookkeeping, so it also tells apart what the others miss: batches
-    flattened over environments, collectors whose ids collide, a run that was cut and resumed.
+    The last condition needs no bookkeeping, so it also separates episodes that the others miss:
+    in batches flattened over environments, in data of collectors whose ids collide, where a run
+    was cut and resumed.
 
-    Sampling reads ``B * L`` rows, whatever the buffer holds, and changes neither the buffer nor its
-    sampler and priorities. What is written later is seen: the buffer may still be empty here.
+    Sampling reads ``B * L`` rows, however many the buffer holds, and changes neither the buffer nor
+    its sampler and priorities. The buffer may be extended later, and may be empty at first.
 
     >>> from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
     >>> buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(100))
@@ -62,16 +56,16 @@ class TransitionSlices:
     (torch.Size([32, 3]), False)
 
     Args:
-        buffer: The buffer to read. Its transforms are applied to what is sampled, in a batch of
-            shape ``[B * L]`` as in ``buffer.sample``; slices end where the stored rows say.
+        buffer: The buffer to read. Its transforms are applied to the sampled rows in a batch of
+            shape ``[B * L]``, as in ``buffer.sample``; the stored rows determine where slices end.
         observation_key: Key of the observation. ``("next", observation_key)`` is the next one.
         done_key: Key of the end of an episode, bool ``[T, (E,) 1]``.
         terminated_key: Key of termination, laid out like ``done_key``.
         trajectory_key: Key of the trajectory ids, if the buffer has any; None to ignore them.
         mask_key: Key of the mask that is false for padding, if the buffer has one.
-        valid_key: Key under which :meth:`sample` says which steps belong to the slice.
-        index_key: Key under which :meth:`sample` says where in the storage, seen flat, each step
-            lies, int64 ``[B, L]``; ``None`` to leave it out.
+        valid_key: Key under which :meth:`sample` writes which steps belong to the slice.
+        index_key: Key under which :meth:`sample` writes the place of each step in the flattened
+            storage, int64 ``[B, L]``; ``None`` to leave it out.
 
     Raises:
         TypeError: If ``buffer`` is not a replay buffer on a tensor or memory-mapped storage, or
@@ -92,46 +86,32 @@ class TransitionSlices:
         valid_key: NestedKey = "valid",
         index_key: NestedKey | None = None,
     ) -> None:
-        if not isinstance(buffer, ReplayBuffer):
-            raise TypeError(
-                f"buffer: got {type(buffer).__name__}, expected a torchrl.data.ReplayBuffer; "
-                "extend one with the collected transitions and pass it here."
-            )
-        if not isinstance(buffer, RayReplayBuffer):
-            _check_storage(buffer.storage)
-        _check_sampling(buffer)
-        self._buffer = buffer
         self._observation_key = observation_key
         self._next_observation_key: NestedKey = unravel_key(("next", observation_key))
         self._end_keys = (done_key, terminated_key)
+        keys = (observation_key, self._next_observation_key, *self._end_keys)
+        self._stored = StoredRows(buffer, keys, self._end_keys)
         self._trajectory_key = trajectory_key
         self._mask_key = mask_key
         self._valid_key = valid_key
         self._index_key = index_key
 
     def __len__(self) -> int:
-        """Number of places that are filled; each may start a slice unless it is padding."""
-        return len(self._buffer.storage)
+        """Number of filled places; each may start a slice unless it is padding."""
+        return len(self._stored)
 
     @property
     def n_written(self) -> int:
         """Number of transitions ever written, overwritten ones included.
 
-        What another process or an earlier run wrote counts as far as it is still stored.
+        Transitions from another process or an earlier run count as far as they are still stored.
         """
-        storage = _check_storage(self._buffer.storage)
-        stored = len(storage)
-        # TorchRL counts what is written along time; of each, a storage of several dimensions
-        # holds one for every lane.
-        lanes = stored // max(storage.shape[0], 1) if stored and storage.ndim > 1 else 1
-        # A data set that cannot be written to does not count.
-        written = getattr(self._buffer.writer, "_write_count", 0)
-        return max(int(written) * lanes, stored)
+        return self._stored.n_written
 
     def sample(
         self, batch_size: int, length: int, generator: torch.Generator | None = None
     ) -> TensorDictBase:
-        """Draws slices with replacement, their first transitions uniform over all stored ones.
+        """Draw slices with replacement; every stored transition is equally likely to start one.
 
         Args:
             batch_size: Number of slices ``B``.
@@ -147,18 +127,17 @@ class TransitionSlices:
         Raises:
             TypeError: If a count is not an integer or the buffer does not store TensorDicts.
             ValueError: If a count is below 1, the buffer is empty or holds fewer than ``length``
-                rows along time, what ends an episode is not boolean, items are no single
+                rows along time, the ends of episodes are not boolean, items are no single
                 transitions, a transform changes the batch's shape, or ``valid_key`` is taken.
             KeyError: If a key is missing from the buffer.
         """
         check_positive_int("batch_size", batch_size)
         check_positive_int("length", length)
-        # The locks that `buffer.sample` takes, as another thread or process may be extending the
-        # buffer: what is copied must be what was looked at.
-        with self._buffer._replay_lock, self._buffer._write_lock:
+        # Another thread or process may be extending the buffer between the checks and the copy.
+        with self._stored.locked():
             rows, valid, index = self._read(batch_size, length, generator)
-        _check_single_steps(rows)
-        transform = self._buffer.transform
+        check_single_steps(rows)
+        transform = self._stored.buffer.transform
         if len(transform):
             shape = (batch_size * length,)
             flat = transform(rows.reshape(shape))
@@ -182,29 +161,29 @@ class TransitionSlices:
         return rows
 
     def stored(self, index: Tensor) -> TensorDictBase:
-        """The rows ``[N]`` at places ``index [N]`` of the storage, seen flat, as they are stored.
+        """Return the rows ``[N]`` at places ``index [N]`` of the flattened storage, as stored.
 
         Raises:
             As :meth:`sample`.
         """
-        with self._buffer._replay_lock, self._buffer._write_lock:
-            contents, _ = self._contents(1)
+        with self._stored.locked():
+            contents, _ = self._stored.contents(1)
             place = index.to(contents.get(self._end_keys[0]).device)
-            return _rows(contents, place.unsqueeze(1))[:, 0]
+            return rows_at(contents, place.unsqueeze(1))[:, 0]
 
     def _read(
         self, batch_size: int, length: int, generator: torch.Generator | None
     ) -> tuple[TensorDictBase, Tensor, Tensor]:
-        """The stored rows of freshly drawn slices, which of them are valid, and where they lie.
+        """Draw slices; return their stored rows, which of them are valid, and their places.
 
         All three are of shape [B, L].
         """
-        contents, n_rows = self._contents(length)
+        contents, n_rows = self._stored.contents(length)
         ends = [contents.get(key) for key in self._end_keys]
         steps = torch.arange(length, device=ends[0].device)
 
-        # With time as the first dimension, lanes lie interleaved in memory: seen flat, the next row
-        # of a lane is as many rows further on as there are lanes, modulo the ring.
+        # Time is the first dimension, so lanes are interleaved in memory: in the flat storage the
+        # next row of a lane is ``n_lanes`` rows further on, modulo the ring.
         n_lanes = contents.batch_size[1:].numel()
         n_stored = n_rows * n_lanes
         mask = None if self._mask_key is None else contents.get(self._mask_key, None)
@@ -213,24 +192,24 @@ class TransitionSlices:
         if length == 1:  # nothing is continued
             return _copy(contents, index, index[:, 1:].bool())
 
-        newest = _newest_row(self._buffer, n_rows, capacity=contents.batch_size[0])
+        newest = self._stored.newest(n_rows, capacity=contents.batch_size[0])
         until_newest = (newest - start.div(n_lanes, rounding_mode="floor")) % n_rows  # [B, 1]
-        continues = steps[:-1] < until_newest  # [B, L - 1], like all that compares neighbours
+        continues = steps[:-1] < until_newest  # [B, L - 1], like all comparisons of neighbours
         for end in ends:
-            continues &= ~_any(_take(end, index, contents.batch_dims))[:, :-1]
+            continues &= ~any_in_row(take(end, index, contents.batch_dims))[:, :-1]
         if mask is not None:
-            continues &= _any(_take(mask, index, contents.batch_dims))[:, 1:]
+            continues &= any_in_row(take(mask, index, contents.batch_dims))[:, 1:]
         if self._trajectory_key is not None:
             trajectory = contents.get(self._trajectory_key, None)
             if trajectory is not None:
-                ids = _take(trajectory, index, contents.batch_dims)
-                continues &= ~_any(ids[:, 1:] != ids[:, :-1])
+                ids = take(trajectory, index, contents.batch_dims)
+                continues &= ~any_in_row(ids[:, 1:] != ids[:, :-1])
 
-        # Observations are wide: they are compared in what is copied anyway, and all is copied once
-        # more in the rare case that nothing else told two episodes apart.
+        # Observations are wide, so they are compared in the copy. It is made anew in the rare case
+        # that nothing else separates two episodes.
         rows, valid, held = _copy(contents, index, continues)
         reached = rows.get(self._next_observation_key)[:, :-1]
-        breaks = _any(reached != rows.get(self._observation_key)[:, 1:])
+        breaks = any_in_row(reached != rows.get(self._observation_key)[:, 1:])
         if (breaks & valid[:, 1:]).any():
             rows, valid, held = _copy(contents, index, continues & ~breaks)
         return rows, valid, held
@@ -243,7 +222,7 @@ class TransitionSlices:
         generator: torch.Generator | None,
         device: torch.device,
     ) -> Tensor:
-        """Flat indices [B, 1] of first transitions, uniform over those that are no padding."""
+        """Draw flat indices [B, 1] of first transitions, uniform over those that are no padding."""
         shape = (batch_size, 1)
         if mask is None:
             return torch.randint(n_stored, shape, generator=generator, device=device)
@@ -254,141 +233,12 @@ class TransitionSlices:
             )
         return real[torch.randint(len(real), shape, generator=generator, device=device)]
 
-    def _contents(self, length: int) -> tuple[TensorDictBase, int]:
-        """The storage's whole memory [T_max, (E)], checked, and how many of its rows are filled."""
-        storage = _check_storage(self._buffer.storage)
-        if not len(storage):
-            raise ValueError("buffer: got an empty one, expected transitions; extend it first.")
-        # Indexing a storage first cuts every entry to its filled part, which takes longer than
-        # copying the rows does. One that another process filled opens its memory only that way.
-        contents = storage._storage if storage.initialized else storage[:]
-        if not isinstance(contents, TensorDictBase):
-            raise TypeError(
-                f"buffer: got one that stores {type(contents).__name__}, expected TensorDicts of "
-                "one-step transitions; extend it with the batches of a collector."
-            )
-        if contents.batch_dims != storage.ndim:
-            raise ValueError(
-                f"buffer: got items of shape {list(contents.batch_size[storage.ndim :])} in a "
-                f"storage of ndim={storage.ndim}, expected single transitions; for [env, time] "
-                f"batches use {type(storage).__name__}(max_size, ndim={contents.batch_dims})."
-            )
-        n_rows = len(storage) // contents.batch_size[1:].numel()
-        if n_rows < length:
-            raise ValueError(
-                f"buffer: got {n_rows} rows along time, expected at least length={length}; "
-                "collect more, or sample shorter slices."
-            )
-        for key in (self._observation_key, self._next_observation_key, *self._end_keys):
-            if contents.get(key, None) is None:
-                names = sorted(map(str, contents.keys(include_nested=True, leaves_only=True)))
-                raise KeyError(
-                    f"buffer: got none of the key {key!r}, expected one-step transitions with it; "
-                    f"pass the key it has here. Available: {', '.join(names)}."
-                )
-        for key in self._end_keys:
-            dtype = contents.get(key).dtype
-            if dtype != torch.bool:
-                raise ValueError(
-                    f"buffer: got {key!r} of {dtype}, expected torch.bool, for what happened and "
-                    "not how likely it was; convert it before extending the buffer."
-                )
-        return contents, n_rows
-
-
-def _check_sampling(buffer: ReplayBuffer) -> None:
-    """Refuse what draws or relabels in its own way: it would be passed over."""
-    if isinstance(buffer, RayReplayBuffer):
-        raise TypeError(
-            "buffer: got a RayReplayBuffer, whose storage lies in another process, expected a "
-            "buffer of this one; extend a TensorDictReplayBuffer(storage=LazyTensorStorage(n)) "
-            "with what it holds."
-        )
-    # Hindsight buffers relabel in a method of their own; others leave it to the sampler.
-    plain = (ReplayBuffer._sample, TensorDictReplayBuffer._sample)
-    if type(buffer)._sample in plain and type(buffer.sampler) in _UNIFORM:
-        return
-    raise TypeError(
-        f"buffer: got a {type(buffer).__name__} with a {type(buffer.sampler).__name__}, which "
-        "chooses or relabels what it samples, expected uniform sampling: slices and learn() draw "
-        "by themselves. Pass a second buffer on the same storage, "
-        "TensorDictReplayBuffer(storage=buffer.storage), or store what is relabelled."
-    )
-
-
-def _check_storage(storage: object) -> TensorStorage:
-    if not isinstance(storage, TensorStorage):
-        raise TypeError(
-            f"buffer: got one on a {type(storage).__name__}, expected a storage of tensors; use "
-            "LazyTensorStorage or LazyMemmapStorage, and of an ensemble pass one of its buffers."
-        )
-    if storage.ndim > 1 and not isinstance(storage, LazyTensorStorage):
-        raise ValueError(
-            f"buffer: got one on a {type(storage).__name__} made from data with "
-            f"ndim={storage.ndim}, whose rows TorchRL miscounts, expected one that its buffer "
-            f"filled; use LazyTensorStorage(max_size, ndim={storage.ndim}) and extend the buffer "
-            "with the data, time last."
-        )
-    return storage
-
-
-def _check_single_steps(rows: TensorDictBase) -> None:
-    """Raise for rows that span several steps: their rewards are sums."""
-    spans = rows.get("steps_to_next_obs", None)
-    if spans is not None and bool((spans > 1).any()):
-        raise ValueError(
-            f"buffer: got transitions of up to {int(spans.max())} steps ('steps_to_next_obs', "
-            "which MultiStep writes), expected one step each; leave MultiStep out, targets over "
-            "several steps are made from slices (n_steps= of RewardPredictor)."
-        )
-
-
-def _newest_row(buffer: ReplayBuffer, n_rows: int, capacity: int) -> int:
-    """Position along time of the row that was written last."""
-    if n_rows < capacity:
-        return n_rows - 1
-    writer = buffer.writer
-    # The writer's cursor is saved and loaded with the buffer, the storage's is not. But the writer
-    # of a buffer that only reads what another buffer on the same storage writes has never moved.
-    if isinstance(writer, RoundRobinWriter) and buffer.write_count:
-        return int(writer._cursor - 1) % capacity
-    newest = buffer.storage._last_cursor_index
-    return n_rows - 1 if newest is None else int(newest)  # None: a data set that came as a whole
-
 
 def _copy(
     contents: TensorDictBase, index: Tensor, continues: Tensor
 ) -> tuple[TensorDictBase, Tensor, Tensor]:
-    """Copies the rows at ``index`` [B, L], each slice holding still once it no longer continues."""
+    """Copy the rows at ``index`` [B, L]; after its last step a slice repeats that step."""
     steps = torch.arange(index.shape[1], device=index.device)
     last = continues.cumprod(1).sum(1, keepdim=True)  # [B, 1]
     held = index.gather(1, torch.minimum(steps, last))
-    return _rows(contents, held), steps <= last, held
-
-
-def _rows(contents: TensorDictBase, index: Tensor) -> TensorDictBase:
-    """Copies the rows at flat ``index`` [B, L]."""
-    return contents.apply(
-        lambda leaf: _take(leaf, index, contents.batch_dims),
-        batch_size=index.shape,
-        is_leaf=is_leaf_nontensor,
-    )
-
-
-def _take(leaf: Tensor, index: Tensor, ndim: int) -> Tensor:
-    """Copies the rows at flat ``index`` [B, L] of ``leaf`` [T, (E,) ...] to [B, L, ...]."""
-    # Text, and rows whose lanes do not lie in one piece: flattening them would copy the storage.
-    if not isinstance(leaf, Tensor) or (ndim > 1 and not leaf.is_contiguous()):
-        return leaf[torch.unravel_index(index, leaf.shape[:ndim])]
-    # Selecting is several times faster than indexing where a row is wide, and again so where it is
-    # a single number and the source has one dimension.
-    width = leaf.shape[ndim:]
-    source = leaf.view(-1) if width.numel() == 1 else leaf.flatten(0, ndim - 1)
-    return source.index_select(0, index.view(-1)).view(index.shape + width)
-
-
-def _any(rows: Tensor) -> Tensor:
-    """Whether anything in a row is True: [B, L, ...] to [B, L]."""
-    if rows.shape[2:].numel() == 1:
-        return rows.reshape(rows.shape[:2])
-    return rows.flatten(2).any(-1)
+    return rows_at(contents, held), steps <= last, held

@@ -17,7 +17,7 @@ __all__ = ["NStepTargets", "n_step_targets"]
 
 
 class NStepTargets(NamedTuple):
-    """Discounted rewards of up to n steps, and where and how much to bootstrap.
+    """Discounted rewards of up to n steps, and where to bootstrap with which discount.
 
     The value target of step ``j`` is ``returns[:, j] + bootstrap_discount[:, j] * V(s)``, with
     ``s`` the state that step ``bootstrap_index[:, j]`` of the slice leads to.
@@ -38,7 +38,7 @@ def n_step_targets(
     gamma: float,
     elapsed_steps: Tensor | None = None,
 ) -> NStepTargets:
-    r"""Sums the discounted rewards of the next n steps for each of the first k steps of a slice.
+    r"""Sum the discounted rewards of the next n steps for each of the first k steps of a slice.
 
     Step ``j`` looks ahead over ``m <= n`` steps: as many as are valid from ``j`` on without a gap.
     With :math:`d_i` = ``gamma ** elapsed_steps[i]``, the discount over transition ``i``,
@@ -47,8 +47,8 @@ def n_step_targets(
         \text{returns}_j = \sum_{i<m} \Big(\prod_{l<i} d_{j+l}\Big) r_{j+i}, \qquad
         \text{discount}_j = (1 - \text{terminated}_{j+m-1}) \prod_{l<m} d_{j+l},
 
-    and ``bootstrap_index[j] = j + m - 1``. So a truncated episode and the end of what the buffer
-    holds so far are bootstrapped from, a terminated one is not. Where step ``j`` itself is not
+    and ``bootstrap_index[j] = j + m - 1``. So targets bootstrap at the end of truncated episodes
+    and of unfinished ones, and not where an episode terminated. Where step ``j`` itself is not
     valid, all three are 0.
 
     >>> no, reward = torch.zeros(1, 3, dtype=torch.bool), torch.tensor([[1.0, 2.0, 4.0]])
@@ -59,8 +59,8 @@ def n_step_targets(
     Args:
         reward: Reward of each step, ``[B, L]`` with ``L = k_steps + n_steps - 1``.
         terminated: Whether the step ended in a terminal state, ``[B, L]``, bool. The step after
-            such a one must not be valid; in the slices of
-            :class:`~layeredrl_torchrl.objectives.slices.TransitionSlices` it is not.
+            it must not be valid, as in the slices of
+            :class:`~layeredrl_torchrl.objectives.slices.TransitionSlices`.
         valid: Whether the step belongs to the slice, ``[B, L]``, bool.
         k_steps: Number of steps ``k`` to give targets to.
         n_steps: Number of rewards ``n`` in a target.
@@ -81,12 +81,12 @@ def n_step_targets(
     check_number("gamma", gamma, 0.0, 1.0)
     _check_tensors(reward, terminated, valid, elapsed_steps, length=k_steps + n_steps - 1)
 
-    # One window of n steps per target, [B, k, n], as views. What follows an invalid step in a
-    # window does not count.
+    # One window of n steps per target, [B, k, n], as views. Steps after an invalid one do not
+    # count.
     counts = valid.unfold(1, n_steps, 1).cumprod(-1)
     n_counted = counts.sum(-1)  # m
-    # Steps are accumulated and not discounts: whole numbers add up without rounding.
-    # elapsed[..., i] is the time passed before step i of the window, for 0 <= i <= n.
+    # Steps are accumulated instead of discounts, since integers add up without rounding.
+    # elapsed[..., i] is the time before step i of the window, for 0 <= i <= n.
     if elapsed_steps is None:
         elapsed = torch.arange(n_steps + 1, device=reward.device).expand(*n_counted.shape, -1)
     else:
@@ -95,7 +95,7 @@ def n_step_targets(
     precision = torch.promote_types(reward.dtype, torch.float32)
     discount = torch.pow(gamma, elapsed.to(precision))
 
-    # Selected, not multiplied by 0: what lies in an invalid step need not be a number.
+    # Selected instead of multiplied by 0, since invalid steps may hold NaN.
     rewards = reward.to(precision).unfold(1, n_steps, 1)
     returns = torch.where(counts.bool(), discount[..., :-1] * rewards, 0.0).sum(-1)
 

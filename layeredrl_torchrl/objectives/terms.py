@@ -1,4 +1,4 @@
-"""The base of the package's losses, which keeps their arithmetic apart from their checks."""
+"""The base class of the package's losses, which separates their arithmetic from their checks."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["TermsLoss"]
 
 
 class TermsLoss(LossModule):
-    """A loss that first prepares a batch, with all its checks, and then computes its terms.
+    """A loss that first prepares a batch, with all checks, and then computes its terms.
 
-    Several batches can be prepared at once, and the terms can be compiled. Own losses of a
-    predictor are such (:meth:`~layeredrl_torchrl.RewardPredictor.add_loss`):
+    Several batches can be prepared at once, and the terms can be compiled. Subclass it to give a
+    predictor a loss of your own (:meth:`~layeredrl_torchrl.RewardPredictor.add_loss`):
 
     >>> class SmallStates(TermsLoss):
     ...     def __init__(self, encoder):
@@ -27,36 +27,39 @@ class TermsLoss(LossModule):
     ...     def terms(self, prepared):
     ...         state, context = self.encoder(prepared["observation"])
     ...         return {"loss_size": state.square().mean()}
-    >>> loss = SmallStates(IdentityEncoder((3,)))
+    >>> factory = PredictorFactory(hidden_sizes=(8,), n_models=2)
+    >>> predictor = factory(Unbounded((3,)), Bounded(-1.0, 1.0, (1,)))
+    >>> loss = SmallStates(predictor.encoder)
     >>> loss(TensorDict({"observation": torch.ones(7, 1, 3)}, [7, 1]))["loss_size"]
     tensor(1.)
+    >>> predictor.add_loss(loss, {"loss_size": 0.1})
     """
 
-    length: int = 1  # steps of the slices that it takes
+    length: int = 1  # steps of its slices
     _compile_options: dict[str, Any] | None = None
 
     def prepare(self, tensordict: TensorDictBase) -> Any:
         """Check slices ``[B, length]`` and precompute what needs no gradient.
 
-        By default nothing is done. What is returned has a method ``split(batch_size)`` that
-        undoes the joining of several batches, as TensorDicts have.
+        By default the slices are returned as they are. The result must have a method
+        ``split(batch_size)``, as TensorDicts have, which undoes the joining of several batches.
         """
         return tensordict
 
     @abstractmethod
     def terms(self, prepared: Any) -> dict[str, Tensor]:
-        """The terms of a prepared batch, scalars; those that begin with ``"loss_"`` are minimised.
+        """Compute the terms of a prepared batch, all of them scalars.
 
-        The others are for the log.
+        Terms whose names begin with ``"loss_"`` are minimised; the others are only logged.
         """
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
-        """Compute the terms of a batch, whose shape is that of :meth:`prepare`."""
+        """Compute the terms of a batch of the shape that :meth:`prepare` takes."""
         return TensorDict(self.terms(self.prepare(tensordict)))
 
     @property
     def functional(self) -> bool:
-        """The parts are used as they are, with their own parameters."""
+        """Whether parameters are passed in by a TensorDict; never, the modules keep their own."""
         return False
 
     @property
@@ -67,9 +70,9 @@ class TermsLoss(LossModule):
     def compile(self, **options: Any) -> None:
         """Compile :meth:`terms` and its gradients, instead of ``forward`` as other modules do.
 
-        ``benchmarks/training_step.py`` and ``benchmarks/predictor_learn.py`` have both times.
-        Compiling takes some ten seconds at the first batch and at the first of another size, in
-        each process, and needs a C++ compiler.
+        ``benchmarks/training_step.py`` and ``benchmarks/predictor_learn.py`` time both. Compiling
+        needs a C++ compiler, and about ten seconds in each process: at the first batch, and again
+        at the first one of another size.
 
         Args:
             **options: Of ``torch.compile``, for example ``dynamic=False``.
@@ -78,11 +81,11 @@ class TermsLoss(LossModule):
         self.__dict__["terms"] = torch.compile(type(self).terms.__get__(self), **options)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and other processes: without what was compiled, which is bound to this one."""
+        """Leave out the compiled terms, which are bound to this object."""
         return {name: value for name, value in super().__getstate__().items() if name != "terms"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy, which is compiled if this one was."""
+        """Restore a copy, and compile it if the original was compiled."""
         super().__setstate__(state)
         if self._compile_options is not None:
             self.compile(**self._compile_options)

@@ -152,7 +152,7 @@ class Experience:
         """Batches for the model without end, each with something that counts for a member.
 
         Args:
-            loss: What prepares them.
+            loss: Prepares the batches.
             member_batches: How the members share them.
             n_rows: Transitions of a batch, for all members together.
             n_ahead: Batches that are drawn, encoded and checked at once.

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from layeredrl_torchrl import _reporting as reporting
-from layeredrl_torchrl._checks import check_instance, check_number
+from layeredrl_torchrl._checks import check_number
 from layeredrl_torchrl._graphs import Graphs
 from layeredrl_torchrl._precision import uncached_autocast
 from layeredrl_torchrl._state import refuse_other_shapes
@@ -19,73 +18,35 @@ from layeredrl_torchrl._watch import flush, watched
 from layeredrl_torchrl.objectives import MemberBatches, ModelLoss
 from layeredrl_torchrl.objectives.terms import TermsLoss
 from layeredrl_torchrl.predictors._experience import Experience
+from layeredrl_torchrl.predictors._learning_rates import LearningRate, LearningRates, share_left
 from layeredrl_torchrl.predictors._sums import Sums
+from layeredrl_torchrl.predictors._weighted_loss import WeightedLoss
 from layeredrl_torchrl.predictors.early_stopping import HoldoutWatch
 
-__all__ = ["LearningRate", "Updates", "WeightedLoss"]
+__all__ = ["Updates"]
 
-LearningRate: TypeAlias = float | Callable[[int], float]
-
-# Batches that are drawn and prepared at once: for small ones it is most of an update's time. On an
-# accelerator as many operations are launched for many as for one, and each draw waits.
+# Batches that are drawn and prepared at once, which takes most of the time of small updates. On an
+# accelerator many take as many operations as one, and each draw waits.
 _N_AHEAD = 8
 _N_AHEAD_ON_ACCELERATOR = 64
-
-
-@dataclass(frozen=True)
-class WeightedLoss:
-    """A loss, and what each of its terms weighs.
-
-    Args:
-        loss: Gives the terms.
-        weights: Of the terms that begin with ``"loss_"``, each at least 0.
-
-    Raises:
-        TypeError, ValueError: Not a :class:`~layeredrl_torchrl.objectives.TermsLoss`; a weight
-            that is no finite number of at least 0.
-    """
-
-    loss: TermsLoss
-    weights: Mapping[str, float]
-
-    def __post_init__(self) -> None:
-        check_instance("loss", self.loss, TermsLoss, hint="subclass it and write terms()")
-        for name, weight in self.weights.items():
-            check_number(f"the weight of {name}", weight, 0.0)
-
-    def __call__(self, prepared: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Return the weighted terms to minimise, and all terms, of a prepared batch.
-
-        Raises:
-            ValueError: A term without a weight.
-        """
-        terms = self.loss.terms(prepared)
-        minimised = [name for name in terms if name.startswith("loss_")]
-        missing = [name for name in minimised if name not in self.weights]
-        if missing:
-            raise ValueError(
-                f"{type(self.loss).__name__} gives {missing}, which have no weight among "
-                f"{sorted(self.weights)}; add one (0.0 to leave a term out)"
-            )
-        return [self.weights[name] * terms[name] for name in minimised], terms
 
 
 class Updates(nn.Module):
     """Owns the losses with their weights, the optimizer and the learning rates.
 
     Args:
-        losses: What is minimised, by name.
-        parts: What is trained, each a group of the optimizer of that name; what is no module, or
-            has no trainable parameters, is left out.
+        losses: The losses to minimise, by name.
+        parts: The parts to train, each a group of the optimizer of that name; those that are no
+            module, or have no trainable parameters, are left out.
         rates: The learning rate of each part: a number, or a callable of the environment steps.
         decays: Decoupled weight decay of parts; 0 by default, where ``AdamW`` takes the steps of
             ``Adam``, bit for bit.
         clip_grad_max_norm: Gradient norm that each part is clipped to; ``None`` for no clipping.
-        followers: What to call after a gradient step that had a term of that name: averages and
-            target networks.
+        followers: Called after each gradient step that had a term of that name, to update averages
+            and target networks.
 
     Attributes:
-        graphs: Where updates are captured as CUDA graphs; ``None`` to run them as they are.
+        graphs: Captures updates as CUDA graphs; ``None`` to run them as they are.
 
     Raises:
         TypeError, ValueError: Numbers of another kind or outside their range.
@@ -108,7 +69,6 @@ class Updates(nn.Module):
             check_number("clip_grad_max_norm", clip_grad_max_norm, 0.0, open_low=True)
         self.clip_grad_max_norm = clip_grad_max_norm
         self.losses = dict(losses)
-        self.rates = dict(rates)
         self.followers = dict(followers)
         self.graphs: Graphs | None = None
         self._sums = Sums()
@@ -122,6 +82,7 @@ class Updates(nn.Module):
                 groups.append({"params": parameters, "name": name, "weight_decay": decay})
         self.optim = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
         refuse_other_shapes(self.optim)
+        self.rates = LearningRates(self.optim, rates)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy; its optimizer has lost its check."""
@@ -139,7 +100,7 @@ class Updates(nn.Module):
         if own:
             self.optim.add_param_group({"params": own, "name": name})
             self.own_losses.append(loss)
-            self.rates[name] = rate
+            self.rates.add(name, rate)
         self.losses[name] = weighted
 
     # -- running ----------------------------------------------------------------------------
@@ -163,20 +124,21 @@ class Updates(nn.Module):
         """Take gradient steps on batches of ``experience``.
 
         Args:
-            experience: Where the batches come from.
-            n_updates: How often.
+            experience: Source of the batches.
+            n_updates: Number of gradient steps.
             batch_size: Slices in a batch.
             model_batch_size: Transitions in a batch for the model.
             member_batches: How the members share them.
-            n_total_env_steps: What the learning rates are functions of.
+            n_total_env_steps: Argument of learning rates that are functions.
             warm_up: First updates, counted over all calls, without model and value function.
-            after_warm_up: Called when they are over.
+            after_warm_up: Called after the last of these.
             annealed: Share of this call's updates, at its end, over which the learning rate of a
                 part falls linearly to a tenth. The ``beta`` of a model's loss falls to 0 over as
                 many, a quarter of them earlier.
             watch: Ends the model's updates early.
-            states_move: Whether states are old by the next update, as an encoder's that learns.
-            bar: What the progress bar is called; ``None`` for no bar.
+            states_move: Whether states have to be encoded anew for each update, as with an encoder
+                that learns.
+            bar: Title of the progress bar; ``None`` for no bar.
 
         Returns:
             The mean loss and the mean terms.
@@ -185,8 +147,7 @@ class Updates(nn.Module):
             ValueError: Learning rates that are negative or not finite; a loss or gradient that is
                 not finite; and as :class:`Experience` and the losses raise.
         """
-        rates = self._current_rates(n_total_env_steps)
-        self._settle()
+        self.rates.begin(n_total_env_steps)
         device = self.optim.param_groups[0]["params"][0].device
         n_ahead = min(
             _N_AHEAD if device.type == "cpu" else _N_AHEAD_ON_ACCELERATOR,
@@ -214,16 +175,16 @@ class Updates(nn.Module):
                 break
             if warm_up and after_warm_up is not None and i == left:
                 after_warm_up()
-            self._set_rates(rates, i, n_updates, annealed or {})
+            self.rates.set(i, n_updates, annealed or {})
             idle = of_model if stopped or i < left else set()
             batch = {name: next(stream) for name, stream in streams.items() if name not in idle}
             for name in of_model & batch.keys():
                 share = (annealed or {}).get("model", 0.0)
                 loss = self.losses[name].loss
                 # It is 0 in the last quarter of the annealing, in which the variances settle.
-                beta = loss.beta * _left(i, n_updates, share, share / 4)
+                beta = loss.beta * share_left(i, n_updates, share, share / 4)
                 if device.type != "cpu" or (beta and loss.is_compiled):
-                    # What is captured or compiled sees a tensor change, but not a number.
+                    # Captured and compiled code sees changes of a tensor, but not of a number.
                     beta = torch.full((), beta, device=device)
                 batch[name] = batch[name]._replace(beta=beta)
             if i < left:
@@ -248,7 +209,7 @@ class Updates(nn.Module):
     def step(self, batch: Mapping[str, Any]) -> None:
         """Take one gradient step and add up its terms.
 
-        It waits for no accelerator, and everything that it changes stays in the same memory.
+        It waits for no accelerator, and changes all tensors in place.
 
         Args:
             batch: A prepared batch for each loss that takes part, by its name.
@@ -306,7 +267,7 @@ class Updates(nn.Module):
         return take
 
     def _clip(self) -> dict[str, Tensor]:
-        """Clip the gradients of each part; returns their norms before that."""
+        """Clip the gradients of each part; return their norms before clipping."""
         norms = {}
         limit = self.clip_grad_max_norm
         for group in self.optim.param_groups:
@@ -315,61 +276,10 @@ class Updates(nn.Module):
                 continue
             foreach = grads[0].device.type in ("cpu", "cuda") or None  # spares a look at each
             norm = norms[group["name"]] = get_total_norm(grads, foreach=foreach)
-            # A CPU is asked first: clipping nothing takes as long as clipping.
+            # On a CPU the norm is compared first, since clipping takes time even without effect.
             if limit is not None and (norm.device.type != "cpu" or float(norm) > limit):
                 clip_grads_with_norm_(group["params"], limit, norm)
         return norms
-
-    # -- learning rates ---------------------------------------------------------------------
-
-    def _current_rates(self, n_total_env_steps: int) -> dict[str, float]:
-        current = {
-            name: rate(n_total_env_steps) if callable(rate) else rate
-            for name, rate in self.rates.items()
-        }
-        return {name: float(check_number(f"{name}_lr", r, 0.0)) for name, r in current.items()}
-
-    def _set_rates(
-        self, rates: Mapping[str, float], i: int, n_updates: int, annealed: Mapping[str, float]
-    ) -> None:
-        for group in self.optim.param_groups:
-            share = annealed.get(group["name"], 0.0)
-            rate = rates[group["name"]] * (0.1 + 0.9 * _left(i, n_updates, share))
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
-
-    def _settle(self) -> None:
-        """Let the optimizer follow its parameters to the device where they are now.
-
-        On an accelerator the learning rate lies in a tensor there, so that a captured step sees it
-        change.
-        """
-        for group in self.optim.param_groups:
-            device = group["params"][0].device
-            on_accelerator = device.type != "cpu"
-            group["capturable"] = on_accelerator
-            rate = group["lr"]
-            if on_accelerator and not (isinstance(rate, Tensor) and rate.device == device):
-                group["lr"] = torch.zeros((), device=device)
-            elif not on_accelerator:
-                group["lr"] = 0.0
-            for p in group["params"]:
-                moments = self.optim.state.get(p, {})
-                for name, value in moments.items():
-                    if value.device != p.device:
-                        moments[name] = value.to(p.device)
-
-
-def _left(i: int, n_updates: int, share: float, end: float = 0.0) -> float:
-    """Return the factor of a number that falls linearly to 0 over a ``share`` of the updates.
-
-    It reaches 0 when a share of ``end`` is still to come.
-    """
-    if not share:
-        return 1.0
-    return min(1.0, max(0.0, (1.0 - (i + 0.5) / n_updates - end) / share))
 
 
 def _trainable(part: object) -> list[nn.Parameter]:
@@ -379,12 +289,12 @@ def _trainable(part: object) -> list[nn.Parameter]:
 
 
 def _kind(batch: Mapping[str, Any]) -> Hashable:
-    """Which losses take part in an update, and whether the value function does."""
+    """Return which losses take part in an update, and whether the value function does."""
     return tuple((name, getattr(one, "value", 0) is not None) for name, one in batch.items())
 
 
 def _numbers(module: nn.Module) -> Hashable:
-    """Options of a module, which a captured update would not see change."""
+    """Return the options of a module, whose changes a captured update would not see."""
     plain = (bool, int, float, str, type(None))
     return tuple(
         (name, x)

@@ -29,7 +29,7 @@ class Upkeep(nn.Module):
     a tenth of what it held has been overwritten, or it is another buffer.
 
     Args:
-        model: Whose normalisers and calibration they are.
+        model: Has the normalisers and the calibration.
         encoder: An :class:`~layeredrl_torchrl.EncoderNet` gets its mask; ``None`` to leave the
             encoder alone.
         rew_func: Is scaled if it is a :class:`~layeredrl_torchrl.ScalarHead`.

@@ -56,7 +56,7 @@ class HoldoutWatch:
     """Evaluates a model on held-out transitions during one call, and keeps the best one.
 
     Args:
-        model: What is watched.
+        model: The model to evaluate.
         optim: Its optimizer, whose moments of the model's parameters are kept with it.
         data: Encoded transitions ``[N]`` that the model is not trained on.
         options: When to stop.

@@ -25,8 +25,10 @@ from layeredrl_torchrl.nets import Encoder, StepFunction, move_towards
 from layeredrl_torchrl.objectives import ModelLoss, PredictorLoss
 from layeredrl_torchrl.objectives.terms import TermsLoss
 from layeredrl_torchrl.predictors._experience import Experience
-from layeredrl_torchrl.predictors._updates import LearningRate, Updates, WeightedLoss
+from layeredrl_torchrl.predictors._learning_rates import LearningRate
+from layeredrl_torchrl.predictors._updates import Updates
 from layeredrl_torchrl.predictors._upkeep import N_STATISTICS, Upkeep
+from layeredrl_torchrl.predictors._weighted_loss import WeightedLoss
 from layeredrl_torchrl.predictors.early_stopping import HoldoutWatch
 from layeredrl_torchrl.predictors.predictor import Predictor
 from layeredrl_torchrl.predictors.standardizer import DeltaStandardizer
@@ -254,18 +256,7 @@ class RewardPredictor(Predictor):
     ) -> None:
         """Minimise one more loss, in every update.
 
-        >>> class SmallStates(TermsLoss):
-        ...     def __init__(self, encoder):
-        ...         super().__init__()
-        ...         self.encoder = encoder
-        ...
-        ...     def terms(self, prepared):
-        ...         state, context = self.encoder(prepared["observation"])
-        ...         return {"loss_size": state.square().mean()}
-        >>> encoder = EncoderNet((3,), latent_state_dim=2, context_dim=0)
-        >>> factory = PredictorFactory(partial_encoder=lambda shape: encoder)
-        >>> predictor = factory(Unbounded((3,)), Bounded(-1.0, 1.0, (1,)))
-        >>> predictor.add_loss(SmallStates(encoder), {"loss_size": 0.1})
+        :class:`~layeredrl_torchrl.TermsLoss` has an example of a loss to add.
 
         Args:
             loss: Is given slices ``[B, loss.length]`` with all entries of the buffer and

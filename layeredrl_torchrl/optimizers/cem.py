@@ -8,9 +8,9 @@ __all__ = ["CEM"]
 
 
 class CEM(Optimizer):
-    """Fits the distribution to the best candidates, all counting alike (Botev et al. 2013).
+    """Fits the distribution to the best candidates in equal weights (Botev et al. 2013).
 
-    These are the defaults of :class:`~layeredrl_torchrl.Optimizer`, whose arguments it takes.
+    This is what :class:`~layeredrl_torchrl.Optimizer` does by default; the arguments are the same.
 
     >>> cem = CEM(make_search(Bounded(-1.0, 1.0, (2,))), horizon=4)
     >>> solution = cem.optimize(lambda x: (x - 0.5).square().sum((-2, -1)))

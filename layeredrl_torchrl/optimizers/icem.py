@@ -17,11 +17,11 @@ __all__ = ["ICEM"]
 class ICEM(Optimizer):
     """Sample-efficient CEM for planning: Pinneri et al. 2020, arXiv 2008.06389, algorithm 1.
 
-    Beside CEM: noise correlated in time (section 3.1); populations that shrink by ``decay`` from
-    iteration to iteration, never below twice the elites (3.2); elites kept from iteration to
+    It adds to CEM: noise correlated in time (section 3.1); populations that shrink by ``decay``
+    from iteration to iteration, never below twice the elites (3.2); elites kept from iteration to
     iteration and, shifted, from call to call (3.3); the mean as a candidate of the last iteration
-    (3.4). Samples are clipped to the bounds. A shifted elite repeats its last step, where the
-    paper draws a new one.
+    (3.4). Samples are clipped to the bounds. A shifted elite repeats its last step; the paper draws
+    a new one.
 
     >>> icem = ICEM(make_search(Bounded(-1.0, 1.0, (2,))), horizon=4, n_samples=100, decay=2.0)
     >>> icem.populations
@@ -33,7 +33,7 @@ class ICEM(Optimizer):
         beta: Exponent of the noise's spectrum ``1 / f^beta``; 0 is white.
         decay: Factor, at least 1, by which populations shrink.
         keep_ratio: Share of the elites that are kept.
-        **options: As :class:`~layeredrl_torchrl.Optimizer`.
+        **options: Those of :class:`~layeredrl_torchrl.Optimizer`.
 
     Raises:
         TypeError, ValueError: As :class:`~layeredrl_torchrl.Optimizer` and
@@ -66,7 +66,7 @@ class ICEM(Optimizer):
         return filter_noise(white, self.time_filter, dim=2)
 
     def propose(self, step: int, parameters: Parameters, noise: Tensor, kept: Tensor) -> Tensor:
-        """Draw samples, add what was kept and, in the last iteration, the mean."""
+        """Draw samples; add the kept elites and, in the last iteration, the mean."""
         parts = [self.search.sample(parameters, noise), kept]
         if step == len(self.populations) - 1:
             parts.append(self.search.mode(parameters).unsqueeze(1))

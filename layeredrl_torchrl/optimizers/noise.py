@@ -12,12 +12,11 @@ __all__ = ["filter_noise", "power_law_filter", "power_law_noise"]
 
 
 def power_law_noise(white: Tensor, beta: float, dim: int = -1) -> Tensor:
-    """Colour white noise: its power spectrum along one axis becomes ``1 / f^beta``.
+    """Colour white noise: give it the power spectrum ``1 / f^beta`` along one axis.
 
     The frequencies are those of a sequence of this length, ``k / H``; the constant part gets the
     power of the lowest of them (Timmer and Koenig 1995, as iCEM uses it, arXiv 2008.06389,
-    section 3.1). It is a linear filter, so standard normal samples stay standard normal, each by
-    itself.
+    section 3.1). The filter is linear, so every single sample stays standard normal.
 
     >>> from layeredrl_torchrl.optimizers import power_law_noise
     >>> white = torch.randn(1000, 20)
@@ -47,8 +46,8 @@ def power_law_filter(length: int, beta: float) -> Tensor:
         return eye
     frequency = torch.fft.rfftfreq(length, dtype=torch.float64)
     gain = frequency.clamp_min(1.0 / length).pow(-0.5 * beta)
-    # The variance of a filtered sample is the mean of gain^2 over all frequencies, of which
-    # rfft leaves out the mirror images.
+    # The variance of a filtered sample is the mean of gain^2 over all frequencies, with the mirror
+    # images that rfft leaves out.
     mirrored = gain[1 : (length + 1) // 2]
     gain = gain / ((gain.square().sum() + mirrored.square().sum()) / length).sqrt()
     return torch.fft.irfft(torch.fft.rfft(eye, dim=0) * gain[:, None], n=length, dim=0)

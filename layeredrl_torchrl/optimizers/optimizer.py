@@ -22,7 +22,7 @@ Cost: TypeAlias = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Solution:
-    """What an optimizer found for problems ``[*B]``; ``*E`` is the shape of a step of a sequence.
+    """The result of an optimizer for problems ``[*B]``; a step of a sequence has shape ``*E``.
 
     >>> icem = ICEM(make_search(Bounded(-1.0, 1.0, (2,))), horizon=4)
     >>> solution = icem.optimize(lambda x: x.square().sum((-2, -1)), icem.forget([3]))
@@ -34,7 +34,7 @@ class Solution:
         best: The candidate of the lowest cost of all that were tried, ``[*B, H, *E]``.
         best_cost: Its cost, ``[*B]``.
         random: A sample of the final distribution, ``[*B, H, *E]``.
-        memory: What the next call may start from, ``[*B]``; see :attr:`Optimizer.memory_spec`.
+        memory: Start of the next call, ``[*B]``; see :attr:`Optimizer.memory_spec`.
     """
 
     mean: Tensor
@@ -47,17 +47,16 @@ class Solution:
 class Optimizer(nn.Module):
     """Minimises costs of sequences by sampling; batched over independent problems ``[*B]``.
 
-    Each iteration draws candidates, evaluates them, and fits the distribution that the next ones
-    are drawn from to the best. By default that is the cross-entropy method. A subclass overrides
-    what differs: the noise (:meth:`colour`), the candidates (:meth:`propose`), and how much each
-    of the best counts (:meth:`weigh`).
+    Each iteration draws candidates, evaluates them, and fits a distribution to the best of them,
+    from which the next candidates are drawn. By default that is the cross-entropy method. A
+    subclass overrides what differs: the noise (:meth:`colour`), the candidates (:meth:`propose`),
+    or the weights of the best (:meth:`weigh`).
 
-    Nothing is kept from call to call but what the caller hands on: ``memory`` in,
-    ``Solution.memory`` out. What comes from another call counts only where its entry ``"warm"``
-    is true, so zeros are an empty memory.
+    An optimizer has no state: pass ``Solution.memory`` as the ``memory`` of the next call to start
+    from it. A memory is used only where its entry ``"warm"`` is true, so zeros are an empty one.
 
     The loop neither waits for the device nor takes a shape from data, so that it can be captured
-    as a CUDA graph; noise, memory and constants are where the search's bounds are.
+    as a CUDA graph; noise, memory and constants are on the device of the search's bounds.
 
     >>> optimizer = ICEM(make_search(Bounded(-1.0, 1.0, (2,))), horizon=4)
     >>> cost = lambda x: x.square().sum((-2, -1))  # [*B, N, H, A] -> [*B, N]
@@ -120,9 +119,9 @@ class Optimizer(nn.Module):
         self._shapes = {key: tuple(spec.shape) for key, spec in self.memory_spec.items()}
 
     def colour(self, white: Tensor) -> Tensor:
-        """Turn independent standard normal noise ``[b, N, H, *E]`` into that of the candidates.
+        """Correlate independent standard normal noise ``[b, N, H, *E]`` over time.
 
-        A hook; by default noise stays white. It must stay standard normal.
+        A hook; by default noise stays white. Single samples must stay standard normal.
         """
         return white
 
@@ -135,15 +134,15 @@ class Optimizer(nn.Module):
             step: The iteration, from 0.
             parameters: Of the distribution.
             noise: ``[b, populations[step], H, *E]``.
-            kept: The best of the iteration before (at first: of the call before, or samples),
-                ``[b, n_kept, H, *E]``.
+            kept: The best of the previous iteration, ``[b, n_kept, H, *E]``; at first those of the
+                previous call, or samples.
         """
         return self.search.sample(parameters, noise)
 
     def weigh(self, cost: Tensor) -> Tensor:
-        """Return weights of the elites that sum to 1, from their rising costs ``[b, n_elites]``.
+        """Return weights of the elites, which sum to 1, from their costs ``[b, n_elites]``.
 
-        A hook; by default all count the same.
+        The costs are in rising order. A hook; by default the weights are equal.
         """
         return torch.full_like(cost, 1.0 / cost.shape[1])
 
@@ -162,7 +161,7 @@ class Optimizer(nn.Module):
     def forget(
         self, batch: Sequence[int] = (), device: torch.device | str | None = None
     ) -> TensorDict:
-        """Return an empty memory for problems ``[*B]``, by default where the search is."""
+        """Return an empty memory for problems ``[*B]``, by default on the search's device."""
         device = self.search.device if device is None else torch.device(device)
         empty = {
             key: torch.zeros((*batch, *spec.shape), dtype=spec.dtype, device=device)
@@ -171,7 +170,7 @@ class Optimizer(nn.Module):
         return TensorDict(empty, batch, device=device)
 
     def shift(self, memory: TensorDictBase, steps: int = 1) -> TensorDictBase:
-        """Let ``steps`` steps of time pass: sequences begin later, their last step is repeated.
+        """Shift a memory by ``steps`` steps: drop the first ones, repeat the last one.
 
         Args:
             memory: ``[*B]``; it is not changed.
@@ -199,7 +198,7 @@ class Optimizer(nn.Module):
 
         Args:
             batch: ``*B``.
-            device: By default where the search is.
+            device: That of the search by default.
         """
         n = sum(self.populations) + self.n_kept + 1
         shape = (torch.Size(batch).numel(), n, self.horizon, *self.search.event_shape)
@@ -219,14 +218,14 @@ class Optimizer(nn.Module):
 
         Args:
             cost: Candidates ``[*B, N, H, *E]`` -> costs ``[*B, N]``.
-            memory: ``[*B]``: its batch shape is that of the problems; ``None`` for a single one
-                of which nothing is known.
-            noise: As :meth:`draw_noise` gives it; drawn by default.
-            proposals: Sequences ``[*B, any, H, *E]`` found elsewhere: moved to the bounds, they
-                are candidates of the first iteration beside its own.
+            memory: ``[*B]``, with the batch shape of the problems; ``None`` for an empty one of a
+                single problem.
+            noise: From :meth:`draw_noise`; drawn by default.
+            proposals: Further candidates of the first iteration, ``[*B, any, H, *E]``; they are
+                moved to the bounds.
 
         Raises:
-            ValueError: Costs that are not finite (the message says of which problem), or of
+            ValueError: Costs that are not finite (the message names the problems), or of
                 another shape; a memory or proposals that do not fit this optimizer.
         """
         memory = self.forget() if memory is None else memory
@@ -319,7 +318,7 @@ class Optimizer(nn.Module):
         return given.reshape(candidates.shape[:2]).to(dtype)
 
     def _check_costs(self, costs: Tensor, batch: torch.Size) -> None:
-        """Refuse costs ``[b, N]`` that are not finite: NaN would pass for best or worst."""
+        """Refuse costs ``[b, N]`` that are not finite; NaN could be ranked as best or worst."""
 
         def error(bad: Tensor) -> Exception:
             problems = bad.view(batch).nonzero().tolist()

@@ -1,8 +1,8 @@
 """Families of distributions over sequences, and the values they range over.
 
 Shapes here have one flat batch axis ``b``; ``*E`` is the shape of one step of a sequence. Every
-family turns standard normal noise ``[b, N, H, *E]`` into candidates, so that noise correlated in
-time works with all of them.
+family turns standard normal noise ``[b, N, H, *E]`` into candidates, so that all of them can use
+noise that is correlated in time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Search(nn.Module, ABC):
     >>> from layeredrl_torchrl.optimizers import GaussianSearch
     >>> search = GaussianSearch(torch.tensor([-1.0]), torch.tensor([3.0]))
     >>> parameters = search.start({"mean": torch.zeros(2, 5, 1)}, warm=torch.tensor([True, False]))
-    >>> search.mode(parameters)[:, 0, 0]  # what is remembered, and the middle
+    >>> search.mode(parameters)[:, 0, 0]  # the remembered mean, and the middle
     tensor([0., 1.])
 
     Args:
@@ -41,7 +41,7 @@ class Search(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Device of the constants, and so of the candidates."""
+        """Device of the constants and of the candidates."""
         return next(self.buffers()).device
 
     @property
@@ -56,7 +56,7 @@ class Search(nn.Module, ABC):
 
     @abstractmethod
     def memory_spec(self, horizon: int) -> Composite:
-        """Return the spec of what a search hands on to the next one."""
+        """Return the spec of the memory that one search passes to the next."""
 
     @abstractmethod
     def start(self, memory: dict[str, Tensor], warm: Tensor) -> Parameters:
@@ -64,7 +64,7 @@ class Search(nn.Module, ABC):
 
         Args:
             memory: Entries ``[b, ...]`` as :meth:`memory_spec` has them.
-            warm: ``[b]`` bool; where it is false the memory does not count.
+            warm: ``[b]`` bool; where it is false the memory is ignored.
         """
 
     @abstractmethod
@@ -73,19 +73,19 @@ class Search(nn.Module, ABC):
 
     @abstractmethod
     def fit(self, candidates: Tensor, weights: Tensor) -> Parameters:
-        """Fit parameters to candidates, whose weights ``[b, N]`` sum to 1."""
+        """Fit parameters to candidates with weights ``[b, N]`` that sum to 1."""
 
     @abstractmethod
     def mode(self, parameters: Parameters) -> Tensor:
-        """Return the sequence ``[b, H, *E]`` in the middle of the distribution."""
+        """Return the central sequence of the distribution, ``[b, H, *E]``."""
 
     @abstractmethod
     def remember(self, parameters: Parameters) -> dict[str, Tensor]:
-        """Return the entries of :meth:`memory_spec`."""
+        """Return a memory with the entries of :meth:`memory_spec`."""
 
     @abstractmethod
     def project(self, candidates: Tensor) -> Tensor:
-        """Move candidates to the nearest that are allowed."""
+        """Move candidates to the nearest ones that are allowed."""
 
 
 class GaussianSearch(Search):
@@ -172,13 +172,13 @@ class GaussianSearch(Search):
         return self.project(mean), self.sigma.expand_as(mean)
 
     def sample(self, parameters: Parameters, noise: Tensor) -> Tensor:
-        """Draw samples, moved to the bounds where they leave them."""
+        """Draw samples and clip them to the bounds."""
         mean, std = (x.unsqueeze(1) for x in parameters)
         return self.project(torch.addcmul(mean, std, noise))
 
     def fit(self, candidates: Tensor, weights: Tensor) -> Parameters:
         """Fit the weighted mean and (population) standard deviation, each ``[b, H, A]``."""
-        # Sums rather than products of matrices, which autocast would round.
+        # Sums instead of matrix products, which autocast would round.
         weights = weights.to(candidates.dtype)[..., None, None]
         mean = (weights * candidates).sum(1)
         var = (weights * (candidates - mean.unsqueeze(1)).square()).sum(1)
@@ -200,8 +200,8 @@ class GaussianSearch(Search):
 class CategoricalSearch(Search):
     """Independent choices among ``n``; their probabilities are remembered.
 
-    A choice is the quantile of the noise, so noise that is correlated in time makes choices that
-    last for several steps.
+    The noise selects a choice by its quantile, so noise that is correlated in time makes choices
+    that last for several steps.
 
     >>> from layeredrl_torchrl.optimizers import CategoricalSearch
     >>> search = CategoricalSearch(3)
@@ -212,8 +212,8 @@ class CategoricalSearch(Search):
 
     Args:
         n: Number of choices; candidates are integers from 0 to ``n - 1``, with ``*E = ()``.
-        uniform: Share of the uniform distribution mixed into remembered probabilities, which
-            otherwise could never leave 0.
+        uniform: Share of the uniform distribution in remembered probabilities, without which a
+            probability of 0 would stay 0.
 
     Raises:
         TypeError, ValueError: ``n`` below 1, ``uniform`` outside (0, 1].

@@ -1,4 +1,4 @@
-"""Planners: policies that search for actions in what a predictor imagines."""
+"""Planners: policies that search for actions by imagining their outcome with a predictor."""
 
 from layeredrl_torchrl.planners._sampling import CEMPlanner, ICEMPlanner, MPPIPlanner
 from layeredrl_torchrl.planners.planner import PredictorPlanner

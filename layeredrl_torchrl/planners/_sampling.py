@@ -1,4 +1,4 @@
-"""Planners by the optimizer that they search with."""
+"""Planners, one for each optimizer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["CEMPlanner", "ICEMPlanner", "MPPIPlanner"]
 
 
 class _SamplingPlanner(PredictorPlanner):
-    """Builds the optimizer for the actions: ``kind``, with options ``own`` that only it has."""
+    """Builds an optimizer of class ``kind`` for the actions, with options ``own`` of that class."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class CEMPlanner(_SamplingPlanner):
     3
 
     Args:
-        predictor: What is imagined.
+        predictor: Imagines the outcome of actions.
         action_spec: Actions of one environment; the predictor's by default. Continuous ones need
             finite bounds.
         horizon, n_samples, n_iterations, elite_ratio, momentum: As
@@ -71,10 +71,10 @@ class CEMPlanner(_SamplingPlanner):
         initial_sigma: Standard deviation of the first samples, as
             :class:`~layeredrl_torchrl.optimizers.GaussianSearch` has it; none for discrete actions.
         return_mode: Which sequence is the plan; :func:`~layeredrl_torchrl.mean_plan` by default.
-        **options: Those of :class:`~layeredrl_torchrl.PredictorPlanner`.
+        **options: Further ones of :class:`~layeredrl_torchrl.PredictorPlanner`.
 
     Raises:
-        TypeError, ValueError: As the optimizer, its search, and the base class.
+        TypeError, ValueError: As the optimizer, its search and the base class raise.
     """
 
     def __init__(self, predictor: Predictor, **options: Any) -> None:
@@ -91,10 +91,10 @@ class ICEMPlanner(_SamplingPlanner):
     ('observation', 'action')
 
     Args:
-        predictor: What is imagined.
-        beta, decay, keep_ratio: As the optimizer.
+        predictor: Imagines the outcome of actions.
+        beta, decay, keep_ratio: Arguments of the optimizer.
         return_mode: Which sequence is the plan; :func:`~layeredrl_torchrl.best_plan` by default.
-        **options: As :class:`CEMPlanner`.
+        **options: Those of :class:`CEMPlanner`.
     """
 
     def __init__(
@@ -121,9 +121,9 @@ class MPPIPlanner(_SamplingPlanner):
     0.5
 
     Args:
-        predictor: What is imagined.
-        temperature: As the optimizer.
-        **options: As :class:`CEMPlanner`.
+        predictor: Imagines the outcome of actions.
+        temperature: Argument of the optimizer.
+        **options: Those of :class:`CEMPlanner`.
     """
 
     def __init__(self, predictor: Predictor, *, temperature: float = 1.0, **options: Any) -> None:

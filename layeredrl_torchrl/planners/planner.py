@@ -28,18 +28,18 @@ __all__ = ["PredictorPlanner"]
 
 
 class PredictorPlanner(MPCPlannerBase):
-    """Searches for actions in what a predictor imagines, and takes the first one.
+    """Searches for the actions with the highest imagined return, and takes the first one.
 
-    Reads the observation ``[*B, obs]``, encodes it once, searches for the action sequence of the
-    highest imagined return, and writes its first action. Where the next search starts from is
-    handed on in the TensorDict, as the state of an RNN is in TorchRL: the optimizer's memory is
-    read below ``plan_key`` and written below ``("next", plan_key)``, one step on. The environment
-    needs the transform :meth:`make_tensordict_primer`, which also clears the memory of instances
-    that are reset; collectors append it by themselves (``auto_register_policy_transforms=True``).
-    The memory is in the collected data, too: leave it out of the replay buffer with
+    Reads the observation ``[*B, obs]``, encodes it once, searches for an action sequence, and
+    writes its first action. The start of the next search travels in the TensorDict, as the state of
+    an RNN does in TorchRL: the optimizer's memory is read from ``plan_key`` and written, one step
+    shifted, to ``("next", plan_key)``. The environment needs the transform
+    :meth:`make_tensordict_primer`, which also clears the memory of instances that are reset;
+    collectors append it by themselves (``auto_register_policy_transforms=True``). The memory is
+    part of the collected data; leave it out of the replay buffer with
     ``data.exclude(plan_key, ("next", plan_key))``.
 
-    Nothing of the predictor is changed and no gradients are kept. Randomness follows
+    Planning does not change the predictor and keeps no gradients. Randomness follows
     ``torch.manual_seed``, precision ``torch.autocast``.
 
     >>> factory = PredictorFactory(hidden_sizes=(8,), n_models=2)
@@ -51,21 +51,21 @@ class PredictorPlanner(MPCPlannerBase):
     torch.Size([7, 1])
 
     Args:
-        predictor: What is imagined; needs a reward function.
-        optimizer: What searches; its search has to fit the action spec. It is moved to the
-            predictor's device.
+        predictor: Imagines the outcome of actions; needs a reward function.
+        optimizer: Searches for sequences; its search has to fit the action spec. It is moved to
+            the predictor's device.
         action_spec: Spec (or gymnasium space) of one environment's action; the predictor's by
             default.
         return_mode: Which sequence is the plan: :func:`~layeredrl_torchrl.best_plan`,
             :func:`~layeredrl_torchrl.mean_plan`, another function of the optimizer's solution, or
             LayeredRL's names ``"best"``, ``"mean"``, ``"random"``.
-        risk: How the returns ``[*B, M, P]`` of members and particles become one score; their mean
+        risk: Turns the returns ``[*B, M, P]`` of members and particles into one score; their mean
             by default.
         proposal: ``(state [*B, D], context [*B, C], horizon) -> [*B, any, H, A]``: action sequences
-            that every search also tries, for example
-            :class:`~layeredrl_torchrl.PolicyProposal`; for continuous actions.
-        callback: Called with the imagined trajectories of every plan, as ``predictor.rollout``
-            gives them; they are computed only for it, and the actions are the same with it.
+            that every search tries too, such as :class:`~layeredrl_torchrl.PolicyProposal`; for
+            continuous actions only.
+        callback: Called with the imagined trajectories of every plan, from ``predictor.rollout``;
+            they are computed for it only, and it does not change the actions.
         action_key: Key of the action; the predictor's by default.
         plan_key: Key of the optimizer's memory.
         **scoring: How imagined trajectories are scored: ``discount``, ``use_value_func``,
@@ -146,24 +146,24 @@ class PredictorPlanner(MPCPlannerBase):
         return self.env.predictor
 
     def compile(self, *, cudagraphs: bool = False, **options: Any) -> None:
-        """Compile what is imagined, and with ``cudagraphs`` replay whole searches as CUDA graphs.
+        """Compile dynamics and reward; with ``cudagraphs`` replay whole searches as CUDA graphs.
 
-        The first plan of each batch shape then compiles and captures, which takes some seconds, in
-        each process. The plans are worth the same; the same seed gives other random numbers. On a
+        The first plan of each batch shape then takes some seconds to compile and capture, in each
+        process. Plans are as good as before, but the same seed gives other random numbers. On a
         GPU, values that are not finite are reported one plan later.
 
         Args:
             cudagraphs: On a GPU, capture each search as a CUDA graph, once for each batch shape,
                 and replay it. A reward, bonus, risk measure or return mode of your own is captured
                 along: it must not wait for the GPU (``item()``, an ``if`` on a tensor), and runs in
-                Python only when it is captured. The callback and the proposal stay outside. On a
+                Python only during the capture. The callback and the proposal stay outside. On a
                 CPU this changes nothing.
             **options: Of ``torch.compile``, for example ``dynamic=False``, for the built-in members
                 of an ensemble and for a reward that is a module; other networks are captured as
                 they are.
 
         Raises:
-            TypeError: A ``cudagraphs`` that is no flag.
+            TypeError: ``cudagraphs`` that is no bool.
         """
         self._graphs = Graphs() if check_flag("cudagraphs", cudagraphs) else None
         model, reward = self.predictor.model, self.predictor.rew_func
@@ -181,14 +181,14 @@ class PredictorPlanner(MPCPlannerBase):
     def forget(
         self, batch: Sequence[int] = (), device: torch.device | str | None = None
     ) -> TensorDict:
-        """Return an empty memory for ``[*B]`` environments, under the key that it is read from.
+        """Return an empty memory for ``[*B]`` environments, under ``plan_key``.
 
         Where no environment carries the memory, ``td.update(planner.forget(td.batch_size))`` makes
-        the next plan start from nothing.
+        the next plan start without one.
 
         Args:
             batch: ``*B``.
-            device: Where it is; by default where the planner is.
+            device: That of the planner by default.
         """
         batch = torch.Size(batch)
         memory = self.optimizer.forget(batch, device)
@@ -223,11 +223,11 @@ class PredictorPlanner(MPCPlannerBase):
 
         Args:
             tensordict: Holds the observation and the memory.
-            noise: As ``optimizer.draw_noise`` gives it; drawn by default.
+            noise: From ``optimizer.draw_noise``; drawn by default.
 
         Returns:
-            Actions ``[*B, H, A]``, or discrete as the action spec says, and what the optimizer
-            found.
+            Actions ``[*B, H, A]``, or discrete in the form of the action spec, and the optimizer's
+            solution.
         """
         obs, memory = self._read(tensordict)
         state, context = self.predictor.encode(obs)
@@ -239,7 +239,7 @@ class PredictorPlanner(MPCPlannerBase):
         else:
             actions, solution = self._replay(self._graphs, state, context, memory, noise, proposals)
         if self.callback is not None:
-            # What is drawn for the callback must not change what is drawn afterwards.
+            # The callback must not change the random numbers that are drawn after it.
             devices = [state.device] if state.device.type == "cuda" else []
             with torch.random.fork_rng(devices=devices):
                 self.callback(
@@ -282,7 +282,7 @@ class PredictorPlanner(MPCPlannerBase):
         noise: Tensor | None,
         proposals: Tensor | None,
     ) -> tuple[Tensor, Solution]:
-        """:meth:`_search` as a CUDA graph, where there is a GPU."""
+        """Run :meth:`_search` as a CUDA graph if there is a GPU."""
         batch, kept = state.shape[:-1], list(memory.keys())
         optional = [x for x in (noise, proposals) if x is not None]
 

@@ -1,4 +1,4 @@
-"""Proposals: action sequences that a planner tries beside those that it draws."""
+"""Proposals: action sequences that a planner tries in addition to those that it draws."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Proposal: TypeAlias = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class PolicyProposal:
-    """Proposes what a policy would do, imagined along the predictor's mean.
+    """Proposes the actions of a policy, imagined along the predictor's mean.
 
-    A planner that tries this, too, is no worse in its predictor than the policy is, and searches
-    from there (TD-MPC, arXiv 2203.04955, section 3.1, "policy-guided trajectory optimization").
+    A planner that tries them plans at least as well as the policy, as judged by its predictor
+    (TD-MPC, arXiv 2203.04955, section 3.1, "policy-guided trajectory optimization").
 
     >>> from tensordict.nn import TensorDictModule
     >>> factory = PredictorFactory(hidden_sizes=(8,), n_models=2)
@@ -35,15 +35,15 @@ class PolicyProposal:
     torch.Size([7, 2, 5, 1])
 
     Args:
-        predictor: What is imagined.
-        policy: Reads state and context, writes the action, under the predictor's keys. It stays
-            the caller's: a planner neither saves nor moves it.
-        n: Sequences for each start: the policy's middle (TorchRL's ``DETERMINISTIC``), and
-            ``n - 1`` samples (``RANDOM``).
+        predictor: Imagines the outcome of actions.
+        policy: Reads state and context, writes the action, under the predictor's keys. A planner
+            neither saves nor moves it.
+        n: Sequences for each start: one of deterministic actions (TorchRL's ``DETERMINISTIC``), and
+            ``n - 1`` of sampled ones (``RANDOM``).
 
     Raises:
         TypeError: A policy of another kind, an ``n`` that is no integer. ValueError: ``n`` below
-            1; a policy that reads what is not there, or writes no action.
+            1; a policy that reads other keys, or writes no action.
     """
 
     def __init__(self, predictor: Predictor, policy: TensorDictModuleBase, n: int = 8) -> None:
@@ -66,7 +66,7 @@ class PolicyProposal:
 
     @torch.no_grad()
     def __call__(self, state: Tensor, context: Tensor, horizon: int) -> Tensor:
-        """Return action sequences ``[*B, n, H, A]``, the policy's middle first."""
+        """Return action sequences ``[*B, n, H, A]``, the deterministic one first."""
         parts = [self._play(state, context, 1, horizon, ExplorationType.DETERMINISTIC)]
         if self.n > 1:
             parts.append(self._play(state, context, self.n - 1, horizon, ExplorationType.RANDOM))
@@ -81,7 +81,7 @@ class PolicyProposal:
         shape = (*state.shape[:-1], n)
         state, context = (x.unsqueeze(-2).expand(*shape, x.shape[-1]) for x in (state, context))
         actions: list[Tensor] = []
-        # Not by env.rollout, whose resets ask the device whether anything is done.
+        # Not by env.rollout, whose resets wait for the device to know whether anything is done.
         with set_exploration_type(how):
             for h in range(horizon):
                 if h:

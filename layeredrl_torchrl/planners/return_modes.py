@@ -1,4 +1,4 @@
-"""Return modes: which of the sequences that an optimizer found is the plan."""
+"""Return modes, which select the plan from an optimizer's solution."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ReturnMode: TypeAlias = Callable[[Solution], Tensor]
 
 
 def mean_plan(solution: Solution) -> Tensor:
-    """Return the middle of the final distribution; it is smooth, but was not evaluated itself."""
+    """Return the mean of the final distribution; it is smooth, but was not evaluated itself."""
     return solution.mean
 
 
@@ -37,7 +37,7 @@ _BY_NAME: Mapping[str, ReturnMode] = MappingProxyType(
 
 
 def find_return_mode(given: ReturnMode | str) -> ReturnMode:
-    """Find a return mode by LayeredRL's name for it; a function is returned as it is."""
+    """Return the mode that LayeredRL has under this name; functions are returned as they are."""
     if not isinstance(given, str):
         check_callable("return_mode", given)
         return given

@@ -1,4 +1,4 @@
-"""Risk measures: the returns of many imagined particles as one score."""
+"""Risk measures, which turn the returns of many imagined particles into one score."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RiskMeasure(ABC):
 
 @dataclass(frozen=True)
 class Mean(RiskMeasure):
-    """The expected return: risk does not matter.
+    """The expected return, which ignores risk.
 
     >>> from layeredrl_torchrl.planners import Mean
     >>> Mean()(torch.tensor([[0.0, 8.0], [2.0, 2.0]]))
@@ -46,8 +46,8 @@ class Mean(RiskMeasure):
 class CVaR(RiskMeasure):
     """Conditional value at risk: the mean of the worst share ``alpha`` of the particles.
 
-    Of a particle on the border of that share, only the part within it counts, so that the value
-    is continuous in ``alpha``; 1 gives the mean (Rockafellar and Uryasev 2002, section 2).
+    A particle on the border of that share counts in part, so that the value is continuous in
+    ``alpha``; 1 gives the mean (Rockafellar and Uryasev 2002, section 2).
 
     >>> CVaR(0.5)(torch.tensor([[0.0, 8.0], [2.0, 2.0]]))
     tensor(1.)
@@ -65,7 +65,7 @@ class CVaR(RiskMeasure):
         check_number("alpha", self.alpha, 0.0, 1.0, open_low=True)
 
     def __call__(self, returns: Tensor) -> Tensor:
-        """Average the worst."""
+        """Average the worst particles."""
         returns = returns.flatten(-2)
         mass = self.alpha * returns.shape[-1]
         rank = torch.arange(returns.shape[-1], device=returns.device, dtype=returns.dtype)

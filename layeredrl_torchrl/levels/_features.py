@@ -13,21 +13,21 @@ from layeredrl_torchrl.specs import action_features, width
 
 __all__ = ["InputFeatures"]
 
-# Standard deviations from the mean beyond which a feature is cut off: a network knows nothing
-# there, and one freak observation is not to upset it.
+# Features are clipped at so many standard deviations from the mean: networks have no data there,
+# and a single outlier should not upset them.
 _LIMIT = 10.0
 
 
 class InputFeatures(nn.Module):
-    """Observation, input from above and the share of the duration that is left, in one vector.
+    """Observation, input from above and the remaining share of the duration, in one vector.
 
-    Each feature is standardised by mean and standard deviation of all that :meth:`observe` was
-    shown, and kept within ten standard deviations.
+    Each feature is standardised by mean and standard deviation of everything that :meth:`observe`
+    was given, and clipped to ten standard deviations.
 
     Args:
         observation_dim: Width of an observation.
-        input_spec: What comes from above; ``None`` for nothing.
-        duration: Actions on one input; ``None`` to leave out how many of them are left.
+        input_spec: Spec of the input from above; ``None`` for none.
+        duration: Actions on one input; ``None`` to leave out the remaining share.
     """
 
     n_seen: Tensor  # [] float64
@@ -49,11 +49,11 @@ class InputFeatures(nn.Module):
     def forward(
         self, observation: Tensor, given: Tensor | None, n_actions: Tensor | None
     ) -> Tensor:
-        """The features ``[*B, F]``.
+        """Return the features ``[*B, F]``.
 
         Args:
             observation: ``[*B, obs]``.
-            given: The input, as its spec says; ``None`` without ``input_spec``.
+            given: The input, in the form of its spec; ``None`` without ``input_spec``.
             n_actions: ``[*B, 1]``, own actions on this input so far; ``None`` without ``duration``.
         """
         x = self.normalizer(self._join(observation, given, n_actions))
@@ -70,11 +70,11 @@ class InputFeatures(nn.Module):
 
     @torch.no_grad()
     def observe(self, observation: Tensor, given: Tensor | None, n_actions: Tensor | None) -> None:
-        """Take ``[N]`` more into the statistics.
+        """Add ``[N]`` rows to the statistics.
 
         Means and squares of both samples are merged exactly (Chan et al., "Updating formulae and a
-        pairwise algorithm for computing sample variances", 1979), so what was seen in which order
-        and portions does not matter.
+        pairwise algorithm for computing sample variances", 1979), so the order and size of the
+        portions do not matter.
         """
         x = self._join(observation, given, n_actions).double()
         square, mean = torch.var_mean(x, 0, correction=0)
@@ -83,7 +83,7 @@ class InputFeatures(nn.Module):
         self.n_seen += len(x)
         self.mean += share * gap
         self.square += share * (square - self.square + (1.0 - share) * gap.square())
-        # What does not vary, beyond float32 rounding, is centred but not blown up.
+        # Features that do not vary, beyond float32 rounding, are centred but not scaled.
         constant = self.square <= 1e-12 * (self.square + self.mean.square())
         scale = torch.where(constant, torch.ones_like(self.square), self.square.sqrt())
         self.normalizer.loc.copy_(self.mean)

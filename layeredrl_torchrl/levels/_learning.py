@@ -1,4 +1,4 @@
-"""The levels that learn from stored transitions, on a schedule."""
+"""The base class of levels that learn from stored transitions, on a schedule."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["LearningLevel", "LearningOptions", "spaces_of"]
 
 
 class LearningOptions(TypedDict, total=False):
-    """The arguments of :class:`LearningLevel`, which say what they mean."""
+    """The types of the arguments of :class:`LearningLevel`, which explains them."""
 
     buffer: ReplayBuffer | None
     buffer_size: int | None
@@ -47,7 +47,7 @@ def spaces_of(
     action_space: TensorSpec | Space | None,
     env: EnvBase | None,
 ) -> tuple[ObservationSpace | None, TensorSpec | Space | None]:
-    """Both spaces, from ``env`` if there is one; ``None`` for both if nothing is given.
+    """Return both spaces, from ``env`` if it is given; ``None`` for both if nothing is given.
 
     Raises:
         ValueError: One space without the other, or spaces beside ``env``; an environment with
@@ -90,27 +90,26 @@ class LearningLevel(Level):
     """Stores transitions, and makes the updates that are due on a schedule.
 
     It acts randomly until :attr:`n_env_steps`, which :meth:`learn` counts, has reached
-    ``n_initial_random_steps``. In evaluation it does not: neither after ``level.eval()`` nor where
-    TorchRL's ``set_exploration_type`` asks for deterministic actions.
+    ``n_initial_random_steps``. It never does so in evaluation, that is after ``level.eval()`` or
+    where TorchRL's ``set_exploration_type`` asks for deterministic actions.
 
     To save and resume, save the level, ``level.optim``, ``level.buffer`` and the state of the
-    random number generators (TorchRL's ``Checkpoint`` takes them as they are). Copies and pickles,
-    such as those in worker processes, come without buffer and logger: they act and do not learn.
+    random number generators, for instance by TorchRL's ``Checkpoint``. Copies and pickles, such as
+    those in worker processes, have no buffer and no logger: they can act but not learn.
 
     A subclass implements ``_checked``, ``_update``, ``stored_keys``, and where it needs them
     ``_observe`` and ``_can_update``.
 
     Args:
-        buffer: Where transitions are stored: one on a tensor storage, whose rows this level
-            writes. By default one of ``buffer_size`` that is laid out for ``env``, or for the first
-            data.
-        buffer_size: Transitions that the default buffer holds; 100,000 by default.
-        store_keys: Further entries of the data that are stored, for transforms of the buffer or
-            losses of one's own that read them.
+        buffer: Buffer on a tensor storage that this level writes its transitions to. By default a
+            new one of ``buffer_size`` with the axes of ``env``, or of the first data.
+        buffer_size: Transitions that the default buffer can hold; 100,000 by default.
+        store_keys: Further entries of the data to store, for transforms of the buffer or losses of
+            your own that read them.
         n_initial_random_steps: Environment steps before the first update, with random actions.
-        updates_per_step: Updates for each transition; what makes no whole update is carried over.
-        n_initial_updates: Updates at the end of the initial random steps, in place of those put
-            off until then; ``None`` to make up for them.
+        updates_per_step: Updates for each transition; fractions of an update are carried over.
+        n_initial_updates: Updates at the end of the initial random steps, which replace those due
+            until then; ``None`` to make all that are due.
         batch_size: Transitions, or slices of them, in an update.
         logger: Gets the terms of the updates, with environment steps as the step.
         progress: Whether a bar on stderr counts the updates of each call.
@@ -165,19 +164,19 @@ class LearningLevel(Level):
         self.buffer: ReplayBuffer | None = make_buffer(buffer, buffer_size, n_axes or 1)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: without what only learning needs."""
+        """Leave out the parts that only learning needs."""
         return {**self.__dict__, "buffer": None, "logger": None}
 
     @property
     def explores(self) -> bool:
-        """Whether actions may be random now: in training, unless TorchRL asks for none."""
+        """Whether actions may be random now: in training, unless TorchRL's context forbids it."""
         return self.training and exploration_type() in (ExplorationType.RANDOM, None)
 
     @property
     def warming_up(self) -> bool | Tensor:
-        """Whether the initial random steps are still to be taken, and nothing is planned.
+        """Whether the initial random steps are not over yet.
 
-        On an accelerator, where asking would wait for the device, a tensor ``[]``.
+        A tensor ``[]`` on an accelerator, where a bool would have to wait for the device.
         """
         if not self.n_initial_random_steps:
             return False
@@ -189,21 +188,21 @@ class LearningLevel(Level):
     @property
     @abstractmethod
     def stored_keys(self) -> tuple[list[NestedKey], list[NestedKey]]:
-        """Entries that are stored always, and those that are stored where the data has them."""
+        """Entries that are always stored, and those that are stored if the data has them."""
 
     @abstractmethod
     def _checked(self, data: TensorDictBase) -> TensorDictBase:
-        """The rows that can be learned from; raises if something that learning needs is amiss."""
+        """Return the rows to learn from; raise if learning could not use them."""
 
     @abstractmethod
     def _update(self, buffer: ReplayBuffer, n_updates: int) -> dict[str, float]:
-        """Make updates; returns the terms."""
+        """Make updates and return their terms."""
 
     def _observe(self, data: TensorDictBase) -> None:
-        """Take statistics of what was just stored."""
+        """Update statistics with the rows that were just stored."""
 
     def _can_update(self, buffer: ReplayBuffer) -> bool:
-        """Whether the buffer holds enough for an update."""
+        """Return whether the buffer holds enough for an update."""
         return len(buffer) > 0
 
     # -- learning ---------------------------------------------------------------------------
@@ -211,27 +210,27 @@ class LearningLevel(Level):
     def learn(self, data: TensorDictBase) -> dict[str, float]:
         """Store transitions, and make the updates that are due.
 
-        Transitions count as environment steps one each, or as many as ``("next",
-        "elapsed_steps")`` says where it is present (as it is where actions are skills). One that
-        was cut short by a time limit (``("next", "interrupted")``) counts and is not stored; rows
-        that pad trajectories (``("collector", "mask")``) neither. Updates wait until the buffer
+        Each transition counts as one environment step, or as ``("next", "elapsed_steps")`` where
+        that is present (as it is where actions are skills). Transitions that a time limit cut short
+        (``("next", "interrupted")``) count but are not stored; rows that pad trajectories
+        (``("collector", "mask")``) neither count nor are stored. Updates wait until the buffer
         holds enough for one.
 
-        Only what learning needs is stored (``stored_keys``, and ``store_keys`` of yours). After any
-        error, and after ``KeyboardInterrupt``, level and buffer are as they were before the call.
+        Only the entries that learning needs are stored (``stored_keys``, and your ``store_keys``).
+        After any error, and after ``KeyboardInterrupt``, level and buffer are as they were before
+        the call.
 
         Args:
-            data: ``[T]`` or ``[env, T]``, as a collector of this level gives it; ``[N]`` in a
-                hierarchy.
+            data: ``[T]`` or ``[env, T]`` from a collector of this level; ``[N]`` in a hierarchy.
 
         Returns:
             ``n_env_steps``, ``n_updates`` of this call, and with updates the terms.
 
         Raises:
-            TypeError: Not a TensorDict. KeyError: One without what is learned from, or without what
-                was stored before.
+            TypeError: Not a TensorDict. KeyError: Missing entries that learning needs, or that were
+                stored before.
             ValueError: Values that are not finite or outside their space; other axes, shapes or
-                dtypes than what is stored; transitions of several steps. And as the updates.
+                dtypes than those stored; transitions of several steps. And as the updates raise.
             RuntimeError: A copy of a level, which has no buffer; a level without spaces.
         """
         if self.buffer is None:
@@ -265,7 +264,7 @@ class LearningLevel(Level):
             before < self.n_initial_random_steps or before == 0
         ):
             self.updates_due.fill_(self.n_initial_updates)
-        # Ten times 0.1 is one.
+        # Ten times 0.1 must make one update.
         n_updates = int(float(self.updates_due) + 1e-6)
         if n_updates and self._can_update(buffer):
             info |= self._update(buffer, n_updates)

@@ -17,12 +17,12 @@ __all__ = ["FlatMLP", "layers", "mlp"]
 class FlatMLP(TensorDictModuleBase):
     """An MLP with ReLU, whose parameters ``weight_i`` and ``bias_i`` all lie in one module.
 
-    TorchRL's losses put parameters into a network at every call, module by module; with layers
-    as modules of their own that takes longer than the layers.
+    TorchRL's losses put parameters into a network at every call, module by module; with one module
+    for each layer that takes longer than the layers.
 
     Args:
-        in_keys: What is read, ``[*B, n]`` each, and joined.
-        out_keys: What is written.
+        in_keys: Entries to read and concatenate, ``[*B, n]`` each.
+        out_keys: Entries to write.
         sizes: Widths, from the input to the output.
     """
 
@@ -47,12 +47,12 @@ class FlatMLP(TensorDictModuleBase):
         return tensordict
 
     def write(self, tensordict: TensorDictBase, out: Tensor) -> None:
-        """Put the last layer's output under ``out_keys``."""
+        """Write the last layer's output under ``out_keys``."""
         tensordict.set(self.out_keys[0], out)
 
 
 def layers(params: TensorDictBase) -> list[tuple[Tensor, Tensor]]:
-    """The weight and bias of each layer of a :class:`FlatMLP`, from a TensorDict of them."""
+    """Return weight and bias of each layer of a :class:`FlatMLP` from its parameters."""
     n_layers = len(params.keys()) // 2
     return [(params.get(f"weight_{i}"), params.get(f"bias_{i}")) for i in range(n_layers)]
 

@@ -16,12 +16,12 @@ __all__ = ["RandomActions"]
 class RandomActions(nn.Module):
     """Draws actions of a spec: uniform within bounds and among choices, otherwise normal.
 
-    TorchRL's ``spec.rand`` draws on the spec's device, from where actions would have to be copied;
-    here the bounds are buffers that move with the level.
+    TorchRL's ``spec.rand`` draws on the spec's device, so that actions would have to be copied from
+    there; here the bounds are buffers that move with the level.
 
     Args:
-        spec: Of one action. Dimensions without finite bounds are drawn from a standard normal
-            distribution and moved to the bounds.
+        spec: Spec of one action. Dimensions without finite bounds are drawn from a standard normal
+            distribution and clipped.
     """
 
     low: Tensor  # [A]

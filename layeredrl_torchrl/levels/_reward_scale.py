@@ -11,8 +11,8 @@ __all__ = ["RewardScale"]
 class RewardScale(nn.Module):
     """Divides rewards by the root mean square of those that are not 0.
 
-    So learning rates, the temperature of SAC and the clipping of losses mean the same whatever the
-    unit of the reward, and a reward that is seldom paid keeps its size as more of it is seen.
+    So learning rates, the temperature of SAC and the clipping of losses mean the same for rewards
+    in any unit, and a sparse reward keeps its size however rare it is.
     """
 
     count: Tensor  # [] float64, rewards other than 0
@@ -25,13 +25,13 @@ class RewardScale(nn.Module):
 
     @torch.no_grad()
     def observe(self, reward: Tensor) -> None:
-        """Take more rewards into the statistics."""
+        """Add rewards to the statistics."""
         reward = reward.to(self.square)
         n = (reward != 0).sum()
         self.count += n
         self.square += (reward.square().sum() - n * self.square) / self.count.clamp_min(1.0)
 
     def forward(self, reward: Tensor) -> Tensor:
-        """Rewards in units of the root mean square, in their own dtype."""
+        """Return rewards in units of the root mean square, in their own dtype."""
         scale = torch.where(self.square > 0.0, self.square.sqrt(), 1.0)
         return (reward / scale).to(reward.dtype)

@@ -1,4 +1,4 @@
-"""Choose and check the rows of collected data that a level learns from."""
+"""Select and check the rows of collected data that a level learns from."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _COMPACT = "; a collector with compact_obs=True leaves it out: build one without
 
 
 def collected(data: object) -> TensorDictBase:
-    """Return the transitions of ``data`` that were really made.
+    """Return the transitions of ``data`` without padding.
 
     Rows that pad trajectories to one length (``("collector", "mask")`` is false there) are left
-    out, and the others are ``[N]`` then.
+    out; the rest then has the shape ``[N]``.
 
     Raises:
         TypeError: No TensorDict. ValueError: One of another shape; transitions that span several
@@ -67,7 +67,7 @@ def collected(data: object) -> TensorDictBase:
 
 
 def n_env_steps(data: TensorDictBase) -> int:
-    """Environment steps that transitions took: one each, or ``("next", "elapsed_steps")``."""
+    """Count environment steps: one for each transition, or ``("next", "elapsed_steps")``."""
     elapsed = data.get(("next", "elapsed_steps"), None)
     if elapsed is None:
         return data.shape.numel()
@@ -80,15 +80,15 @@ def n_env_steps(data: TensorDictBase) -> int:
 
 
 def with_known_ends(data: TensorDictBase, key: NestedKey, name: str) -> TensorDictBase:
-    """Leave out the ends of episodes of which the last observation is not known, with a warning.
+    """Leave out ends of episodes whose last observation is unknown, with a warning.
 
     Environments that reset themselves give the next episode's first observation instead, and
-    TorchRL puts NaN where the last one should be.
+    TorchRL writes NaN in place of the last one.
 
     Args:
         data: ``[T]`` or ``[env, T]``; ``[N]`` is returned if any row is left out.
-        key: Of the observation.
-        name: Of the level, for the warning.
+        key: Key of the observation.
+        name: Name of the level, for the warning.
     """
     reached, done = data.get(unravel_key(("next", key))), data.get(("next", "done"))
     if not reached.is_floating_point() or not done.any():
@@ -106,10 +106,10 @@ def with_known_ends(data: TensorDictBase, key: NestedKey, name: str) -> TensorDi
 
 
 def without_cut(data: TensorDictBase) -> TensorDictBase:
-    """The transitions that show where their action leads; ``[N]`` if any is left out.
+    """Leave out transitions that a time limit cut short; returns ``[N]`` if there are any.
 
-    One that a time limit cut short (``("next", "interrupted")``) does not, unless it is seen to
-    have terminated. Without the key, all of ``data``.
+    They do not show where their action leads, unless the episode terminated with them. The key is
+    ``("next", "interrupted")``; without it, all of ``data`` is returned.
     """
     cut = data.get(("next", "interrupted"), None)
     if cut is None:
@@ -144,7 +144,7 @@ def check_numbers(data: TensorDictBase, keys: Iterable[NestedKey], name: str, hi
 
 
 def check_flags(data: TensorDictBase, keys: Iterable[NestedKey], name: str, hint: str) -> None:
-    """Raise unless ``data`` says below all of ``keys`` what happened, bool ``[*B, 1]``.
+    """Raise unless ``data`` has flags under all of ``keys``, bool ``[*B, 1]``.
 
     Raises:
         KeyError: A missing entry. ValueError: Another dtype or shape.

@@ -1,4 +1,4 @@
-"""The replay buffer of a level: which one, what is written to it, and how a write is undone."""
+"""The replay buffer of a level: make it, select and write its rows, and undo a write."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make_buffer(buffer: ReplayBuffer | None, size: int | None, n_axes: int) -> R
 
     Args:
         buffer: The user's; ``None`` for a new one.
-        size: Transitions that a new one holds; 100,000 by default.
+        size: Transitions that a new one can hold; 100,000 by default.
         n_axes: Axes of the data, ``[T]`` or ``[env, T]``.
 
     Raises:
@@ -62,7 +62,7 @@ def make_buffer(buffer: ReplayBuffer | None, size: int | None, n_axes: int) -> R
 
 
 def n_rows_along_time(buffer: ReplayBuffer) -> int:
-    """Rows that are stored, of storages with several lanes those of one lane."""
+    """Return how many rows are stored; in a storage with several lanes, in each lane."""
     storage = buffer.storage
     return len(storage) // max(storage.shape[1:].numel(), 1) if len(storage) else 0
 
@@ -75,17 +75,17 @@ def select_stored(
     *,
     adapt: bool,
 ) -> TensorDictBase:
-    """Return the entries of ``data`` that are stored, if they fit what is stored already.
+    """Return the entries of ``data`` to store, if they fit the rows that are stored already.
 
-    The first data decides which of the optional entries are stored, and all later data has to
-    have the same: TorchRL would store zeros for what is missing.
+    The first data decides which of the optional entries are stored, and all later data must have
+    the same ones: TorchRL would store zeros for missing entries.
 
     Args:
         buffer: Where the data is to be stored.
         data: ``[T]`` or ``[env, T]``, with all required entries.
         required: Entries that are always stored.
         optional: Entries that are stored where the first data has them.
-        adapt: Whether a buffer that is still empty may be laid out for the axes of the data.
+        adapt: Whether the axes of an empty buffer may be adapted to those of the data.
 
     Raises:
         KeyError: Entries that the stored rows have and ``data`` has not, or the other way round.
@@ -93,7 +93,7 @@ def select_stored(
     """
     storage = buffer.storage
     if adapt and not storage.initialized:
-        # TorchRL takes the axis of time from the storage once, when the buffer is built.
+        # TorchRL reads the axis of time from the storage only when the buffer is built.
         storage.ndim, buffer._dim_extend = data.ndim, data.ndim - 1
     if data.ndim != storage.ndim:
         raise ValueError(
@@ -145,11 +145,11 @@ def write(buffer: ReplayBuffer, rows: TensorDictBase) -> None:
 
 
 class Overwritten:
-    """Remember what the next ``n_rows`` written to a buffer overwrite, to put it back.
+    """Remembers the rows that the next ``n_rows`` written to a buffer overwrite.
 
     Args:
-        buffer: On a tensor storage, with a writer that goes round.
-        n_rows: Rows along all axes; more than are written does no harm.
+        buffer: On a tensor storage, with a ``RoundRobinWriter``.
+        n_rows: Rows along all axes, or an upper bound.
     """
 
     def __init__(self, buffer: ReplayBuffer, n_rows: int) -> None:
@@ -166,7 +166,7 @@ class Overwritten:
             self.rows = storage._storage[self.index].clone()
 
     def put_back(self) -> None:
-        """Leave the buffer as it was, whatever was written since."""
+        """Restore the buffer, with at most ``n_rows`` rows written since."""
         storage = self.buffer.storage
         if self.index is not None and len(self.index):
             storage._storage[self.index] = self.rows

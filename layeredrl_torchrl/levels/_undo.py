@@ -1,4 +1,4 @@
-"""Learning as a whole, or not at all."""
+"""Undo learning after an error."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["all_or_nothing"]
 
 @contextmanager
 def all_or_nothing(level: Level, n_rows: int) -> Iterator[None]:
-    """Put ``level`` back to what it was if anything is raised, ``KeyboardInterrupt`` included.
+    """Restore ``level`` if anything is raised in the block, ``KeyboardInterrupt`` included.
 
-    Parameters, counters, statistics, the state of the optimizer and the buffer's rows are put
-    back; random number generators go on.
+    Parameters, counters, statistics, the state of the optimizer and the buffer's rows are
+    restored; random number generators are not.
 
     Args:
-        level: A level that may learn.
-        n_rows: Rows that it may store, at most.
+        level: The level that learns in the block.
+        n_rows: Upper bound of the rows that it stores.
     """
     rows = None if level.buffer is None else Overwritten(level.buffer, n_rows)
     with undone_on_error(*(one for one in (level, level.optim) if one is not None)):

@@ -32,9 +32,9 @@ class DQNLearner(Learner):
         hidden_sizes: Width of each hidden layer.
         gamma: Discount over one of the level's own actions.
         lr: Learning rate.
-        tau: Share of the way that the target network goes at each update.
+        tau: Share by which the target network moves towards the network at each update.
         epsilon: Share of the actions that are drawn at random while exploring.
-        double: Whether the next action is chosen by the network and valued by the target network;
+        double: Whether the network chooses the next action and the target network evaluates it;
             otherwise the target network does both.
 
     Raises:
@@ -64,7 +64,7 @@ class DQNLearner(Learner):
         check_number("epsilon", epsilon, 0.0, 1.0)
         check_flag("double", double)
         n = width(action_spec)
-        # TorchRL's actor writes choices without a last axis, and its loss reads both.
+        # TorchRL's actor writes choices without a last axis; its loss reads either form.
         spec = action_spec if isinstance(action_spec, OneHot) else Categorical(n)
         net = FlatMLP(["features"], ["action_value"], (n_features, *hidden_sizes, n))
         loss = DQNLoss(
@@ -78,7 +78,7 @@ class DQNLearner(Learner):
         self.action_spec = action_spec
 
     def act(self, features: Tensor, *, explore: bool) -> Tensor:
-        """Take the choice of the highest value, or any while exploring."""
+        """Take the choice with the highest value; while exploring sometimes a random one."""
         values = mlp(features, layers(self.loss.value_network_params["module", "0"]))
         choice = values.argmax(-1)
         if explore and self.epsilon:

@@ -1,4 +1,4 @@
-"""Levels that do not learn: for tests, baselines, and in place of one that is not there yet."""
+"""Levels that do not learn: for tests, baselines, and as placeholders."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _FixedLevel(Level):
         return {}
 
     def _batch(self, tensordict: TensorDictBase) -> tuple[torch.Size, torch.device]:
-        """Shape ``*B`` and device, which the observation says."""
+        """Return shape ``*B`` and device of the observation."""
         hint = "it acts once for each observation"
         observation = require(tensordict, self.observation_key, reader=self.name, hint=hint)
         return observation.shape[:-1], observation.device
@@ -39,7 +39,7 @@ class RandomLevel(_FixedLevel):
     torch.Size([7, 1])
 
     Args:
-        input_spec: See :class:`Level`; what comes from above is ignored.
+        input_spec: See :class:`Level`; the input is ignored.
         duration: See :class:`Level`.
     """
 
@@ -69,12 +69,12 @@ class ConstantLevel(_FixedLevel):
             [0.5000]])
 
     Args:
-        action: As the action spec says, ``[A]`` (or one choice, ``[]`` or one-hot).
-        input_spec: See :class:`Level`; what comes from above is ignored.
+        action: In the form of the action spec: ``[A]``, or a choice ``[]`` or one-hot.
+        input_spec: See :class:`Level`; the input is ignored.
         duration: See :class:`Level`.
 
     Raises:
-        TypeError, ValueError: From :meth:`setup`, where the action is none of the action spec's.
+        TypeError, ValueError: In :meth:`setup`: an action outside the action spec.
     """
 
     action: Tensor
@@ -101,11 +101,11 @@ class ConstantLevel(_FixedLevel):
 
 
 class ActionSequenceLevel(_FixedLevel):
-    """Plays a sequence of actions, from its start at each new input, or at each reset.
+    """Plays a sequence of actions, which starts at each new input, or at each reset.
 
     Below another level it hands control back at the end of the sequence, or after ``duration``.
-    Beyond the end it holds the last action. Without an input from above it carries ``"n_played"
-    [*B, 1]``, how many actions were played, in the TensorDict.
+    After the end it repeats the last action. Without an input from above, the number of actions
+    played travels in the TensorDict as ``"n_played" [*B, 1]``.
 
     >>> env = get_task("InvertedPendulum-v5").make(seed=0)
     >>> level = ActionSequenceLevel(torch.tensor([[1.0], [-1.0]]))
@@ -115,13 +115,13 @@ class ActionSequenceLevel(_FixedLevel):
     tensor([ 1., -1.])
 
     Args:
-        actions: ``[n, A]``, or ``n`` choices as the action spec says.
-        input_spec: See :class:`Level`; what comes from above is ignored.
+        actions: ``[n, A]``, or ``n`` choices in the form of the action spec.
+        input_spec: See :class:`Level`; the input is ignored.
         duration: Actions after which control goes back; those of the sequence by default.
 
     Raises:
-        ValueError: No actions; ``duration`` without an ``input_spec``. TypeError, ValueError: From
-            :meth:`setup`, where some action is none of the action spec's.
+        ValueError: No actions; ``duration`` without an ``input_spec``. TypeError, ValueError: In
+            :meth:`setup`: an action outside the action spec.
     """
 
     actions: Tensor
@@ -158,7 +158,7 @@ class ActionSequenceLevel(_FixedLevel):
         self.actions = canonical_action(action_spec, self.actions, batch)
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
-        """How many actions were played, ``[1]`` int64, where nothing from above says it."""
+        """Return the transform that carries the number of actions played, without an input."""
         carried = Composite()
         if self.input_spec is None:
             carried[self.position_key] = Unbounded((1,), dtype=torch.int64)
@@ -168,7 +168,7 @@ class ActionSequenceLevel(_FixedLevel):
         """Write the action for ``[*B]``.
 
         Raises:
-            KeyError: Without the observation, or the position in the sequence.
+            KeyError: The observation or the position in the sequence is missing.
         """
         self._batch(tensordict)
         hint = "append its make_tensordict_primer() to the environment, or put it into a Hierarchy"

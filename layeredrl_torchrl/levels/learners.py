@@ -1,4 +1,4 @@
-"""A TorchRL loss, the policy that it trains, and the target networks that follow."""
+"""A TorchRL loss with the policy that it trains and its target networks."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ __all__ = ["Learner"]
 class Learner(nn.Module, ABC):
     """The policy and the loss of a :class:`~layeredrl_torchrl.ModelFreeLevel`.
 
-    A subclass builds a TorchRL loss over the key ``"features"``, and says what its policy does.
-    Gradient steps are taken with Adam on the sum of the loss's ``"loss_..."`` terms (``"loss"``,
-    if it has one); after each, the target networks follow by TorchRL's ``SoftUpdate``.
+    A subclass builds a TorchRL loss over the key ``"features"``, and implements the policy in
+    :meth:`act`. Gradient steps are taken with Adam on the sum of the loss's terms that begin with
+    ``"loss"``; after each, TorchRL's ``SoftUpdate`` updates the target networks.
 
-    All parameters lie in ``loss``, where TorchRL keeps them. Copies and pickles act and do not
-    learn.
+    All parameters belong to ``loss``, as TorchRL has it. Copies and pickles can act but not learn.
 
     >>> learner = SACLearner(3, Bounded(-1.0, 1.0, (1,)))
     >>> "features" in learner.loss.in_keys
@@ -36,7 +35,7 @@ class Learner(nn.Module, ABC):
             ``reward``, ``terminated`` and ``done``, each ``[N, 1]``. It has target networks.
         gamma: Discount over one of the level's own actions, in ``[0, 1]``.
         lr: Learning rate.
-        tau: Share of the way that the targets go at each update, in ``(0, 1]``.
+        tau: Share by which target networks move at each update, in ``(0, 1]``.
 
     Raises:
         ValueError: Numbers outside their range.
@@ -49,7 +48,7 @@ class Learner(nn.Module, ABC):
         check_number("tau", tau, 0.0, 1.0, open_low=True)
         loss.make_value_estimator(ValueEstimators.TD0, gamma=gamma)
         self.loss = loss
-        # It sets the targets to what they follow, so it is built before anything is loaded.
+        # SoftUpdate copies the networks to their targets, so it is built before a state is loaded.
         self._targets: SoftUpdate | None = SoftUpdate(loss, tau=tau)
         self.optim: torch.optim.Optimizer | None = torch.optim.Adam(
             loss.parameters(), lr=lr, fused=True
@@ -57,27 +56,32 @@ class Learner(nn.Module, ABC):
         refuse_other_shapes(self.optim)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: without what only learning needs, and would go on changing the original."""
+        """Leave out the parts that only learning needs, which would change the original."""
         return {**self.__dict__, "_targets": None, "optim": None}
 
     @abstractmethod
     def act(self, features: Tensor, *, explore: bool) -> Tensor:
-        """Actions for ``features [*B, F]``, as the action spec says; the best ones if told so."""
+        """Return actions for ``features [*B, F]`` in the form of the spec.
+
+        Args:
+            features: ``[*B, F]``.
+            explore: Whether to explore; otherwise the actions are deterministic.
+        """
 
     def prepare(self, action: Tensor) -> Tensor:
-        """Actions ``[N]`` of the action spec in the form that the loss reads."""
+        """Turn actions ``[N]`` of the spec into the form that the loss reads."""
         return action
 
     def update(self, batch: TensorDictBase) -> dict[str, Tensor]:
-        """One gradient step on ``batch [N]``, whose actions are prepared.
+        """Take one gradient step on ``batch [N]``, whose actions are prepared.
 
         Returns:
             The loss's terms, scalars without gradient.
 
         Raises:
-            ValueError: A loss that is not finite: on a CPU nothing is changed, on an accelerator it
-                is found by a later call.
-            RuntimeError: A copy.
+            ValueError: A loss that is not finite: on a CPU nothing is changed, on an accelerator a
+                later call raises.
+            RuntimeError: This is a copy.
         """
         if self.optim is None or self._targets is None:
             raise RuntimeError(

@@ -1,4 +1,4 @@
-"""The base of levels."""
+"""The base class of levels."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ __all__ = ["Level"]
 
 
 class Level(OnePrimer, WholeState):
-    """A policy that learns, of one time scale; alone, or in a hierarchy.
+    """A policy of one time scale that learns, alone or in a hierarchy.
 
-    Called with a TensorDict ``[*B]`` it reads the observation, where it has an ``input_spec`` also
-    the input from above, and writes its action; the call changes nothing in the level, so copies
-    of it in worker processes agree. What lasts over steps travels in the TensorDict, and the
+    Called with a TensorDict ``[*B]``, it reads the observation and, if it has an ``input_spec``,
+    the input from above, and writes its action. The call does not change the level, so its copies
+    in worker processes agree. State that lasts over steps travels in the TensorDict, for which the
     environment needs the transform :meth:`make_tensordict_primer` (collectors append it by
-    themselves with ``auto_register_policy_transforms=True``). Everything else that lasts is changed
-    by :meth:`learn` alone and is in the ``state_dict``.
+    themselves with ``auto_register_policy_transforms=True``). All other state is changed by
+    :meth:`learn` only and belongs to the ``state_dict``.
 
-    An action is whatever the action spec says: a torque for the environment, or a skill for
-    another level to carry out over many environment steps. The spaces are known from
-    :meth:`setup` on, which a hierarchy calls: the action space of a level is the ``input_spec``
-    of the level below it, that of the lowest is the environment's.
+    The action can be a torque for the environment, or a skill that another level carries out over
+    many environment steps. The spaces are known from :meth:`setup` on, which a hierarchy calls: the
+    action space of a level is the ``input_spec`` of the level below it, and that of the lowest is
+    the environment's.
 
-    ``name`` stands for it in messages and logs: the name of its class, until you set another.
+    ``name`` is used in messages and logs. It is the name of the class unless you set another.
 
-    A subclass implements ``_build``, called once by :meth:`setup`, ``forward`` and ``learn``; it
-    may name other keys, carry memory, and hand back control by another rule.
+    A subclass implements ``forward`` and ``learn``, and ``_build``, which :meth:`setup` calls once.
+    It may use other keys, carry memory, and hand back control by another rule.
 
     >>> class Clamped(Level):
     ...     def forward(self, tensordict):
@@ -52,11 +52,12 @@ class Level(OnePrimer, WholeState):
     tensor([0.5000, 1.0000])
 
     Args:
-        input_spec: Spec (or gymnasium space) of what it takes from above (a skill, a subgoal);
-            ``None`` for nothing, as the highest level.
+        input_spec: Spec (or gymnasium space) of its input from above, a skill or a subgoal;
+            ``None`` for the highest level, which has none.
         duration: Own actions after which it hands control back to the level above.
-        reward_func: Reward of its own: the transitions that :meth:`learn` is given, ``[N]``, to
-            ``[N]`` or ``[N, 1]``. By default the environment's, summed over the action.
+        reward_func: Computes a reward of its own, ``[N]`` or ``[N, 1]``, from the transitions
+            ``[N]`` that :meth:`learn` is given. By default the environment's reward, summed over
+            the action, is used.
         each_step: Whether it learns from every environment step under its action instead of from
             the action as a whole. Not for the lowest level, where both are the same.
 
@@ -72,9 +73,9 @@ class Level(OnePrimer, WholeState):
     input_key: NestedKey = "input"
     action_key: NestedKey = "action"
     reward_key: NestedKey = "reward"
-    #: What ``each_step`` of the level above has to be; ``None`` for either.
+    #: The ``each_step`` that the level above must have; ``None`` for either.
     parent_each_step: bool | None = None
-    #: Where transitions are stored, if they are.
+    #: The buffer that transitions are stored in; ``None`` if they are not stored.
     buffer: ReplayBuffer | None = None
 
     def __init__(
@@ -99,7 +100,7 @@ class Level(OnePrimer, WholeState):
     # -- spaces -----------------------------------------------------------------------------
 
     def setup(self, observation_space: TensorSpec, action_space: TensorSpec | Space) -> None:
-        """Make everything whose size depends on the spaces.
+        """Build the parts whose sizes depend on the spaces.
 
         A second call with the same spaces does nothing, so a level that learned alone can be put
         into a hierarchy.
@@ -109,7 +110,7 @@ class Level(OnePrimer, WholeState):
             action_space: Spec (or gymnasium space) of one action.
 
         Raises:
-            ValueError: It is set up for other spaces already. And as the level's parts.
+            ValueError: It is set up for other spaces already. And as the level's parts raise.
         """
         action_spec = to_spec(action_space, name="action_spec")
         if self._action_spec is None:
@@ -132,7 +133,7 @@ class Level(OnePrimer, WholeState):
 
     @property
     def action_spec(self) -> TensorSpec:
-        """Spec of one action, what the level emits; ``RuntimeError`` before :meth:`setup`."""
+        """Spec of one action; ``RuntimeError`` before :meth:`setup`."""
         if self._action_spec is None:
             raise RuntimeError(
                 f"{self.name} knows no spaces yet; put it into a Hierarchy, or call "
@@ -141,23 +142,23 @@ class Level(OnePrimer, WholeState):
         return self._action_spec
 
     def _build(self, observation_space: TensorSpec, action_spec: TensorSpec) -> None:
-        """Make the parts. Overridden by levels that have any."""
+        """Build the parts; a hook for levels that have some."""
 
-    # -- what a hierarchy asks --------------------------------------------------------------
+    # -- for hierarchies --------------------------------------------------------------------
 
     @property
     def predictor(self) -> Predictor | None:
-        """The level's model of the world on its own time scale; ``None`` without one."""
+        """The level's model of the world on its own time scale; ``None`` if it has none."""
         return None
 
     @property
     def optim(self) -> torch.optim.Optimizer | None:
-        """The torch optimizer of :meth:`learn`, to be saved beside the level; ``None`` for none."""
+        """The torch optimizer of :meth:`learn`, to be saved beside the level; may be ``None``."""
         return None
 
     @property
     def record(self) -> Composite:
-        """Specs of what a call writes beside the action and belongs to the transition."""
+        """Specs of further entries that a call writes and that belong to the transition."""
         return Composite()
 
     @property
@@ -166,7 +167,9 @@ class Level(OnePrimer, WholeState):
         return self._parent_predictor
 
     def attach(self, parent_predictor: Predictor | None) -> None:
-        """Show the level the predictor of the level above, which owns, saves and trains it.
+        """Give the level access to the predictor of the level above.
+
+        The level above owns, saves and trains it.
 
         Raises:
             TypeError: Not a predictor. ValueError: ``None`` for a level that needs one.
@@ -176,13 +179,13 @@ class Level(OnePrimer, WholeState):
                 f"parent_predictor must be a Predictor or None, got "
                 f"{type(parent_predictor).__name__}; pass the upper level's .predictor"
             )
-        # Around torch's registration: its weights are not this level's.
+        # Not registered, since its weights belong to the level above.
         self.__dict__["_parent_predictor"] = parent_predictor
 
     def hands_back(self, tensordict: TensorDictBase) -> Tensor:
-        """Whether the level is done with its input and control goes back up, bool ``[*B, 1]``.
+        """Return whether the level hands control back to the level above, bool ``[*B, 1]``.
 
-        Asked before each of its actions but the first on an input.
+        A hierarchy calls it before each of the level's actions but the first on an input.
 
         Args:
             tensordict: ``[*B]`` with the observation, the input and ``"n_actions" [*B, 1]``, its
@@ -194,7 +197,7 @@ class Level(OnePrimer, WholeState):
         return n_actions >= self.duration
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
-        """The transform that carries the level's memory over steps and clears it at resets."""
+        """Return the transform that carries the memory over steps and clears it at resets."""
         return TensorDictPrimer(Composite(), expand_specs=True)
 
     # -- acting and learning ----------------------------------------------------------------
@@ -205,10 +208,11 @@ class Level(OnePrimer, WholeState):
 
     @abstractmethod
     def learn(self, data: TensorDictBase) -> dict[str, float]:
-        """Learn from transitions that this level made.
+        """Learn from the transitions of this level.
 
-        Alone it is given what a collector yields, ``[T]`` or ``[env, T]``. In a hierarchy, ``[N]``
-        transitions as :class:`~layeredrl_torchrl.Hierarchy` lays them out.
+        Args:
+            data: Alone, the batch of a collector, ``[T]`` or ``[env, T]``; in a hierarchy, ``[N]``
+                transitions as :class:`~layeredrl_torchrl.Hierarchy` lays them out.
 
         Returns:
             Terms of the loss and counts, by name.
@@ -216,7 +220,7 @@ class Level(OnePrimer, WholeState):
 
 
 def _shape(space: TensorSpec | Space) -> object:
-    """The shape of one observation or action; of what a TorchRL environment observes, too."""
+    """Return the shape of one observation or action, or of a Composite's ``"observation"``."""
     if isinstance(space, Composite) and "observation" in space.keys():
         space = space["observation"]
     return getattr(space, "shape", None)

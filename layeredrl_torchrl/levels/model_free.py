@@ -46,17 +46,15 @@ _HINT = "pass what a collector of this level yields; what comes from above is gi
 class ModelFreeLevel(LearningLevel):
     """A policy, trained by one of TorchRL's losses on a replay buffer.
 
-    As a lower level it reads the observation, the input, and which share of its duration is left
-    (a skill that is paid at its last step has to know when that is). Its value does not look beyond
-    the end of an input, unless you say so. Alone it is a policy for any TorchRL collector; give it
-    ``env=`` then.
+    As a lower level it reads the observation, the input, and the remaining share of its duration
+    (a skill that is rewarded at its last step needs to know when that is). By default its value
+    ends with the input. Alone it is a policy for any TorchRL collector; give it ``env=`` then.
 
-    After its initial random steps (1,000 by default) it explores as its learner does; in evaluation
-    it does neither. Rewards are learned in units of their root mean square, so their scale does not
-    matter.
+    After its initial random steps (1,000 by default) its learner explores; in evaluation it does
+    neither. Rewards are divided by their root mean square, so their scale does not matter.
 
-    A subclass may override ``_sampled(data [N]) -> data``, which every sampled batch passes through
-    before it is learned from: rewards that change as others learn are worked out there.
+    A subclass may override ``_sampled(data [N]) -> data``, which prepares every sampled batch, to
+    compute rewards that change while other levels learn.
 
     >>> env = get_task("InvertedPendulum-v5").make(seed=0)
     >>> level = ModelFreeLevel(env=env, learner_factory=SACLearner, n_initial_random_steps=10)
@@ -65,10 +63,10 @@ class ModelFreeLevel(LearningLevel):
     4.0
 
     Args:
-        observation_space: Spec (or gymnasium space) of one observation ``[obs]``; of several, in a
-            ``Composite``, the one below ``observation_key``.
+        observation_space: Spec (or gymnasium space) of one observation ``[obs]``; in a
+            ``Composite``, the entry ``observation_key`` counts.
         action_space: Spec or space of one action.
-        learner_factory: Called as ``learner_factory(n_features, action_spec)``, gives the
+        learner_factory: Called as ``learner_factory(n_features, action_spec)``, returns the
             :class:`~layeredrl_torchrl.levels.Learner`: ``partial(SACLearner, gamma=0.98)`` for
             actions within bounds, ``partial(DQNLearner, ...)`` for choices.
         env: A TorchRL environment to take both spaces, and the keys of action and reward from.
@@ -81,12 +79,12 @@ class ModelFreeLevel(LearningLevel):
             ``logger``.
 
     Raises:
-        TypeError: A factory that gives something else; other types. ValueError: Numbers outside
+        TypeError: A factory that returns something else; other types. ValueError: Numbers outside
             their range; options without effect; spaces that the learner cannot work with; a buffer
-            whose sampler draws slices, or by priorities, which this level does not update.
+            with a sampler of slices or of priorities, which this level does not update.
     """
 
-    #: Whether rewards are learned in units of the root mean square of those that were stored.
+    #: Whether to divide rewards by the root mean square of the stored ones.
     scales_rewards: bool = True
 
     def __init__(
@@ -150,13 +148,13 @@ class ModelFreeLevel(LearningLevel):
         features = InputFeatures(self.observation_dim, self.input_spec, self.duration)
         learner = self.learner_factory(features.dim, action_spec)
         hint = "pass partial(SACLearner, ...) or partial(DQNLearner, ...)"
-        check_instance("what learner_factory gives", learner, Learner, hint=hint)
+        check_instance("the result of learner_factory", learner, Learner, hint=hint)
         self.features, self.learner = features, learner
         self.random_actions, self.reward_scale = RandomActions(action_spec), RewardScale()
 
     @property
     def optim(self) -> torch.optim.Optimizer | None:
-        """The learner's; ``RuntimeError`` before :meth:`setup`, ``None`` in a copy."""
+        """The learner's optimizer; ``RuntimeError`` before :meth:`setup`, ``None`` in a copy."""
         self.action_spec  # noqa: B018 - raises
         return self.learner.optim
 
@@ -173,7 +171,7 @@ class ModelFreeLevel(LearningLevel):
         """Write the action for ``[*B]``.
 
         Raises:
-            KeyError: Without the observation, or without what comes from above.
+            KeyError: The observation or the input from above is missing.
             TypeError, ValueError: Observations or inputs of another width or kind, or not finite.
             RuntimeError: Before :meth:`setup`.
         """
@@ -191,7 +189,7 @@ class ModelFreeLevel(LearningLevel):
         return tensordict.set(self.action_key, action)
 
     def _check_read(self, observation: Tensor, given: Tensor | None = None) -> None:
-        """Raise unless observation and input are what the level was set up for."""
+        """Raise unless observation and input fit the spaces that the level was set up for."""
         key, hint = str(self.observation_key), "repair it in the environment"
         check_width(key, observation, self.observation_dim, hint=hint)
         check_finite(key, observation, hint=hint)
@@ -210,7 +208,7 @@ class ModelFreeLevel(LearningLevel):
 
     @property
     def stored_keys(self) -> tuple[list[NestedKey], list[NestedKey]]:
-        """Keys that the networks read, and those that say how the transition ended."""
+        """Keys that the networks read, and those of the ends of transitions."""
         done = ["terminated", "done"]
         if self.input_spec is not None and self.input_ends:
             done.append("input_done")
@@ -219,7 +217,7 @@ class ModelFreeLevel(LearningLevel):
         return [*self.in_keys, self.action_key, following, self.next_reward_key, *ends], []
 
     def _checked(self, data: TensorDictBase) -> TensorDictBase:
-        """``data`` with one axis."""
+        """Return ``data`` with one axis."""
         rows = data.reshape(-1)
         required, _ = self.stored_keys
         flags = [("next", key) for key in ("terminated", "done", "input_done")]
@@ -242,11 +240,11 @@ class ModelFreeLevel(LearningLevel):
             self.reward_scale.observe(data.get(self.next_reward_key))
 
     def _sampled(self, data: TensorDictBase) -> TensorDictBase:
-        """Prepare sampled transitions ``[N]`` for learning; by default they stay as they are."""
+        """Prepare sampled transitions ``[N]`` for learning; a hook, by default nothing is done."""
         return data
 
     def _arguments(self, data: TensorDictBase) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the entries of transitions ``[N]`` that the features are made of."""
+        """Return the entries of transitions ``[N]`` that the features are computed from."""
         observation: Tensor = data.get(self.observation_key)
         if self.input_spec is None:
             return observation, None, None

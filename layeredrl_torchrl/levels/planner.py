@@ -1,4 +1,4 @@
-"""What a planner has to be for a level."""
+"""The interface of a level's planner."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from tensordict import NestedKey, TensorDictBase
+from torch import nn
+from torchrl.data import TensorSpec
 from torchrl.envs import TensorDictPrimer
 
-__all__ = ["Planner"]
+from layeredrl_torchrl.predictors import Predictor
+
+__all__ = ["Planner", "check_planner"]
 
 
 @runtime_checkable
 class Planner(Protocol):
     """The planner of a :class:`PlannerLevel`: a policy whose memory can be forgotten.
 
-    It is called with a TensorDict ``[*B]`` that has its ``in_keys``, and writes the action below
-    ``action_key`` and what it remembers below ``"next"``. If it is a module that holds the
-    predictor, it is saved with the level.
+    It is called with a TensorDict ``[*B]`` that has its ``in_keys``, and writes the action under
+    ``action_key`` and its memory under ``"next"``. If it is a module that holds the predictor, it
+    is saved with the level.
     """
 
     in_keys: list[Any]
@@ -31,7 +35,40 @@ class Planner(Protocol):
     def forget(
         self, batch: Sequence[int] = (), device: torch.device | None = None
     ) -> TensorDictBase:
-        """A memory of nothing for ``[*B]``, laid out as the root of a TensorDict carries it."""
+        """Return an empty memory for ``[*B]``, with the keys that a TensorDict carries it under."""
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
-        """The transform that carries the memory over steps; zeros are a memory of nothing."""
+        """Return the transform that carries the memory over steps; zeros are an empty memory."""
+
+
+def check_planner(planner: object, predictor: Predictor, action_spec: TensorSpec) -> bool:
+    """Check the result of a planner factory; return whether it holds the predictor as a part.
+
+    Args:
+        planner: The result.
+        predictor: The predictor that the factory was called with.
+        action_spec: The spec that it was called with.
+
+    Raises:
+        TypeError: Not a planner. ValueError: One with another predictor, or for other actions.
+    """
+    if not isinstance(planner, Planner) or isinstance(planner, type):
+        raise TypeError(
+            f"planner_factory gave a {type(planner).__name__}, expected a planner like "
+            "ICEMPlanner: a policy with in_keys, out_keys, action_key, forget() and "
+            "make_tensordict_primer(); pass partial(ICEMPlanner, horizon=...)"
+        )
+    parts = list(planner.modules()) if isinstance(planner, nn.Module) else []
+    held = [part for part in parts if isinstance(part, Predictor)]
+    if held and not any(part is predictor for part in held):
+        raise ValueError(
+            "planner_factory gave a planner in another predictor than it was called with, so "
+            "what is learned would not be planned in; hand its first argument on"
+        )
+    planned = getattr(planner, "action_spec", action_spec)
+    if planned.cpu() != action_spec.cpu():
+        raise ValueError(
+            f"planner_factory gave a planner for {planned}, but the level's actions are "
+            f"{action_spec}; hand action_spec= on"
+        )
+    return bool(held)

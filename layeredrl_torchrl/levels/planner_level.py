@@ -1,4 +1,4 @@
-"""A level that plans in a predictor which it learns."""
+"""A level that plans with a predictor that it learns."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from layeredrl_torchrl._checks import (
 from layeredrl_torchrl._watch import is_at_once, watched
 from layeredrl_torchrl.levels._learning import LearningLevel, LearningOptions, spaces_of
 from layeredrl_torchrl.levels._random_actions import RandomActions
+from layeredrl_torchrl.levels._random_phases import random_phases
 from layeredrl_torchrl.levels._rows import (
     check_choice,
     check_flags,
@@ -30,7 +31,7 @@ from layeredrl_torchrl.levels._rows import (
     with_known_ends,
 )
 from layeredrl_torchrl.levels._storing import n_rows_along_time
-from layeredrl_torchrl.levels.planner import Planner
+from layeredrl_torchrl.levels.planner import Planner, check_planner
 from layeredrl_torchrl.objectives import TransitionSlices
 from layeredrl_torchrl.predictors import Predictor, RewardPredictor
 from layeredrl_torchrl.specs import ObservationSpace, Space
@@ -41,22 +42,22 @@ _HINT = "pass what a collector of this level yields"
 
 
 class PlannerLevel(LearningLevel):
-    """A predictor, a planner in it, random phases and a learning schedule in one policy.
+    """A predictor, its planner, random phases and a learning schedule in one policy.
 
-    It reads what the planner reads, and writes the action, the planner's memory one step on, and
-    ``random_action_key [*B, 1]``, bool: whether the action was drawn at random instead of planned.
-    (So a value function learns from the planner's actions only; see
-    :class:`~layeredrl_torchrl.PredictorLoss`.) A random step leaves the planner nothing to start
-    the next plan from. Actions that this level did not choose, such as those of a collector's
-    ``init_random_frames``, are stored as random ones.
+    It reads the entries that the planner reads. It writes the action, the planner's memory for the
+    next step, and ``random_action_key [*B, 1]``, bool: whether the action was drawn at random
+    instead of planned, so that a value function learns from the planner's actions only (see
+    :class:`~layeredrl_torchrl.PredictorLoss`). A random step clears the planner's memory. Actions
+    that this level did not choose, such as those of a collector's ``init_random_frames``, are
+    stored as random ones.
 
     It acts randomly during the initial random steps (500 by default), and later in random phases;
     in evaluation it never does.
 
     Without spaces it waits for :meth:`setup`, so that a hierarchy can put it above another level.
     An action may then take many environment steps (``("next", "elapsed_steps")``), by which values
-    are discounted; one that was cut short by a time limit is not learned from, as it does not show
-    where the action leads.
+    are discounted. The level does not learn from an action that a time limit cut short, which does
+    not show where the action leads.
 
     >>> from functools import partial
     >>> from torchrl.collectors import Collector
@@ -78,27 +79,27 @@ class PlannerLevel(LearningLevel):
     Args:
         observation_space: Space or spec of one observation, as the predictor factory takes it.
         action_space: Space or spec of one action.
-        predictor_factory: Called with both, gives the predictor: a
+        predictor_factory: Returns the predictor for both spaces: a
             :class:`~layeredrl_torchrl.PredictorFactory`, or a function.
-        planner_factory: Called as ``planner_factory(predictor, action_spec=...)``, gives the
+        planner_factory: Called as ``planner_factory(predictor, action_spec=...)``, returns the
             planner: ``partial(ICEMPlanner, horizon=15)``, or another policy with ``action_key``,
             ``make_tensordict_primer()`` and ``forget(batch, device)``.
-        env: A TorchRL environment to take both spaces from, and the layout of the data.
+        env: A TorchRL environment to take both spaces and the axes of the data from.
         random_prob: Probability that a random phase begins at a step outside of one.
         random_duration: Steps of a random phase; its actions are independent of each other.
         model_batch_size: Transitions in a batch for the dynamics model; ``batch_size`` is in
             slices, for reward, value and encoder.
-        device: Where predictor and planner are put; they stay where they are by default.
+        device: Device to move predictor and planner to; by default they are not moved.
         random_action_key: See above.
-        state_key: Key of what random phases carry from step to step: 0 until the level has acted,
-            then 1 plus the random steps that are left.
+        state_key: Key of the state of random phases, which travels from step to step: 0 until the
+            level has acted, then 1 plus the random steps that are left.
         **options: Those of :class:`LearningLevel`: the buffer, the schedule, ``batch_size``,
             ``logger``.
 
     Raises:
-        TypeError: A factory that gives something else; other types. ValueError: Numbers outside
+        TypeError: A factory that returns something else; other types. ValueError: Numbers outside
             their range; ``env`` beside spaces, or one space without the other; ``buffer_size``
-            beside a ``buffer``; a planner in another predictor or for other actions; keys that
+            beside a ``buffer``; a planner with another predictor or for other actions; keys that
             are not the environment's; a ``model_batch_size`` that the predictor's members cannot
             share.
     """
@@ -122,7 +123,7 @@ class PlannerLevel(LearningLevel):
         observation_space, action_space = spaces_of(observation_space, action_space, env)
         super().__init__(n_axes=None if env is None else 1 + len(env.batch_size), **options)
         if self.buffer is not None:
-            TransitionSlices(self.buffer)  # raises for samplers that learning would not use
+            TransitionSlices(self.buffer)  # raises for samplers that learning would bypass
         self.random_prob = check_number("random_prob", random_prob, 0.0, 1.0)
         self.random_duration = check_positive_int("random_duration", random_duration)
         self.model_batch_size = check_positive_int("model_batch_size", model_batch_size)
@@ -139,37 +140,19 @@ class PlannerLevel(LearningLevel):
 
     def _build(self, observation_space: ObservationSpace, action_spec: TensorSpec) -> None:
         predictor = self.predictor_factory(observation_space, action_spec)
-        hint = "predictor_factory has to give one"
+        hint = "predictor_factory has to return one"
         check_instance("predictor", predictor, Predictor, hint=hint)
         if isinstance(predictor, RewardPredictor):
-            # Raises now what would otherwise be raised after the random phase.
+            # Raises now instead of after the initial random steps.
             n_models = predictor.model.n_models
             predictor.model_training.member_batches.n_rows(self.model_batch_size, n_models)
         if self._device is not None:
             predictor = predictor.to(self._device)
         planner = self.planner_factory(predictor, action_spec=action_spec)
-        if not isinstance(planner, Planner) or isinstance(planner, type):
-            raise TypeError(
-                f"planner_factory gave a {type(planner).__name__}, expected a planner like "
-                "ICEMPlanner: a policy with in_keys, out_keys, action_key, forget() and "
-                "make_tensordict_primer(); pass partial(ICEMPlanner, horizon=...)"
-            )
-        parts = list(planner.modules()) if isinstance(planner, torch.nn.Module) else []
-        held = [part for part in parts if isinstance(part, Predictor)]
-        if held and not any(part is predictor for part in held):
-            raise ValueError(
-                "planner_factory gave a planner in another predictor than it was called with, so "
-                "what is learned would not be planned in; hand its first argument on"
-            )
-        planned = getattr(planner, "action_spec", action_spec)
-        if planned.cpu() != action_spec.cpu():
-            raise ValueError(
-                f"planner_factory gave a planner for {planned}, but the level's actions are "
-                f"{action_spec}; hand action_spec= on"
-            )
+        holds_predictor = check_planner(planner, predictor, action_spec)
         self.planner = planner
         # A predictor that the planner holds is not registered, and saved, a second time.
-        if held:
+        if holds_predictor:
             self.__dict__["_predictor"] = predictor
         else:
             self._predictor = predictor
@@ -188,7 +171,7 @@ class PlannerLevel(LearningLevel):
         self._check_learned_keys(predictor)
 
     def _check_learned_keys(self, predictor: Predictor) -> None:
-        """Raise unless the predictor learns from the entries that it is acted upon with."""
+        """Raise unless the predictor learns from the entries that the level reads and writes."""
         loss = getattr(predictor, "predictor_loss", None)
         if loss is None:
             return
@@ -222,22 +205,22 @@ class PlannerLevel(LearningLevel):
 
     @property
     def predictor(self) -> Predictor:
-        """The predictor that is learned and planned in; ``RuntimeError`` before :meth:`setup`."""
+        """The predictor that the level learns; ``RuntimeError`` before :meth:`setup`."""
         self.action_spec  # noqa: B018 - raises
         return self._predictor
 
     @property
     def record(self) -> Composite:
-        """Whether the action was random."""
+        """Spec of the flag that marks random actions."""
         return Composite({self.random_action_key: Binary(1, dtype=torch.bool)})
 
     @property
     def optim(self) -> torch.optim.Optimizer | None:
-        """The predictor's; ``None`` where it has none, as a ``StaticPredictor``."""
+        """The predictor's optimizer; ``None`` if it has none, like a ``StaticPredictor``."""
         return getattr(self.predictor, "optim", None)
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
-        """The planner's memory, and what random phases carry, ``[1]`` int64."""
+        """Return the transform that carries the planner's memory and the random steps left."""
         carried = self.planner.make_tensordict_primer().primers.clone()
         carried[self.state_key] = Unbounded((1,), dtype=torch.int64)
         return TensorDictPrimer(carried, expand_specs=True)
@@ -247,10 +230,10 @@ class PlannerLevel(LearningLevel):
     @watched
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write the action for ``[*B]``, whether it is random, and what the next step needs.
+        """Write the action for ``[*B]``, whether it is random, and the memory for the next step.
 
         Raises:
-            KeyError: Without the observation, or without what the primer carries.
+            KeyError: The observation or the memory is missing.
         """
         hint = (
             "append its make_tensordict_primer() to the environment (collectors do so with "
@@ -258,7 +241,9 @@ class PlannerLevel(LearningLevel):
         )
         carried = require(tensordict, self.state_key, reader=self.name, hint=hint)
         warming_up = self.explores and self.warming_up
-        random, left = self._phases((carried - 1).clamp_min(0), warming_up)
+        prob = self.random_prob if self.explores else 0.0
+        left = (carried - 1).clamp_min(0)
+        random, left = random_phases(left, warming_up, prob, self.random_duration)
         if random is None:
             self.planner(tensordict)
             random = torch.zeros_like(left, dtype=torch.bool)
@@ -269,30 +254,10 @@ class PlannerLevel(LearningLevel):
         tensordict.set(unravel_key(("next", self.state_key)), left + 1)
         return tensordict
 
-    def _phases(self, left: Tensor, warming_up: bool | Tensor) -> tuple[Tensor | None, Tensor]:
-        """Which instances act randomly now, and their random steps left after it, ``[*B, 1]``.
-
-        ``None`` stands for no instance.
-        """
-        none_left = torch.zeros_like(left)
-        if warming_up is True:
-            return torch.ones_like(left, dtype=torch.bool), none_left
-        phases = self.explores and self.random_prob > 0.0
-        if not phases and warming_up is False:
-            return None, none_left
-        if not phases:
-            return warming_up | torch.zeros_like(left, dtype=torch.bool), none_left
-        starts = torch.rand(left.shape, device=left.device) < self.random_prob
-        left = torch.where(starts & (left == 0), self.random_duration, left)
-        if isinstance(warming_up, Tensor):
-            random = warming_up | (left > 0)
-            return random, torch.where(warming_up, none_left, (left - 1).clamp_min(0))
-        return left > 0, (left - 1).clamp_min(0)
-
     def _act_randomly(
         self, tensordict: TensorDictBase, random: Tensor, nothing_to_plan: bool
     ) -> None:
-        """Draw the actions of the instances ``random [*B]``, plan those of the others."""
+        """Draw the actions of the instances ``random [*B]``, and plan those of the others."""
         batch, planner = random.shape, self.planner
         read = [require(tensordict, k, reader=self.name, hint=_HINT) for k in planner.in_keys]
         action = self.random_actions(batch).to(random.device)
@@ -301,7 +266,7 @@ class PlannerLevel(LearningLevel):
             planned = ~random
             part = TensorDict(dict(zip(planner.in_keys, read, strict=True)), batch)
             if is_at_once(random):
-                # Only what is needed is planned.
+                # Plan for the other instances only.
                 if bool(planned.any()):
                     part = planner(part[planned])
                     action[planned] = part.get(planner.action_key)
@@ -318,13 +283,13 @@ class PlannerLevel(LearningLevel):
     # -- learning ---------------------------------------------------------------------------
 
     def _learned_keys(self) -> tuple[list[NestedKey], NestedKey]:
-        """Entries that the predictor's losses read, and the reward among them."""
+        """Return the entries that the predictor's losses read, and the key of the reward."""
         loss = getattr(self.predictor, "predictor_loss", None)
         if loss is None:
             return [], unravel_key(("next", "reward"))
         keys = dict(vars(loss.tensor_keys))
         reward = unravel_key(keys["reward"])
-        keys.pop("valid")  # which is worked out when slices are drawn
+        keys.pop("valid")  # computed when slices are drawn
         return [unravel_key(key) for key in keys.values()], reward
 
     @property
@@ -338,7 +303,7 @@ class PlannerLevel(LearningLevel):
         return required, [*optional, self.random_action_key, "weight", *read]
 
     def _checked(self, data: TensorDictBase) -> TensorDictBase:
-        """``data``, with actions that others chose marked as random."""
+        """Return ``data`` with the actions of other policies marked as random."""
         (observation, following, action, *numbers), _ = self.stored_keys
         flags = [("next", key) for key in ("done", "terminated")]
         check_flags(data, flags, self.name, _HINT)
@@ -352,12 +317,12 @@ class PlannerLevel(LearningLevel):
         random = data.get(self.random_action_key, None)
         acted = data.get(unravel_key(("next", self.state_key)), None)
         if random is not None and acted is not None:
-            # The primer gives 0 where the level was not called.
+            # 0, the primer's default, shows that the level was not called.
             data = data.copy().set(self.random_action_key, random | (acted == 0))
         return data
 
     def _can_update(self, buffer: ReplayBuffer) -> bool:
-        """Whether there are as many rows along time as an update's slices have."""
+        """Return whether a slice of an update fits into the rows along time."""
         return n_rows_along_time(buffer) >= self.predictor.n_steps_needed
 
     def _update(self, buffer: ReplayBuffer, n_updates: int) -> dict[str, float]:
@@ -374,5 +339,5 @@ class PlannerLevel(LearningLevel):
 
 
 def _where(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    """``torch.where`` for a mask ``[*B]`` and values ``[*B, ...]``."""
+    """Apply ``torch.where`` to a mask ``[*B]`` and values ``[*B, ...]``."""
     return torch.where(mask.reshape(mask.shape + (1,) * (yes.ndim - mask.ndim)), yes, no)

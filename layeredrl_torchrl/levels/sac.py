@@ -28,8 +28,8 @@ _LOG_STD = (-20.0, 2.0)
 class SACLearner(Learner):
     """Soft actor-critic (arXiv 1812.05905) for actions within bounds, by TorchRL's ``SACLoss``.
 
-    The policy is a squashed Gaussian. It works in ``[-1, 1]``, to which actions are scaled by
-    their bounds, so the target entropy means the same whatever the units of the action.
+    The policy is a squashed Gaussian over actions that are scaled from their bounds to
+    ``[-1, 1]``, so the target entropy does not depend on the units of the action.
 
     >>> learner = SACLearner(3, Bounded(-2.0, 2.0, (1,)), hidden_sizes=(32,))
     >>> learner.high
@@ -41,11 +41,11 @@ class SACLearner(Learner):
         hidden_sizes: Width of each hidden layer, of policy and critics.
         gamma: Discount over one of the level's own actions.
         lr: Learning rate of policy, critics and temperature.
-        tau: Share of the way that the target critics go at each update.
-        n_critics: Whose least value counts.
-        alpha_init: The temperature at first, that is, what a unit of entropy is worth in reward.
-        target_entropy: What the temperature is adapted to; minus the number of action dimensions
-            by default.
+        tau: Share by which the target critics move towards the critics at each update.
+        n_critics: Number of critics; the least of their values counts.
+        alpha_init: Initial temperature, the worth of a unit of entropy in reward.
+        target_entropy: Entropy that the temperature is adapted to; minus the number of action
+            dimensions by default.
 
     Raises:
         TypeError: Another kind of action spec. ValueError: Bounds that are not finite; numbers
@@ -112,7 +112,7 @@ class SACLearner(Learner):
             alpha_init=alpha_init,
             target_entropy=float(-n if target_entropy is None else target_entropy),
         )
-        # Otherwise this buffer comes into being at the first update, too late to be loaded.
+        # TorchRL creates this buffer when it is first read, which is too late for loading a state.
         loss.target_entropy  # noqa: B018
         super().__init__(loss, gamma=gamma, lr=lr, tau=tau)
         self.register_buffer("low", low.clone().float())
@@ -133,7 +133,7 @@ class SACLearner(Learner):
 
 
 class _Gaussian(FlatMLP):
-    """Mean and standard deviation of the actions before they are squashed."""
+    """Writes mean and standard deviation of the actions before they are squashed."""
 
     def write(self, tensordict: TensorDictBase, out: Tensor) -> None:
         for key, value in zip(self.out_keys, _split(out), strict=True):
@@ -149,19 +149,19 @@ class _Loss(SACLoss):
     """``SACLoss`` that evaluates all critics at once, and can be copied and pickled.
 
     TorchRL's runs the critic under ``vmap`` by a closure, which takes a third of an update's time
-    here and cannot be pickled. What it computes is the same.
+    here and cannot be pickled. The results are the same.
     """
 
     def _make_vmap(self) -> None:
         self._vmap_qnetworkN0 = partial(_critics, self.qvalue_network.in_keys)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without cached views of the parameters, which a copy would not share with its own."""
+        """Leave out cached views of the parameters, which would not be those of a copy."""
         return {name: value for name, value in self.__dict__.items() if name != "_cache"}
 
 
 def _critics(in_keys: Sequence[str], batch: TensorDictBase, params: TensorDictBase) -> TensorDict:
-    """``"state_action_value" [n_critics, N, 1]`` of ``batch [N]``."""
+    """Evaluate all critics: ``"state_action_value" [n_critics, N, 1]`` of ``batch [N]``."""
     x = torch.cat([batch.get(key) for key in in_keys], -1)
     values = mlp(x, layers(params))
     return TensorDict({"state_action_value": values}, values.shape[:2])

@@ -24,10 +24,10 @@ __all__ = ["SkillLevel"]
 class SkillLevel(ModelFreeLevel):
     """Learns skills that the level above can predict and tell apart.
 
-    The environment's reward plays no part in it: it is paid, by the predictor of the level above,
-    for doing with a skill what other skills would not have done. That reward changes as the
-    predictor learns, so it is worked out whenever transitions are sampled. What a skill must not
-    depend on, such as the goal of the task, the hierarchy's observation map hides.
+    It does not use the environment's reward. A skill is rewarded, by the predictor of the level
+    above, for outcomes that other skills would not have had. That reward changes as the predictor
+    learns, so it is computed anew whenever transitions are sampled. Use the hierarchy's observation
+    map to hide what a skill must not depend on, such as the goal of the task.
 
     >>> skills = SkillLevel(
     ...     input_spec=Bounded(-1.0, 1.0, (2,)),
@@ -39,8 +39,8 @@ class SkillLevel(ModelFreeLevel):
     10
 
     Args:
-        input_spec: Spec (or gymnasium space) of a skill; its prior is drawn from it. Bounded, or
-            choices.
+        input_spec: Spec (or gymnasium space) of a skill, bounded or of choices. The prior of skills
+            is uniform over it.
         duration: Own actions in a skill.
         skill_reward: :class:`~layeredrl_torchrl.SPlaTESReward` or
             :class:`~layeredrl_torchrl.DADSReward`.
@@ -48,7 +48,8 @@ class SkillLevel(ModelFreeLevel):
         **options: Those of :class:`LearningLevel`, without ``reward_func``.
 
     Raises:
-        TypeError, ValueError: As there; a ``skill_reward`` of another kind; skills without bounds.
+        TypeError, ValueError: As :class:`~layeredrl_torchrl.ModelFreeLevel`; a ``skill_reward`` of
+            another kind; skills without bounds.
     """
 
     scales_rewards = False  # nats need no unit
@@ -86,10 +87,10 @@ class SkillLevel(ModelFreeLevel):
         self.parent_each_step = skill_reward.each_step
 
     def attach(self, parent_predictor: Predictor | None) -> None:
-        """As :meth:`Level.attach`; skills are told apart by the predictor.
+        """Give the level access to the predictor that tells skills apart; see :meth:`Level.attach`.
 
         Raises:
-            TypeError, ValueError: None, or one that cannot tell skills apart; see ``skill_reward``.
+            TypeError, ValueError: ``None``, or a predictor that the ``skill_reward`` cannot use.
         """
         if parent_predictor is None:
             raise ValueError(
@@ -100,7 +101,7 @@ class SkillLevel(ModelFreeLevel):
         super().attach(parent_predictor)
 
     def rate(self, observation: Tensor, skill: Tensor, next_observation: Tensor) -> Tensor:
-        """The reward ``[N]`` of skills as it is now, in nats.
+        """Return the current reward ``[N]`` of skills, in nats.
 
         Args:
             observation: ``[N, obs]`` of the level above, where the predictor's step begins.
@@ -119,7 +120,7 @@ class SkillLevel(ModelFreeLevel):
 
     @property
     def stored_keys(self) -> tuple[list[NestedKey], list[NestedKey]]:
-        """Also what the level above saw."""
+        """Add the observations of the level above."""
         required, optional = super().stored_keys
         return [*required, "parent_observation", ("next", "parent_observation")], optional
 

@@ -1,4 +1,4 @@
-"""Rewards of skills, for effects by which one skill can be told from the others."""
+"""Rewards for skills whose outcomes can be told apart."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["DADSReward", "SPlaTESReward", "SkillReward", "identifiability"]
 
 
 def identifiability(log_prob: Tensor) -> Tensor:
-    r"""How much better the skill that was carried out explains an outcome than any skill does.
+    r"""Compare how well an outcome is explained by its own skill and by skills of the prior.
 
     .. math:: \log p(s' | s, z_0) - \log \frac{1}{n} \sum_{i=0}^{n-1} p(s' | s, z_i)
 
     With the other skills drawn from the prior, its mean is a lower bound of the mutual information
-    between skill and outcome (arXiv 1807.03748), which no more than ``log n`` can be: the skill
-    itself is among the ``n``, so every single value is at most that.
+    between skill and outcome (arXiv 1807.03748). No value exceeds ``log n``, since the skill itself
+    is among the ``n``.
 
     Args:
         log_prob: ``[*B, n]`` in nats, the skill that was carried out first.
@@ -34,22 +34,23 @@ def identifiability(log_prob: Tensor) -> Tensor:
     Returns:
         ``[*B]`` in nats.
     """
-    # Differences first: far from everything, log-densities are too large to add small ones to.
+    # Differences first: far from all predictions, log-densities are too large to be summed.
     relative = log_prob - log_prob[..., :1]
     return math.log(log_prob.shape[-1]) - relative.logsumexp(-1)
 
 
 class SkillReward(nn.Module, ABC):
-    r"""The reward of skills, by the predictor of the level above.
+    r"""Rewards skills by the predictor of the level above.
 
-    It is :func:`identifiability` under the predictor's model, with outcomes compared as changes of
-    the state that are whitened (see :class:`~layeredrl_torchrl.predictors.DeltaStandardizer`), and
-    all members predicting with one fixed ``std`` there. So every dimension counts alike, and what
-    the model is unsure of is no cheaper than the rest. A subclass says which actions of a skill are
-    paid.
+    The reward is :func:`identifiability` under the predictor's model. Outcomes are compared as
+    whitened changes of the state (see :class:`~layeredrl_torchrl.predictors.DeltaStandardizer`),
+    which all members predict with one fixed ``std``. So every dimension counts equally, and
+    outcomes that the model is unsure of are not favoured. A subclass selects the actions of a skill
+    that are rewarded.
 
-    At first no skill does anything, and a model of what they do tells none from another. For
-    ``n_symmetry_breaking_steps`` a fixed random model, linear in the skill, stands in,
+    At first skills have no effect, so their model cannot tell them apart. For
+    ``n_symmetry_breaking_steps`` it is replaced by a fixed random model that is linear in the
+    skill,
 
     .. math:: W (s' - s) = L z,
 
@@ -61,12 +62,12 @@ class SkillReward(nn.Module, ABC):
     [0, 1]
 
     Args:
-        n_skill_samples: Skills of the prior that the skill carried out is compared with.
+        n_skill_samples: Skills of the prior that a skill is compared with.
         std: Standard deviation in units of whitened changes: a number, or one for each dimension.
-            How close two outcomes are told apart; about the size that mean predictions err by.
+            Outcomes that are closer count as alike; take about the error of mean predictions.
         state_dims: Dimensions of the predictor's state in which skills are told apart, such as the
-            place; all by default. They are whitened among themselves.
-        n_symmetry_breaking_steps: See above; 0 for none of it.
+            position; all by default. They are whitened among themselves.
+        n_symmetry_breaking_steps: See above; 0 to use the learned model from the start.
 
     Raises:
         TypeError, ValueError: Numbers of other kinds, or outside their range.
@@ -74,7 +75,7 @@ class SkillReward(nn.Module, ABC):
 
     std: Tensor  # [] or [D']
     linear_model: Tensor  # [D', Z], 0 x 0 until it is drawn
-    #: Whether every step of a skill is paid, by a level above that learns from every step.
+    #: Whether every step of a skill is rewarded, by a level above that learns from every step.
     each_step: bool = False
 
     def __init__(
@@ -108,7 +109,7 @@ class SkillReward(nn.Module, ABC):
 
     @abstractmethod
     def pays(self, n_actions: Tensor, duration: int) -> Tensor:
-        """Whether an action of a skill has a reward, bool ``[N, 1]``.
+        """Return whether an action of a skill has a reward, bool ``[N, 1]``.
 
         Args:
             n_actions: Actions of the skill before this one, ``[N, 1]``.
@@ -119,8 +120,8 @@ class SkillReward(nn.Module, ABC):
         """Check that ``predictor`` can tell skills apart; draw the linear model if there is none.
 
         Raises:
-            TypeError: A predictor that is not learned. ValueError: One that does not standardise,
-                or has not the ``state_dims``; a ``std`` for another number of dimensions.
+            TypeError: A predictor that is not learned. ValueError: One that does not standardise
+                changes, or lacks the ``state_dims``; a ``std`` for another number of dimensions.
         """
         name = type(self).__name__
         if not isinstance(predictor, RewardPredictor):
@@ -153,7 +154,7 @@ class SkillReward(nn.Module, ABC):
             self.linear_model = drawn.to(self.linear_model)
 
     def symmetry_breaking(self, n_env_steps: int) -> float:
-        """Weight of the linear model after ``n_env_steps`` environment steps."""
+        """Return the weight of the linear model after ``n_env_steps`` environment steps."""
         if not self.n_symmetry_breaking_steps:
             return 0.0
         return max(0.0, 1.0 - n_env_steps / self.n_symmetry_breaking_steps)
@@ -168,15 +169,15 @@ class SkillReward(nn.Module, ABC):
         next_observation: Tensor,
         n_env_steps: int,
     ) -> Tensor:
-        """The reward ``[N]`` of skills, in nats.
+        """Compute the reward ``[N]`` of skills, in nats.
 
         Args:
-            predictor: The ``RewardPredictor`` of the level above, as :meth:`prepare` was given it.
-            skill_spec: Whose uniform distribution is the prior of skills.
+            predictor: The ``RewardPredictor`` of the level above that :meth:`prepare` was given.
+            skill_spec: Spec of a skill; the prior is uniform over it.
             observation: ``[N, obs]`` of the level above, where the predictor's step begins.
             skill: ``[N, Z]``, or discrete ``[N]``.
             next_observation: ``[N, obs]``, where it ends.
-            n_env_steps: Environment steps so far, by which the linear model is blended out.
+            n_env_steps: Environment steps so far, which set the weight of the linear model.
         """
         weight, n = self.symmetry_breaking(n_env_steps), len(skill)
         others = skill_spec.rand((n, self.n_skill_samples)).to(skill)
@@ -204,7 +205,7 @@ class SkillReward(nn.Module, ABC):
         return reward
 
     def _features(self, spec: TensorSpec, skills: Tensor) -> Tensor:
-        """Skills ``[*B, ...]`` as features ``[*B, Z]`` of second moments 1 under the prior."""
+        """Turn skills ``[*B, ...]`` into features ``[*B, Z]`` with second moments of 1."""
         features = action_features(spec, skills, self.linear_model.dtype)
         if is_discrete(spec):
             return features * math.sqrt(width(spec))
@@ -214,12 +215,12 @@ class SkillReward(nn.Module, ABC):
         return (features - (low + high) / 2) / (high - low) * math.sqrt(12.0)
 
     def _whitening(self, predictor: Any) -> Tensor:
-        """The map ``[D', D]`` from changes of the state to whitened ones of chosen dimensions."""
+        """Return the matrix ``[D', D]`` that whitens changes of the state in ``state_dims``."""
         whitening: Tensor = predictor.delta_standardizer.whitening
         if self.state_dims is None:
             return whitening
-        # The inverse of the whitening's square is the covariance, and that of some dimensions a
-        # block of it. In double precision, as eigenvalues may differ by many orders.
+        # The inverse of the whitening's square is the covariance; that of some dimensions is a
+        # block of it. In double precision, since eigenvalues may differ by orders of magnitude.
         wide = whitening.double()
         covariance = torch.linalg.inv(wide.mT @ wide)[self.state_dims][:, self.state_dims]
         std = covariance.diagonal().sqrt()
@@ -231,11 +232,11 @@ class SkillReward(nn.Module, ABC):
 
 
 class SPlaTESReward(SkillReward):
-    """The reward of temporally extended skills: of what a whole skill does, given at its last step.
+    """Rewards a skill at its last step for its outcome as a whole.
 
     As in SPlaTES ("Long-Horizon Planning with Predictable Skills", RLC 2025): the level above
-    predicts where a skill leads from start to end. A skill that an episode's end cuts short has
-    none.
+    predicts where a skill leads from start to end. A skill that is cut short by the end of an
+    episode has no reward.
 
     >>> SPlaTESReward(n_skill_samples=64, std=0.2).n_skill_samples
     64
@@ -247,7 +248,7 @@ class SPlaTESReward(SkillReward):
 
 
 class DADSReward(SkillReward):
-    """The reward of every step of a skill, as in DADS (arXiv 1907.01657).
+    """Rewards every step of a skill, as in DADS (arXiv 1907.01657).
 
     The level above has to predict single steps under a skill: build it with ``each_step=True``.
 
@@ -258,5 +259,5 @@ class DADSReward(SkillReward):
     each_step = True
 
     def pays(self, n_actions: Tensor, duration: int) -> Tensor:
-        """True of every action, bool ``[N, 1]``."""
+        """Mark every action, bool ``[N, 1]``."""
         return torch.ones_like(n_actions, dtype=torch.bool)

@@ -13,9 +13,9 @@ __all__ = ["Curve", "lock", "write_rows", "write_whole"]
 
 
 class Curve:
-    """Rows of numbers in a CSV file, which a killed run leaves complete up to its last row.
+    """Rows of numbers in a CSV file; if the run is killed, the rows written so far are complete.
 
-    Its state, in a checkpoint, is what the file is cut back to when it is loaded.
+    Loading its state from a checkpoint cuts the file back to the rows of that time.
 
     >>> curve = Curve(Path("curve.csv"))
     >>> curve.add({"env_steps": 100.0, "return": 4.5})
@@ -23,7 +23,7 @@ class Curve:
     ['env_steps,return', '100.0,4.5']
 
     Args:
-        path: The file; it is not touched before the first row.
+        path: The file, created with the first row.
     """
 
     def __init__(self, path: Path) -> None:
@@ -43,18 +43,18 @@ class Curve:
         self.rows.append(dict(row))
 
     def rewrite(self) -> None:
-        """Let the file have the rows that are known, and no others."""
+        """Write the file anew with the known rows."""
         write_rows(self.path, list(self.rows[0]) if self.rows else [], self._values())
 
     def _values(self) -> list[list[float]]:
         return [list(row.values()) for row in self.rows]
 
     def state_dict(self) -> dict[str, Any]:
-        """The columns, and the values of each row."""
+        """Return the columns, and the values of each row."""
         return {"columns": list(self.rows[0]) if self.rows else [], "values": self._values()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Replace the rows, also those in the file, by those that were saved."""
+        """Replace the rows, also those in the file, by the saved ones."""
         columns = state_dict["columns"]
         self.rows[:] = [dict(zip(columns, row, strict=True)) for row in state_dict["values"]]
         self.rewrite()
@@ -67,7 +67,7 @@ def write_rows(path: Path, columns: list[str], rows: Iterable[Iterable[float]]) 
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that at any moment there is the old one or the new one."""
+    """Write a file atomically: at any moment there is either the old one or the new one."""
     stage = path.with_name(f".{path.name}.stage")
     with stage.open("w", newline="") as file:
         file.write(text)
@@ -77,7 +77,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def lock(file: int) -> None:
-    """Lock an open file until this process ends; ``OSError`` at once if another has it."""
+    """Lock an open file until this process ends; ``OSError`` if another process has the lock."""
     if sys.platform == "win32":
         import msvcrt
 

@@ -1,4 +1,4 @@
-"""Whole episodes, to say how good a policy is."""
+"""Whole episodes, to evaluate a policy."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["play_episodes"]
 def play_episodes(
     env: EnvBase, policy: TensorDictModuleBase, device: str | torch.device = "cpu"
 ) -> TensorDict:
-    """The last step of one episode in each of ``n`` environments, as ``step`` writes it, ``[n]``.
+    """Play one episode in each of ``n`` environments; return their last steps ``[n]``.
 
-    Actions are a stochastic policy's middle. What the policy carries from step to step needs its
-    primer in the environment. Unlike ``env.rollout`` this ends with the longest episode, and
-    environments go on where others are done.
+    Actions are deterministic. A policy with memory needs its primer in the environment. Unlike
+    ``env.rollout``, environments go on when others are done, and playing ends with the longest
+    episode.
 
     >>> from tensordict.nn import TensorDictModule
     >>> from torchrl.envs import RewardSum
@@ -28,9 +28,12 @@ def play_episodes(
     torch.Size([3, 1])
 
     Args:
-        env: Environments ``[n]``; closed in the end.
-        policy: What acts.
-        device: Where the policy is.
+        env: Environments ``[n]``; closed at the end.
+        policy: The policy.
+        device: Device of the policy.
+
+    Returns:
+        The content of ``"next"`` after the last step of each episode.
     """
     moves = torch.device(device).type != "cpu"
     data, ends = env.reset(), None

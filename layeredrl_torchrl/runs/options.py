@@ -1,4 +1,4 @@
-"""Options of a run: their names, what they may be, and how a command line reads them."""
+"""Options of a run: their names and ranges, and a command line that reads them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 
 
 class RunError(RuntimeError):
-    """What ends a run, and what to do about it, in one line."""
+    """An error that ends a run; its message names the cause and the remedy in one line."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ _KINDS = {
 
 @dataclass
 class RunOptions:
-    """Options that every run has; a subclass adds its own and may change the defaults.
+    """Options of every run; a subclass adds its own and may change the defaults.
 
-    Each number has one of the types ``Count``, ``Natural``, ``Number``,
-    ``Positive`` and ``Share``, by which :meth:`check` knows its range.
+    Each number has one of the types ``Count``, ``Natural``, ``Number``, ``Positive`` and ``Share``,
+    which give its range to :meth:`check`.
 
     >>> RunOptions(n_envs=0).check()
     Traceback (most recent call last):
@@ -117,18 +117,18 @@ class RunOptions:
 
     @property
     def folder(self) -> Path:
-        """Where this run writes; a subclass may divide ``output`` among several runs."""
+        """The folder of this run; a subclass may divide ``output`` among several runs."""
         return self.output
 
     def settings(self) -> dict[str, Any]:
-        """The options as JSON has them."""
+        """Return the options as values of JSON."""
         return {name: _plain(value) for name, value in asdict(self).items()}
 
     def check(self) -> None:
-        """Look at every option; a subclass adds what depends on several.
+        """Check every option; a subclass adds checks that involve several.
 
         Raises:
-            RunError: Names the option, what it is and what it may be.
+            RunError: An option out of range; the message names it, its value and its range.
         """
         # Scripts that are run from strings, as notebooks do, have no module to look names up in.
         for name, hint in type_hints(type(self), None, _KINDS, include_extras=True).items():
@@ -161,8 +161,8 @@ Options = TypeVar("Options", bound=RunOptions)
 def command(main: Callable[[Options], None], options: type[Options], description: str) -> None:
     """Run ``main`` with the options of the command line.
 
-    A run that is resumed has the options it was started with, as far as none are given. Errors of
-    a run end the program in one line. Needs tyro, of the extra ``examples``.
+    A resumed run takes the options that are not given from its folder. Errors of a run end the
+    program with one line. Needs tyro, which the extra ``examples`` installs.
     """
     import tyro
 
@@ -179,7 +179,7 @@ def command(main: Callable[[Options], None], options: type[Options], description
 
 
 def find_task(name: str) -> Task:
-    """The task of that name; :class:`RunError` with the nearest names if there is none."""
+    """Return the task of that name; :class:`RunError` with similar names if there is none."""
     try:
         return get_task(name)
     except KeyError as error:
@@ -187,12 +187,12 @@ def find_task(name: str) -> Task:
 
 
 def settings_path(folder: Path) -> Path:
-    """The file that says which options a run was started with."""
+    """Return the path of the file with the options that a run was started with."""
     return folder / "settings.json"
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """The options that the run in ``folder`` was started with; ``None`` where there is none."""
+    """Return the options that the run in ``folder`` was started with; ``None`` without a run."""
     path = settings_path(folder)
     try:
         found = json.loads(path.read_text())
@@ -206,7 +206,7 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
 
 
 def _like(given: Options, saved: dict[str, Any]) -> Options:
-    """The options that were ``saved``; those that JSON has no type for as they are now."""
+    """Return the ``saved`` options; paths are converted from text."""
     known = {f.name for f in fields(given)}
     values = {name: value for name, value in saved.items() if name in known}
     for name in known & values.keys():
@@ -222,7 +222,7 @@ def _plain(value: object) -> object:
 
 
 def _range_of(hint: object) -> _Range | None:
-    """The range in ``Annotated[...]``, also of an optional one."""
+    """Return the range in ``Annotated[...]``, also of an optional type."""
     if get_origin(hint) is Annotated:
         return next((found for found in get_args(hint)[1:] if isinstance(found, _Range)), None)
     if get_origin(hint) in (Union, types.UnionType):

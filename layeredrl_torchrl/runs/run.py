@@ -6,7 +6,6 @@ import json
 import math
 import random
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,12 +16,13 @@ import numpy as np
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torchrl.checkpoint import Checkpoint, CheckpointError, GlobalRNGState
+from torchrl.checkpoint import CheckpointError, GlobalRNGState
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 from tqdm import tqdm
 
 from layeredrl_torchrl.checkpoints import CollectorState, SafeCheckpoint, SafeRotation
+from layeredrl_torchrl.runs._checkpoints import RunCheckpoints
 from layeredrl_torchrl.runs._files import Curve, lock, write_rows, write_whole
 from layeredrl_torchrl.runs.options import RunError, RunOptions, read_settings, settings_path
 from layeredrl_torchrl.runs.workers import WorkerDiedError, WorkerOptions, collect_with_workers
@@ -31,19 +31,19 @@ __all__ = ["Run"]
 
 
 class Run:
-    """A run that collects, learns and saves, in a folder that belongs to it alone.
+    """A run that collects, learns and saves, in a folder of its own.
 
-    Entered, it checks the options, seeds torch, and locks the folder. The parts that
-    :meth:`keep` is given are in every checkpoint; in a run that is resumed they are loaded at
-    once. :meth:`collect` yields batches, and saves between them: parts, environments, random
-    numbers and the learning curve. So a run that was killed goes on bit for bit as if it had not
-    been (on the same machine, versions and device).
+    As a context manager, it checks the options, seeds torch, and locks the folder. Every checkpoint
+    contains the parts that :meth:`keep` was given; if the run is resumed, they are loaded at once.
+    :meth:`collect` yields batches, and saves between them: parts, environments, random numbers and
+    the learning curve. So a run that was killed and resumed goes on bit for bit as if it had not
+    been killed (on the same machine, versions and device).
 
     ======================  ================================================================
     ``settings.json``       options that the run was started with
     ``curve.csv``           rows of :meth:`log`, written one by one
     ``checkpoints/``        the last two, by :class:`SafeRotation`
-    ``lock``                held by the process that writes here
+    ``lock``                locked by the process that writes here
     ======================  ================================================================
 
     >>> from pathlib import Path
@@ -69,12 +69,25 @@ class Run:
         self.folder = options.folder
         self.curve = Curve(self.folder / "curve.csv")
         self._counts = {"env_steps": 0}
-        self.checkpoint = SafeCheckpoint(run=self._counts, curve=self.curve, rng=GlobalRNGState())
-        self.rotation = SafeRotation(self.folder / "checkpoints", keep_last=2)
-        self.resumed: Path | None = None
-        self._saved = 0
+        parts = {"run": self._counts, "curve": self.curve, "rng": GlobalRNGState()}
+        self._checkpoints = RunCheckpoints(self.folder / "checkpoints", **parts)
         self._start = 0.0
         self._stack = ExitStack()
+
+    @property
+    def checkpoint(self) -> SafeCheckpoint:
+        """The checkpoint with all parts of the run."""
+        return self._checkpoints.checkpoint
+
+    @property
+    def rotation(self) -> SafeRotation:
+        """The last checkpoints in the folder."""
+        return self._checkpoints.rotation
+
+    @property
+    def resumed(self) -> Path | None:
+        """The checkpoint that this run was resumed from; ``None`` if it started anew."""
+        return self._checkpoints.resumed
 
     @property
     def steps(self) -> int:
@@ -92,10 +105,7 @@ class Run:
         options = self.options
         options.check()
         saved = read_settings(self.folder)
-        begun = (self.folder / "checkpoints").is_dir() and any(
-            self.rotation.directory.glob("[!.]*")
-        )
-        if begun and not options.resume:
+        if self._checkpoints.any_saved and not options.resume:
             raise RunError(f"{self.folder} holds a run; add --resume, or choose another --output")
         if options.resume and saved is None:
             raise RunError(f"--resume: {self.folder} holds no run; leave it out")
@@ -109,10 +119,10 @@ class Run:
         torch.set_num_threads(options.threads)
         torch.manual_seed(options.seed)
         random.seed(options.seed)
-        np.random.seed(options.seed % 2**32)  # noqa: NPY002 - what others draw from
+        np.random.seed(options.seed % 2**32)  # noqa: NPY002 - other packages draw from it
         self.rotation.clear()
         if options.resume:
-            self._find_checkpoint()
+            self._resume()
         if self.resumed is None:
             write_whole(settings_path(self.folder), json.dumps(options.settings(), indent=1))
             self.curve.rewrite()
@@ -130,7 +140,7 @@ class Run:
             raise RunError(str(error)) from error
 
     def _lock(self) -> None:
-        """Hold a lock that ends with this process, whatever ends it."""
+        """Hold a lock until this process ends, in whatever way."""
         file = self._stack.enter_context((self.folder / "lock").open("w"))
         try:
             lock(file.fileno())
@@ -140,20 +150,13 @@ class Run:
                 f"another process runs in {self.folder}; wait for it, or choose another --output"
             ) from None
 
-    def _find_checkpoint(self) -> None:
-        with warnings.catch_warnings(record=True) as damaged:
-            warnings.simplefilter("always")
-            try:
-                self.resumed = self.rotation.latest()
-            except CheckpointError as error:
-                raise RunError(str(error)) from None
-        for warning in damaged:
-            tqdm.write(str(warning.message))
+    def _resume(self) -> None:
+        self._checkpoints.find()
         if self.resumed is None:
             tqdm.write(f"{self.folder} has no checkpoint yet: starting from the beginning")
             return
-        self._load("run", "curve")
-        self._saved = self.steps
+        self._checkpoints.load("run", "curve")
+        self._checkpoints.saved_at = self.steps
 
     # -- the curve --------------------------------------------------------------------------
 
@@ -163,10 +166,11 @@ class Run:
         self.curve.add({"env_steps": float(self.steps), **row, "seconds": seconds})
 
     def returns(self, data: TensorDictBase) -> dict[str, float]:
-        """Of a batch ``[env, T]`` with ``RewardSum``: what a row of the curve says of returns.
+        """Summarize the returns in a batch ``[env, T]`` with ``RewardSum``, for a row of the curve.
 
-        ``"episodes"`` that ended in it, their mean ``"return"`` (that of the row before where none
-        has ended), and the mean ``"return_so_far"`` of those that go on.
+        Returns:
+            The number of ``"episodes"`` that ended, their mean ``"return"`` (that of the previous
+            row if none has ended), and the mean ``"return_so_far"`` of those that go on.
         """
         so_far = data["next", "episode_reward"]
         ended = so_far[data["next", "done"]]
@@ -180,12 +184,12 @@ class Run:
     def report(
         self, ends: TensorDictBase, *, how: str = "", solved_at: float | None = None
     ) -> None:
-        """Print how good the episodes of an evaluation were; write them to ``evaluation.csv``.
+        """Print a summary of evaluation episodes, and write them to ``evaluation.csv``.
 
         Args:
-            ends: Their last steps ``[n]``, as :func:`play_episodes` gives them, with ``RewardSum``
-                and, where there are goals, ``SuccessRate``.
-            how: How it was acted; also part of the file's name.
+            ends: Last steps ``[n]`` from :func:`play_episodes`, with ``RewardSum`` and, for tasks
+                with goals, ``SuccessRate``.
+            how: Description of the policy; also part of the file's name.
             solved_at: Mean return from which the task counts as solved.
         """
         returns = ends["episode_reward"].squeeze(-1)
@@ -209,37 +213,26 @@ class Run:
     # -- checkpoints ------------------------------------------------------------------------
 
     def keep(self, **parts: Any) -> None:
-        """Save these parts with the run; where it is resumed, load them now.
+        """Save these parts with the run; if it is resumed, load them now.
 
         Args:
-            **parts: As ``Checkpoint`` takes them; those that are ``None`` are left out.
+            **parts: Components of a ``Checkpoint``; ``None`` is left out.
 
         Raises:
             RunError: The checkpoint has no such part, or it does not fit.
         """
         for name, part in parts.items():
-            if part is None:
-                continue
-            self.checkpoint.register(name, part)
-            if self.resumed is not None:
-                self._load(name)
-
-    def _load(self, *names: str) -> None:
-        try:
-            # It was verified when it was found. Parts copy what they are given to where they are.
-            Checkpoint.load(self.checkpoint, self.resumed, components=names, map_location="cpu")
-        except CheckpointError as error:
-            raise RunError(f"--resume: {error}") from error
+            if part is not None:
+                self._checkpoints.keep(name, part)
 
     def count(self, data: TensorDictBase) -> TensorDictBase:
-        """Count the steps in a batch that was collected by other means; returns it."""
+        """Count the steps in a batch that was collected by other means, and return it."""
         self._counts["env_steps"] += data.numel()
         return data
 
     def save(self) -> None:
         """Save a checkpoint now."""
-        self.rotation.save(self.checkpoint, step=self.steps, metadata=self.options.settings())
-        self._saved = self.steps
+        self._checkpoints.save(self.steps, self.options.settings())
 
     # -- collecting -------------------------------------------------------------------------
 
@@ -253,13 +246,13 @@ class Run:
     ) -> Iterator[TensorDictBase]:
         """Yield batches ``[env, T]`` until all steps are taken; save when it is due.
 
-        With Ray workers (``n_workers`` of the options) environments are theirs, and a run that is
-        resumed goes on with new episodes.
+        With Ray workers (``n_workers`` of the options) each worker has its own environments, and a
+        resumed run goes on with new episodes.
 
         Args:
             env: Environments ``[env]`` of this process.
-            policy: What acts; random actions by default.
-            make_env: Called with a seed in each worker, gives its environments ``[env]``.
+            policy: The policy; random actions by default.
+            make_env: Returns the environments ``[env]`` of a worker for its seed.
             init_random_frames: Steps with random actions at the start.
 
         Raises:
@@ -275,7 +268,7 @@ class Run:
                 "init_random_frames": max(init_random_frames - self.steps, 0),
             }
             if self.resumed is not None:
-                self._load("rng")
+                self._checkpoints.load("rng")
                 tqdm.write("Workers begin new episodes: not the run that was stopped, bit for bit")
             batches = self._stack.enter_context(
                 collect_with_workers(options, make_env, policy, **frames, **left)
@@ -300,7 +293,7 @@ class Run:
             except TypeError as error:
                 raise RunError(f"{options.task}: {error}") from error
             if self.resumed is not None:
-                self._load("rng")
+                self._checkpoints.load("rng")
             batches = iter(collector)
         yield from self._counted(batches)
 
@@ -316,12 +309,12 @@ class Run:
                 if self.rows:
                     last = {k: v for k, v in self.rows[-1].items() if math.isfinite(v)}
                     bar.set_postfix({k: f"{v:.3g}" for k, v in list(last.items())[1:4]})
-                due = self.steps - self._saved >= self.options.steps_per_checkpoint
-                if due or self.steps >= self.total:
+                unsaved = self.steps - self._checkpoints.saved_at
+                if unsaved >= self.options.steps_per_checkpoint or self.steps >= self.total:
                     self.save()
 
     def _explain(self, error: WorkerDiedError) -> RunError:
-        if self.steps > self._saved:
+        if self.steps > self._checkpoints.saved_at:
             self.save()
         if self.rotation.latest() is None:
             return RunError(f"{error}; nothing was learned yet: start again")

@@ -1,8 +1,8 @@
 """Experience from the workers of a Ray cluster.
 
-A worker is TorchRL's ``Collector`` in a Ray actor with environments of its own; ``RayCollector``
-asks all of them for a batch at once, and the learner sends its weights before each. The cluster is
-started here, or joined where it runs, on one machine or on many.
+A worker is TorchRL's ``Collector`` in a Ray actor with environments of its own. ``RayCollector``
+asks all of them for a batch at once, and the learner sends its weights before each batch. The
+cluster, of one machine or many, is either started here or joined.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from layeredrl_torchrl.runs.options import Natural, RunError, RunOptions
 
 __all__ = ["WorkerDiedError", "WorkerOptions", "collect_with_workers"]
 
-CONNECT_SECONDS = 10  # Ray itself goes on trying for more than five minutes
+CONNECT_SECONDS = 10  # Ray itself would try for more than five minutes
 PLACE_SECONDS = 30
 OBJECT_STORE_BYTES = 128 * 1024**2  # batches and weights are small; Ray takes a third of the memory
 
 
 class WorkerDiedError(RuntimeError):
-    """A worker, or the machine that it ran on, is gone."""
+    """A worker, or the machine that it ran on, has died."""
 
 
 @dataclass
@@ -54,7 +54,7 @@ class WorkerOptions(RunOptions):
     free: ClassVar[frozenset[str]] = RunOptions.free | {"ray_address"}
 
     def check(self) -> None:
-        """Refuse also what no workers can be made of."""
+        """Check the options of workers too."""
         super().check()
         if not self.n_workers:
             if self.ray_address is not None:
@@ -83,15 +83,15 @@ def collect_with_workers(
     total_frames: int,
     init_random_frames: int = 0,
 ) -> Iterator[Iterator[TensorDictBase]]:
-    """Batches ``[env, T]`` that workers collect, each with the newest weights.
+    """Yield batches ``[env, T]`` that workers collect, each with the newest weights.
 
-    The rows are those of the first worker's environments, then of the second's, and so on, in
-    every batch; trajectory ids tell all of them apart.
+    Every batch has the rows of the first worker's environments, then those of the second's, and so
+    on; trajectory ids are unique across workers.
 
     Args:
         options: How many workers, and where.
-        make_env: Called with a seed in each worker, gives its environments ``[env]``.
-        policy: What acts. A worker has a copy, on its CPU.
+        make_env: Returns the environments ``[env]`` of a worker for its seed.
+        policy: The policy; each worker has a copy on its CPU.
         frames_per_batch: Steps in a batch, over all workers.
         total_frames: Steps to collect.
         init_random_frames: Steps with random actions at the start.
@@ -113,22 +113,22 @@ def collect_with_workers(
         script = sys.modules[getattr(make_env, "func", make_env).__module__]
         if not script.__name__.startswith("layeredrl_torchrl"):
             ray.cloudpickle.register_pickle_by_value(script)
-        # From the learner's generator, which a checkpoint restores: a resumed run goes on with
-        # other random numbers than it began with.
+        # Drawn from the learner's generator, which a checkpoint restores, so that a resumed run
+        # uses other random numbers than those it began with.
         seeds = torch.randint(2**31, (n,)).tolist()
         ray_collector = RayCollector(
             [partial(_make_seeded, make_env, seed) for seed in seeds],
             acting,
             frames_per_batch=frames_per_batch,
             total_frames=total_frames,
-            # Rounded up, as without workers: each of them takes its share in whole steps.
+            # Rounded up, since each worker takes its share in whole steps.
             init_random_frames=-(-init_random_frames // n) * n,
-            sync=True,  # the replay buffers are `[env, T]`: every row needs its part of a batch
+            sync=True,  # the replay buffers are `[env, T]`: every batch needs all rows
             postproc=_join,
             collector_kwargs={"auto_register_policy_transforms": True},
             remote_configs={"num_cpus": 1, "scheduling_strategy": _place(options)},
-            # TorchRL's own way to send weights opens a second network beside Ray's, for which all
-            # host names must resolve and which gives up after a minute.
+            # TorchRL's own transport of weights opens a second network beside Ray's, for which all
+            # host names must resolve, and which times out after a minute.
             weight_sync_schemes={},
         )
         try:
@@ -143,8 +143,8 @@ def _connect(options: WorkerOptions) -> None:
     """Join the cluster, or start one."""
     import ray
 
-    # What workers print would come with the collector's description, a hundred lines, before each
-    # line; their errors arrive all the same.
+    # Lines printed by workers would each be preceded by a hundred lines that describe the
+    # collector; errors arrive without log_to_driver.
     quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
     address = options.ray_address
     if address is None:
@@ -175,13 +175,13 @@ def _connect(options: WorkerOptions) -> None:
 
 @contextmanager
 def _loopback() -> Iterator[None]:
-    """Let a cluster that is started meanwhile listen on this machine's loopback only.
+    """Make clusters that are started in the block listen on this machine's loopback only.
 
-    By default Ray listens on all interfaces, and whoever reaches it can run code.
+    By default Ray listens on all interfaces, and anybody who reaches it can run code.
     """
     from ray._private import ray_constants
 
-    # Ray's own switch, by which it does so on systems where it makes no clusters of machines.
+    # Ray's own switch for systems where it does not support clusters of several machines.
     name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
     given = os.environ.get(name)
     os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
@@ -195,7 +195,7 @@ def _loopback() -> Iterator[None]:
 
 
 def _place(options: WorkerOptions) -> Any:
-    """Room for every worker, on as many machines as there are; waits until it is free."""
+    """Reserve a CPU for every worker, spread over all machines; wait until they are free."""
     import ray
     from ray.util.placement_group import placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -212,13 +212,13 @@ def _place(options: WorkerOptions) -> Any:
 
 
 def _make_seeded(make_env: Callable[[int], EnvBase], seed: int) -> EnvBase:
-    """A worker's environments; also seeds its policy, or all would draw the same noise."""
+    """Make a worker's environments, and seed its policy so that workers draw different noise."""
     torch.manual_seed(seed)
     return make_env(seed)
 
 
 def _join(data: TensorDictBase) -> TensorDictBase:
-    """`[worker, env, T]` to `[worker * env, T]`; each worker counts its trajectories from zero."""
+    """Reshape `[worker, env, T]` to `[worker * env, T]`, and make trajectory ids unique."""
     n = data.shape[0]
     ids = data["collector", "traj_ids"]
     data["collector", "traj_ids"] = ids * n + torch.arange(n).reshape(-1, 1, 1)
@@ -236,7 +236,7 @@ def _batches(collector: Any, policy: TensorDictModuleBase) -> Iterator[TensorDic
             weights = ray.put({name: _on_cpu(value) for name, value in state.items()})
             collector.map_fn("policy.load_state_dict", [(weights,)] * len(actors))
             with warnings.catch_warnings():
-                # That its own way of sending weights is not used.
+                # It warns that its own transport of weights is not used.
                 warnings.filterwarnings("ignore", "RayCollector iteration started before")
                 data = next(batches, None)
         except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:

@@ -172,7 +172,7 @@ def check_number(
     """Return ``value`` if it is a finite number between ``low`` and ``high``.
 
     Args:
-        name: What it is called, for the message.
+        name: Name of the argument, for the message.
         value: An ``int`` or ``float``, or a scalar of numpy.
         low: The least that is allowed.
         high: The most that is allowed.

@@ -1,4 +1,4 @@
-"""Progress of learning for its user: scalars for a logger, and a bar on the screen."""
+"""Report the progress of learning: scalars for a logger, and a progress bar."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from tqdm import tqdm
 
 __all__ = ["check_logger", "log_terms", "updates"]
 
-# Seconds between two looks at the terms: reading one waits for a GPU to catch up.
+# Seconds between two displays of the terms, since reading one waits for the GPU.
 _EVERY = 1.0
 
 
 def check_logger(logger: Logger | None) -> None:
     """Raise ``TypeError`` unless ``logger`` can log, or is ``None``.
 
-    Loggers that run in another process share no base class with TorchRL's ``Logger``, so what
-    counts is the method.
+    Loggers that run in another process share no base class with TorchRL's ``Logger``, so the
+    method is checked instead of the class.
     """
     if logger is not None and not callable(getattr(logger, "log_metrics", None)):
         raise TypeError(
@@ -37,14 +37,14 @@ def log_terms(logger: Logger | None, name: str, info: Mapping[str, float], step:
 def updates(
     n_updates: int, totals: Mapping[str, Tensor], counts: Mapping[str, int], *, bar: str | None
 ) -> Iterator[int]:
-    """Count from 0 to ``n_updates - 1``, with a bar called ``bar`` on stderr unless it is ``None``.
+    """Count from 0 to ``n_updates - 1``, and show a progress bar on stderr if ``bar`` is given.
 
     Args:
-        n_updates: How often the caller's loop runs.
+        n_updates: Number of iterations of the caller's loop.
         totals: Sums of the terms so far, scalars, which the caller's loop fills. About once a
-            second the bar shows each term's mean since it last did.
-        counts: How many updates each sum is over, likewise.
-        bar: What the bar is called.
+            second the bar shows the mean of each term since the last time.
+        counts: Number of updates in each sum, which the caller's loop fills.
+        bar: Title of the bar.
     """
     if bar is None:
         yield from range(n_updates)

@@ -1,4 +1,4 @@
-"""Spaces and specs: the one place where a space is read.
+"""Spaces and specs: all other modules read spaces through this one.
 
 A *space* is a gymnasium ``Box`` or ``Discrete``, or a TorchRL ``Bounded``, ``Unbounded``,
 ``OneHot`` or ``Categorical`` spec. Inside, only TorchRL specs are used.
@@ -56,7 +56,7 @@ def to_spec(space: Space | None, *, name: str = "space") -> TensorSpec:
             a ``Composite`` (as ``env.action_spec`` is where the key is not ``"action"``). A
             ``MultiCategorical`` or ``MultiOneHot`` of one choice, as ``ActionDiscretizer`` gives
             it for one dimension, counts as that choice. ``None`` is the empty space ``[0]``.
-        name: What the space is for, used in error messages.
+        name: Name of the argument, for error messages.
 
     Returns:
         ``Bounded``/``Unbounded`` of shape ``[n]`` and a float dtype, ``OneHot`` of shape ``[n]``

@@ -20,7 +20,7 @@ _ROWS, _EMPTY, _TRANSFORM = "rows.json", "empty.json", "transform"
 
 
 class _FilledRows(TensorStorageCheckpointer):
-    """Saves the rows of a storage that were written to; TorchRL's saves what room there is."""
+    """Saves the filled rows of a storage; TorchRL's saves its whole memory."""
 
     def dumps(self, storage: Any, path: str | Path) -> None:
         rows = storage._len_along_dim0
@@ -54,10 +54,10 @@ def _filled_rows(storage: Any) -> Iterator[None]:
 
 
 class BufferAdapter(CheckpointAdapter):
-    """Saves what TorchRL's ``ReplayBuffer.dump`` does, but for the parts it would unpickle.
+    """Saves what TorchRL's ``ReplayBuffer.dump`` saves, without pickles.
 
-    Those are the batches that were drawn ahead (``prefetch=``), which are refused, and the state of
-    transforms, which is saved as that of a module. A buffer that was not written to is saved, too.
+    TorchRL pickles batches that were drawn ahead (``prefetch=``), which are refused here, and the
+    state of transforms, which is saved like that of a module. Empty buffers can be saved, too.
     """
 
     adapter_id = "layeredrl_torchrl.buffer"

@@ -15,7 +15,7 @@ from layeredrl_torchrl.checkpoints._simulators import SIMULATORS, array, simulat
 
 __all__ = ["load", "save"]
 
-# What an environment holds that neither changes nor is drawn from while it runs.
+# Types of attributes of an environment that do not change while it runs.
 _CONSTANT = (
     type(None),
     type,
@@ -28,21 +28,21 @@ _CONSTANT = (
     np.dtype,
     EnvSpec,
 )
-# Locks, and renderers, which cannot be imported everywhere, by the names of their modules.
+# Modules of locks, and of renderers, which cannot be imported everywhere.
 _OPAQUE = ("_thread", "gymnasium.envs.mujoco.mujoco_rendering")
 _GENERATORS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")
 
 
 def save(value: Any, where: str, seen: dict[int, Any]) -> Any:
-    """The state of an object and of all that it holds.
+    """Return the state of an object and of everything that it holds.
 
     Args:
         value: Any object.
-        where: What it is called, for the message.
-        seen: Objects that were met, by their number: each is saved once.
+        where: Its path, for the message.
+        seen: Objects that were saved already, by their ``id``.
 
     Raises:
-        TypeError: Something of whose state nothing is known.
+        TypeError: An object of unknown state.
     """
     if isinstance(value, bool | int | float | str) and not isinstance(value, enum.Enum):
         return value
@@ -79,13 +79,13 @@ def save(value: Any, where: str, seen: dict[int, Any]) -> Any:
 
 
 def load(value: Any, state: Any, where: str) -> Any:
-    """What ``value`` has to be to be in ``state``: itself, changed, or another value.
+    """Bring ``value`` into ``state``: return it after changes in place, or a new value.
 
     Raises:
-        ValueError: The state of another kind of object.
+        ValueError: The state belongs to another kind of object.
     """
     if not isinstance(state, dict):
-        # None stands for what is not saved, and for None.
+        # None stands for None, and for objects that are not saved.
         return value if state is None else state
     if "array" in state:
         array = unarray(state["array"])
@@ -140,6 +140,6 @@ def _unnumber(value: Any) -> Any:
 
 
 def _is_view(value: Any) -> bool:
-    """Whether an array shows memory of a simulator, which is saved by its owner."""
+    """Return whether an array is a view of a simulator's memory, which its owner saves."""
     base = value.base if isinstance(value, np.ndarray) else None
     return base is not None and not isinstance(base, np.ndarray | bytes | bytearray | memoryview)

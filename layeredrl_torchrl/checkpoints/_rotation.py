@@ -20,9 +20,9 @@ __all__ = ["SafeRotation"]
 
 
 class SafeRotation(CheckpointRotation):
-    """TorchRL's ``CheckpointRotation`` that passes over damaged checkpoints, and says so.
+    """TorchRL's ``CheckpointRotation`` that skips damaged checkpoints, with a warning.
 
-    What saving left behind when it was killed is cleared by the next :meth:`save`.
+    If saving is killed, the next :meth:`save` removes its unfinished files.
 
     >>> rotation = SafeRotation("checkpoints", keep_last=2)
     >>> path = rotation.save(SafeCheckpoint(value={"loss": 0.5}), step=100)
@@ -31,13 +31,18 @@ class SafeRotation(CheckpointRotation):
 
     Args:
         directory: Folder of the checkpoints.
-        keep_last: How many of the newest are kept.
-        keep_best: As ``CheckpointRotation``.
-        prefix: How their names begin.
+        keep_last: Number of the newest ones to keep.
+        keep_best: See ``CheckpointRotation``.
+        prefix: Beginning of their names.
     """
 
     def save(self, checkpoint: Checkpoint, *, step: int, **options: Any) -> Path:
-        """Save at ``step`` and remove old checkpoints; ``options`` as ``CheckpointRotation.save``.
+        """Save at ``step`` and remove old checkpoints.
+
+        Args:
+            checkpoint: A :class:`SafeCheckpoint`.
+            step: Part of the name.
+            **options: Those of ``CheckpointRotation.save``.
 
         Raises:
             TypeError: Not a :class:`SafeCheckpoint`. CheckpointError: As ``SafeCheckpoint.save``.
@@ -49,14 +54,14 @@ class SafeRotation(CheckpointRotation):
         return path
 
     def clear(self) -> None:
-        """Remove the halves of checkpoints that were being written, or removed, at a kill."""
+        """Remove checkpoints that were only partly written, or partly removed."""
         for path in self.directory.glob(f".*{self.prefix}-*"):
             shutil.rmtree(path, ignore_errors=True)
 
     def latest(self) -> Path | None:
-        """The newest checkpoint that is sound; ``None`` if there are none at all.
+        """Return the newest sound checkpoint; ``None`` if there are no checkpoints.
 
-        Each damaged one that is newer is named in a warning.
+        A warning names each newer one that is damaged.
 
         Raises:
             CheckpointError: There are checkpoints, and all are damaged.
@@ -75,10 +80,10 @@ class SafeRotation(CheckpointRotation):
         return None
 
     def load_latest(self, checkpoint: Checkpoint, **options: Any) -> CheckpointLoadResult | None:
-        """Load the newest sound checkpoint; ``options`` as ``Checkpoint.load``.
+        """Load the newest sound checkpoint; ``options`` are those of ``Checkpoint.load``.
 
         Returns:
-            What was loaded; ``None`` if there is no checkpoint.
+            The result of loading; ``None`` if there is no checkpoint.
         """
         path = self.latest()
         return None if path is None else checkpoint.load(path, **options)

@@ -1,4 +1,4 @@
-"""Arrays, and MuJoCo's models and states of simulation, as JSON."""
+"""Convert arrays, and the models and data of MuJoCo, to JSON and back."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 
 __all__ = ["SIMULATORS", "array", "simulator", "unarray"]
 
-# Of a MjModel: what only pictures and meshes need, and may be large.
+# Fields of a MjModel that only rendering and meshes need, and that may be large.
 _DRAWN = ("tex_", "mesh_", "skin_", "hfield_", "flex_", "bvh_", "names")
 
 
 def array(value: np.ndarray[Any, Any], where: str) -> dict[str, Any]:
-    """An array as JSON; ``TypeError`` where it holds objects."""
+    """Convert an array to JSON; ``TypeError`` if it holds objects."""
     if value.dtype.hasobject:
         raise TypeError(f"{where} cannot be saved: it is an array of objects")
     data = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()
@@ -23,19 +23,19 @@ def array(value: np.ndarray[Any, Any], where: str) -> dict[str, Any]:
 
 
 def unarray(state: dict[str, Any]) -> np.ndarray[Any, Any]:
-    """The array that :func:`array` has made JSON of."""
+    """Convert the result of :func:`array` back."""
     data = np.frombuffer(base64.b64decode(state["data"]), dtype=np.dtype(state["dtype"]))
     return data.reshape(state["shape"]).copy()
 
 
 def simulator(value: Any) -> str | None:
-    """The key in :data:`SIMULATORS` of an object of MuJoCo; ``None`` for others."""
+    """Return the key of a MuJoCo object in :data:`SIMULATORS`; ``None`` for other objects."""
     name = f"{type(value).__module__}.{type(value).__name__}"
     return name if name in SIMULATORS else None
 
 
 def _numbers(value: Any) -> dict[str, np.ndarray[Any, Any]]:
-    """The arrays of a MjModel or MjData whose sizes do not change while it runs."""
+    """Return the arrays of a MjModel or MjData whose sizes do not change while it runs."""
     found = {}
     for name in dir(value):
         if name.startswith(("_", "efc_", *_DRAWN)):
@@ -57,7 +57,7 @@ def _load_arrays(value: Any, state: dict[str, Any]) -> None:
     for name, item in _numbers(value).items():
         if name in state and item.flags.writeable:
             saved = unarray(state[name])
-            # Lists of contacts and constraints are as long as there are some.
+            # The sizes of contacts and constraints vary.
             if saved.shape == item.shape:
                 item[...] = saved
 
@@ -77,8 +77,8 @@ def _load_data(data: Any, state: dict[str, Any]) -> None:
     mujoco.mj_setState(
         data.model, data, unarray(state["state"]), mujoco.mjtState.mjSTATE_INTEGRATION
     )
-    # Contacts and constraints lie in an arena that this fills. The rest of what is computed from
-    # the state belongs, after a step, to the state before it, and some rewards read it.
+    # This fills the arena of contacts and constraints. After a step, all other computed fields
+    # belong to the state before it, and some rewards read them, so they are restored.
     mujoco.mj_forward(data.model, data)
     _load_arrays(data, state["computed"])
     mujoco.mj_setState(

@@ -1,4 +1,4 @@
-"""The whole state of environments: where a simulation is, and which random numbers come next."""
+"""The whole state of environments: of the simulation and of the random generators."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["CollectorState", "EnvState"]
 
 
 class EnvState:
-    """The state of an environment, from which it goes on as if it had never stopped.
+    """Saves and loads the state of an environment, so that it goes on as if never stopped.
 
-    For TorchRL's ``GymEnv``, ``GymWrapper`` and ``SerialEnv`` of such, below any transforms, and
-    so for ``Task.make`` and ``make_batched``: the state of the transforms, all numbers and random
-    generators that gymnasium's environments and wrappers hold, and MuJoCo's full state with time,
-    warm start and all that was computed from it. An environment of TorchRL's own has to override
-    ``state_dict``.
+    It supports TorchRL's ``GymEnv``, ``GymWrapper`` and ``SerialEnv`` of these, with any
+    transforms, and so ``Task.make`` and ``make_batched``. The state contains that of the
+    transforms, all numbers and random generators in gymnasium's environments and wrappers, and
+    MuJoCo's full state with time, warm start and computed fields. Other TorchRL environments have
+    to override ``state_dict``.
 
     >>> env, twin = (make_batched("Reacher-v5", 2, seed=seed) for seed in (0, 7))
     >>> data = env.rollout(5)[:, -1]
@@ -38,7 +38,7 @@ class EnvState:
         env: The environment.
 
     Raises:
-        TypeError: An environment that cannot be saved, naming the part that stands in the way.
+        TypeError: An environment that cannot be saved; the message names the part.
     """
 
     def __init__(self, env: EnvBase) -> None:
@@ -48,7 +48,7 @@ class EnvState:
                 save(part, type(part).__name__, {})
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of each part, outermost first."""
+        """Return the state of each part, outermost first."""
         states: list[Any] = []
         for part in _parts(self.env):
             if isinstance(part, torch.nn.Module):
@@ -61,7 +61,7 @@ class EnvState:
         """Bring the environment into a saved state.
 
         Raises:
-            ValueError: The state is one of other environments.
+            ValueError: The state belongs to another environment.
         """
         parts, saved = list(_parts(self.env)), state_dict["parts"]
         if len(parts) != len(saved):
@@ -74,18 +74,18 @@ class EnvState:
 
 
 class CollectorState:
-    """The state of a ``Collector`` of this process, from which it goes on uninterrupted.
+    """Saves and loads the state of a ``Collector``, so that it goes on as if never stopped.
 
-    Its environments (:class:`EnvState`), the TensorDict it carries from step to step (with the
-    memories of policies and transforms), the numbers of its trajectories, and its counters. The
-    policy's weights are not in it.
+    The state contains that of the environments (:class:`EnvState`), the TensorDict that travels
+    from step to step (with the memories of policies and transforms), the ids of trajectories, and
+    the counters. It does not contain the policy's weights.
 
     Args:
-        collector: TorchRL's ``Collector``.
+        collector: TorchRL's ``Collector`` in this process.
 
     Raises:
-        TypeError: Another collector (each of its workers would have to be asked), or an environment
-            that cannot be saved.
+        TypeError: Another collector, whose state is spread over its workers, or an environment that
+            cannot be saved.
 
     >>> env = make_batched("InvertedPendulum-v5", 2, seed=0)
     >>> from torchrl.collectors import Collector
@@ -106,7 +106,7 @@ class CollectorState:
         self.env = EnvState(collector.env)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state between two batches."""
+        """Return the state between two batches."""
         state = self.collector.state_dict()
         return {
             "frames": state["frames"],
@@ -117,10 +117,10 @@ class CollectorState:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Bring the collector into a saved state, before it is iterated over."""
+        """Bring the collector into a saved state; call it before iterating."""
         collector = self.collector
         self.env.load_state_dict(state_dict["env"])
-        # TorchRL restores counters but begins new trajectories; here the old ones go on.
+        # TorchRL restores the counters but starts new trajectories; here the old ones go on.
         collector._frames, collector._iter = state_dict["frames"], state_dict["iter"]
         if state_dict["traj_pool"] is not None:
             collector._traj_pool.load_state_dict(state_dict["traj_pool"])
@@ -138,7 +138,7 @@ def _tensors(tensordict: TensorDictBase) -> dict[str, Any]:
 
 
 def _parts(env: EnvBase) -> Iterator[torch.nn.Module | gym.Env[Any, Any]]:
-    """Transforms, TorchRL environments that know their state, and gymnasium's environments."""
+    """Yield transforms, environments that define ``state_dict``, and gymnasium's environments."""
     if isinstance(env, TransformedEnv):
         yield env.transform
         yield from _parts(env.base_env)

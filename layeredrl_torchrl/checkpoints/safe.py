@@ -27,8 +27,8 @@ from layeredrl_torchrl.checkpoints._buffers import BufferAdapter
 __all__ = ["SafeCheckpoint"]
 
 _CHECKSUMS = "checksums.json"
-_BLOCK = 4096  # what a file takes on a disk at least
-# TorchRL and tensordict read these without running anything that they hold.
+_BLOCK = 4096  # least bytes of a file on a disk
+# TorchRL and tensordict read these without running code from them.
 _KINDS = (".json", ".memmap")
 _TYPES = {
     f"<class 'tensordict.{name}'>"
@@ -42,12 +42,12 @@ _TYPES = {
 
 
 class SafeCheckpoint(Checkpoint):
-    """TorchRL's ``Checkpoint`` that trusts no file: checksums, and no pickles.
+    """TorchRL's ``Checkpoint`` with checksums and without pickles.
 
-    :meth:`save` writes the sizes and SHA-256 sums of all files, last. :meth:`load` compares them
-    before it reads anything, and refuses any file that would have to be unpickled, which can run
-    code of whoever wrote it. Replay buffers are saved without TorchRL's ``prefetch.pkl``, also
-    those that nothing was written to yet.
+    :meth:`save` writes the sizes and SHA-256 sums of all files at the end. :meth:`load` compares
+    them before it reads anything else, and refuses files that would have to be unpickled, since
+    pickles can run any code. Replay buffers, also empty ones, are saved without TorchRL's
+    ``prefetch.pkl``.
 
     >>> net = torch.nn.Linear(2, 1)
     >>> path = SafeCheckpoint(net=net).save("checkpoint", metadata={"step": 3})
@@ -58,13 +58,13 @@ class SafeCheckpoint(Checkpoint):
     torchrl.checkpoint._checkpoint.CheckpointError: ...state.json is ... bytes long, expected ...
 
     Args:
-        strict: As ``Checkpoint``.
-        save_components: As ``Checkpoint``.
-        **components: What is saved: modules, optimizers, replay buffers, JSON values, and whatever
-            has ``state_dict`` and ``load_state_dict``.
+        strict: See ``Checkpoint``.
+        save_components: See ``Checkpoint``.
+        **components: Modules, optimizers, replay buffers, JSON values, and objects with
+            ``state_dict`` and ``load_state_dict``.
 
     Raises:
-        ValueError: ``format="archive"``: a directory is what is verified.
+        ValueError: ``format="archive"``; only directories are supported.
     """
 
     def __init__(
@@ -88,13 +88,13 @@ class SafeCheckpoint(Checkpoint):
         format: str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Save the components atomically, then their checksums; returns the path.
+        """Save the components with their checksums, atomically; return the path.
 
         Raises:
             ValueError: ``format="archive"``.
-            CheckpointError: Less room on the disk than the checkpoint takes (found before anything
-                is written: to write a memory map to a full disk ends the process), or a component
-                whose files only a pickle can read.
+            CheckpointError: Too little room on the disk (found before anything is written, since
+                writing a memory map to a full disk ends the process), or a component that can only
+                be pickled.
         """
         if format not in (None, "directory"):
             raise ValueError(f"format must be 'directory', got {format!r}")
@@ -121,10 +121,11 @@ class SafeCheckpoint(Checkpoint):
         return destination
 
     def load(self, path: str | Path, **options: Any) -> CheckpointLoadResult:
-        """Verify a checkpoint, then restore components from it; ``options`` as ``Checkpoint.load``.
+        """Verify a checkpoint, then load it; ``options`` are those of ``Checkpoint.load``.
 
         Raises:
-            CheckpointError: As :meth:`verify`, before anything is read; or what does not fit.
+            CheckpointError: As :meth:`verify`, before anything is loaded; a component that does not
+                fit.
         """
         self.verify(path)
         result: CheckpointLoadResult = super().load(path, **options)
@@ -135,9 +136,9 @@ class SafeCheckpoint(Checkpoint):
         """Compare all files of a checkpoint with their checksums, and refuse pickles.
 
         Raises:
-            FileNotFoundError: Nothing is there.
-            CheckpointError: Names the file that is missing, too short or long, changed, unexpected,
-                or of a kind that can run code.
+            FileNotFoundError: There is no checkpoint.
+            CheckpointError: A file that is missing, of another size, changed, unexpected, or of a
+                kind that can run code; the message names it.
         """
         root = Path(path).expanduser().absolute()
         if not root.exists():
@@ -231,7 +232,7 @@ def _read_checksums(root: Path) -> dict[str, tuple[int, str]]:
 
 
 def _size(value: Any) -> int:
-    """Bytes that a component takes on a disk, at most, as far as it is known before."""
+    """Estimate, from above, how many bytes a component takes on a disk."""
     if isinstance(value, ReplayBuffer):
         return _size(value.storage[:]) + 8 * _BLOCK if len(value) else _BLOCK
     if isinstance(value, torch.Tensor | np.ndarray):

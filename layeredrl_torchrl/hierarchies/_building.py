@@ -1,4 +1,4 @@
-"""How levels are put together, and what is checked when they are."""
+"""Check levels and put them together."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ __all__ = ["assemble", "label", "names"]
 
 
 def label(levels: Sequence[Level], i: int) -> str:
-    """How level ``i`` is called in messages."""
+    """Return how messages refer to level ``i``."""
     place = {0: ", the highest", len(levels) - 1: ", the lowest"}.get(i, "")
     return f"level {i} ({levels[i].name}{place if len(levels) > 1 else ''})"
 
 
 def names(levels: Sequence[Level]) -> list[str]:
-    """A name of its own for each level: its name, with its position where others have the same."""
+    """Return unique names of the levels; equal names get the position of the level."""
     given = [level.name for level in levels]
     return [name if given.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(given)]
 
 
 def _short(spec: TensorSpec) -> str:
-    """A spec in one line."""
+    """Describe a spec in one line."""
     text = f"{type(spec).__name__} of shape {tuple(spec.shape)} ({spec.dtype})"
     if isinstance(spec, Bounded):
         text += f" from {spec.low.tolist()} to {spec.high.tolist()}"
@@ -34,7 +34,7 @@ def _short(spec: TensorSpec) -> str:
 
 
 def _check_levels(levels: Sequence[Level]) -> None:
-    """Raise unless ``levels`` take and give back control as a hierarchy needs it."""
+    """Raise unless each level takes input from the one above and hands control back to it."""
     if not levels:
         raise ValueError("levels is empty, expected at least one Level; highest first")
     for i, level in enumerate(levels):
@@ -85,16 +85,16 @@ def assemble(
     action: TensorSpec,
     choices: Sequence[Choice] | None,
 ) -> list[ObservationMap]:
-    """Attach and set up ``levels``, from the highest down, and give what each one sees.
+    """Attach and set up ``levels``, from the highest down, and return their observation maps.
 
     Args:
         levels: Highest first.
         observation: Spec of one observation of the environment.
         action: Spec of one action of the environment.
-        choices: What each level sees; everything by default.
+        choices: The part of the observation that each level sees; by default all of it.
 
     Raises:
-        TypeError, ValueError: As :class:`~layeredrl_torchrl.Hierarchy` says.
+        TypeError, ValueError: See :class:`~layeredrl_torchrl.Hierarchy`.
     """
     _check_levels(levels)
     choices = [None] * len(levels) if choices is None else list(choices)

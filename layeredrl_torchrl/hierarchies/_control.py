@@ -1,4 +1,4 @@
-"""What levels are handed, and what they answer."""
+"""Make the inputs of levels, and check their answers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["ask", "ends_by_duration", "hand"]
 
 
 def hand(level: Level, seen: Tensor, given: Tensor | None, n_actions: Tensor) -> TensorDict:
-    """What a level is asked or called with.
+    """Return the TensorDict that a level is called with.
 
     Args:
-        level: Whom.
-        seen: What it sees of the observation, ``[*B, obs_i]``.
+        level: The level.
+        seen: Its part of the observation, ``[*B, obs_i]``.
         given: Its input; ``None`` for the highest.
         n_actions: Its actions on this input so far, ``[*B, 1]``.
     """
@@ -31,12 +31,12 @@ def hand(level: Level, seen: Tensor, given: Tensor | None, n_actions: Tensor) ->
 
 
 def ends_by_duration(level: Level) -> bool:
-    """Whether ``level`` has no other rule than its duration for handing back control."""
+    """Return whether ``level`` hands back control by its duration alone."""
     return getattr(level.hands_back, "__func__", None) is Level.hands_back
 
 
 def ask(level: Level, handed: TensorDictBase) -> Tensor:
-    """Whether ``level`` is done with its input, bool ``[*B, 1]``."""
+    """Ask ``level`` whether it hands back control, bool ``[*B, 1]``."""
     done = level.hands_back(handed)
     expected = (*handed.batch_size, 1)
     if not isinstance(done, Tensor) or done.dtype != torch.bool or done.shape != expected:

@@ -1,4 +1,4 @@
-"""Which instances of a batch something is done for."""
+"""Work on some instances of a batch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Values = TypeVar("Values", Tensor, TensorDictBase)
 
 
 class Due:
-    """Some instances of ``[*B]``: their values are picked, worked on, and merged back.
+    """Some instances of ``[*B]``: pick their values, process them, and merge the results back.
 
-    On a CPU only those are picked that are due. On an accelerator, where counting them would wait
-    for the device, all are worked on and the results of the others dropped.
+    On a CPU only the instances that are due are picked. On an accelerator, where counting them
+    would wait for the device, all are processed and the results of the others dropped.
 
     Args:
-        mask: Which ones, bool ``[*B, 1]``.
+        mask: Which instances are due, bool ``[*B, 1]``.
     """
 
     def __init__(self, mask: Tensor) -> None:
@@ -37,11 +37,11 @@ class Due:
                 self.index = tuple(map(torch.from_numpy, np.nonzero(flags)))
 
     def pick(self, values: Any) -> Any:
-        """Of tensors (or TensorDicts) ``[*B, ...]`` what is worked on."""
+        """Select the instances to process from tensors or TensorDicts ``[*B, ...]``."""
         return values if self.index is None or values is None else values[self.index]
 
     def write(self, whole: Tensor, part: Tensor) -> None:
-        """Write ``part``, as :meth:`pick` laid it out, into ``whole [*B, n]`` where it is due."""
+        """Write ``part``, laid out as by :meth:`pick`, into ``whole [*B, n]`` where it is due."""
         if self.everywhere:
             whole.copy_(part)
         elif self.index is not None:
@@ -50,7 +50,7 @@ class Due:
             whole.copy_(self._where(whole, part))
 
     def merge(self, whole: Values, part: Values) -> Values:
-        """``whole [*B, ...]`` with ``part``, as :meth:`pick` laid it out, where it is due."""
+        """Replace ``whole [*B, ...]`` by ``part``, laid out as by :meth:`pick`, where it is due."""
         if self.everywhere:
             return part
         if self.index is not None:

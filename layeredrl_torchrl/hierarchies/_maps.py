@@ -1,4 +1,4 @@
-"""What of an observation a level sees."""
+"""The part of an observation that a level sees."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Choice: TypeAlias = Sequence[int] | Callable[[Tensor], Tensor] | None
 
 
 class ObservationMap(nn.Module):
-    """Observations ``[*B, obs]`` to what one level sees of them, ``[*B, obs_i]``.
+    """Maps observations ``[*B, obs]`` to the part that one level sees, ``[*B, obs_i]``.
 
     Args:
         choice: ``None`` for all, indices, or a function.
         space: Spec of one whole observation, ``[obs]``.
 
     Attributes:
-        space: Spec of what the level sees.
-        is_identity: Whether that is all of it.
+        space: Spec of the part that the level sees.
+        is_identity: Whether that is the whole observation.
 
     Raises:
         TypeError: Something else, or indices that are no integers. ValueError: Indices outside
@@ -70,7 +70,7 @@ class ObservationMap(nn.Module):
         self.space = Unbounded((len(index),), dtype=space.dtype)
 
     def forward(self, observation: Tensor) -> Tensor:
-        """See the class."""
+        """Apply the map; shapes in the class docstring."""
         if self.is_identity:
             return observation
         if self.func is not None:

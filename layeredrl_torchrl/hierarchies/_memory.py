@@ -1,4 +1,4 @@
-"""What a hierarchy carries from step to step."""
+"""The state that a hierarchy carries from step to step."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from layeredrl_torchrl.levels import Level
 __all__ = ["MEMORY", "HierarchyPrimer", "Layout", "Store", "memory_of", "together"]
 
 MEMORY = "hierarchy"
-#: Tensors ``[*B, n]`` by dtype: what is held, packed.
+#: The packed state: tensors ``[*B, n]`` by dtype.
 Store = dict[str, Tensor]
 _COUNTS = "int64"
 
 
 def memory_of(level: Level) -> Composite:
-    """Specs of what the level itself carries.
+    """Return the specs of a level's own memory.
 
     Raises:
-        ValueError: It starts from other values than zeros.
+        ValueError: The memory starts from other values than zeros.
     """
     primer = level.make_tensordict_primer()
     starts = primer.default_value
@@ -42,16 +42,17 @@ def memory_of(level: Level) -> Composite:
 def together(
     entries: Mapping[str, Any], batch: torch.Size, device: torch.device | None
 ) -> TensorDict:
-    """A TensorDict ``[*B]`` of entries that are known to fit, so that nothing is checked.
+    """Make a TensorDict ``[*B]`` of entries that are known to fit, without checks.
 
-    At every step of an environment a hierarchy makes several; checks take most of their time.
+    A hierarchy makes several at every step of an environment, and checks would take most of the
+    time.
     """
     return TensorDict._new_unsafe(dict(entries), batch, device=device)
 
 
 @dataclass(frozen=True)
 class _Field:
-    """Columns ``start`` to ``stop`` of what is packed as ``dtype``, for values of ``shape``."""
+    """Columns ``start`` to ``stop`` of the tensor of ``dtype``, for values of ``shape``."""
 
     dtype: str
     start: int
@@ -60,21 +61,21 @@ class _Field:
 
 
 class Layout:
-    """Where what the levels hold lies in tensors that hold it for all of them.
+    """The places of all levels' state in one tensor for each dtype.
 
-    A TensorDict's cost is in its entries, which every step of an environment touches several
-    times; so all that has the same dtype is one entry. Of each level but the lowest, from one of
-    its actions to the next:
+    The cost of a TensorDict grows with its entries, which every step of an environment touches
+    several times, so everything of one dtype is one entry. Each level but the lowest holds, from
+    one of its actions to the next:
 
     ===============  =====================================================================
-    ``"action"``       what it emitted
+    ``"action"``       its action
     ``"observation"``  the whole observation it acted on
     ``"n_actions"``    its own actions on its input before this one
     ===============  =====================================================================
 
-    and of every level what it recorded. The first columns of the integers are the environment
-    steps under each action so far, with that of the row; so the last of them is how many actions
-    the lowest level took on its input. In what comes in, 0 there means that the instance was reset.
+    and every level holds its ``record``. The first columns of the integers count the environment
+    steps under each action, the current one included; so the last of them counts the actions of
+    the lowest level on its input. A 0 there, before a step, means that the instance was reset.
 
     Args:
         levels: Highest first.
@@ -108,18 +109,18 @@ class Layout:
 
     @property
     def spec(self) -> dict[str, TensorSpec]:
-        """Specs of what is packed, of one instance."""
+        """Specs of the packed state of one instance."""
         return {
             dtype: Unbounded((width,), dtype=getattr(torch, dtype))
             for dtype, width in self.widths.items()
         }
 
     def steps(self, held: Mapping[str, Tensor]) -> Tensor:
-        """Environment steps under each action so far, ``[*B, max(L - 1, 1)]``."""
+        """Return the environment steps under each action so far, ``[*B, max(L - 1, 1)]``."""
         return held[_COUNTS][..., : self.n_steps]
 
     def get(self, held: Mapping[str, Tensor], i: int, key: NestedKey) -> Tensor:
-        """What level ``i`` holds below ``key``, ``[*B, ...]``."""
+        """Return what level ``i`` holds under ``key``, ``[*B, ...]``."""
         field = self.fields[i][key]
         values = held[field.dtype][..., field.start : field.stop]
         if len(field.shape) == 1:
@@ -127,25 +128,25 @@ class Layout:
         return values.reshape((*values.shape[:-1], *field.shape))
 
     def n_taken(self, held: Mapping[str, Tensor], i: int) -> Tensor:
-        """Actions of level ``i`` on its input so far, ``[*B, 1]``."""
+        """Return the number of actions of level ``i`` on its input so far, ``[*B, 1]``."""
         if i == self.n_held:
             return self.steps(held)[..., -1:]
         return self.get(held, i, "n_actions") + 1
 
     def copy(self, held: Store) -> Store:
-        """What is held, with integers of its own; other entries are replaced, never changed."""
+        """Copy the integers; the other entries are never changed in place."""
         return {**held, _COUNTS: held[_COUNTS].clone()}
 
     def put(
         self, held: Store, i: int, values: Mapping[NestedKey, Tensor], due: Due | None = None
     ) -> None:
-        """Let level ``i`` hold ``values``, all that it holds.
+        """Replace all that level ``i`` holds.
 
         Args:
-            held: As :meth:`copy` gives it.
+            held: From :meth:`copy`.
             i: Which level.
             values: ``[*B, ...]``, or as ``due`` picked them.
-            due: Of which instances; of all by default.
+            due: Which instances; all by default.
         """
         packed: dict[str, list[Tensor]] = {}
         for key, field in self.fields[i].items():
@@ -164,13 +165,13 @@ class Layout:
             held[dtype] = whole
 
     def begin(self, held: Store, i: int, values: Mapping[NestedKey, Tensor], due: Due) -> None:
-        """:meth:`put` what level ``i`` does anew, and count its steps and rewards from 0.
+        """Begin a new action of level ``i``: :meth:`put` it, and reset its steps and rewards to 0.
 
         Args:
-            held: As :meth:`copy` gives it.
+            held: From :meth:`copy`.
             i: Which level.
-            values: As for :meth:`put`.
-            due: Of which instances.
+            values: See :meth:`put`.
+            due: Which instances.
         """
         self.put(held, i, values, due)
         held[_COUNTS][..., i : i + 1].mul_(~due.mask)
@@ -178,16 +179,16 @@ class Layout:
         held["rewards"][..., i : i + 1].masked_fill_(due.mask, 0)
 
     def step(self, held: Store) -> None:
-        """Count the environment step that is made now, in ``held`` as :meth:`copy` gives it."""
+        """Count the current environment step in ``held``, which is from :meth:`copy`."""
         held[_COUNTS][..., : self.n_steps].add_(1)
 
 
 class HierarchyPrimer(TensorDictPrimer):
-    """Carries what a hierarchy holds, clears it at resets, and sums the rewards of each action.
+    """Carries the state of a hierarchy, clears it at resets, and sums the rewards of each action.
 
     Args:
-        carried: Specs of it, for one instance.
-        reward_key: Where the environment writes its reward.
+        carried: Specs of the state of one instance.
+        reward_key: Key of the environment's reward.
     """
 
     def __init__(self, carried: Composite, reward_key: NestedKey) -> None:

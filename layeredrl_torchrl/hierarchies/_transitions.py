@@ -1,4 +1,4 @@
-"""Rows of a collector, cut into what each level did."""
+"""Cut collected rows into the transitions of each level."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Cut:
     """Cuts collected rows into the transitions of each level; see ``Hierarchy.transitions``.
 
     Args:
-        layout: Where the rows hold what the levels did.
+        layout: The places of the levels' state in the rows.
         levels: Highest first.
-        maps: What each level sees of an observation.
-        keys: Of the environment.
+        maps: The observation map of each level.
+        keys: Keys of the environment.
     """
 
     def __init__(
@@ -51,11 +51,14 @@ class Cut:
         self.layout, self.levels, self.maps, self.keys = layout, levels, maps, keys
 
     def __call__(self, data: TensorDictBase) -> list[TensorDict]:
-        """The transitions ``[N_i]`` of each level, highest first, of ``data [T]`` or ``[env, T]``.
+        """Return the transitions ``[N_i]`` of each level, highest first.
+
+        Args:
+            data: ``[T]`` or ``[env, T]``.
 
         Raises:
-            TypeError: Not a TensorDict. KeyError: An entry that is missing.
-            ValueError: Rows that another policy made.
+            TypeError: Not a TensorDict. KeyError: A missing entry.
+            ValueError: Rows that another policy collected.
         """
         rows = collected(data).reshape(-1)
         _take(rows, MEMORY)
@@ -71,7 +74,7 @@ class Cut:
         return [self._of_level(rows, handed_back, i) for i in range(len(self.levels))]
 
     def _read(self, rows: TensorDictBase) -> TensorDict:
-        """What is read of ``rows [N]``, and nothing else."""
+        """Select the entries of ``rows [N]`` that are needed."""
         keys = self.keys
         needed = [MEMORY, keys.observation, keys.action]
         needed += [("next", key) for key in (keys.observation, keys.reward, "done", "terminated")]
@@ -87,7 +90,7 @@ class Cut:
         return read
 
     def _handed_back(self, rows: TensorDict) -> list[Tensor]:
-        """Whether each level is done with its input after each row, bool ``[N, 1]`` each."""
+        """Return whether each level hands back control after each row, bool ``[N, 1]`` each."""
         layout, held = self.layout, rows.get(MEMORY)
         reached = rows.get(unravel_key(("next", self.keys.observation)))
         asked = torch.arange(len(reached), device=reached.device)
@@ -104,14 +107,14 @@ class Cut:
         return answers
 
     def _of_level(self, rows: TensorDict, handed_back: list[Tensor], i: int) -> TensorDict:
-        """Transitions of level ``i``."""
+        """Return the transitions of level ``i``."""
         level, lowest = self.levels[i], i == len(self.levels) - 1
         each_row = lowest or level.each_step
         done = rows.get(("next", "done"))
         below_done = handed_back[0] if lowest else handed_back[i + 1]
         above_done = handed_back[i] if i else below_done
         if not each_row:
-            # Only the rows at which an action ends.
+            # Keep only the rows at which an action ends.
             ends = (done | below_done).squeeze(-1)
             rows, below_done, above_done = rows[ends], below_done[ends], above_done[ends]
         done, held = rows.get(("next", "done")), rows.get(MEMORY)
@@ -168,7 +171,7 @@ def _take(rows: TensorDictBase, key: NestedKey) -> Tensor:
 def _own_reward(
     name: str, reward_func: Callable[[TensorDictBase], Tensor], own: TensorDict
 ) -> Tensor:
-    """What the ``reward_func`` of a level gives for its transitions, ``[N, 1]``."""
+    """Compute the reward of a level by its own ``reward_func``, ``[N, 1]``."""
     reward = reward_func(own)
     n = len(own)
     if not isinstance(reward, Tensor) or reward.shape not in ((n,), (n, 1)):

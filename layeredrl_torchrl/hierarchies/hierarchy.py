@@ -47,20 +47,20 @@ class Hierarchy(OnePrimer, WholeState):
     """Levels, each of which acts through the one below it, as one TorchRL policy.
 
     The lowest level acts at every environment step. A level above holds its action, which is the
-    input of the level below, until that one is done with it: this is asked before each of its
-    actions but the first on an input (``hands_back``), from the bottom up, as only who is due to
-    act can hand back control. After a reset all act anew. A level is called for those instances
-    alone where it is due, with what it sees of the observation, its input, ``"n_actions"`` (its own
-    on this input so far) and its memory.
+    input of the level below, until that level hands control back. ``hands_back`` is called before
+    each action of a level but the first on an input, from the bottom up, since only a level that is
+    due to act can hand control back. After a reset all levels act anew. A level is called only for
+    the instances where it is due, with its part of the observation, its input, ``"n_actions"`` (its
+    own on this input so far) and its memory.
 
-    What is held travels in the TensorDict below ``"hierarchy"``, so the environment needs the
+    The state travels in the TensorDict under ``"hierarchy"``, so the environment needs the
     transform :meth:`make_tensordict_primer`, and single instances may be reset. No gradients are
     kept.
 
-    When it is built, each level is shown the predictor of the level above it (``attach``) and set
-    up for the one below it (``setup``). :meth:`transitions` cuts what was collected into what each
-    level did, and asks ``hands_back`` again for it: that must depend on what it is asked with
-    alone. :meth:`learn` lets each level learn from it.
+    On construction each level gets access to the predictor of the level above it (``attach``) and
+    is set up for the level below it (``setup``). :meth:`transitions` cuts collected data into the
+    transitions of each level. It calls ``hands_back`` again, which must therefore depend on its
+    arguments only. :meth:`learn` lets each level learn from its transitions.
 
     >>> env = get_task("Reacher-v5").make(seed=0)
     >>> lower = ModelFreeLevel(
@@ -75,17 +75,17 @@ class Hierarchy(OnePrimer, WholeState):
 
     Args:
         levels: Highest first; different objects.
-        env: The environment it acts in, for its specs; it is not kept.
-        observation_maps: What each level sees of the observation: ``None`` for all, a list of
-            indices, or a function ``[*B, obs]`` to ``[*B, obs_i]``.
-        observation_key: Key of the environment's observation. Keys of action and reward are those
-            of ``env``; levels have keys of their own.
+        env: The environment it acts in; only its specs are used.
+        observation_maps: The part of the observation that each level sees: ``None`` for all of it,
+            a list of indices, or a function ``[*B, obs]`` to ``[*B, obs_i]``.
+        observation_key: Key of the environment's observation. The keys of action and reward are
+            those of ``env``; levels have keys of their own.
 
     Raises:
-        TypeError, ValueError: No levels, or one twice; a highest that takes an input, or one below
-            that takes none or never hands control back; a level that was set up for other spaces,
-            or needs a predictor above it where none is; ``each_step`` of the lowest; a map that
-            does not fit. The messages name the levels.
+        TypeError, ValueError: No levels, or one twice; a highest level with an input, or a lower
+            one without or that never hands control back; a level that was set up for other spaces,
+            or that lacks the predictor it needs above it; ``each_step`` of the lowest level; a map
+            that does not fit. The messages name the levels.
     """
 
     levels: nn.ModuleList
@@ -130,7 +130,7 @@ class Hierarchy(OnePrimer, WholeState):
         self.out_keys = [self.action_key, *leaves, *remembered]
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
-        """The transform that carries what is held, and clears it where instances are reset."""
+        """Return the transform that carries the state, and clears it where instances are reset."""
         return HierarchyPrimer(self._carried.clone(), self.reward_key)
 
     def _in_order(self) -> list[Any]:
@@ -141,10 +141,10 @@ class Hierarchy(OnePrimer, WholeState):
     @watched
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write the action for ``[*B]``, what is held now, and below ``"next"`` the memories.
+        """Write the action for ``[*B]``, the current state, and under ``"next"`` the memories.
 
         Raises:
-            KeyError: Without the observation, or without what the primer carries.
+            KeyError: The observation or the state is missing.
             ValueError: An observation of another width, or one that is not finite.
         """
         carried: Any = require(tensordict, MEMORY, reader="Hierarchy", hint=_NEEDS)
@@ -157,7 +157,7 @@ class Hierarchy(OnePrimer, WholeState):
         seen = [observation if see.is_identity else see(observation) for see in self.maps]
         new, given = layout.steps(held)[..., -1:] == 0, None
         due = self._due(levels, seen, held, new)
-        # What is held now, and the memories for the next step; what came in is not changed.
+        # The current state, and the memories for the next step; the input is not changed.
         now, memories = layout.copy(held), {key: held[key] for key in self._memories if key}
         for i, acts in enumerate(due):
             if not acts.nowhere:
@@ -183,7 +183,7 @@ class Hierarchy(OnePrimer, WholeState):
     def _due(
         self, levels: list[Level], seen: list[Tensor], held: Store, reset: Tensor
     ) -> list[Due]:
-        """Where each level but the lowest has to act, highest first."""
+        """Return where each level but the lowest has to act, highest first."""
         due: list[Due] = []
         asked = ~reset
         for i in range(len(levels) - 1, 0, -1):
@@ -201,9 +201,9 @@ class Hierarchy(OnePrimer, WholeState):
     def _call(
         self, i: int, handed: TensorDict, memories: dict[str, TensorDictBase], due: Due | None
     ) -> dict[NestedKey, Tensor]:
-        """Call level ``i`` with what is ``handed`` to it where it is ``due``, and its memory there.
+        """Call level ``i`` where it is ``due``, with its memory, and return what it writes.
 
-        Its memory is replaced in ``memories``; the rest that it wrote is returned.
+        Its memory is not returned but replaced in ``memories``.
         """
         level, key = self._in_order()[i], self._memories[i]
         memory = memories.get(key)
@@ -223,30 +223,31 @@ class Hierarchy(OnePrimer, WholeState):
     # -- learning ---------------------------------------------------------------------------
 
     def transitions(self, data: TensorDictBase) -> list[TensorDict]:
-        """Cut what a collector yields into what each level did.
+        """Cut collected data into the transitions of each level.
 
-        Nothing is kept between calls: what is still going on at the end of ``data`` is in the data
-        where it ends. Of each level, by its own names:
+        Nothing is kept between calls: an action that goes on beyond the end of ``data`` belongs to
+        the data in which it ends. The entries, under the keys of the level:
 
         ==================================  =======================================================
-        its observation, input, action      as it acted; also what it recorded
+        its observation, input, action      when it acted; also its record
         ``"n_actions" [N, 1]``              its own actions on this input before this one
         ``"parent_observation"``            what the level above saw when it gave the input
-        ``("collector", "traj_ids")``       where the data has it
+        ``("collector", "traj_ids")``       if the data has it
         ``("next", observation)``           at the end of the action
-        ``("next", "reward") [N, 1]``       the environment's, summed; or the ``reward_func``'s
+        ``("next", "reward") [N, 1]``       the environment's, summed; or by ``reward_func``
         ``("next", "done") [N, 1]``         of the environment, at the end of the action; likewise
                                             ``"terminated"`` and ``"truncated"``
-        ``("next", "elapsed_steps")``       environment steps it took, ``[N, 1]``
-        ``("next", "input_done")``          whether its input ended with it, bool ``[N, 1]``
-        ``("next", "interrupted")``         whether the episode ended before the level below was
-                                            done with it, bool ``[N, 1]``; not of the lowest
+        ``("next", "elapsed_steps")``       environment steps of the action, ``[N, 1]``
+        ``("next", "input_done")``          whether the input ended with it, bool ``[N, 1]``
+        ``("next", "interrupted")``         whether the episode ended before the level below handed
+                                            control back, bool ``[N, 1]``; not of the lowest
         ``("next", "parent_observation")``  what the level above sees at the end
         ==================================  =======================================================
 
         The highest level has no input, ``"input_done"`` and ``"parent_observation"``. With
         ``each_step`` each environment step under an action is a transition, and the
-        ``"parent_observation"`` of the level below what is seen where its own transition begins.
+        ``"parent_observation"`` of the level below is what its parent sees where the transition of
+        that level begins.
 
         Args:
             data: ``[T]`` or ``[env, T]``.
@@ -266,11 +267,11 @@ class Hierarchy(OnePrimer, WholeState):
         """Let each level learn from its :meth:`transitions`, the highest first.
 
         Args:
-            data: ``[T]`` or ``[env, T]``, as a collector of this hierarchy gives it.
+            data: ``[T]`` or ``[env, T]``, from a collector of this hierarchy.
 
         Returns:
-            What the levels' ``learn`` return, below ``"<name of the level>/"``; those of levels of
-            the same name with their position: ``"<name>_<position>/"``.
+            The results of the levels' ``learn``, under ``"<name of the level>/"``, or under
+            ``"<name>_<position>/"`` for levels that share a name.
 
         Raises:
             As :meth:`transitions` and the levels' ``learn``. After any error all levels are as they
@@ -286,17 +287,16 @@ class Hierarchy(OnePrimer, WholeState):
         return info
 
     def parts(self) -> dict[str, Any]:
-        """All that a checkpoint of it holds: itself, and its levels' optimizers and buffers."""
+        """Return the parts of a checkpoint: itself, and its levels' optimizers and buffers."""
         parts: dict[str, Any] = {"hierarchy": self}
         for i, level in enumerate(self.levels):
             parts |= {f"optim_{i}": level.optim, f"buffer_{i}": level.buffer}
         return {name: part for name, part in parts.items() if part is not None}
 
     def checkpoint(self, **more: Any) -> SafeCheckpoint:
-        """All that learning needs to go on bit for bit: save it, load it into a new hierarchy.
+        """Return a checkpoint, from which a new hierarchy goes on learning bit for bit.
 
         Args:
-            **more: Further parts of the run, as ``SafeCheckpoint`` takes them, for instance a
-                ``CollectorState``.
+            **more: Further parts of the run for ``SafeCheckpoint``, such as a ``CollectorState``.
         """
         return SafeCheckpoint(**self.parts(), rng=GlobalRNGState(), **more)

@@ -18,13 +18,13 @@ __all__ = ["Angle", "FlipTermination", "QuaternionTilt"]
 
 @dataclass(frozen=True)
 class Angle:
-    """The tilt of a walker in a plane: one angle of its observation.
+    """Reads the tilt of a walker in a plane, which is one angle of its observation.
 
     >>> Angle(1)(torch.tensor([0.0, 0.5, 0.0]))
     tensor(0.5000)
 
     Args:
-        index: Where the angle stands in the observation (1 for gymnasium's Hopper, Walker2d and
+        index: Index of the angle in the observation (1 for gymnasium's Hopper, Walker2d and
             HalfCheetah).
     """
 
@@ -34,20 +34,20 @@ class Angle:
         check_instance("index", self.index, int, hint="pass where the angle stands")
 
     def __call__(self, observation: Tensor) -> Tensor:
-        """``[*B, obs] -> [*B]`` rad."""
+        """Map observations ``[*B, obs]`` to angles ``[*B]`` in rad."""
         return observation[..., self.index]
 
 
 @dataclass(frozen=True)
 class QuaternionTilt:
-    """The angle between a body's z axis and the world's, from its orientation quaternion.
+    """Computes the angle between a body's z axis and the world's from its quaternion.
 
     >>> QuaternionTilt(0)(torch.tensor([0.0, 1.0, 0.0, 0.0]))  # half a turn about x
     tensor(3.1416)
 
     Args:
-        first: Where the four values ``w, x, y, z`` begin in the observation (1 for gymnasium's
-            Ant).
+        first: Index of the first of the values ``w, x, y, z`` in the observation (1 for
+            gymnasium's Ant).
     """
 
     first: int
@@ -56,7 +56,7 @@ class QuaternionTilt:
         check_instance("first", self.first, int, hint="pass where the quaternion begins")
 
     def __call__(self, observation: Tensor) -> Tensor:
-        """``[*B, obs] -> [*B]`` rad, in ``[0, pi]``."""
+        """Map observations ``[*B, obs]`` to angles ``[*B]`` in rad, from 0 to pi."""
         w, x, y, z = observation[..., self.first : self.first + 4].unbind(-1)
         # The turned z axis is (.., .., w² - x² - y² + z²) for a quaternion of length 1; with its
         # horizontal part, atan2 is exact near both ends and needs no normalisation.
@@ -80,7 +80,7 @@ class _Flipped:
 class FlipTermination(TerminateTransform):
     """Terminates the episode (``terminated`` and ``done``) where the tilt exceeds a limit.
 
-    It is TorchRL's ``TerminateTransform`` with the question it asks.
+    It is TorchRL's ``TerminateTransform`` with this condition.
 
     >>> from torchrl.envs import GymEnv, TransformedEnv
     >>> env = TransformedEnv(GymEnv("HalfCheetah-v5"), FlipTermination(Angle(1)))

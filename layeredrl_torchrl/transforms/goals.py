@@ -13,11 +13,11 @@ __all__ = ["JoinGoals"]
 
 
 class JoinGoals(CatTensors):
-    """Joins the entries of a goal environment's observation, and knows where each has gone.
+    """Joins the entries of a goal environment's observation, and knows the place of each.
 
-    In an environment, ``state_dims`` and ``context_dims`` are what ``FixedEncoderNet`` takes.
-    It is TorchRL's ``CatTensors`` with the keys in the order given here, and the way back: an
-    environment that reads its entries where a step begins, as stateless ones do, gets them.
+    In an environment, ``state_dims`` and ``context_dims`` are the arguments of ``FixedEncoderNet``.
+    It is TorchRL's ``CatTensors`` with the keys in the order given here, and its inverse: stateless
+    environments, which read their observation at each step, get the single entries back.
 
     >>> parts = {"observation": torch.zeros(3), "achieved_goal": torch.ones(2)}
     >>> td = TensorDict(parts | {"desired_goal": torch.full((2,), 2.0)})
@@ -26,9 +26,9 @@ class JoinGoals(CatTensors):
 
     Args:
         state_keys: Entries that change in an episode.
-        context_keys: Entries that do not, as a rule the goal.
-        out_key: Where the vector ``[*B, obs]`` is written.
-        del_keys: Whether the entries that were joined are dropped.
+        context_keys: Entries that do not, usually the goal.
+        out_key: Key of the vector ``[*B, obs]``.
+        del_keys: Whether to drop the entries that were joined.
 
     Raises:
         ValueError: No state key, or a key given twice.
@@ -50,7 +50,7 @@ class JoinGoals(CatTensors):
             )
         super().__init__(keys, out_key, del_keys=del_keys, sort=False)
         self.state_keys, self.context_keys = list(state_keys), list(context_keys)
-        # Where a step's input is split; looked up once in an environment.
+        # The places at which _inv_call splits; looked up once in an environment.
         self._parts: dict[NestedKey, tuple[range, torch.dtype]] | None = None
 
     @property
@@ -90,7 +90,7 @@ class JoinGoals(CatTensors):
         return [dim for key in self.context_keys for dim in ranges[key]]
 
     def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Split the vector that a step begins with, for environments that read its entries."""
+        """Split the vector before a step, for environments that read its entries."""
         joined = tensordict.get(self.out_keys[0], None)
         if self.parent is None or joined is None:
             return tensordict
@@ -103,12 +103,12 @@ class JoinGoals(CatTensors):
         return tensordict
 
     def set_container(self, container: Transform | EnvBase) -> None:
-        """As TorchRL's; in another environment the entries may have other sizes."""
+        """Set the container, and forget the sizes of the entries in the previous one."""
         self._parts = None
         super().set_container(container)
 
     def transform_input_spec(self, input_spec: Composite) -> Composite:
-        """Ask for the vector where the environment declares that its steps read an entry."""
+        """Declare the vector as an input if the environment declares one of its entries."""
         state_spec = input_spec["full_state_spec"]
         read = [] if state_spec is None else [k for k in self.in_keys if k in state_spec.keys(True)]
         if read:

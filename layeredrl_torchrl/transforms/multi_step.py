@@ -1,4 +1,4 @@
-"""Rewards of several steps as those of one."""
+"""Multi-step transitions with the ends of episodes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ __all__ = ["sum_rewards"]
 
 
 def sum_rewards(data: TensorDictBase, gamma: float) -> TensorDictBase:
-    """Turn each step of trajectories into one that leads to the end of its episode, or of the data.
+    """Turn each step into a transition to the end of its episode, or of the data.
 
-    TorchRL's ``MultiStep`` with all steps that there are, which sums the discounted rewards and
-    moves the next states, but leaves ``"done"`` and ``"terminated"`` with the first step, so that a
-    value target would go on behind the end of an episode; here they are those of the last.
+    It applies TorchRL's ``MultiStep``, which sums the discounted rewards and moves the next states,
+    but takes ``"done"`` and ``"terminated"`` from the first step, so that value targets would go on
+    behind the end of an episode. Here they are those of the last step.
 
     >>> step = {"reward": torch.ones(1, 3, 1), "observation": torch.arange(3.0).reshape(1, 3, 1)}
     >>> ends = torch.tensor([[[False], [True], [False]]])

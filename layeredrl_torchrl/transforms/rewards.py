@@ -1,4 +1,4 @@
-"""Rewards on another scale."""
+"""Transforms of the scale of rewards."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ class AffineReward(_MappedReward):
 
     Args:
         scale: Any number but 0; negative to turn a cost into a reward.
-        offset: What is added after scaling.
+        offset: Added after scaling.
         in_keys: Keys of the rewards, ``["reward"]`` by default; ``[("next", "reward")]`` in a
             replay buffer.
-        out_keys: Where the result is written, ``in_keys`` by default.
+        out_keys: Keys of the results, ``in_keys`` by default.
 
     Raises:
         ValueError: A scale of 0, or numbers that are not finite.
@@ -86,17 +86,18 @@ class AffineReward(_MappedReward):
 class LogReward(_MappedReward):
     """``reward -> scale * log(max(reward, floor)) + offset``, for rewards of at least 0.
 
-    A reward ``exp(-distance)`` becomes ``-distance`` again, which still tells far from farther.
+    It turns a reward ``exp(-distance)`` back into ``-distance``, which still differs at large
+    distances.
 
     >>> transform = LogReward(floor=1e-3, in_keys=[("next", "reward")])
     >>> transform(TensorDict({"next": {"reward": torch.tensor([-2.0]).exp()}}))["next", "reward"]
     tensor([-2.])
 
     Args:
-        floor: Smaller rewards count as this one: the logarithm of 0 is no reward. Choose it below
-            the rewards that shall still be told apart.
-        scale: What the logarithm is multiplied with; not 0.
-        offset: What is added then. ``LogReward(math.exp(-30), scale=1 / 50, offset=0.6)`` maps
+        floor: Smaller rewards count as this one, since the logarithm of 0 is not finite. Choose it
+            below all rewards that should remain different.
+        scale: Factor of the logarithm; not 0.
+        offset: Added after scaling. ``LogReward(math.exp(-30), scale=1 / 50, offset=0.6)`` maps
             ``exp(-30)`` to 0 and ``exp(20)`` to 1.
         in_keys: As for :class:`AffineReward`.
         out_keys: Likewise.

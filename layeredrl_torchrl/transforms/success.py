@@ -16,7 +16,7 @@ __all__ = ["SuccessRate"]
 
 
 class SuccessRate(Transform):
-    """Writes whether an episode has succeeded so far, and the share of those that did.
+    """Writes whether an episode has succeeded so far, and the share of episodes that did.
 
     ====================  ======================================================================
     written by default    ``[*B, 1]`` each, at resets and steps
@@ -27,10 +27,10 @@ class SuccessRate(Transform):
     ``episode_count``     int64: how many have finished, of all instances
     ====================  ======================================================================
 
-    ``episode_success`` travels in the TensorDict. The other two outlast episodes, which nothing in
-    a TensorDict does: TorchRL's resets clear what they do not write. So they are statistics of
-    this object, as ``VecNormV2``'s are, saved in its ``state_dict``, and each worker process has
-    its own; :meth:`clear` starts them over (after ``check_env_specs``, for instance).
+    ``episode_success`` travels in the TensorDict. The other two outlast episodes, and TorchRL's
+    resets clear every entry that they do not write. So they are statistics of this object, as in
+    ``VecNormV2``, saved in its ``state_dict``, and each worker process has its own. :meth:`clear`
+    resets them (after ``check_env_specs``, for instance).
 
     An episode counts where ``done_key`` becomes true, so this transform comes after those that
     end episodes (``StepCounter``, ``FlipTermination``).
@@ -42,15 +42,15 @@ class SuccessRate(Transform):
     tensor([2])
 
     Args:
-        success_key: What says that the goal is reached, ``[*B, 1]``; anything but 0 is success.
-        window: Episodes over which the rate runs.
-        done_key: What says that an episode has ended, of the same shape.
-        out_keys: The three keys that are written, in the order of the table.
+        success_key: Entry that is not 0 where the goal is reached, ``[*B, 1]``.
+        window: Number of episodes in the rate.
+        done_key: Entry that is true where an episode has ended, of the same shape.
+        out_keys: The three keys to write, in the order of the table.
 
     Raises:
         TypeError, ValueError: A window that is no integer of at least 1; other than three
             ``out_keys``; success of another shape than ``done_key``.
-        KeyError: An environment that gives no ``success_key`` or ``done_key``.
+        KeyError: An environment without ``success_key`` or ``done_key``.
     """
 
     outcomes: Tensor  # [window] bool, a ring: episode e is at e % window
@@ -91,7 +91,7 @@ class SuccessRate(Transform):
         success = next_tensordict.get(self.in_keys[0]).bool() | tensordict.get(episode)
         finished = success[next_tensordict.get(self.done_key)].to(self.outcomes.device)
         if finished.numel():
-            # More instances than the window may finish at once: the last ones stay.
+            # More instances than the window holds may finish at once; the last ones are kept.
             self.count += len(finished)
             finished = finished[-len(self.outcomes) :]
             first = self.count - len(finished)
@@ -102,7 +102,7 @@ class SuccessRate(Transform):
     def _reset(
         self, tensordict: TensorDictBase | None, tensordict_reset: TensorDictBase
     ) -> TensorDictBase:
-        # For all instances; where one is not reset, TorchRL keeps what it had.
+        # Written for all instances; TorchRL restores those that are not reset.
         self._check_key(tensordict_reset)
         like = tensordict_reset.get(self.in_keys[0])
         tensordict_reset.set(self.out_keys[0], torch.zeros_like(like, dtype=torch.bool))
@@ -150,7 +150,7 @@ class SuccessRate(Transform):
         return observation_spec
 
     def transform_input_spec(self, input_spec: Composite) -> Composite:
-        """Ask for the success so far of the step before, which batched environments then pass."""
+        """Declare the success so far as an input, so that batched environments pass it on."""
         parent = self.parent.observation_spec
         self._check_key(parent)
         success = parent[self.in_keys[0]]

@@ -129,6 +129,19 @@ def make_predictor(data: TensorDict, action_space: gym.Space) -> RewardPredictor
     )
 
 
+def learn_all(
+    predictor: RewardPredictor, data: TensorDict, n_updates: int, *, progress: bool = False
+) -> float:
+    """Learn from `data` in one call, and move the predictor to the CPU; milliseconds an update."""
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(len(data)))
+    buffer.extend(data)
+    start = time.perf_counter()
+    predictor.learn(buffer, n_updates, 256, 256, len(data), progress=progress)
+    ms = (time.perf_counter() - start) / n_updates * 1e3
+    predictor.cpu()
+    return ms
+
+
 def calibration_error(cdf: torch.Tensor) -> tuple[float, float]:
     """Gap between nominal and observed coverage, pooled and per dimension, of `cdf [N, D]`."""
     gap = (cdf <= LEVELS[:, None, None]).float().mean(1) - LEVELS[:, None]
@@ -192,12 +205,7 @@ def main(config: Config) -> None:
             train, test, stretches = make_data(name, config, seed)
             torch.manual_seed(seed)
             predictor = make_predictor(train, gym.make(name).action_space).to(config.device)
-            buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(config.n_train))
-            buffer.extend(train)
-            start = time.perf_counter()
-            predictor.learn(buffer, config.n_updates, 256, 256, config.n_train)
-            ms = (time.perf_counter() - start) / config.n_updates * 1e3
-            predictor.cpu()
+            ms = learn_all(predictor, train, config.n_updates)
             unit = (train["next", "observation"] - train["observation"]).std(0)
             nll, joint, rmse, ece, by_dim = one_step(predictor, test, unit)
             far = ten_steps(predictor, stretches)

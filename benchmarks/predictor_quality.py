@@ -19,15 +19,13 @@ rest, in one call of `learn`.
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 
 import gymnasium as gym
 import torch
 import tyro
-from model_quality import collect
+from model_quality import collect, learn_all
 from tensordict import TensorDict
-from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from layeredrl_torchrl import (
     IdentityEncoder,
@@ -131,12 +129,8 @@ def main(config: Config) -> None:
         train, test = split(collect(config.task, config.n_steps, seed))
         torch.manual_seed(seed)
         predictor = make_predictor(train, gym.make(config.task).action_space).to(config.device)
-        buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(len(train)))
-        buffer.extend(train)
-        start = time.perf_counter()
-        predictor.learn(buffer, config.n_updates, 256, 256, len(train), progress=config.progress)
-        ms = (time.perf_counter() - start) / config.n_updates * 1e3
-        predictor.cpu().eval()
+        ms = learn_all(predictor, train, config.n_updates, progress=config.progress)
+        predictor.eval()
         inside = covered(train, test)
         print(
             f"{seed:4} {reward_r2(predictor, test):10.4f} "

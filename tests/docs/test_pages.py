@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import pkgutil
 import re
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import layeredrl_torchrl
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {page.relative_to(DOCS).as_posix(): page for page in sorted(DOCS.rglob("*.md"))}
 WITH_CODE = [name for name, page in PAGES.items() if "```python" in page.read_text()]
+MODULES = list(pkgutil.walk_packages(layeredrl_torchrl.__path__, "layeredrl_torchrl."))
 
 
 @pytest.mark.parametrize("name", WITH_CODE)
@@ -47,3 +50,26 @@ def test_pages_can_be_reached():
             lines = [line for line in block.splitlines() if line and not line.startswith(":")]
             entries |= {(folder / f"{line}.md").as_posix() for line in lines}
     assert entries == set(PAGES) - {"index.md"}
+
+
+@pytest.mark.parametrize("name", WITH_CODE)
+def test_no_definition_shadows_a_public_name(name):
+    packages = [importlib.import_module(found.name) for found in MODULES if found.ispkg]
+    public = {one for package in packages for one in package.__all__}
+    blocks = re.findall(r"```python\n(.*?)```", PAGES[name].read_text(), re.DOTALL)
+    nodes = [node for block in blocks for node in ast.walk(ast.parse(block))]
+    defined = {n.name for n in nodes if isinstance(n, ast.ClassDef | ast.FunctionDef)}
+    assert not defined & public
+
+
+def test_the_architecture_names_classes_that_exist():
+    text = (DOCS / "architecture.md").read_text()
+    named = set(re.findall(r"\b[A-Z][a-zA-Z]*[a-z][A-Z][a-zA-Z]*\b", text))
+    known = {
+        name
+        for found in MODULES
+        if not found.name.endswith("__main__")
+        for name, value in vars(importlib.import_module(found.name)).items()
+        if isinstance(value, type)
+    }
+    assert named - {"AdamW", "MuJoCo", "TorchRL"} <= known

@@ -1,7 +1,6 @@
 """The stored transitions of a TorchRL replay buffer, checked, and read by their place.
 
-Axis letters: ``B`` slices, ``L`` steps in a slice, ``T`` rows of the storage along time, ``E``
-lanes of the storage (environments that stepped side by side; absent if it has one dimension).
+Axis letters are those of ``slices.py``.
 """
 
 from __future__ import annotations

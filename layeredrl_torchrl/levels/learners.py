@@ -76,7 +76,7 @@ class Learner(nn.Module, ABC):
         """Take one gradient step on ``batch [N]``, whose actions are prepared.
 
         Returns:
-            The loss's terms, scalars without gradient.
+            The loss's terms without gradient: scalars, and means of all others.
 
         Raises:
             ValueError: A loss that is not finite: on a CPU nothing is changed, on an accelerator a
@@ -104,4 +104,5 @@ class Learner(nn.Module, ABC):
         total.backward()
         self.optim.step()
         self._targets.step()
-        return {name: value.detach() for name, value in terms.items()}
+        detached = ((name, value.detach()) for name, value in terms.items())
+        return {name: value.mean() if value.ndim else value for name, value in detached}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib
-import pkgutil
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,9 @@ import layeredrl_torchrl
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {page.relative_to(DOCS).as_posix(): page for page in sorted(DOCS.rglob("*.md"))}
 WITH_CODE = [name for name, page in PAGES.items() if "```python" in page.read_text()]
-MODULES = list(pkgutil.walk_packages(layeredrl_torchrl.__path__, "layeredrl_torchrl."))
+REFERENCE = "\n".join(page.read_text() for name, page in PAGES.items() if name.startswith("api/"))
+MODULES = re.findall(r"automodule:: (\S+)", REFERENCE)
+PUBLIC = {name for module in MODULES for name in importlib.import_module(module).__all__}
 
 
 @pytest.mark.parametrize("name", WITH_CODE)
@@ -34,11 +36,8 @@ def test_no_block_is_overlooked(name):
 
 
 def test_reference_lists_every_public_name():
-    pages = [page.read_text() for name, page in PAGES.items() if name.startswith("api/")]
-    modules = re.findall(r"automodule:: (\S+)", "\n".join(pages))
-    assert len(set(modules)) == len(modules)
-    listed = {name for module in modules for name in importlib.import_module(module).__all__}
-    assert not set(layeredrl_torchrl.__all__) - listed
+    assert len(set(MODULES)) == len(MODULES)
+    assert not set(layeredrl_torchrl.__all__) - PUBLIC
 
 
 def test_pages_can_be_reached():
@@ -54,22 +53,15 @@ def test_pages_can_be_reached():
 
 @pytest.mark.parametrize("name", WITH_CODE)
 def test_no_definition_shadows_a_public_name(name):
-    packages = [importlib.import_module(found.name) for found in MODULES if found.ispkg]
-    public = {one for package in packages for one in package.__all__}
     blocks = re.findall(r"```python\n(.*?)```", PAGES[name].read_text(), re.DOTALL)
     nodes = [node for block in blocks for node in ast.walk(ast.parse(block))]
     defined = {n.name for n in nodes if isinstance(n, ast.ClassDef | ast.FunctionDef)}
-    assert not defined & public
+    assert not defined & PUBLIC
 
 
 def test_the_architecture_names_classes_that_exist():
     text = (DOCS / "architecture.md").read_text()
     named = set(re.findall(r"\b[A-Z][a-zA-Z]*[a-z][A-Z][a-zA-Z]*\b", text))
-    known = {
-        name
-        for found in MODULES
-        if not found.name.endswith("__main__")
-        for name, value in vars(importlib.import_module(found.name)).items()
-        if isinstance(value, type)
-    }
+    ours = [module for name, module in sys.modules.items() if name.startswith("layeredrl_torchrl")]
+    known = {name for module in ours for name, x in vars(module).items() if isinstance(x, type)}
     assert named - {"AdamW", "MuJoCo", "TorchRL"} <= known

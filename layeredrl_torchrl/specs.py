@@ -274,7 +274,15 @@ def _canonical_choice(spec: TensorSpec, action: Tensor, batch_shape: torch.Size)
     n = width(spec)
     shape = tuple(action.shape)
     batch = tuple(batch_shape)
-    if shape == (*batch, n) and (n > 1 or isinstance(spec, OneHot)):
+    float_row = isinstance(spec, OneHot) and action.is_floating_point()
+    if n == 1 and shape == (*batch, 1) and not float_row:
+        # Stored as the number of the only choice, 0, or as its one-hot row, 1.
+        refuse(
+            ~((action == 0) | (action == 1)).all(),
+            lambda _: ValueError("action values are not 0 or 1, expected those of one choice"),
+        )
+        index = torch.zeros(batch, dtype=torch.long, device=action.device)
+    elif shape == (*batch, n) and (n > 1 or isinstance(spec, OneHot)):
         ones = action.to(torch.float32)
         one_hot = ((ones == 0) | (ones == 1)).all(-1) & (ones.sum(-1) == 1)
         refuse(

@@ -24,11 +24,12 @@ _TRAJECTORIES = ("collector", "traj_ids")
 
 @dataclass(frozen=True)
 class EnvKeys:
-    """Keys of the environment; the reward's without ``"next"``."""
+    """Keys of the environment; those of reward and ends without ``"next"``."""
 
     observation: NestedKey
     action: NestedKey
     reward: NestedKey
+    ends: tuple[NestedKey, NestedKey]  # done, terminated
 
 
 class Cut:
@@ -60,7 +61,7 @@ class Cut:
             TypeError: Not a TensorDict. KeyError: A missing entry.
             ValueError: Rows that another policy collected.
         """
-        rows = collected(data).reshape(-1)
+        rows = collected(data, self.keys.ends).reshape(-1)
         _take(rows, MEMORY)
         strangers = int((self.layout.steps(rows.get(MEMORY))[:, -1] == 0).sum())
         if strangers:
@@ -152,9 +153,9 @@ class Cut:
         terminated = rows.get(("next", "terminated"))
         own.set(("next", "elapsed_steps"), elapsed)
         own.set(unravel_key(("next", level.reward_key)), earned)
-        own.set(("next", "terminated"), terminated)
+        own.set(unravel_key(("next", level.terminated_key)), terminated)
         own.set(("next", "truncated"), rows.get(("next", "truncated"), done & ~terminated))
-        own.set(("next", "done"), done)
+        own.set(unravel_key(("next", level.done_key)), done)
         trajectories = rows.get(_TRAJECTORIES, None)
         if trajectories is not None:
             own.set(_TRAJECTORIES, trajectories)

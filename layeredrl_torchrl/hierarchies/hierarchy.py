@@ -33,6 +33,7 @@ from layeredrl_torchrl.hierarchies._memory import (
 from layeredrl_torchrl.hierarchies._transitions import Cut, EnvKeys
 from layeredrl_torchrl.levels import Level
 from layeredrl_torchrl.levels._learning import refuse_masks
+from layeredrl_torchrl.levels._rows import end_keys
 from layeredrl_torchrl.levels._undo import all_or_nothing
 
 __all__ = ["Hierarchy"]
@@ -78,8 +79,8 @@ class Hierarchy(OnePrimer, WholeState):
         env: The environment it acts in; only its specs are used.
         observation_maps: The part of the observation that each level sees: ``None`` for all of it,
             a list of indices, or a function ``[*B, obs]`` to ``[*B, obs_i]``.
-        observation_key: Key of the environment's observation. The keys of action and reward are
-            those of ``env``; levels have keys of their own.
+        observation_key: Key of the environment's observation. The keys of action, reward and ends
+            of episodes are those of ``env``; levels have keys of their own.
 
     Raises:
         TypeError, ValueError: No levels, or one twice; a highest level with an input, or a lower
@@ -111,6 +112,7 @@ class Hierarchy(OnePrimer, WholeState):
         self.observation_key, self.observation_dim = key, spec[key].shape[-1]
         self.action_key = unravel_key(env.action_key)
         self.reward_key = unravel_key(env.reward_key)
+        self.end_keys = end_keys(env)
         action_spec = env.full_action_spec_unbatched[self.action_key]
         maps = assemble(levels, spec[key], action_spec, observation_maps)
         self.maps, self.levels = nn.ModuleList(maps), nn.ModuleList(levels)
@@ -259,7 +261,7 @@ class Hierarchy(OnePrimer, WholeState):
             TypeError: Not a TensorDict. KeyError: Not collected by a hierarchy. ValueError: A
                 ``reward_func`` that gives another shape.
         """
-        keys = EnvKeys(self.observation_key, self.action_key, self.reward_key)
+        keys = EnvKeys(self.observation_key, self.action_key, self.reward_key, self.end_keys)
         maps: list[Any] = list(self.maps)
         return Cut(self.layout, self._in_order(), maps, keys)(data)
 

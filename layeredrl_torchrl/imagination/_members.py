@@ -17,8 +17,7 @@ def step_by_mean(
 ) -> tuple[Tensor, Tensor]:
     """Expected next state ``[*B, D]`` and term_prob ``[*B]`` over all members and modes.
 
-    Inputs are as for :func:`step_by_members`, and not checked here, once a step: planners project
-    their actions.
+    Inputs are as for :func:`step_by_members`.
 
     Raises:
         ValueError: A member that predicts what is not finite (the message names it).

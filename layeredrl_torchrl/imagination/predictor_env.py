@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torchrl.data import Binary, Bounded, Categorical, Composite, TensorSpec, Unbounded
@@ -32,7 +32,7 @@ from layeredrl_torchrl.imagination.starts import check_start, draw_starts
 from layeredrl_torchrl.models import TS1, Expectation, Propagation, TSInfinity
 from layeredrl_torchrl.nets import refuse_next_state
 from layeredrl_torchrl.predictors import Predictor
-from layeredrl_torchrl.specs import Space, is_discrete, to_spec, width
+from layeredrl_torchrl.specs import ActionForm, Space, is_discrete, to_spec, width
 
 __all__ = ["PredictorEnv"]
 
@@ -111,8 +111,9 @@ class PredictorEnv(ModelBasedEnvBase):
         TypeError: A propagation of another kind; parts that are not callable.
         ValueError: Missing parts; a discount without ``use_value_func`` or outside ``(0, 1]``;
             ``sample_termination`` with ``use_value_func``; an action spec that does not fit the
-            predictor's. When stepped or reset: a prediction that is not finite (the message names
-            the member); a reward, termination, bonus, members or initial states of another shape.
+            predictor's. When stepped or reset: an action outside its space; a prediction that is
+            not finite (the message names the member); a reward, termination, bonus, members or
+            initial states of another shape.
     """
 
     def __init__(
@@ -152,9 +153,8 @@ class PredictorEnv(ModelBasedEnvBase):
             raise ValueError("discount= has no effect without use_value_func=True; leave it out")
         if discount is not None:
             check_number("discount", discount, 0.0, 1.0, open_low=True)
-        parameter = next(predictor.parameters(), None)
-        device = torch.device("cpu") if parameter is None else parameter.device
-        super().__init__(predictor, device=device, batch_size=torch.Size(batch_size))
+        floats = next(predictor.parameters(), predictor.model.floats)
+        super().__init__(predictor, device=floats.device, batch_size=torch.Size(batch_size))
         self.propagation = propagation
         self.sample_termination = sample_termination
         self.exploration_bonus = exploration_bonus
@@ -162,8 +162,9 @@ class PredictorEnv(ModelBasedEnvBase):
         self.use_value_func = use_value_func
         self.discount = 0.99 if discount is None else discount
         self._keys: tuple[Any, ...] = tuple(predictor.model.in_keys)
-        dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
-        self._set_specs(_action_spec(predictor, action_spec), dtype)
+        spec = _action_spec(predictor, action_spec)
+        self._action_form = ActionForm(spec).to(floats.device)
+        self._set_specs(spec, floats.dtype)
 
     def _set_specs(self, action_spec: TensorSpec, dtype: torch.dtype) -> None:
         state, context, action = self._keys
@@ -180,7 +181,10 @@ class PredictorEnv(ModelBasedEnvBase):
         done = {key: Binary(1, (1,), dtype=torch.bool, device=device) for key in _DONE}
         batch = self.batch_size
         self.observation_spec = Composite(observed, device=device).expand(batch)
-        self.state_spec = self.observation_spec.clone()
+        needed = self.observation_spec.clone()
+        if not self.predictor.context_dim:
+            del needed[context]  # so that a transform can take it away
+        self.state_spec = needed
         self.action_spec = Composite({action: action_spec.to(device)}, device=device).expand(batch)
         self.reward_spec = Unbounded((*batch, 1), dtype=dtype, device=device)
         self.done_spec = Composite(done, device=device).expand(batch)
@@ -199,15 +203,20 @@ class PredictorEnv(ModelBasedEnvBase):
 
     @watched
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        state_key, context_key, _ = self._keys
+        state_key, context_key, action_key = self._keys
         hint = (
             "it steps in state space, so transforms and specs must leave the predictor's keys as "
             "they are; rename them with in_keys= of its model and out_keys= of its encoder"
         )
-        state, context, action = (
-            require(tensordict, key, reader="a step of PredictorEnv", hint=hint)
-            for key in self._keys
-        )
+
+        def read(key: NestedKey) -> Tensor:
+            return require(tensordict, key, reader="a step of PredictorEnv", hint=hint)
+
+        state = read(state_key)
+        # An empty context may be left out: no memory map can hold it.
+        left_out = not self.predictor.context_dim and tensordict.get(context_key, None) is None
+        context = state[..., :0] if left_out else read(context_key)
+        action = self._action_form(read(action_key), state.shape[:-1])
         member = self._member(tensordict)
         model = self.predictor.model
         if member is not None:

@@ -38,6 +38,7 @@ class FromBuffer:
         buffer: Real transitions, as :class:`~layeredrl_torchrl.TransitionSlices` reads them.
         predictor: Its encoder turns observations into state and context.
         observation_key: Key of the observation in the buffer; the encoder's by default.
+        **keys: Further ones of :class:`~layeredrl_torchrl.TransitionSlices`.
 
     Raises:
         TypeError, ValueError: As :class:`~layeredrl_torchrl.TransitionSlices`, and as the encoder.
@@ -50,12 +51,13 @@ class FromBuffer:
         predictor: Predictor,
         *,
         observation_key: NestedKey | None = None,
+        **keys: NestedKey | None,
     ) -> None:
         self.predictor = predictor
         if observation_key is None:
             observation_key = predictor.encoder.in_keys[0]
         self.observation_key = observation_key
-        self._slices = TransitionSlices(buffer, observation_key=observation_key)
+        self._slices = TransitionSlices(buffer, observation_key=observation_key, **keys)
 
     @torch.no_grad()
     def __call__(self, n: int) -> TensorDict:

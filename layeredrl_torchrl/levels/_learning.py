@@ -239,7 +239,7 @@ class LearningLevel(Level):
                 "buffer; call learn() on the level that was copied"
             )
         self.action_spec  # noqa: B018 - raises before setup
-        made = collected(data)
+        made = collected(data, (self.done_key, self.terminated_key))
         rows, n_steps = made, 0
         if made.shape.numel():
             rows, n_steps = without_cut(self._checked(made)), n_env_steps(made)

@@ -9,6 +9,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase, unravel_key
 from torch import Tensor
 from torchrl.data import TensorSpec
+from torchrl.envs import EnvBase
 
 from layeredrl_torchrl._checks import check_finite, check_width, require
 from layeredrl_torchrl.specs import canonical_action
@@ -19,25 +20,52 @@ __all__ = [
     "check_numbers",
     "check_observations",
     "collected",
+    "end_keys",
     "n_env_steps",
     "with_known_ends",
     "without_cut",
 ]
 
 _MASK = ("collector", "mask")
+_ENDS: tuple[NestedKey, NestedKey] = ("done", "terminated")
 _NOTHING = "nothing of the data is stored"
 _COMPACT = "; a collector with compact_obs=True leaves it out: build one without"
 
 
-def collected(data: object) -> TensorDictBase:
+def end_keys(env: EnvBase) -> tuple[NestedKey, NestedKey]:
+    """Return the keys of ``env`` for what is done and what has terminated.
+
+    Raises:
+        ValueError: Keys that do not end in ``"done"`` and ``"terminated"``, or several such ones.
+    """
+    keys = [unravel_key(key) for key in env.done_keys]
+    found: list[NestedKey] = []
+    for name in _ENDS:
+        own = [key for key in keys if (key if isinstance(key, str) else key[-1]) == name]
+        own = [name] if name in own else own
+        if len(own) != 1:
+            raise ValueError(
+                f"the environment ends episodes by {keys}, expected one {name!r}, at the root or "
+                "nested; give it that name by TorchRL's RenameTransform"
+            )
+        found += own
+    return found[0], found[1]
+
+
+def collected(data: object, ends: tuple[NestedKey, NestedKey] = _ENDS) -> TensorDictBase:
     """Return the transitions of ``data`` without padding.
 
     Rows that pad trajectories to one length (``("collector", "mask")`` is false there) are left
     out; the rest then has the shape ``[N]``.
 
+    Args:
+        data: ``[T]`` or ``[env, T]``.
+        ends: Where, below ``"next"``, it says what is done and what has terminated; both are given
+            their usual names.
+
     Raises:
-        TypeError: No TensorDict. ValueError: One of another shape; transitions that span several
-            steps.
+        TypeError: No TensorDict. KeyError: Ends of another name. ValueError: Data of another shape;
+            transitions that span several steps.
     """
     if not isinstance(data, TensorDictBase):
         raise TypeError(
@@ -55,15 +83,21 @@ def collected(data: object) -> TensorDictBase:
             "MultiStep writes), but levels learn from single steps and sum up rewards by "
             f"themselves; leave MultiStep out of the collector. {_NOTHING.capitalize()}"
         )
-    mask = data.get(_MASK, None)
+    rows: TensorDictBase = data
+    for key, name in zip(ends, _ENDS, strict=True):
+        if key != name:
+            hint = f"the environment ends episodes by it; {_NOTHING}"
+            value = require(rows, unravel_key(("next", key)), reader="learn", hint=hint)
+            rows = rows.copy().set(("next", name), value)
+    mask = rows.get(_MASK, None)
     if mask is None:
-        return data
-    if mask.dtype != torch.bool or mask.shape.numel() != data.shape.numel():
+        return rows
+    if mask.dtype != torch.bool or mask.shape.numel() != rows.shape.numel():
         raise ValueError(
             f"{_MASK!r} is {mask.dtype} {tuple(mask.shape)}, expected torch.bool "
-            f"{tuple(data.shape)}"
+            f"{tuple(rows.shape)}"
         )
-    return data[mask.reshape(data.shape)]
+    return rows[mask.reshape(rows.shape)]
 
 
 def n_env_steps(data: TensorDictBase) -> int:

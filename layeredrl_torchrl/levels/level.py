@@ -62,8 +62,8 @@ class Level(OnePrimer, WholeState):
             the action as a whole. Not for the lowest level, where both are the same.
 
     Attributes:
-        observation_key, input_key, action_key, reward_key: Keys that it reads and writes, the
-            reward below ``"next"``. Set others before the level is used.
+        observation_key, input_key, action_key, reward_key, done_key, terminated_key: Keys that it
+            reads and writes, the last three below ``"next"``. Set others before the level is used.
 
     Raises:
         TypeError, ValueError: As :func:`~layeredrl_torchrl.to_spec`; a duration below 1.
@@ -73,6 +73,8 @@ class Level(OnePrimer, WholeState):
     input_key: NestedKey = "input"
     action_key: NestedKey = "action"
     reward_key: NestedKey = "reward"
+    done_key: NestedKey = "done"
+    terminated_key: NestedKey = "terminated"
     #: The ``each_step`` that the level above must have; ``None`` for either.
     parent_each_step: bool | None = None
     #: The buffer that transitions are stored in; ``None`` if they are not stored.

@@ -31,6 +31,7 @@ from layeredrl_torchrl.levels._rows import (
     check_flags,
     check_numbers,
     check_observations,
+    end_keys,
     with_known_ends,
 )
 from layeredrl_torchrl.levels.learners import Learner
@@ -122,6 +123,7 @@ class ModelFreeLevel(LearningLevel):
         self.observation_key = unravel_key(observation_key)
         if env is not None:
             self.action_key, self.reward_key = env.action_key, env.reward_key
+            self.done_key, self.terminated_key = end_keys(env)
         self.out_keys = [self.action_key]
         self.in_keys = [self.observation_key]
         if self.input_spec is not None:

@@ -28,6 +28,7 @@ from layeredrl_torchrl.levels._rows import (
     check_flags,
     check_numbers,
     check_observations,
+    end_keys,
     with_known_ends,
 )
 from layeredrl_torchrl.levels._storing import n_rows_along_time
@@ -137,6 +138,7 @@ class PlannerLevel(LearningLevel):
             self.setup(observation_space, action_space)
         if env is not None:
             self._check_keys(env)
+            self.done_key, self.terminated_key = end_keys(env)
 
     def _build(self, observation_space: ObservationSpace, action_spec: TensorSpec) -> None:
         predictor = self.predictor_factory(observation_space, action_spec)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from layeredrl_torchrl.nets import MemberOutput
 
-__all__ = ["LoopMembers", "VmapMembers", "check_net", "stack_members"]
+__all__ = ["LoopMembers", "VmapMembers", "check_distinct", "check_net", "stack_members"]
 
 
 class VmapMembers(nn.Module):
@@ -136,6 +136,23 @@ def check_net(
         if not bool(fine.all()):
             wrong = value[~fine][0].item()
             raise ValueError(f"member {member} returned {name} of {wrong:.3g}; {remedy}")
+
+
+def check_distinct(nets: Sequence[nn.Module]) -> None:
+    """Raise ``ValueError`` for members that share trainable parameters.
+
+    They would be copied into members that are equal, and whose disagreement means nothing.
+    """
+    first: dict[nn.Parameter, int] = {}
+    for member, net in enumerate(nets):
+        for name, parameter in net.named_parameters():
+            other = first.setdefault(parameter, member)
+            if other != member and parameter.requires_grad:
+                raise ValueError(
+                    f"partial_net gave members {other} and {member} that share the parameter "
+                    f"{name!r}, so they could not disagree; build a new network in each call "
+                    "(pass the class, or a functools.partial of it, instead of a network)"
+                )
 
 
 def _shapes(net: nn.Module) -> list[tuple[str, torch.Size]]:

@@ -160,6 +160,7 @@ def trajectory(
 def lay_out(
     batch: torch.Size,
     keys: Sequence[NestedKey],
+    term_key: NestedKey,
     states: Tensor,
     term: Tensor,
     context: Tensor,
@@ -170,6 +171,7 @@ def lay_out(
     Args:
         batch: ``*B``, of ``N`` items.
         keys: Of state, context and action.
+        term_key: Of the probability of termination.
         states: From :func:`trajectory`.
         term: From :func:`trajectory`.
         context: ``[N, C]``.
@@ -186,7 +188,8 @@ def lay_out(
         return x.squeeze(0) if not batch else x.unflatten(0, batch)
 
     state_key, context_key, action_key = keys
-    data = TensorDict({"next": {"term_prob": batched(term)}}, batch_size=shape)
+    data = TensorDict({}, batch_size=shape)
+    data.set(term_key, batched(term))
     data.set(state_key, batched(states[..., :-1, :]))
     data.set(context_key, batched(ctx))
     data.set(action_key, batched(acts))

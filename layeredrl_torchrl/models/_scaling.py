@@ -132,7 +132,8 @@ class Scaling(nn.Module):
                 changed.
 
         Warns:
-            UserWarning: Dimensions whose spread comes from a few outliers.
+            UserWarning: Dimensions whose spread comes from a few outliers, and dimensions of the
+                state that rounding buries, so far from 0.
         """
         self.check(state, context, action, next_state)
         fits: list[tuple[str, Normalizer, Tensor]] = []
@@ -150,6 +151,7 @@ class Scaling(nn.Module):
         for name, normalizer, x in fits:
             normalizer.fit(x)
             _warn_of_outliers(name, x, normalizer)
+        _warn_of_rounding(state, next_state)
 
 
 def _warn_of_outliers(name: str, x: Tensor, normalizer: Normalizer) -> None:
@@ -172,5 +174,26 @@ def _warn_of_outliers(name: str, x: Tensor, normalizer: Normalizer) -> None:
             f"{name}: a few of {n} rows make up the spread of dimension(s) {found} (up to "
             f"{', '.join(values)}); if these readings are broken, remove them from the data, since "
             "the networks can hardly tell the others apart on that scale",
+            stacklevel=4,
+        )
+
+
+def _warn_of_rounding(state: Tensor, next_state: Tensor) -> None:
+    """Warn of dimensions of ``[N, D]`` whose spread, or that of their changes, rounding buries."""
+    far = torch.maximum(state.abs().amax(0), next_state.abs().amax(0))
+    # From the first row, differences of what lies close together are exact.
+    spread = (state - state[:1]).std(0, correction=0)
+    spread_of_change = (next_state - state).std(0, correction=0)
+    gap = torch.finfo(state.dtype).eps * far  # between neighbouring numbers, at most
+    buried = ((spread > 0) & (spread < 8 * gap)) | (
+        (spread_of_change > 0) & (spread_of_change < 4 * gap)
+    )
+    found = (buried & (far > 1e3)).nonzero().flatten().tolist()
+    if found:
+        values = ", ".join(f"{far[d].item():.4g}" for d in found)
+        warnings.warn(
+            f"dimension(s) {found} of the state lie so far from 0 (up to {values}) that "
+            f"{state.dtype} rounds off most of what they vary by, or change by in a step; subtract "
+            "a constant in the environment, before observations are cast",
             stacklevel=4,
         )

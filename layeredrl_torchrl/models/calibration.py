@@ -48,6 +48,13 @@ class Calibration(nn.Module):
         offsets = torch.linspace(-1.0, 1.0, n_models) if n_models > 1 else torch.zeros(1)
         self.register_buffer("offsets", offsets)
 
+    def reset_parameters(self) -> None:
+        """Return to what it was before the first :meth:`fit`."""
+        for nothing in (self.shift, self.spread):
+            nothing.zero_()
+        for same in (self.slope, self.disagreement):
+            same.fill_(1.0)
+
     def forward(self, std: Tensor) -> Tensor:
         """Correct ``std [M, ..., D]``, in the units of the normalised target."""
         shift, slope = self.affine()
@@ -83,10 +90,10 @@ class Calibration(nn.Module):
         log_std = std.log()
         log_weights = weights.clamp_min(torch.finfo(weights.dtype).tiny).log().unsqueeze(-1)
         offsets = self.offsets.view(-1, 1, 1, 1)
-        start = (torch.zeros(dim), torch.ones(dim), torch.zeros(1), torch.zeros(1))
-        parameters = torch.cat(start).to(mean)
-        with torch.enable_grad():
-            parameters.requires_grad_()
+
+        def search(shift: Tensor) -> Tensor:
+            start = (shift, torch.ones(dim), torch.zeros(1), torch.zeros(1))
+            parameters = torch.cat([x.to(mean) for x in start]).requires_grad_()
             optim = torch.optim.LBFGS(
                 [parameters], max_iter=60, history_size=10, line_search_fn="strong_wolfe"
             )
@@ -110,7 +117,14 @@ class Calibration(nn.Module):
                 return loss
 
             optim.step(objective)
-        found = parameters.detach()
+            return parameters.detach()
+
+        with torch.enable_grad():
+            found = search(torch.zeros(dim))
+            if not bool(torch.isfinite(found).all()):
+                # Far from what was predicted, steps overflow: begin at the size of the residuals.
+                ratio = (residual / std).square().mean((0, 1, 2)).sqrt()
+                found = search(ratio.clamp_min(torch.finfo(ratio.dtype).tiny).log())
         if not bool(torch.isfinite(found).all()):
             raise ValueError(
                 "the calibration did not converge to finite numbers; look at the held-out "

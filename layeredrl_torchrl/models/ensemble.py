@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from layeredrl_torchrl._checks import check_flag, check_number
 from layeredrl_torchrl._graphs import Graphs
 from layeredrl_torchrl._precision import full_precision
-from layeredrl_torchrl.models._members import check_net, stack_members
+from layeredrl_torchrl.models._members import check_distinct, check_net, stack_members
 from layeredrl_torchrl.models._output_checks import check_parameters
 from layeredrl_torchrl.models._parts import step_parts
 from layeredrl_torchrl.models._scaling import Scaling
@@ -76,7 +76,8 @@ class ProbabilisticEnsemble(Model):
 
     Raises:
         TypeError, ValueError: As :class:`~layeredrl_torchrl.Model`; a ``partial_net`` whose
-            output has another shape, or a std that is not positive.
+            output has another shape, a std that is not positive, or parameters that another
+            member has too.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class ProbabilisticEnsemble(Model):
         probe = self._probe_inputs()
         for member, net in enumerate(nets):
             check_net(member, net, probe, n_modes)
+        check_distinct(nets)
         self.members = stack_members(nets, probe)
         self._ignores_context = all(getattr(net, "ignore_context", False) for net in nets)
         if ema_decay is not None:
@@ -281,7 +283,7 @@ class ProbabilisticEnsemble(Model):
         self.calibration.fit(mean, std, weights, self.target(state, next_state))
 
     def reset_parameters(self) -> None:
-        """Draw new weights and drop the average; the statistics stay.
+        """Draw new weights, drop average and calibration; the statistics stay.
 
         Members of your own are reset by the ``reset_parameters`` of their parts.
         """
@@ -292,6 +294,7 @@ class ProbabilisticEnsemble(Model):
             self.averaged_members.load_state_dict(self.members.state_dict())
         self.n_averaged.zero_()
         self._averaging = False
+        self.calibration.reset_parameters()
 
     def reset_parameters_recursive(
         self, parameters: TensorDictBase | None = None

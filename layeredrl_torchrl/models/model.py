@@ -11,6 +11,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from layeredrl_torchrl._checks import check_finite, check_positive_int, check_width
+from layeredrl_torchrl._dispatch import dispatched
 from layeredrl_torchrl._graphs import Graphs
 from layeredrl_torchrl._state import WholeState
 from layeredrl_torchrl._watch import refuse, watched
@@ -104,6 +105,8 @@ class Model(WholeState):
         self.in_keys = list(in_keys)
         self.out_keys = list(out_keys)
         self._graphs: Graphs | None = None
+        # Moves with a model that has no parameters.
+        self.register_buffer("_floats", torch.empty(0), persistent=False)
 
     # -- for subclasses -------------------------------------------------------------------
 
@@ -164,6 +167,7 @@ class Model(WholeState):
             term_prob.mean(0).reshape(batch),
         )
 
+    @dispatched
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the prediction for a TensorDict ``[*B]``; keys in the class docstring."""
         loc, weights, scale, term_prob = self.predict(*self.read(tensordict))
@@ -284,7 +288,8 @@ class Model(WholeState):
         name = ("rollout", deterministic, propagation_key(propagation))
         inputs = (initial_state, actions) if context is None else (initial_state, actions, context)
         ctx, acts, states, term = self.run(name, run, inputs)
-        return lay_out(initial_state.shape[:-1], self.in_keys, states, term, ctx, acts)
+        batch, term_key = initial_state.shape[:-1], self.out_keys[3]
+        return lay_out(batch, self.in_keys, term_key, states, term, ctx, acts)
 
     def uncertainty(self, traj: TensorDictBase) -> TensorDict:
         """Split the spread of a rollout's particles by the law of total variance.
@@ -379,7 +384,7 @@ class Model(WholeState):
 
     def prepare(self, state: Tensor, context: Tensor | None, action: Tensor) -> Rows:
         """Check inputs ``[*B, ...]`` and flatten them to ``[N, ...]``; returns ``*B`` first."""
-        return self._input_rows.of_step(state, context, action, self._dtype())
+        return self._input_rows.of_step(state, context, action, self.floats.dtype)
 
     def prepare_rollout(self, state: Tensor, context: Tensor | None, actions: Tensor) -> Rows:
         """Check the inputs of :meth:`rollout` and flatten them to ``[N, ...]``.
@@ -387,12 +392,12 @@ class Model(WholeState):
         Returns:
             ``*B``, and state ``[N, D]``, context ``[N, C]``, actions ``[N, H, *]``.
         """
-        return self._input_rows.of_rollout(state, context, actions, self._dtype())
+        return self._input_rows.of_rollout(state, context, actions, self.floats.dtype)
 
-    def _dtype(self) -> torch.dtype:
-        """Return the dtype the model computes in, which is that of its parameters."""
-        parameter = next(self.parameters(), None)
-        return torch.get_default_dtype() if parameter is None else parameter.dtype
+    @property
+    def floats(self) -> Tensor:
+        """A tensor with the dtype and on the device that the model computes in."""
+        return next(self.parameters(), self._floats)
 
     def _predict_flat(self, state: Tensor, context: Tensor, action: Tensor) -> MemberOutput:
         """Evaluate every member on the same rows ``[N, ...]`` and check its output."""

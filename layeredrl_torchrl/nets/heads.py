@@ -63,9 +63,19 @@ class ScalarHead(nn.Module, ABC):
         )
         self.register_buffer("out_loc", torch.zeros(()))
         self.register_buffer("out_scale", torch.ones(()))
-        # An untrained head returns 0 everywhere instead of noise, as LayeredRL's value net does.
+        self._zero_output()
+
+    def _zero_output(self) -> None:
+        """Return ``loc`` everywhere instead of noise, as LayeredRL's untrained value net does."""
         nn.init.zeros_(self.net[-1].weight)
         nn.init.zeros_(self.net[-1].bias)
+
+    def reset_parameters(self) -> None:
+        """Draw new weights; the statistics stay."""
+        for layer in self.net:
+            if hasattr(layer, "reset_parameters"):
+                layer.reset_parameters()
+        self._zero_output()
 
     @abstractmethod
     def features(self, state: Tensor, context: Tensor, action: Tensor) -> Tensor:

@@ -113,6 +113,13 @@ class StoredRows:
         for key in self._keys:
             if contents.get(key, None) is None:
                 names = sorted(map(str, contents.keys(include_nested=True, leaves_only=True)))
+                if key == self._keys[1]:  # the observation itself is there
+                    raise KeyError(
+                        f"buffer: got {self._keys[0]!r} without {key!r}, where each step leads. "
+                        "Collectors with compact_obs=True leave it out, and the last one of an "
+                        "episode cannot be restored: build the collector without, or name another "
+                        f"key. Available: {', '.join(names)}."
+                    )
                 raise KeyError(
                     f"buffer: got none of the key {key!r}, expected one-step transitions with it; "
                     f"pass the key it has here. Available: {', '.join(names)}."

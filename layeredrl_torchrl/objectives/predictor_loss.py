@@ -111,6 +111,7 @@ class PredictorLoss(TermsLoss):
     ``action``, ``next_observation``, ``reward``, ``terminated``, ``valid``, and where present
     ``elapsed_steps`` (environment steps a transition took) and ``random_action`` (bool ``[B, L]``
     or ``[B, L, 1]``: the action was drawn at random and not by the policy to be valued).
+    (``done`` is not read here; it tells ``RewardPredictor.learn`` where episodes end.)
     Steps that TorchRL's ``loss_mask_key`` masks (by default ``("collector", "mask")``, which is
     false for padding) are not valid. Value targets end before a random action, and a step that
     starts with one has none: random behaviour would make the value of states too low.
@@ -132,6 +133,7 @@ class PredictorLoss(TermsLoss):
         action: NestedKey = "action"
         reward: NestedKey = ("next", "reward")
         terminated: NestedKey = ("next", "terminated")
+        done: NestedKey = ("next", "done")
         elapsed_steps: NestedKey = ("next", "elapsed_steps")
         valid: NestedKey = "valid"
         random_action: NestedKey = "random_action"
@@ -184,6 +186,12 @@ class PredictorLoss(TermsLoss):
         """Expose both value networks' parameters under the names that SoftUpdate looks for."""
         self.value_params = TensorDict.from_module(self.val_func, as_module=True)
         self.target_value_params = TensorDict.from_module(self.target_val_func, as_module=True)
+
+    def reset_parameters_recursive(self) -> None:
+        """Draw new weights; the target network becomes a copy of the new value function."""
+        super().reset_parameters_recursive()
+        if isinstance(self.val_func, nn.Module):
+            self.target_val_func.load_state_dict(self.val_func.state_dict())
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the views, which a copy would turn into parameters of their own."""

@@ -10,6 +10,8 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.objectives import LossModule
 
+from layeredrl_torchrl._dispatch import dispatched
+
 __all__ = ["TermsLoss"]
 
 
@@ -53,9 +55,15 @@ class TermsLoss(LossModule):
         Terms whose names begin with ``"loss_"`` are minimised; the others are only logged.
         """
 
+    @dispatched
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Compute the terms of a batch of the shape that :meth:`prepare` takes."""
         return TensorDict(self.terms(self.prepare(tensordict)))
+
+    def reset_parameters_recursive(self) -> None:
+        """Draw new weights, by ``reset_parameters`` of the parts."""
+        # TorchRL's method looks for the parts of functional losses only, and finds none here.
+        self._reset_parameters(self)
 
     @property
     def functional(self) -> bool:

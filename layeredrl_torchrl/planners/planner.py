@@ -13,6 +13,7 @@ from torchrl.envs import TensorDictPrimer
 from torchrl.modules.planners.common import MPCPlannerBase
 
 from layeredrl_torchrl._checks import check_callable, check_flag, check_instance, require
+from layeredrl_torchrl._dispatch import dispatched
 from layeredrl_torchrl._graphs import Graphs
 from layeredrl_torchrl._watch import watched
 from layeredrl_torchrl.imagination import PredictorEnv
@@ -194,6 +195,7 @@ class PredictorPlanner(MPCPlannerBase):
         memory = self.optimizer.forget(batch, device)
         return TensorDict({self.plan_key: memory}, batch, device=memory.device)
 
+    @dispatched
     def forward(
         self,
         tensordict: TensorDictBase,

@@ -56,6 +56,7 @@ class Experience:
         self._slices = TransitionSlices(
             buffer,
             observation_key=keys.observation,
+            done_key=keys.done,
             terminated_key=keys.terminated,
             valid_key=keys.valid,
             index_key="storage_index",
@@ -117,6 +118,11 @@ class Experience:
             )
         check_finite(str(key), reward, hint="repair the environment's rewards")
         return reward
+
+    def elapsed_steps(self, rows: TensorDictBase) -> Tensor:
+        """Environment steps ``[N]`` that stored transitions took: 1 where nothing else is said."""
+        elapsed = rows.get(self._keys.elapsed_steps, None)
+        return torch.ones(len(rows)) if elapsed is None else elapsed.reshape(len(rows))
 
     def fingerprints(self, n_first: int, n_probes: int) -> Tensor:
         """Numbers ``[n_probes]`` that stand for the contents of places in the storage, int64.

@@ -35,6 +35,7 @@ class Upkeep(nn.Module):
         rew_func: Is scaled if it is a :class:`~layeredrl_torchrl.ScalarHead`.
         value_heads: Likewise.
         delta_standardizer: Is fitted to changes of the state.
+        gamma: Discount over one environment step.
     """
 
     n_since_calibration: Tensor  # []: updates of the model
@@ -49,8 +50,10 @@ class Upkeep(nn.Module):
         rew_func: Callable[..., Tensor] | None,
         value_heads: tuple[object, ...],
         delta_standardizer: DeltaStandardizer | None,
+        gamma: float,
     ) -> None:
         super().__init__()
+        self._gamma = gamma
         # The parts belong to the predictor: a tuple keeps them from being registered twice.
         self._parts = model, encoder, rew_func, delta_standardizer
         self._value_heads = value_heads
@@ -81,7 +84,10 @@ class Upkeep(nn.Module):
         model.fit_statistics(state, context, action, next_state)
         if delta_standardizer is not None:
             delta_standardizer.fit(next_state - state)
-        self._rescale(reward, (state, context, action), next_state)
+        discount = None
+        if not bool((data.get(("next", "terminated")) > 0).any()):
+            discount = self._gamma ** experience.elapsed_steps(rows).double().mean().item()
+        self._rescale(reward, discount, (state, context, action), next_state)
         self.n_written_at_statistics.fill_(experience.n_written)
         self.n_stored_at_statistics.fill_(n_stored)
         self.fingerprints.copy_(experience.fingerprints(n_stored, _N_PROBES))
@@ -116,22 +122,48 @@ class Upkeep(nn.Module):
         return 10 * n_changed < _N_PROBES
 
     def _rescale(
-        self, reward: Tensor, taken: tuple[Tensor, Tensor, Tensor], next_state: Tensor
+        self,
+        reward: Tensor,
+        discount: float | None,
+        taken: tuple[Tensor, Tensor, Tensor],
+        next_state: Tensor,
     ) -> None:
+        """Tell reward and value functions their units, and the statistics of their inputs.
+
+        Returns are many rewards large, but a value function that starts at 0 and is told the size
+        of one reward grows up to them from below, and so stays modest where there is no data;
+        planners seek out states whose value is overrated.
+
+        Where nothing terminates, an offset of all rewards is one of all values, which values then
+        start at, and their unit is the size of the rest: wholly where the offset is 20 times the
+        rewards' spread, and not at all up to 5 times. Where something terminates, an offset is the
+        worth of staying alive.
+
+        Args:
+            reward: ``[N, 1]``.
+            discount: Over one transition; ``None`` if some of them terminate.
+            taken: State ``[N, D]``, context ``[N, C]`` and action ``[N, *]``.
+            next_state: ``[N, D]``.
+        """
         reward = reward.double()
         std, mean = torch.std_mean(reward, correction=0)
-        rms = reward.square().mean().sqrt()
-        unit = torch.where(rms > 0, rms, torch.ones_like(rms))
         # Rewards that differ by what float32 rounds off are the same.
-        varies = std > 1e-6 * reward.abs().amax()
+        std = torch.where(std > 1e-6 * reward.abs().amax(), std, 0.0)
         rew_func = self._parts[2]
         if isinstance(rew_func, ScalarHead):
             rew_func.fit_inputs(*taken, *((next_state,) if needs_next_state(rew_func) else ()))
-            rew_func.rescale(mean, torch.where(varies, std, unit))
-        # Returns are many rewards large, but a value function that starts at 0 and is told the
-        # size of one reward grows up to them from below, and so stays modest where there is no
-        # data; planners seek out states whose value is overrated.
+            rew_func.rescale(mean, torch.where(std > 0, std, _size(reward)))
+        offset = torch.zeros_like(mean)
+        if discount is not None and discount < 1.0:
+            share = ((mean.abs() - 5.0 * std) / (15.0 * std)).clamp(0.0, 1.0)
+            offset = torch.where(std > 0, share * mean, 0.0)
         for head in self._value_heads:
             if isinstance(head, ScalarHead):
                 head.fit_inputs(*taken)
-                head.rescale(0.0, unit)
+                head.rescale(offset / (1.0 - (discount or 0.0)), _size(reward - offset))
+
+
+def _size(reward: Tensor) -> Tensor:
+    """Root mean square, or 1 if all are 0."""
+    size = reward.square().mean().sqrt()
+    return torch.where(size > 0, size, 1.0)

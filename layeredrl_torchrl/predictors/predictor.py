@@ -13,6 +13,7 @@ from torchrl.data import ReplayBuffer
 from torchrl.record.loggers import Logger
 
 from layeredrl_torchrl._checks import check_callable
+from layeredrl_torchrl._dispatch import dispatched
 from layeredrl_torchrl._state import WholeState
 from layeredrl_torchrl._watch import watched
 from layeredrl_torchrl.models import Model, Propagation
@@ -363,6 +364,7 @@ class Predictor(WholeState):
         """:meth:`step` as a module, for what drives a world model in state space."""
         return _Step(self)
 
+    @dispatched
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Encode the observation and take one imagined step."""
         return self.step(self.encode(tensordict))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from tensordict import unravel_key
+from tensordict import TensorDictBase, unravel_key
 from torch import Tensor, nn
 from torchrl.data import ReplayBuffer
 from torchrl.record.loggers import Logger
@@ -187,6 +187,7 @@ class RewardPredictor(Predictor):
             rew_func,
             (val_func, self.target_val_func),
             self.delta_standardizer,
+            gamma,
         )
         check_number("consistency_loss_weight", consistency_loss_weight, 0.0)
         check_number("termination_loss_weight", termination_loss_weight, 0.0)
@@ -311,6 +312,21 @@ class RewardPredictor(Predictor):
         """The target network, an average over recent updates and so steadier than ``val_func``."""
         return self.val_func if self.target_val_func is None else self.target_val_func
 
+    def reset_parameters(self) -> None:
+        """Draw new weights for all parts; statistics, counts and the optimizer stay."""
+        self._reset_parameters(self)
+        if self.target_val_func is not None and isinstance(self.val_func, nn.Module):
+            self.target_val_func.load_state_dict(self.val_func.state_dict())
+
+    def reset_parameters_recursive(
+        self, parameters: TensorDictBase | None = None
+    ) -> TensorDictBase | None:
+        """Call tensordict's method with ``parameters``, :meth:`reset_parameters` without."""
+        if parameters is not None:
+            return super().reset_parameters_recursive(parameters)
+        self.reset_parameters()
+        return None
+
     # -- learning ---------------------------------------------------------------------------
 
     def learn(
@@ -338,7 +354,8 @@ class RewardPredictor(Predictor):
         ``loss_termination``  nats, summed over members; not minimised where there is a
                               ``term_func``
         ``loss_reward``       in squares of the reward head's scale (the rewards' std)
-        ``loss_value``        in squares of the value head's scale (the rewards' root mean square)
+        ``loss_value``        in squares of the value head's scale (the rewards' root mean square,
+                              without the offset that they have where nothing terminates)
         ``nll``               nats per dimension (normalised) and member
         ``termination_bce``   nats per member
         ``value_mean``        reward units
@@ -368,7 +385,7 @@ class RewardPredictor(Predictor):
             self.model.action_form,
             self.predictor_loss.tensor_keys,
             holdout_share=self.holdout_share,
-            device=next(self.model.parameters()).device,
+            device=self.model.floats.device,
         )
         training = self.model_training
         with (

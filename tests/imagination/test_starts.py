@@ -56,6 +56,17 @@ def test_starts_are_stored_observations_each_equally_likely(make_point, point_bu
     assert (counts / 20_000 - 1 / 50).abs().max() < 5 * (0.02 / 20_000) ** 0.5
 
 
+def test_no_episode_starts_at_padding(make_point, make_transitions):
+    """``[trajectory, time]`` as TorchRL pads it."""
+    data = make_transitions(n_steps=12).reshape(3, 4)
+    data["collector", "mask"] = mask = torch.arange(4) < torch.tensor([[4], [1], [2]])
+    data["observation"][~mask] = 99.0
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(100, ndim=2))
+    buffer.extend(data)
+    starts = FromBuffer(buffer, make_point())(500)["state"].flatten()
+    assert set(starts.tolist()) == set(data["observation"][mask][:, 0].tolist())
+
+
 def test_starts_are_encoded_without_gradients(make_predictor, make_buffer):
     encoder = EncoderNet((3,), 2, 1, in_keys=["pixels"], out_keys=["latent", "goal"])
     keys = {"in_keys": ["latent", "goal", "action"]}

@@ -157,6 +157,17 @@ def test_members_that_cannot_run_together_take_turns_and_say_so(opaque_net, reco
     assert_members_are(ensemble.members, nets, inputs(3))
 
 
+@pytest.mark.parametrize("kind", ["fc", "tanh_net"])
+def test_one_network_for_all_members_is_refused(kind, box, request):
+    spaces = box(D), None, box(A)
+    net = request.getfixturevalue(kind)(*spaces, 1)
+    with pytest.raises(ValueError, match=r"members 0 and 1 that share .*could not disagree"):
+        ProbabilisticEnsemble(*spaces, partial_net=lambda *_: net, n_models=3)
+    ProbabilisticEnsemble(*spaces, partial_net=lambda *_: net, n_models=1)
+    net.requires_grad_(False)  # what is not trained may be shared
+    ProbabilisticEnsemble(*spaces, partial_net=lambda *_: net, n_models=2)
+
+
 # -- members that differ -------------------------------------------------------------------
 
 

@@ -192,6 +192,22 @@ def test_autocast_changes_nothing_where_bfloat16_is_slower(fc, recorded, transit
         assert torch.equal(ensemble.predict(*given)[0], full[0])
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e4, 2e6])
+def test_observations_that_rounding_buries_are_named(offset, fc, recorded):
+    """The second dimension lies far from 0, beside a spread of 1 and changes of 0.01."""
+    ensemble, _ = recorded(fc)
+    state = torch.randn(500, 3) + offset * torch.tensor([0.0, 1.0, 0.0])
+    after = state + 0.01 * torch.randn(500, 3)
+    context, action = torch.randn(500, 2), torch.randn(500, 2)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        ensemble.fit_statistics(state, context, action, after)
+    # Neighbouring numbers are 0.001 apart at 1e4, and 0.125 at 2e6.
+    assert [("dimension(s) [1] of the state" in str(w.message)) for w in told] == [True] * (
+        offset > 1e5
+    )
+
+
 # -- gradients -----------------------------------------------------------------------------
 
 

@@ -386,3 +386,17 @@ def test_on_a_gpu_it_is_what_it_is_on_the_cpu(n_modes, fc, recorded, transitions
         assert half.dtype == torch.float32
         assert not torch.equal(half, got)
         assert torch.isfinite(ensemble.rollout(*on_gpu)["next", "state"]).all()
+
+
+def test_renamed_keys_are_those_of_a_rollout(fc, recorded):
+    names = ["z", "goal", ("agents", "do")]
+    written = [("next", key) for key in ("loc", "weights", "scale", "p", "z")]
+    torch.manual_seed(0)
+    ensemble, _ = recorded(fc, in_keys=names, out_keys=written)
+    torch.manual_seed(0)
+    plain, _ = recorded(fc)
+    given = torch.randn(4, 3), torch.randn(4, 2), torch.randn(4, 5, 2)
+    found, expected = (model.rollout(*given, True) for model in (ensemble, plain))
+    assert set(found.keys(True, True)) == {*names, ("next", "z"), ("next", "p")}
+    torch.testing.assert_close(found["next", "p"], expected["next", "term_prob"])
+    torch.testing.assert_close(found["next", "z"], expected["next", "state"])

@@ -262,6 +262,7 @@ class Step:
         (lambda: filled_with(ten(), lambda rows: rows[::2]), ValueError, r"\[32\].*\[16\]"),
         (lambda: filled_with(ten().view(5, 2)), ValueError, r"\[2\].*ndim=1.*ndim=2"),
         *((without(key), KeyError, rf"{re.escape(repr(key))}.*Available:.*number") for key in READ),
+        (without(("next", "observation")), KeyError, "compact_obs=True leave it out"),
         (
             lambda: filled_with(ten().set(("next", "terminated"), torch.rand(10, 1))),
             ValueError,

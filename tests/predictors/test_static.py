@@ -11,7 +11,7 @@ from helpers import known, make_buffer, unchanged
 from tensordict import TensorDict
 from torchrl.data import Bounded
 
-from layeredrl_torchrl import IdentityEncoder, RewardPredictor, StaticPredictor
+from layeredrl_torchrl import IdentityEncoder, PredictorEnv, RewardPredictor, StaticPredictor
 
 DT = 0.05
 
@@ -97,3 +97,16 @@ def test_models_of_another_kind_are_refused(predictor):
         RewardPredictor(predictor.model, value, reward, predictor.encoder, 2)
     with pytest.raises(TypeError, match="Model"):
         StaticPredictor(torch.nn.Linear(2, 2), value, reward, IdentityEncoder((2,)), 2)
+
+
+def test_known_physics_in_double_precision(predictor):
+    predictor.double()
+    obs, act = torch.randn(2, dtype=torch.float64), torch.rand(50, 1, dtype=torch.float64)
+    traj = predictor.rollout(obs, act)[0, 0]
+    states, rewards = simulate(*obs.tolist(), act[:, 0].tolist())
+    expected = torch.tensor(states[1:], dtype=torch.float64)
+    torch.testing.assert_close(traj["next", "state"], expected, rtol=1e-12, atol=1e-12)
+    assert traj["next", "reward"][-1].item() == pytest.approx(rewards[-1], rel=1e-12)
+    env = PredictorEnv(predictor)
+    imagined = env.step(env.reset().set("action", act[0]))["next", "state"]
+    assert imagined.dtype == env.observation_spec["state"].dtype == torch.float64

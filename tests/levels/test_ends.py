@@ -1,0 +1,62 @@
+"""Ends of episodes below nested keys, as environments of several agents have them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import both, collected, model_free_level
+from tensordict import TensorDict
+from torchrl.data import Binary, Bounded, Composite, Unbounded
+from torchrl.envs import EnvBase
+
+from layeredrl_torchrl import Hierarchy, PredictorFactory
+
+OBS, ENDS = ("agents", "observation"), (("agents", "done"), ("agents", "terminated"))
+
+
+class Agents(EnvBase):
+    """Ends episodes of a group of agents, as nested done keys have it."""
+
+    def __init__(self, *groups):
+        super().__init__()
+        agents = {"observation": Unbounded((2,))}
+        self.observation_spec = Composite(agents=Composite(agents))
+        self.action_spec = Bounded(-1.0, 1.0, (1,))
+        flags = {name: Binary(1, dtype=torch.bool) for name in ("done", "terminated")}
+        self.done_spec = Composite({name: Composite(flags) for name in ("agents", *groups)})
+        self.reward_spec = Unbounded((1,))
+
+    def _reset(self, tensordict):
+        return TensorDict({"agents": {"observation": torch.zeros(2)}})
+
+    def _step(self, tensordict):
+        end = torch.rand(1) < 0.3
+        agents = {"observation": torch.randn(2), "done": end, "terminated": end.clone()}
+        return TensorDict({"agents": agents, "reward": torch.randn(1)})
+
+    def _set_seed(self, seed):
+        torch.manual_seed(seed)
+
+
+@both
+def test_ends_of_episodes_may_be_nested(make):
+    env = Agents()
+    options = {"env": env, "n_initial_random_steps": 10}
+    if make is model_free_level:
+        options["observation_key"] = OBS
+    else:
+        options["predictor_factory"] = PredictorFactory(
+            hidden_sizes=(8,), n_models=2, observation_key=OBS
+        )
+    level = make(**options)
+    hierarchy = Hierarchy([make(n_initial_random_steps=10)], env, observation_key=OBS)
+    for policy, lowest in ((level, level), (hierarchy, hierarchy.levels[0])):
+        (data,) = collected(env, policy, 1)
+        policy.learn(data)
+        stored = lowest.buffer[:]
+        assert stored["next", "terminated"].any()
+        for name, key in (("done", ENDS[0]), ("terminated", ENDS[1])):
+            assert torch.equal(stored["next", name], data["next", *key])
+    options["env"] = Agents("others")
+    with pytest.raises(ValueError, match=r"ends episodes by .*others.*expected one 'done'"):
+        make(**options)

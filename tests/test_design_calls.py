@@ -1,4 +1,4 @@
-"""The calls of the design's section 4, as they are written there."""
+"""The whole road on a real task: the calls of the design, as they are written there."""
 
 from __future__ import annotations
 
@@ -22,13 +22,11 @@ from layeredrl_torchrl import (
     ProbFCDynamics,
     RewardNet,
     RewardPredictor,
-    StaticPredictor,
     ValueNet,
 )
 
 ENV = "InvertedPendulum-v5"
 D, A = 4, 1  # of that task
-BATCHES = [(), (5,), (2, 3)]
 
 
 def make_env(n_envs=None):
@@ -36,36 +34,17 @@ def make_env(n_envs=None):
     return TransformedEnv(env, DoubleToFloat())
 
 
-def spaces(kind):
-    """Observation and action space of the task, from gymnasium or from TorchRL."""
-    if kind == "gymnasium":
-        env = gym.make(ENV)
-        return env.observation_space, env.action_space
-    env = make_env()
-    return env.observation_spec["observation"], env.action_spec
-
-
-@pytest.fixture(params=["gymnasium", "torchrl"])
-def task_spaces(request):
-    return spaces(request.param)
-
-
-def make_ensemble(state_space, action_space, **kwargs):
-    return ProbabilisticEnsemble(
-        state_space=state_space,
-        context_space=None,
-        action_space=action_space,
-        partial_net=partial(ProbFCDynamics, hidden_sizes=(8,)),
-        n_models=3,
-        n_modes=2,
-        n_particles_per_model=2,
-        **kwargs,
-    )
-
-
 def make_predictor(state_space, action_space, **kwargs):
     return RewardPredictor(
-        model=make_ensemble(state_space, action_space),
+        model=ProbabilisticEnsemble(
+            state_space=state_space,
+            context_space=None,
+            action_space=action_space,
+            partial_net=partial(ProbFCDynamics, hidden_sizes=(8,)),
+            n_models=3,
+            n_modes=2,
+            n_particles_per_model=2,
+        ),
         val_func=ValueNet(D, 0, (8,)),
         rew_func=RewardNet(D, 0, action_space, (8,)),
         encoder=IdentityEncoder((D,)),
@@ -76,84 +55,39 @@ def make_predictor(state_space, action_space, **kwargs):
     )
 
 
-def make_inputs(batch, *steps):
-    return torch.randn(*batch, D), 6 * torch.rand(*batch, *steps, A) - 3
-
-
-# -- models -----------------------------------------------------------------------------------
-
-
-# -- predictors -------------------------------------------------------------------------------
-
-
-def known_reward(state, context, action):
-    return -state[..., 1].abs()
-
-
-def known_value(state, context, action):
-    return -10.0 * state[..., 1].abs()
-
-
-@pytest.fixture(params=["learned", "static"])
-def predictor(request, task_spaces):
-    if request.param == "learned":
-        return make_predictor(*task_spaces)
-    return StaticPredictor(
-        model=make_ensemble(*task_spaces),
-        val_func=known_value,
-        rew_func=known_reward,
-        encoder=IdentityEncoder((D,)),
-        latent_state_dim=D,
-        context_dim=0,
-    )
-
-
-@pytest.mark.parametrize("batch", BATCHES)
-def test_predictor(predictor, batch):
-    obs, act = make_inputs(batch)
-    state, context = predictor.encode(obs)
-
-    mean, weights, std, reward, term_prob = predictor.predict(obs, act)
-
-    assert torch.equal(state, obs)
-    assert context.shape == (*batch, 0)
-    assert mean.shape == std.shape == (*batch, 3, 2, D)
-    assert weights.shape == (*batch, 3, 2)
-    assert reward.shape == term_prob.shape == batch
-    torch.testing.assert_close(predictor.predict_reward(obs, act), reward)
-    torch.testing.assert_close(reward, predictor.rew_func(state, context, act))
-    torch.testing.assert_close(predictor.value(obs), predictor.val_func(state, context, act))
-    traj = predictor.rollout(obs, torch.stack([act] * 3, -2))
-    assert traj.batch_size == (*batch, 3, 2, 3)
-    assert traj["next", "reward"].shape == (*batch, 3, 2, 3, 1)
-    td = TensorDict({"observation": obs, "action": act}, batch)
-    encoded = predictor.encode(td.clone())
-    for result in (predictor.step(encoded.clone()), predictor.step_module(encoded), predictor(td)):
-        torch.testing.assert_close(result["next", "loc"], mean)
-        torch.testing.assert_close(result["next", "reward"], reward.unsqueeze(-1))
-        for key in ("terminated", "done"):
-            assert result["next", key].shape == (*batch, 1)
-            assert result["next", key].dtype == torch.bool
-
-
-def test_modes_of_torch(task_spaces):
+@pytest.mark.parametrize("kind", ["gymnasium", "torchrl"])
+def test_modes_of_torch(kind):
     """``train`` and ``eval`` mean what they mean in torch; randomness follows the seed."""
-    predictor = make_predictor(*task_spaces)
+    if kind == "gymnasium":
+        env = gym.make(ENV)
+        predictor = make_predictor(env.observation_space, env.action_space)
+    else:
+        env = make_env()
+        predictor = make_predictor(env.observation_spec["observation"], env.action_spec)
     assert not any(module.training for module in predictor.eval().modules())
     assert all(module.training for module in predictor.train().modules())
-    obs, act = make_inputs((3,), 4)
+    obs, act = torch.randn(3, D), 6 * torch.rand(3, 4, A) - 3
     torch.manual_seed(7)
     first = predictor.rollout(obs, act)["next", "state"]
+    assert not torch.equal(predictor.rollout(obs, act)["next", "state"], first)
     torch.manual_seed(7)
     assert torch.equal(predictor.rollout(obs, act)["next", "state"], first)
+    exact = predictor.predict(obs, act[:, 0])
+    torch.testing.assert_close(predictor.value(obs), predictor.val_func(obs, obs[:, :0], act))
+    torch.testing.assert_close(predictor.predict_reward(obs, act[:, 0]), exact[3])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mean, *_ = predictor.predict(obs, act[:, 0])
-    exact, *_ = predictor.predict(obs, act[:, 0])
     assert mean.dtype == torch.float32
-    torch.testing.assert_close(mean, exact, atol=0.05, rtol=0.05)
-
-
-# -- planning and the whole road --------------------------------------------------------------
+    torch.testing.assert_close(mean, exact[0], atol=0.05, rtol=0.05)
+    # what TorchRL's WorldModel does
+    td = TensorDict({"observation": obs, "action": act[:, 0]}, [3])
+    encoded = predictor.encode(td.clone())
+    for result in (predictor.step(encoded.clone()), predictor.step_module(encoded), predictor(td)):
+        torch.testing.assert_close(result["next", "loc"], exact[0])
+        torch.testing.assert_close(result["next", "reward"], exact[3].unsqueeze(-1))
+        for key in ("terminated", "done"):
+            assert result["next", key].shape == (3, 1)
+            assert result["next", key].dtype == torch.bool
 
 
 @pytest.mark.parametrize("use_value_func", [False, True])
@@ -200,7 +134,7 @@ def test_learning_from_collected_experience_improves_on_unseen_steps():
     buffer = ReplayBuffer(storage=LazyTensorStorage(800, ndim=2))
     buffer.extend(next(iter(collector)))
     collector.shutdown()
-    space = spaces("torchrl")
+    space = real_env.observation_spec_unbatched["observation"], real_env.action_spec_unbatched
     predictor = make_predictor(*space, model_lr=lambda steps: 1e-2, reward_lr=1e-2)
     predictor.learn(buffer, 150, 32, 64, 800)
 

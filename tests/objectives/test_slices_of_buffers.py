@@ -30,6 +30,19 @@ from torchrl.envs import ExcludeTransform, ObservationNorm
 from layeredrl_torchrl.objectives.slices import TransitionSlices
 
 
+def filled_with(data, transform=None, **kwargs):
+    storage = LazyTensorStorage(20, **kwargs)
+    buffer = ReplayBuffer(storage=storage, transform=transform, batch_size=7)
+    buffer.extend(data)
+    return buffer
+
+
+def check(slices, lane, first, last):
+    """The slices of 5 steps are those of a lane's transitions first, ..., last - 1."""
+    expected = expected_slices([(lane, first, last)], 5)
+    assert_slices(slices.sample(200, 5), expected, lane.tensordict(0, len(lane)))
+
+
 @pytest.fixture
 def filled():
     """A full ring of 20 with 30 transitions written, all observations equal."""
@@ -41,55 +54,47 @@ def filled():
 
 def test_the_newest_row_is_known_after_saving_and_loading(filled, tmp_path):
     lane, buffer = filled
-    expected = expected_slices([(lane, 10, 30)], 5)
     buffer.dumps(tmp_path)
     for load, state in (("loads", tmp_path), ("load_state_dict", buffer.state_dict())):
         loaded = TensorDictReplayBuffer(storage=LazyTensorStorage(20), batch_size=7)
         getattr(loaded, load)(state)
-        rows = TransitionSlices(loaded).sample(200, 5)
-        assert_slices(rows, expected, lane.tensordict(0, 30))
+        check(TransitionSlices(loaded), lane, 10, 30)
 
 
 def test_the_newest_row_is_known_in_a_second_buffer_on_the_same_storage(filled):
     lane, buffer = filled
     view = ReplayBuffer(storage=buffer.storage, batch_size=7)
-    rows = TransitionSlices(view).sample(200, 5)
-    assert_slices(rows, expected_slices([(lane, 10, 30)], 5), lane.tensordict(0, 30))
+    check(TransitionSlices(view), lane, 10, 30)
     # and when the first one loads a state in which the ring was not full yet
     earlier = TensorDictReplayBuffer(storage=LazyTensorStorage(20), batch_size=7)
     earlier.extend(lane.tensordict(0, 13))
     buffer.load_state_dict(earlier.state_dict())
-    rows = TransitionSlices(view).sample(200, 5)
-    assert_slices(rows, expected_slices([(lane, 0, 13)], 5), lane.tensordict(0, 30))
+    check(TransitionSlices(view), lane, 0, 13)
 
 
-def test_a_buffer_that_another_process_fills(tmp_path):
-    lane = Lane(0, [(9, "terminated"), (9, "truncated"), (12, "terminated")], "done")
+def test_a_buffer_that_another_process_fills(filled, tmp_path):
+    lane, _ = filled
     storage = LazyMemmapStorage(40, shared_init=True, scratch_dir=tmp_path)
     buffer = ReplayBuffer(storage=storage, batch_size=7, shared=True)
     slices = TransitionSlices(buffer)
-    process = multiprocessing.get_context("spawn").Process(
-        target=buffer.extend, args=(lane.tensordict(0, 30),)
-    )
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=buffer.extend, args=(lane.tensordict(0, 30),))
     process.start()
     process.join()
     assert len(slices) == 30
-    assert_slices(
-        slices.sample(200, 5), expected_slices([(lane, 0, 30)], 5), lane.tensordict(0, 30)
-    )
+    check(slices, lane, 0, 30)
 
 
 @pytest.mark.parametrize("in_one_piece", [True, False])
-def test_a_data_set_that_nobody_writes(in_one_piece):
-    lane = Lane(0, [(4, "truncated"), (6, "cut")], "done")
-    data = lane.tensordict(0, 10)
+def test_a_data_set_that_nobody_writes(in_one_piece, filled):
+    lane, _ = filled
+    data = lane.tensordict(0, 30)
     if not in_one_piece:
         data = torch.stack([data] * 2, 1)[:, 0]
     assert data["observation"].is_contiguous() is in_one_piece
     storage = TensorStorage(data)
     buffer = ReplayBuffer(storage=storage, writer=ImmutableDatasetWriter(), batch_size=7)
-    rows = TransitionSlices(buffer).sample(200, 5)
-    assert_slices(rows, expected_slices([(lane, 0, 10)], 5), data)
+    check(TransitionSlices(buffer), lane, 0, 30)
 
 
 @pytest.mark.parametrize("ndim", [1, 2])
@@ -119,23 +124,25 @@ RENAMED = {
     "done_key": (("next", "done"), ("next", "over")),
     "terminated_key": (("next", "terminated"), ("next", "failed")),
     "trajectory_key": (("collector", "traj_ids"), "run"),
+    "valid_key": ("valid", ("mask", "valid")),
 }
 
 
 def test_renamed_keys():
-    lane = Lane(0, [(7, "terminated"), (8, "truncated"), (15, "terminated")], "trajectory")
-    data = lane.tensordict(0, 30)
-    data.rename_key_(("next", "observation"), ("next", "agent", "position"))
-    for old, new in RENAMED.values():
-        data.rename_key_(old, new)
+    lane = Lane(0, [(12, "cut"), (8, "truncated"), (10, "terminated")], "trajectory")
+    data = lane.tensordict(10, 30)
+    for old, new in [*RENAMED.values(), (("next", "observation"), ("next", "agent", "position"))]:
+        if old != "valid":
+            data.rename_key_(old, new)
     del data["collector"]
-    buffer = ReplayBuffer(storage=LazyTensorStorage(20), batch_size=7)
-    buffer.extend(data)
     keys = {name: new for name, (_, new) in RENAMED.items()}
-    rows = TransitionSlices(buffer, **keys, valid_key=("mask", "valid")).sample(100, 4)
+    rows = TransitionSlices(filled_with(data), **keys).sample(100, 4)
     assert "valid" not in rows.keys()
     rows["valid"] = rows["mask", "valid"]
     assert_slices(rows, expected_slices([(lane, 10, 30)], 4), data)
+    # trajectory ids can be ignored
+    rows = TransitionSlices(filled_with(data), **keys | {"trajectory_key": None}).sample(100, 4)
+    assert (rows["run"][:, :1] != rows["run"]).any()
 
 
 @pytest.mark.parametrize("key", [("next", "done"), ("next", "terminated")])
@@ -144,23 +151,12 @@ def test_either_end_ends_a_slice_whatever_its_width(key):
     data = Lane(0, [(12, "goes on")], "done").tensordict(0, 12)
     for name in ("done", "terminated"):
         data["next", name] = torch.zeros(12, 2, 1, dtype=torch.bool)
-    data[(*key,)][5, 1] = True
-    buffer = ReplayBuffer(storage=LazyTensorStorage(12), batch_size=7)
-    buffer.extend(data)
-    rows = TransitionSlices(buffer).sample(100, 4)
+    data[key][5, 1] = True
+    rows = TransitionSlices(filled_with(data)).sample(100, 4)
     last = torch.where(rows["number"][:, 0] <= 5, 5, 11)
     expected = rows["number"][:, :1] + torch.arange(4)
     assert torch.equal(rows["number"], torch.minimum(expected, last.unsqueeze(1)))
     assert torch.equal(rows["valid"], expected <= last.unsqueeze(1))
-
-
-def test_trajectory_ids_can_be_ignored():
-    lane = Lane(0, [(12, "cut"), (8, "cut")], "trajectory")
-    buffer = ReplayBuffer(storage=LazyTensorStorage(20), batch_size=7)
-    buffer.extend(lane.tensordict(0, 20))
-    rows = TransitionSlices(buffer, trajectory_key=None).sample(200, 3)
-    across = rows["number"].tolist().index([10, 11, 12])
-    assert rows["valid"][across].all()
 
 
 def test_images_and_entries_that_are_no_tensors():
@@ -169,9 +165,7 @@ def test_images_and_entries_that_are_no_tensors():
     data["next", "observation"] = data["observation"] + 1
     data["next", "observation"][6, 2, 3, 3] = 99  # one other pixel makes it another state
     data["instruction"] = NonTensorStack(*map(str, range(10)))
-    buffer = ReplayBuffer(storage=LazyTensorStorage(10), batch_size=7)
-    buffer.extend(data)
-    rows = TransitionSlices(buffer).sample(100, 3)
+    rows = TransitionSlices(filled_with(data)).sample(100, 3)
     assert rows["observation"].shape == (100, 3, 3, 4, 4)
     for numbers, valid, said in zip(
         rows["number"].tolist(), rows["valid"].tolist(), rows["instruction"], strict=True
@@ -210,13 +204,6 @@ def test_only_the_sampled_rows_are_touched(make_buffer, layout):
     assert names <= {"index_select", "index", "view", "alias"}, names
     expected = expected_slices([(lane, 0, n) for lane in lanes], 3)
     assert_slices(slices.sample(64, 3), expected, data.to_tensordict().reshape(-1))
-
-
-def filled_with(data, transform=None, **kwargs):
-    storage = LazyTensorStorage(20, **kwargs)
-    buffer = ReplayBuffer(storage=storage, transform=transform, batch_size=7)
-    buffer.extend(data)
-    return buffer
 
 
 def ten():
@@ -287,17 +274,13 @@ def test_buffers_that_cannot_be_sliced(buffer, error, told):
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "length", "error", "told"),
+    ("counts", "error", "told"),
     [
-        (0, 3, ValueError, "batch_size.*0"),
-        (3, 0, ValueError, "length.*0"),
-        (3, -1, ValueError, "length.*-1"),
-        (3, 2.0, TypeError, r"length.*2\.0"),
-        (None, 2, TypeError, "batch_size.*None"),
+        ((0, 3), ValueError, "batch_size.*0"),
+        ((3, -1), ValueError, "length.*-1"),
+        ((3, 2.0), TypeError, r"length.*2\.0"),
     ],
 )
-def test_counts_that_make_no_sense(batch_size, length, error, told):
-    slices = TransitionSlices(filled_with(ten()))
-    slices.sample(3, 3)
+def test_counts_that_make_no_sense(counts, error, told):
     with pytest.raises(error, match=told):
-        slices.sample(batch_size, length)
+        TransitionSlices(filled_with(ten())).sample(*counts)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 
-import gymnasium as gym
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from layeredrl_torchrl import ProbabilisticEnsemble, ProbFCDynamics
-from layeredrl_torchrl.models._members import LoopMembers, VmapMembers, stack_members
+from layeredrl_torchrl.models._members import LoopMembers, VmapMembers
 from layeredrl_torchrl.nets import StackedProbFCDynamics
 
 D, C, A = 3, 2, 2
@@ -37,51 +33,6 @@ def assert_members_are(members, nets, given):
             torch.testing.assert_close(x[m], y)
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    way=st.sampled_from([VmapMembers, LoopMembers]),
-    n_models=st.integers(1, 4),
-    n_modes=st.integers(1, 3),
-    n=st.integers(1, 3),
-    c=st.integers(0, 2),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
-)
-def test_members_equal_each_net_on_its_own(way, n_models, n_modes, n, c, dtype, tanh_net, box):
-    nets = [tanh_net(box(D), box(c), box(A), n_modes).to(dtype) for _ in range(n_models)]
-    members = way(nets)
-    assert_members_are(members, nets, inputs(n_models, n, c=c, dtype=dtype))
-    count = sum(p.numel() for p in members.parameters() if p.requires_grad)
-    assert count == sum(p.numel() for net in nets for p in net.parameters())
-
-
-@pytest.mark.parametrize("way", [VmapMembers, LoopMembers])
-def test_integer_actions(way, tanh_net, box):
-    nets = [tanh_net(box(D), None, gym.spaces.Discrete(4), 1) for _ in range(3)]
-    state, context, _ = inputs(3, c=0)
-    assert_members_are(way(nets), nets, (state, context, torch.randint(4, (3, 4))))
-
-
-@pytest.mark.parametrize("way", [VmapMembers, LoopMembers])
-def test_gradients_are_those_of_the_nets(way, tanh_net, box):
-    nets = [tanh_net(box(D), box(C), box(A), 2) for _ in range(3)]
-    members = way(copy.deepcopy(nets))
-    given = inputs(3)
-
-    def loss(out):
-        return sum(x.square().sum() for x in flat(out))
-
-    loss(members(*given)).backward()
-    for m, net in enumerate(nets):
-        loss(net(*(g[m] for g in given))).backward()
-    expected = sorted(p.grad.square().sum().item() for net in nets for p in net.parameters())
-    if way is VmapMembers:  # parameters [M, ...]
-        got = [g.square().sum().item() for p in members.parameters() for g in p.grad]
-    else:
-        got = [p.grad.square().sum().item() for p in members.parameters()]
-    assert min(expected) > 0
-    assert sorted(got) == pytest.approx(expected, rel=1e-3, abs=1e-6)
-
-
 class WithBuffer(nn.Module):
     """A member that differs from the others in buffers, one of them not saved."""
 
@@ -95,46 +46,6 @@ class WithBuffer(nn.Module):
         mean = (self.linear(state) * self.scale + self.drift).unsqueeze(-2)
         ones = torch.ones_like(state[..., 0])
         return (mean, torch.ones_like(mean)), ones.unsqueeze(-1), 0 * ones
-
-
-def test_buffers_are_each_members_own():
-    nets = [WithBuffer(drift=float(m), scale=1.0 + m) for m in range(3)]
-    assert_members_are(VmapMembers(nets), nets, inputs(3))
-    assert_members_are(stack_members(nets, inputs(3)[0:3]), nets, inputs(3))
-
-
-class WithDropout(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(D, D)
-        self.dropout = nn.Dropout(0.5)
-
-    def forward(self, state, context, action):
-        mean = self.dropout(self.linear(state)).unsqueeze(-2)
-        ones = torch.ones_like(state[..., 0])
-        return (mean, torch.ones_like(mean)), ones.unsqueeze(-1), 0 * ones
-
-
-@pytest.mark.parametrize("way", [VmapMembers, LoopMembers])
-def test_train_and_eval_reach_the_members(way):
-    net = WithDropout()
-    nets = [copy.deepcopy(net) for _ in range(3)]
-    members = way(nets)
-    state, context, action = inputs(1, n=20)
-    given = tuple(x.expand(3, *x.shape[1:]) for x in (state, context, action))
-
-    members.eval()
-    net.eval()
-    mean = flat(members(*given))[0]
-    for m in range(3):
-        torch.testing.assert_close(mean[m], flat(net(*(g[m] for g in given)))[0])
-
-    members.train()
-    mean = flat(members(*given))[0]
-    dropped = mean == 0
-    assert 0.2 < dropped.float().mean() < 0.8
-    assert not torch.equal(dropped[0], dropped[1])  # members draw masks of their own
-    assert not torch.equal(dropped[1], dropped[2])
 
 
 # -- which way is taken --------------------------------------------------------------------
@@ -235,6 +146,7 @@ DIFFERENT = {
         lambda *_: Activated(nn.SiLU()),
     ],
     "plain numbers": [lambda *_, m=m: Activated(torch.tanh, offset=10.0 * m) for m in range(3)],
+    "buffers": [lambda *_, m=m: WithBuffer(float(m), 1.0 + m) for m in range(3)],
     "classes": [lambda *_: Activated(torch.tanh), lambda *_: WithBuffer(3.0, 2.0), FC],
 }
 
@@ -253,4 +165,19 @@ def test_members_that_differ_stay_themselves(kind, box):
     assert count == sum(p.numel() for net in nets for p in net.parameters())
 
 
-# -- life as a module ----------------------------------------------------------------------
+def with_dropout(*_):
+    return Activated(nn.Dropout(0.5), offset=1.0)
+
+
+@pytest.mark.parametrize("second", [with_dropout, FC], ids=["vmap", "loop"])
+def test_train_and_eval_reach_the_members(second, box):
+    builders = iter([with_dropout, second])
+    spaces = box(D), box(C), box(A)
+    ensemble = ProbabilisticEnsemble(*spaces, lambda *_: next(builders)(*spaces, 1), 2)
+    given = inputs(2, n=50)
+    one, two = (flat(ensemble.train().members(*given))[0] == 1.0 for _ in range(2))
+    assert 0.2 < one[0].float().mean() < 0.8
+    assert not torch.equal(one[0], two[0])
+    assert not torch.equal(one[0], one[1])  # members draw masks of their own
+    one, two = (flat(ensemble.eval().members(*given))[0] for _ in range(2))
+    assert torch.equal(one, two)

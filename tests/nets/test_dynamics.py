@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +15,6 @@ from torchrl.data import Categorical, OneHot
 
 from layeredrl_torchrl import ProbFCDynamics, RewardNet
 from layeredrl_torchrl.nets import StackedProbFCDynamics
-from layeredrl_torchrl.nets._gaussians import LogStdBounds, mixture_parameters
 
 BATCHES = [(), (1,), (4,), (2, 3)]
 
@@ -30,74 +30,6 @@ def make(n_modes=2, d=3, c=2, space=None, **options):
     for layer in net.layers:
         nn.init.normal_(layer.bias, std=0.3)
     return net
-
-
-# -- reading the last layer ----------------------------------------------------------------
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    batch=st.sampled_from(BATCHES),
-    n_modes=st.integers(1, 3),
-    dim=st.integers(1, 3),
-    spread=st.sampled_from([0.1, 1.0, 10.0, 100.0]),
-    bounds=st.sampled_from([(-7.0, 2.0), (-3.0, -1.0), (-1.0, 4.0)]),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
-    seed=st.integers(0, 2**31),
-)
-def test_the_mixture_is_read_as_the_closed_form_says(
-    batch, n_modes, dim, spread, bounds, dtype, seed
-):
-    generator = torch.Generator().manual_seed(seed)
-    size = 2 * n_modes * dim + n_modes + 1
-    out = spread * torch.randn(*batch, size, generator=generator, dtype=dtype)
-    (mean, std), weights, term_prob = mixture_parameters(out, n_modes, dim, LogStdBounds(*bounds))
-    assert mean.shape == std.shape == (*batch, n_modes, dim)
-    assert weights.shape == (*batch, n_modes)
-    assert term_prob.shape == batch
-    assert mean.dtype == std.dtype == weights.dtype == term_prob.dtype == dtype
-
-    low, high = bounds
-    close = {"rel": 1e-4, "abs": 1e-6} if dtype == torch.float32 else {"rel": 1e-9, "abs": 1e-12}
-    rows = out.reshape(-1, size).tolist()
-    for i, row in enumerate(rows):
-        logits = row[2 * n_modes * dim : -1]
-        total = sum(math.exp(logit - max(logits)) for logit in logits)
-        for k in range(n_modes):
-            for d in range(dim):
-                assert mean.reshape(-1, n_modes, dim)[i, k, d] == row[k * dim + d]
-                middle, half = (low + high) / 2, (high - low) / 2
-                raw = row[n_modes * dim + k * dim + d]
-                log_std = middle + half * math.tanh((raw - middle) / half)
-                got = float(std.reshape(-1, n_modes, dim)[i, k, d])
-                assert got == pytest.approx(math.exp(log_std), **close)
-            expected = math.exp(logits[k] - max(logits)) / total
-            assert float(weights.reshape(-1, n_modes)[i, k]) == pytest.approx(expected, **close)
-        # the sigmoid written so that it does not overflow
-        expected = 0.5 * (1 + math.tanh(row[-1] / 2))
-        assert float(term_prob.reshape(-1)[i]) == pytest.approx(expected, **close)
-
-
-@pytest.mark.parametrize("raw", [-1e6, -50.0, 0.0, 50.0, 1e6])
-def test_extreme_outputs_keep_a_positive_bounded_std_and_finite_weights(raw):
-    low, high = -7.0, 2.0
-    (_, std), weights, term_prob = mixture_parameters(
-        torch.full((5, 11), raw), 2, 2, LogStdBounds(low, high)
-    )
-    assert (std >= math.exp(low) * (1 - 1e-6)).all()
-    assert (std <= math.exp(high) * 1.001).all()
-    torch.testing.assert_close(weights, torch.full((5, 2), 0.5))
-    assert ((term_prob >= 0) & (term_prob <= 1)).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_read_in_float32(dtype):
-    out = torch.randn(4, 11).to(dtype)
-    half = mixture_parameters(out, 2, 2, LogStdBounds(-7.0, 2.0))
-    full = mixture_parameters(out.float(), 2, 2, LogStdBounds(-7.0, 2.0))
-    for got, expected in zip((*half[0], *half[1:]), (*full[0], *full[1:]), strict=True):
-        assert got.dtype == torch.float32
-        assert torch.equal(got, expected)
 
 
 # -- inputs --------------------------------------------------------------------------------
@@ -120,20 +52,42 @@ def by_hand(net, features):
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("ignore_context", [None, False])
 @pytest.mark.parametrize("hidden_sizes", [(4,), (5, 3), (4, 4, 4), (5, 5, 3)])
-def test_the_inputs_are_state_context_and_action_in_this_order(batch, ignore_context, hidden_sizes):
+@pytest.mark.parametrize("bounds", [None, (-1.0, 4.0)])
+def test_a_mixture_is_read_from_state_context_and_action_as_by_hand(
+    batch, ignore_context, hidden_sizes, bounds
+):
     """The context is left out by default."""
-    options = {} if ignore_context is None else {"ignore_context": ignore_context}
-    net = make(hidden_sizes=hidden_sizes, **options)
-    ignore_context = ignore_context is not False
+    options = {"ignore_context": ignore_context, "log_std_bounds": bounds}
+    net = make(hidden_sizes=hidden_sizes, **{k: v for k, v in options.items() if v is not None})
+    nn.init.normal_(net.layers[-1].weight, std=3.0)  # far into the bounds
     state, context, action = (torch.randn(*batch, n) for n in (3, 2, 2))
-    (mean, _), _, term_prob = net(state, context, action)
-    used = (state, action) if ignore_context else (state, context, action)
-    rows = torch.cat(used, dim=-1).reshape(-1, 5 if ignore_context else 7).tolist()
-    for i, row in enumerate(rows):
-        out = by_hand(net, row)
-        assert mean.reshape(-1, 6)[i].tolist() == pytest.approx(out[:6], abs=1e-5, rel=1e-4)
-        expected = 1 / (1 + math.exp(-out[-1]))
-        assert term_prob.reshape(-1)[i].item() == pytest.approx(expected, abs=1e-5)
+    (mean, std), weights, term_prob = net(state, context, action)
+    assert mean.shape == std.shape == (*batch, 2, 3)
+    assert weights.shape == (*batch, 2)
+    assert term_prob.shape == batch
+    used = (state, context, action) if ignore_context is False else (state, action)
+    low, high = bounds or (-6.0, 1.0)
+    middle, half = (low + high) / 2, (high - low) / 2
+    for index in np.ndindex(*batch):
+        out = by_hand(net, torch.cat([x[index] for x in used]).tolist())
+        log_std = [middle + half * math.tanh((raw - middle) / half) for raw in out[6:12]]
+        share = 1 / (1 + math.exp(out[13] - out[12]))
+        expected = [*out[:6], *map(math.exp, log_std), share, 1 - share]
+        got = torch.cat([mean[index].flatten(), std[index].flatten(), weights[index]]).tolist()
+        assert got == pytest.approx(expected, abs=1e-5, rel=1e-3)
+        ends = 1 / (1 + math.exp(-out[14]))
+        assert term_prob[index].item() == pytest.approx(ends, abs=1e-5)
+
+
+@pytest.mark.parametrize("raw", [-1e6, 1e6])
+def test_extreme_outputs_keep_a_positive_bounded_std_and_finite_weights(raw):
+    net = make()
+    nn.init.constant_(net.layers[-1].bias, raw)
+    (_, std), weights, term_prob = net(*(torch.randn(5, n) for n in (3, 2, 2)))
+    assert (std >= math.exp(-6.0) * (1 - 1e-5)).all()
+    assert (std <= math.exp(1.0) * 1.001).all()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(5))
+    assert ((term_prob >= 0) & (term_prob <= 1)).all()
 
 
 NETWORKS = {

@@ -207,8 +207,6 @@ class LossConformance:
     """The promises of a loss ``[N] -> `` terms."""
 
     kind: type
-    #: Names of ``set_keys`` and what they are called instead.
-    renamed: dict = {}
 
     def make(self):
         raise NotImplementedError
@@ -243,12 +241,12 @@ class LossConformance:
     def test_keys_can_be_renamed(self):
         loss, batch = self.make(), self.batch(4)
         expected = loss(batch)
-        names = {getattr(loss.tensor_keys, name): new for name, new in self.renamed.items()}
-        assert set(self.renamed) == set(loss.tensor_keys.__dataclass_fields__)
+        keys = {name: ("deep", name) for name in loss.tensor_keys.__dataclass_fields__}
+        names = {getattr(loss.tensor_keys, name): new for name, new in keys.items()}
         renamed = TensorDict(
             {names[key]: value for key, value in leaves(batch).items()}, batch.batch_size
         )
-        loss.set_keys(**self.renamed)
+        loss.set_keys(**keys)
         assert_same(loss(renamed), expected)
         assert not set(loss.in_keys) & set(names)
 

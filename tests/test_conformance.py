@@ -243,15 +243,6 @@ def first_dimension(state, context, action):
 
 class TestModelLoss(LossConformance):
     kind = lrl.ModelLoss
-    renamed = {
-        "state": "s",
-        "context": ("deep", "c"),
-        "action": "a",
-        "next_state": "s2",
-        "terminated": ("next", "end"),
-        "valid": "mask",
-        "weight": ("deep", "w"),
-    }
 
     def make(self, **options):
         return self.kind(TestProbabilisticEnsemble().make(**options))
@@ -268,16 +259,6 @@ class TestModelLoss(LossConformance):
 @pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
 class TestPredictorLoss(LossConformance):
     kind = lrl.PredictorLoss
-    renamed = {
-        "observation": ("deep", "o"),
-        "next_observation": "o2",
-        "action": "a",
-        "reward": ("next", "r"),
-        "terminated": "end",
-        "valid": ("deep", "mask"),
-        "random_action": "chance",
-        "elapsed_steps": "n",
-    }
 
     def make(self, hidden=(6,), **options):
         heads = [stir(lrl.RewardNet(D, C, A, hidden)), stir(lrl.ValueNet(D, C, hidden))]

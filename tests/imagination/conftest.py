@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 from shifts import Shifts
 
-from layeredrl_torchrl import FixedEncoderNet, StaticPredictor
+from layeredrl_torchrl import TS1, Expectation, FixedEncoderNet, StaticPredictor, TSInfinity
+
+
+@pytest.fixture(params=[Expectation(), TS1(), TSInfinity()], ids=lambda x: type(x).__name__)
+def propagation(request):
+    """Each way of propagating particles in turn."""
+    return request.param
 
 
 @pytest.fixture

@@ -15,19 +15,12 @@ from torchrl.envs.utils import check_env_specs
 from layeredrl_torchrl import (
     TS1,
     EnsembleDisagreement,
-    Expectation,
     FixedEncoderNet,
     Model,
     PredictorEnv,
     ProbFCDynamics,
     TSInfinity,
 )
-
-PROPAGATIONS = [Expectation(), TS1(), TSInfinity()]
-
-
-def name(x):
-    return type(x).__name__
 
 
 def starts(*batch):
@@ -40,7 +33,6 @@ def imagine(env, start, horizon):
     )
 
 
-@pytest.mark.parametrize("propagation", PROPAGATIONS, ids=name)
 @pytest.mark.parametrize(
     "options", [{}, {"sample_termination": True}, {"batch_size": [3]}], ids=str
 )
@@ -126,7 +118,6 @@ def test_ts1_draws_anew_for_every_entry_at_every_step(make_shifts):
 # -- termination, bonus, bad members ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("propagation", PROPAGATIONS, ids=name)
 def test_termination_is_a_threshold_or_a_draw(make_shifts, propagation):
     for p, ends in ((0.3, 0.0), (0.7, 1.0)):
         env = PredictorEnv(make_shifts(term_prob=p), propagation=propagation)
@@ -149,7 +140,6 @@ def test_an_entry_ends_with_its_own_members_probability(make_shifts):
     assert torch.equal(td["terminated"], td["imagined_member"] > 5)  # m / 10 > 1/2
 
 
-@pytest.mark.parametrize("propagation", PROPAGATIONS, ids=name)
 def test_the_bonus_is_added_to_the_reward(make_predictor, propagation):
     predictor = make_predictor(model={"n_models": 3})
     bonus = EnsembleDisagreement(predictor.model, scale=2.0)
@@ -176,7 +166,6 @@ class Broken(Model):
 
 
 @pytest.mark.parametrize("part", ["mean", "term_prob"])
-@pytest.mark.parametrize("propagation", PROPAGATIONS, ids=name)
 def test_what_is_not_finite_raises_and_names_the_member(wrap, propagation, part):
     env = PredictorEnv(wrap(Broken(part)), propagation=propagation)
     with pytest.raises(ValueError, match=r"member\(s\) \[1\]"):

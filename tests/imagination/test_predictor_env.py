@@ -17,13 +17,10 @@ from torchrl.modules import CEMPlanner, MPPIPlanner
 from torchrl.objectives.value import TDLambdaEstimator
 
 from layeredrl_torchrl import (
-    TS1,
-    Expectation,
     FixedEncoderNet,
     IdentityEncoder,
     PredictorEnv,
     Propagation,
-    TSInfinity,
 )
 
 BATCHES = [(), (3,), (2, 3)]
@@ -219,7 +216,6 @@ def make_mppi(env, horizon=4):
 
 
 PLANNERS = [make_cem, make_mppi]
-PROPAGATIONS = [Expectation(), TS1(), TSInfinity()]
 
 
 def plan(planner, obs, predictor):
@@ -230,7 +226,6 @@ def plan(planner, obs, predictor):
 
 @pytest.mark.parametrize("make", PLANNERS)
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("propagation", PROPAGATIONS)
 def test_planners_find_the_known_optimum(make_point, make, batch, propagation, unchanged):
     """The cost falls on where the point is, so the best first move goes as near as it can.
 

@@ -13,20 +13,12 @@ from torchrl.envs import StepCounter, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
 from layeredrl_torchrl import (
-    TS1,
     EncoderNet,
-    Expectation,
     FixedEncoderNet,
     FromBuffer,
     PredictorEnv,
     TSInfinity,
 )
-
-PROPAGATIONS = [Expectation(), TS1(), TSInfinity()]
-
-
-def name(x):
-    return type(x).__name__
 
 
 @pytest.fixture
@@ -105,7 +97,6 @@ def test_what_is_written_later_is_drawn_too_and_the_buffer_is_left_alone(make_po
 
 
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
-@pytest.mark.parametrize("propagation", PROPAGATIONS, ids=name)
 def test_specs_and_resets(make_point, point_buffer, batch, propagation):
     predictor = make_point(val_func=lambda state, context, action: state[..., 0])
     options = {"propagation": propagation, "use_value_func": True, "discount": 0.5}
@@ -127,7 +118,6 @@ def test_specs_and_resets(make_point, point_buffer, batch, propagation):
     assert torch.equal(discount, torch.tensor([1.0, 0.5] * 3).expand(*batch, 6))
 
 
-@pytest.mark.parametrize("propagation", PROPAGATIONS, ids=name)
 def test_an_instance_that_ends_is_reset_alone(make_point, point_buffer, propagation):
     """It starts over at a stored observation; the others, and their members, go on."""
     predictor = make_point(lambda after: (after > 1.5).float(), n_models=4)
@@ -186,7 +176,6 @@ def test_an_empty_buffer_is_refused(make_point):
         FromBuffer(TensorDict({}, []), predictor)
 
 
-@pytest.mark.parametrize("propagation", PROPAGATIONS, ids=name)
 def test_a_collector_gathers_branched_rollouts(make_predictor, make_buffer, propagation):
     encoder = FixedEncoderNet((3,), [0, 1], [2])
     predictor = make_predictor(encoder, context_dim=1)

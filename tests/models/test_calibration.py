@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from densities import log_density
 from tensordict import TensorDict
 
 from layeredrl_torchrl.models import GaussianMixture
@@ -102,16 +103,12 @@ def penalised_nll(calibration, mean, std, weights, target):
     logarithm of the disagreement; the last two serve all dimensions and count as often.
     """
     scale, mean = calibration(std), calibration.reconcile(mean, weights)
-    n_models, n, n_modes, dim = mean.shape
+    n_models, n, _, dim = mean.shape
     total = 0.0
     for i, d in itertools.product(range(n), range(dim)):
-        density = 0.0
-        for m, k in itertools.product(range(n_models), range(n_modes)):
-            s = scale[m, i, k, d].item()
-            z = (target[i, d].item() - mean[m, i, k, d].item()) / s
-            weight = weights[m, i, k].item() / n_models
-            density += weight * math.exp(-0.5 * z * z) / (s * math.sqrt(2 * math.pi))
-        total -= math.log(density)
+        shares = (weights[:, i] / n_models).flatten().tolist()
+        means, stds = (x[:, i, :, d].reshape(-1, 1).tolist() for x in (mean, scale))
+        total -= log_density([target[i, d].item()], zip(shares, means, stds, strict=True))
     prior = sum(
         (shift / 0.5) ** 2 + ((slope - 1) / 0.25) ** 2
         for shift, slope in zip(calibration.shift.tolist(), calibration.slope.tolist(), strict=True)

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from densities import log_density
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
@@ -26,20 +27,6 @@ def as_td(state, context, action):
     return TensorDict(
         {"state": state, "context": context, "action": action}, batch_size=state.shape[:-1]
     )
-
-
-def log_density(x, components):
-    """``components``: (weight, mean, std) each; the log of the sum, shifted by its largest term."""
-    terms = []
-    for weight, mean, std in components:
-        if weight == 0:
-            continue
-        term = math.log(weight)
-        for value, m, s in zip(x, mean, std, strict=True):
-            term -= 0.5 * ((value - m) / s) ** 2 + math.log(s) + 0.5 * math.log(2 * math.pi)
-        terms.append(term)
-    top = max(terms)
-    return top + math.log(math.fsum(math.exp(term - top) for term in terms))
 
 
 def components_of(nets, row, sample, slow_predict):

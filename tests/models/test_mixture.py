@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from densities import log_density
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,20 +21,6 @@ def make(batch=(), j=3, d=2, *, dtype=torch.float64, seed=0):
     scale = 0.3 + torch.rand(*batch, j, d, generator=generator, dtype=dtype)
     weights = torch.rand(*batch, j, generator=generator, dtype=dtype)
     return loc, scale, weights / weights.sum(-1, keepdim=True)
-
-
-def log_density(x, loc, scale, weights):
-    """Of one point: log of the sum over components, in Python floats, shifted by its largest."""
-    terms = []
-    for mu, sigma, w in zip(loc, scale, weights, strict=True):
-        if w == 0:
-            continue
-        term = math.log(w)
-        for value, m, s in zip(x, mu, sigma, strict=True):
-            term -= 0.5 * ((value - m) / s) ** 2 + math.log(s) + 0.5 * math.log(2 * math.pi)
-        terms.append(term)
-    top = max(terms)
-    return top + math.log(math.fsum(math.exp(term - top) for term in terms))
 
 
 @settings(max_examples=50, deadline=None)
@@ -63,7 +50,7 @@ def test_density_moments_and_cdf_are_explicit_sums(batch, j, d, dtype, far, seed
     )
     for i, (value, mu, sigma, w) in enumerate(rows):
         got = log_prob.reshape(-1)[i].item()
-        assert got == pytest.approx(log_density(value, mu, sigma, w), **tolerance)
+        assert got == pytest.approx(log_density(value, zip(w, mu, sigma, strict=True)), **tolerance)
         for k in range(d):
             first = sum(w[c] * mu[c][k] for c in range(j))
             # law of total variance: E[var] + var[mean]
@@ -134,7 +121,7 @@ def test_far_away_float32_agrees_with_float64(distance, weights):
     x, w = torch.tensor([distance]), torch.tensor(weights)
     single = GaussianMixture(loc, scale, w).log_prob(x)
     double = GaussianMixture(loc.double(), scale.double(), w.double()).log_prob(x.double())
-    expected = log_density([distance], loc.tolist(), scale.tolist(), weights)
+    expected = log_density([distance], zip(weights, loc.tolist(), scale.tolist(), strict=True))
     assert torch.isfinite(single)
     assert single.item() == pytest.approx(expected, rel=1e-5)
     assert double.item() == pytest.approx(expected, rel=1e-6)

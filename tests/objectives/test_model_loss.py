@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from densities import log_density
 from tensordict import TensorDict
 from torch import nn
 from torchrl.data import Categorical, OneHot
@@ -47,7 +48,7 @@ def fit(model):
 def naive_loss(model, batch, per_member):
     """One member and one row at a time: sums over members of mean NLL and mean BCE."""
     dynamics = termination = 0.0
-    loc, scale = model.scaling.target.loc.tolist(), model.scaling.target.scale.tolist()
+    loc, scale = model.scaling.target.loc, model.scaling.target.scale
     for m in range(model.n_models):
         rows = batch[m] if per_member else batch
         total = nll = bce = 0.0
@@ -58,21 +59,13 @@ def naive_loss(model, batch, per_member):
             action = row["action"].expand(model.n_models, 1, *row["action"].shape)
             with torch.no_grad():
                 (mean, std), modes, term = model.predict_members(*inputs, action)
-            likelihood = 0.0
-            for k in range(model.n_modes):
-                density = float(modes[m, 0, k])
-                for d in range(D):
-                    # from the state back to the units that the networks predict in
-                    offset = loc[d] + (
-                        float(row["state"][d]) if model.scaling.predict_delta else 0.0
-                    )
-                    mu = (float(mean[m, 0, k, d]) - offset) / scale[d]
-                    sigma = float(std[m, 0, k, d]) / scale[d]
-                    z = ((float(row["next", "state"][d]) - offset) / scale[d] - mu) / sigma
-                    density *= math.exp(-0.5 * z * z) / (sigma * math.sqrt(2 * math.pi))
-                likelihood += density
+            # from the state back to the units that the networks predict in
+            delta = row["state"] if model.scaling.predict_delta else 0.0
+            target = (row["next", "state"] - delta - loc) / scale
+            mean, std = (mean[m, 0] - delta - loc) / scale, std[m, 0] / scale
+            parts = zip(modes[m, 0].tolist(), mean.tolist(), std.tolist(), strict=True)
             p = float(term[m, 0])
-            nll -= weight * math.log(likelihood)
+            nll -= weight * log_density(target.tolist(), parts)
             bce -= weight * math.log(p if bool(row["next", "terminated"]) else 1.0 - p)
             total += weight
         dynamics, termination = dynamics + nll / total, termination + bce / total

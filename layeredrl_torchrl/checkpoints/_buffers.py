@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from tensordict import TensorDict
 from torchrl.checkpoint import (
     CheckpointAdapter,
@@ -26,7 +27,8 @@ class _FilledRows(TensorStorageCheckpointer):
         rows = storage._len_along_dim0
         storage._storage[:rows].memmap(path, copy_existing=True)
         with (Path(path) / _ROWS).open("w") as file:
-            json.dump({"rows": rows, "len": storage._len}, file)
+            room = len(storage._storage)
+            json.dump({"rows": rows, "len": storage._len, "room": room}, file)
 
     def loads(self, storage: Any, path: str | Path) -> None:
         saved = json.loads((Path(path) / _ROWS).read_bytes())
@@ -51,6 +53,23 @@ def _filled_rows(storage: Any) -> Iterator[None]:
         yield
     finally:
         storage.checkpointer = own
+
+
+def _unroll(buffer: Any, saved: Path) -> None:
+    """Go on behind the last row where a full ring was loaded into a storage with more room.
+
+    The writer would go on at the ring's oldest row, and the rows behind would count as written.
+    """
+    storage, writer = buffer.storage, buffer.writer
+    if not saved.exists() or not hasattr(writer, "_cursor"):
+        return
+    found = json.loads(saved.read_bytes())
+    rows, room = found["rows"], found.get("room", found["rows"])
+    if rows < room or len(storage._storage) == room:
+        return
+    data, oldest = storage._storage[:rows], writer._cursor
+    data.copy_(torch.cat((data[oldest:], data[:oldest])))
+    writer._cursor = rows
 
 
 class BufferAdapter(CheckpointAdapter):
@@ -99,6 +118,7 @@ class BufferAdapter(CheckpointAdapter):
             return
         with _filled_rows(component.storage):
             component.load(path, *args, **kwargs)
+        _unroll(component, path / "storage" / _ROWS)
         if (path / _TRANSFORM).exists():
             StateDictCheckpointAdapter().load(
                 component.transform,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import shutil
@@ -221,6 +222,29 @@ def test_buffers_go_on_as_they_were(n, batch, tmp_path):
         new = steps(3, *batch)
         one.extend(new)
         other.extend(new.clone())
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+@pytest.mark.parametrize(("saved", "room"), [(6, 9), (13, 12), (8, 8), (5, 7)])
+def test_a_buffer_may_have_another_size_when_it_goes_on(saved, room, batch, tmp_path):
+    """Saved with room for 8 steps: what is written then follows what was written last."""
+
+    def make(steps):
+        n = steps * math.prod(batch)
+        return TensorDictReplayBuffer(storage=LazyTensorStorage(n, ndim=1 + len(batch)))
+
+    def write(buffer, *steps):
+        shape = (*batch, len(steps))
+        buffer.extend(TensorDict({"x": torch.tensor(steps).expand(shape).clone()}, shape))
+
+    buffer, other = make(8), make(room)
+    write(buffer, *range(saved // 2))
+    write(buffer, *range(saved // 2, saved))
+    SafeCheckpoint(buffer=other).load(SafeCheckpoint(buffer=buffer).save(tmp_path / "checkpoint"))
+    write(other, 100, 101)
+    held = sorted(set(other[:]["x"].flatten().tolist()))
+    expected = [*range(max(saved - 8, 0), saved), 100, 101][-room:]
+    assert held == expected
 
 
 def test_buffers_take_the_room_that_they_fill(tmp_path):

@@ -22,10 +22,12 @@ from layeredrl_torchrl import (
     RewardNet,
     StaticPredictor,
     TSInfinity,
+    ValueGradientLoss,
     ValueNet,
     _watch,
     reads_next_state,
 )
+from layeredrl_torchrl.nets import QValueOperator, TanhActor
 
 D, C, A = 5, 2, 3
 SPACES = {
@@ -197,6 +199,23 @@ def test_the_loss_of_a_model(accelerator, kind):
         step = {"state": state, "context": context, "action": action}
         after = {"state": state, "terminated": no}
         terms = loss(TensorDict({**step, "next": after}, [8]))
+        sum(value for key, value in terms.items() if key.startswith("loss_")).backward()
+
+
+@pytest.mark.parametrize("given_targets", [False, True])
+def test_the_policy_s_gradient(accelerator, given_targets):
+    actor = TanhActor(D, C, SPACES["continuous"], (8,))
+    qvalue = QValueOperator(D, C, A, (8,))
+    loss = ValueGradientLoss(actor, qvalue, make_predictor(), horizon=2)
+    predictor = accelerator.move(loss.predictor)
+    loss = accelerator.move(loss)
+    loss.__dict__["predictor"] = predictor
+    with accelerator.watched():
+        state, context, action = given(accelerator, "continuous", 8)
+        td = TensorDict({"state": state, "context": context}, [8])
+        if given_targets:
+            td["action"], td["value_target"] = action, state[:, :1]
+        terms = loss(td)
         sum(value for key, value in terms.items() if key.startswith("loss_")).backward()
 
 

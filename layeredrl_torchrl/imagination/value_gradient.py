@@ -2,51 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import (
-    ProbabilisticTensorDictSequential,
-    TensorDictModule,
-    TensorDictParams,
-    dispatch,
-)
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
 from torch import Tensor
-from torchrl.envs.utils import ExplorationType, set_exploration_type
-from torchrl.modules.distributions.utils import rsample_and_log_prob
-from torchrl.objectives import LossModule, ValueEstimators
-from torchrl.objectives.utils import _vmap_func, default_value_kwargs, distance_loss
-from torchrl.objectives.value.functional import (
-    td0_return_estimate,
-    vec_td_lambda_return_estimate,
-)
+from torchrl.objectives.utils import distance_loss
 
-from layeredrl_torchrl._checks import (
-    check_flag,
-    check_instance,
-    check_number,
-    check_positive_int,
-    require,
-)
+from layeredrl_torchrl._checks import check_flag, check_instance, check_positive_int
 from layeredrl_torchrl._watch import watched
 from layeredrl_torchrl.imagination._following import FollowedPolicy, follow
-from layeredrl_torchrl.nets import ScalarHead
+from layeredrl_torchrl.imagination._soft_actor_critic import SoftActorCritic
 from layeredrl_torchrl.predictors import Predictor
 
 __all__ = ["ValueGradientLoss"]
 
 
-def _read(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
-    hint = "rename it by set_keys, or in_keys= of the predictor's model"
-    return require(tensordict, key, reader="ValueGradientLoss", hint=hint)
-
-
-class ValueGradientLoss(LossModule):
+class ValueGradientLoss(SoftActorCritic):
     """Improves a policy by the gradient of its return through a predictor.
 
     From each start the policy is followed for ``horizon`` imagined steps, and valued by the critics
@@ -97,38 +68,9 @@ class ValueGradientLoss(LossModule):
             predictor has, options outside their range.
     """
 
-    @dataclass
-    class _AcceptedKeys:
-        """Keys that ``set_keys`` may change.
-
-        State, context and action are those of the predictor's model.
-        """
-
-        state_action_value: NestedKey = "state_action_value"
-        value_target: NestedKey = "value_target"
-        reward: NestedKey = "reward"
-        done: NestedKey = "done"
-        terminated: NestedKey = "terminated"
-        priority: NestedKey = "td_error"
-        priority_weight: NestedKey = "priority_weight"
-
-    default_keys = _AcceptedKeys
-    tensor_keys: _AcceptedKeys
-    default_value_estimator = ValueEstimators.TDLambda
     out_keys = ["loss_actor", "loss_qvalue", "loss_alpha", "alpha", "entropy", "value"]
 
-    actor_network: ProbabilisticTensorDictSequential
-    qvalue_network: TensorDictModule
-    actor_network_params: TensorDictParams
-    qvalue_network_params: TensorDictParams
-    target_actor_network_params: TensorDictParams
-    target_qvalue_network_params: TensorDictParams
     predictor: Predictor
-    log_alpha: Tensor
-    target_entropy: Tensor
-    gamma: float
-    lmbda: float
-    bounds: Tensor
 
     def __init__(
         self,
@@ -146,100 +88,31 @@ class ValueGradientLoss(LossModule):
         delay_qvalue: bool = True,
         reduction: str = "mean",
     ) -> None:
-        super().__init__()
         check_instance("predictor", predictor, Predictor, hint="build one by PredictorFactory()")
+        super().__init__(
+            actor_network,
+            qvalue_network,
+            predictor.model.in_keys,
+            predictor.model.action_spec.shape[-1],
+            num_qvalue_nets=num_qvalue_nets,
+            loss_function=loss_function,
+            alpha_init=alpha_init,
+            fixed_alpha=fixed_alpha,
+            target_entropy=target_entropy,
+            delay_qvalue=delay_qvalue,
+            reduction=reduction,
+        )
         self.horizon = check_positive_int("horizon", horizon, minimum=0)
         self.mean_qvalue = check_flag("mean_qvalue", mean_qvalue)
-        check_positive_int("num_qvalue_nets", num_qvalue_nets)
-        check_number("alpha_init", alpha_init, 0.0, open_low=True)
-        self.num_qvalue_nets = num_qvalue_nets
-        self.loss_function = loss_function
-        self.delay_qvalue = check_flag("delay_qvalue", delay_qvalue)
-        self.reduction = reduction
-        self._check_keys(actor_network, qvalue_network, predictor)
         if horizon:
             predictor.need("rew_func")
         # It learns by itself; its parameters are none of this loss's.
         self.__dict__["predictor"] = predictor
-        self.convert_to_functional(actor_network, "actor_network", create_target_params=False)
-        self.convert_to_functional(
-            qvalue_network,
-            "qvalue_network",
-            num_qvalue_nets,
-            create_target_params=delay_qvalue,
-            compare_against=list(actor_network.parameters()),
-        )
-        self._critics = _vmap_func(self.qvalue_network, (None, 0), randomness=self.vmap_randomness)
-        device = next(actor_network.parameters()).device
-        log_alpha = torch.tensor(math.log(alpha_init), device=device)
-        if check_flag("fixed_alpha", fixed_alpha):
-            self.register_buffer("log_alpha", log_alpha)
-        else:
-            self.log_alpha = torch.nn.Parameter(log_alpha)
-        if target_entropy is None:
-            target_entropy = -float(predictor.model.action_spec.shape[-1])
-        check_number("target_entropy", target_entropy, -math.inf)
-        self.register_buffer("target_entropy", torch.tensor(target_entropy, device=device))
-        self.register_buffer("bounds", torch.tensor([-math.inf, math.inf], device=device))
-        self.make_value_estimator()
-
-    @staticmethod
-    def _check_keys(actor: Any, qvalue: Any, predictor: Predictor) -> None:
-        state, context, action = predictor.model.in_keys
-        for name, module, allowed in (
-            ("actor_network", actor, {state, context}),
-            ("qvalue_network", qvalue, {state, context, action}),
-        ):
-            kinds = (TensorDictModule, ProbabilisticTensorDictSequential)
-            if not isinstance(module, kinds):
-                raise TypeError(
-                    f"{name} must be a TensorDictModule as TorchRL's losses take, got "
-                    f"{type(module).__name__}"
-                )
-            unknown = [key for key in module.in_keys if key not in allowed]
-            if unknown:
-                raise ValueError(
-                    f"{name} reads {unknown}, but imagined steps have {sorted(map(str, allowed))}; "
-                    "build it with in_keys= of the predictor's state and context"
-                )
-        if action not in actor.out_keys:
-            raise ValueError(
-                f"actor_network writes {actor.out_keys}, but the predictor's actions are {action!r}"
-            )
-
-    def make_value_estimator(
-        self, value_type: ValueEstimators | None = None, **hyperparams: float
-    ) -> ValueGradientLoss:
-        """Set how :meth:`value_targets` mixes returns of all lengths, and the discount.
-
-        Args:
-            value_type: ``TD0`` for one step, ``TD1`` for the whole episode, ``TDLambda`` (the
-                default) for what lies between.
-            **hyperparams: ``gamma``, of all that is discounted here, and ``lmbda`` of ``TDLambda``.
-
-        Raises:
-            NotImplementedError: Another estimator. TypeError: Another option.
-        """
-        kind = self.default_value_estimator if value_type is None else value_type
-        fixed = {ValueEstimators.TD0: 0.0, ValueEstimators.TD1: 1.0, ValueEstimators.TDLambda: None}
-        if kind not in fixed:
-            raise NotImplementedError(f"{kind} is not one of {[str(k) for k in fixed]}")
-        given = {"gamma": 0.99} | default_value_kwargs(kind) | hyperparams
-        known = ["gamma", "lmbda"] if fixed[kind] is None else ["gamma"]
-        if unknown := sorted(given.keys() - {*known, "differentiable"}):
-            raise TypeError(f"{kind} has no option {unknown}; it has {known}")
-        self.gamma = check_number("gamma", float(given["gamma"]), 0.0, 1.0)
-        lmbda = fixed[kind]
-        if lmbda is None:
-            lmbda = check_number("lmbda", float(given["lmbda"]), 0.0, 1.0)
-        self.lmbda = lmbda
-        self.value_type = kind
-        return self
 
     @property
     def in_keys(self) -> list[NestedKey]:
         """State and context, and what the critics learn from."""
-        state, context, action = self.predictor.model.in_keys
+        state, context, action = self.step_keys
         keys = [state, *([context] if self.predictor.context_dim else [])]
         if not self.horizon:
             names = (self.tensor_keys.reward, self.tensor_keys.terminated, state)
@@ -249,14 +122,6 @@ class ValueGradientLoss(LossModule):
     @in_keys.setter
     def in_keys(self, value: list[NestedKey]) -> None:
         raise AttributeError("the keys are those of the predictor's model; see set_keys")
-
-    def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
-        """TorchRL's hook; there is no module to forward keys to."""
-
-    @property
-    def alpha(self) -> Tensor:
-        """The weight of the entropy, without gradient."""
-        return self.log_alpha.detach().exp()
 
     # -- losses -------------------------------------------------------------------------------
 
@@ -303,11 +168,6 @@ class ValueGradientLoss(LossModule):
                 episode = self._imagine(tensordict)
         return self._qvalue_loss(tensordict, episode)
 
-    def alpha_loss(self, log_prob: Tensor, tensordict: TensorDictBase | None = None) -> Tensor:
-        """``loss_alpha``, which moves the entropy towards its target, from ``log_prob [*B]``."""
-        loss = -self.log_alpha * (log_prob.detach() + self.target_entropy)
-        return self._reduced(loss, tensordict)
-
     def _actor_loss(
         self, tensordict: TensorDictBase, episode: FollowedPolicy
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -324,7 +184,7 @@ class ValueGradientLoss(LossModule):
     def _qvalue_loss(
         self, tensordict: TensorDictBase, episode: FollowedPolicy | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        state_key, context_key, action_key = self.predictor.model.in_keys
+        state_key, context_key, action_key = self.step_keys
         target = self._target_of(tensordict)
         n = tensordict.batch_size.numel()
         keys = [key for key in (state_key, context_key) if tensordict.get(key, None) is not None]
@@ -333,12 +193,12 @@ class ValueGradientLoss(LossModule):
             rows.set(action_key, episode.action.detach())
             target = self._return_of(episode)
         else:
-            action = _read(tensordict, action_key)
+            action = self.read(tensordict, action_key)
             rows.set(action_key, action.reshape(n, *action.shape[tensordict.ndim :]))
             if target is None:
                 target = self._one_step(tensordict).reshape(n)
             else:
-                target = target.detach().reshape(n)
+                target = self.read(tensordict, self.tensor_keys.value_target).detach().reshape(n)
         scale = self._scale()
         said = self._values(rows, self.qvalue_network_params)
         target = target.expand_as(said)
@@ -347,33 +207,6 @@ class ValueGradientLoss(LossModule):
         batch = tensordict.batch_size
         loss = self._reduced(loss.reshape(batch), tensordict)
         return loss, {"td_error": error.reshape(*batch, 1)}
-
-    def _reduced(self, loss: Tensor, tensordict: TensorDictBase | None) -> Tensor:
-        weights = None if tensordict is None else self._maybe_get_priority_weight(tensordict)
-        return self._reduce_loss(loss, tensordict=tensordict, weights=weights)
-
-    # -- values -------------------------------------------------------------------------------
-
-    def _target_of(self, tensordict: TensorDictBase) -> Tensor | None:
-        return tensordict.get(self.tensor_keys.value_target, None)
-
-    def _scale(self) -> Tensor | float:
-        """The scale of the critics' outputs; 1 of networks that have none."""
-        heads = self._heads()
-        return 1.0 if not heads else self.qvalue_network_params.get((*heads[0], "out_scale"))[0]
-
-    def _heads(self) -> list[tuple[str, ...]]:
-        """Where in the critic networks the heads are that can be rescaled."""
-        named = self.qvalue_network.named_modules()
-        return [tuple(name.split(".")) for name, m in named if isinstance(m, ScalarHead)]
-
-    def _values(self, tensordict: TensorDictBase, params: Any) -> Tensor:
-        """What each critic says, ``[critics, *B]``."""
-        td = tensordict.select(*self.qvalue_network.in_keys)
-        return self._critics(td, params).get(self.tensor_keys.state_action_value).squeeze(-1)
-
-    def _targets(self) -> Any:
-        return self.target_qvalue_network_params.detach()
 
     def _return_of(self, episode: FollowedPolicy) -> Tensor:
         """The soft return of the first action, ``[B]``, by the target critics."""
@@ -389,135 +222,20 @@ class ValueGradientLoss(LossModule):
         """SAC's target of a transition, ``[*B]``."""
         keys = self.tensor_keys
         reward, terminated = (
-            _read(tensordict, ("next", key)) for key in (keys.reward, keys.terminated)
+            self.read(tensordict, ("next", key)) for key in (keys.reward, keys.terminated)
         )
         value, entropy = self._next_values(tensordict)
         alive = ~terminated.squeeze(-1)
         return self._bounded(reward.squeeze(-1) + self.gamma * alive * (value + entropy))
 
-    def _next_values(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
-        """Target critics' value of the policy at next states, and its entropy bonus, ``[*B]``."""
-        state, context, _ = self.predictor.model.in_keys
-        following = tensordict.get("next").select(state, context, strict=False)
-        if following.get(context, None) is None and tensordict.get(context, None) is not None:
-            following.set(context, tensordict.get(context))
-        with self._acting() as act:
-            log_prob = act(following)
-        return self._values(following, self._targets()).amin(0), -self.alpha * log_prob
-
-    def _bounded(self, target: Tensor) -> Tensor:
-        return torch.maximum(torch.minimum(target, self.bounds[1]), self.bounds[0])
-
-    @torch.no_grad()
-    def value_targets(self, episodes: TensorDictBase) -> TensorDictBase:
-        """Write soft lambda-returns ``"value_target" [*B, T, 1]`` of the actions taken.
-
-        Steps are in order along the last batch axis, as ``env.rollout`` and collectors have them.
-        Every return ends where an episode is done, or at ``T``, with the target critics' value of
-        the state there, unless the episode terminated.
-
-        Args:
-            episodes: ``[*B, T]`` with state, context, action and ``("next", ...)`` state, reward,
-                done and terminated.
-        """
-        keys = self.tensor_keys
-        names = (keys.reward, keys.done, keys.terminated)
-        reward, done, terminated = (_read(episodes, ("next", name)) for name in names)
-        value, entropy = (x.unsqueeze(-1) for x in self._next_values(episodes))
-        reward = reward + self.gamma * ~terminated * entropy
-        if self.lmbda:
-            target = vec_td_lambda_return_estimate(
-                self.gamma, self.lmbda, value, reward, done, terminated
-            )
-        else:
-            target = td0_return_estimate(self.gamma, value, reward, terminated)
-        return episodes.set(keys.value_target, self._bounded(target))
-
-    @torch.no_grad()
-    def fit_scale(self, episodes: TensorDictBase, rate: float = 1.0) -> None:
-        """Set the critics' scale, and the bounds of targets, from the rewards of ``episodes``.
-
-        The bounds are the 1 % and 99 % quantiles of rewards and entropy bonus, for ever:
-        divided by ``1 - gamma``. The scale is half of the larger one. The critics' functions stay
-        what they are (PopArt, arXiv 1602.07714), as far as they are
-        :class:`~layeredrl_torchrl.nets.ScalarHead`.
-
-        Args:
-            episodes: ``[*B]`` with state, context and ``("next", reward)``.
-            rate: How far the bounds move from what they were, in ``(0, 1]``.
-
-        Raises:
-            ValueError: A discount of 1, which bounds no return.
-        """
-        check_number("rate", rate, 0.0, 1.0, open_low=True)
-        if self.gamma == 1.0:
-            raise ValueError("with gamma=1 returns have no bounds; leave fit_scale out")
-        state, context, _ = self.predictor.model.in_keys
-        reward = _read(episodes, ("next", self.tensor_keys.reward))
-        with self._acting() as act:
-            log_prob = act(episodes.select(state, context, strict=False))
-        gain = (reward.squeeze(-1) - self.alpha * log_prob).flatten().to(self.bounds)
-        ends = gain.quantile(gain.new_tensor([0.01, 0.99])) / (1.0 - self.gamma)
-        bounds = torch.where(self.bounds.isfinite(), self.bounds.lerp(ends, rate), ends)
-        self.bounds.copy_(bounds)
-        scale = (bounds.abs().max() / 2).clamp(min=torch.finfo(bounds.dtype).tiny)
-        for head in self._parts_with("rescale"):
-            head.rescale(0.0, scale)
-
-    @torch.no_grad()
-    def fit_inputs(self, tensordict: TensorDictBase) -> None:
-        """Set the input statistics of critics and policy from states and actions ``[*B]``.
-
-        Of those that keep some: :class:`~layeredrl_torchrl.nets.TanhActor` and
-        :class:`~layeredrl_torchrl.nets.QValueOperator` do.
-        """
-        state, context, action = self.predictor.model.read(tensordict)
-        context = state[..., :0] if context is None else context
-        n = tensordict.ndim
-        sample = (x.flatten(0, n - 1) for x in (state, context, action))
-        state, context, action = sample
-        for part in self._parts_with("fit_inputs"):
-            part.fit_inputs(state, context, action)
-
-    def _parts_with(self, method: str) -> Iterator[Any]:
-        """Parts of policy, critics and target critics that have ``method``, with their weights."""
-        critics = [self.qvalue_network_params]
-        if self.delay_qvalue:
-            critics.append(self.target_qvalue_network_params)
-        sets = [(self.actor_network, self.actor_network_params.data)]
-        sets += [
-            (self.qvalue_network, params.data[i])
-            for params in critics
-            for i in range(self.num_qvalue_nets)
-        ]
-        for network, params in sets:
-            with params.to_module(network):
-                yield from (part for part in network.modules() if hasattr(part, method))
-
     # -- imagination ----------------------------------------------------------------------------
-
-    @contextmanager
-    def _acting(self) -> Iterator[Callable[[TensorDictBase], Tensor]]:
-        """Yield what writes reparameterised actions to a TensorDict and returns ``log_prob``."""
-        action_key = self.predictor.model.in_keys[2]
-
-        def act(tensordict: TensorDictBase) -> Tensor:
-            action, log_prob = rsample_and_log_prob(self.actor_network.get_dist(tensordict))
-            tensordict.set(action_key, action)
-            return log_prob
-
-        with (
-            set_exploration_type(ExplorationType.RANDOM),
-            self.actor_network_params.to_module(self.actor_network),
-        ):
-            yield act
 
     @watched
     def _imagine(self, tensordict: TensorDictBase) -> FollowedPolicy:
         """Follow the policy from each of the starts ``[*B]``."""
-        state_key, context_key, _ = self.predictor.model.in_keys
+        state_key, context_key, _ = self.step_keys
         n = tensordict.batch_size.numel()
-        state = _read(tensordict, state_key).reshape(n, -1)
+        state = self.read(tensordict, state_key).reshape(n, -1)
         context = tensordict.get(context_key, None)
         context = state[..., :0] if context is None else context.reshape(n, -1)
         with self._acting() as act:

@@ -15,8 +15,10 @@ from layeredrl_torchrl.nets.functions import (
 )
 from layeredrl_torchrl.nets.heads import RewardNet, ScalarHead, ValueNet
 from layeredrl_torchrl.nets.normalizer import Normalizer
+from layeredrl_torchrl.nets.squashed_normal import Bounds, SquashedNormal
 
 __all__ = [
+    "Bounds",
     "Encoder",
     "EncoderNet",
     "FixedEncoderNet",
@@ -29,6 +31,7 @@ __all__ = [
     "QValueOperator",
     "RewardNet",
     "ScalarHead",
+    "SquashedNormal",
     "StackedProbFCDynamics",
     "StepFunction",
     "TanhActor",

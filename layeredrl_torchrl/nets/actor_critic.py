@@ -10,10 +10,11 @@ from tensordict import NestedKey
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import Tensor, nn
 from torchrl.data import Bounded
-from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
+from torchrl.modules import MLP, ProbabilisticActor, ValueOperator
 
 from layeredrl_torchrl.nets.heads import RewardNet
 from layeredrl_torchrl.nets.normalizer import Normalizer
+from layeredrl_torchrl.nets.squashed_normal import Bounds, SquashedNormal
 from layeredrl_torchrl.specs import Space, to_spec
 
 __all__ = ["QValueNet", "QValueOperator", "TanhActor"]
@@ -64,15 +65,14 @@ class TanhActor(ProbabilisticActor):
                 f"high={high.tolist()}; bound the actions in the environment"
             )
         keys = list(in_keys)[: 2 if context_dim else 1]
-        net = _PolicyNet(
-            state_dim + context_dim, spec.shape[-1], hidden_sizes, nonlinearity, layer_norm
-        )
+        bounds = Bounds(low, high)
+        net = _PolicyNet(state_dim + context_dim, bounds, hidden_sizes, nonlinearity, layer_norm)
         super().__init__(
             TensorDictModule(net, keys, ["loc", "scale"]),
             in_keys=["loc", "scale"],
             out_keys=[action_key],
             spec=spec,
-            distribution_class=partial(TanhNormal, low=low, high=high),
+            distribution_class=partial(SquashedNormal, bounds=bounds),
             return_log_prob=False,
         )
 
@@ -83,16 +83,17 @@ class _PolicyNet(nn.Module):
     def __init__(
         self,
         n_in: int,
-        n_action: int,
+        bounds: Bounds,
         hidden_sizes: Sequence[int],
         nonlinearity: type[nn.Module],
         layer_norm: bool,
     ) -> None:
         super().__init__()
+        self.bounds = bounds
         self.inputs = Normalizer(n_in)
         self.net = MLP(
             in_features=n_in,
-            out_features=2 * n_action,
+            out_features=2 * bounds.low.numel(),
             num_cells=list(hidden_sizes),
             activation_class=nonlinearity,
             norm_class=nn.LayerNorm if layer_norm else None,

@@ -378,6 +378,8 @@ def test_torchrl_s_hooks():
         ({"horizon": 1.5}, TypeError, "horizon"),
         ({"alpha_init": 0.0}, ValueError, "alpha_init"),
         ({"num_qvalue_nets": 0}, ValueError, "num_qvalue_nets"),
+        ({"loss_function": "huber"}, ValueError, "loss_function"),
+        ({"reduction": "max"}, ValueError, "reduction"),
         ({"mean_qvalue": "yes"}, TypeError, "mean_qvalue"),
         ({"predictor": nn.Linear(2, 2)}, TypeError, "predictor"),
         ({"actor": nn.Linear(2, 2)}, TypeError, "actor_network must be"),
@@ -393,6 +395,27 @@ def test_what_is_refused_when_built(options, error, message):
     parts |= {name: options.pop(name) for name in list(options) if name in parts}
     with pytest.raises(error, match=message):
         ValueGradientLoss(*parts.values(), **options)
+
+
+@pytest.mark.parametrize(
+    ("method", "key"),
+    [
+        ("value_targets", ("next", "reward")),
+        ("value_targets", ("next", "state")),
+        ("fit_scale", "state"),
+        ("fit_scale", ("next", "reward")),
+        ("fit_inputs", "action"),
+        ("qvalue_loss", "value_target"),
+        ("actor_loss", "state"),
+        ("forward", "action"),
+    ],
+)
+def test_values_that_are_not_finite_are_refused(method, key, unchanged):
+    loss, steps = make_learned(horizon=1), make_steps(4, 3)
+    steps["value_target"] = torch.zeros(4, 3, 1)
+    steps[key][1, 1] = torch.nan
+    with unchanged(loss), pytest.raises(ValueError, match="non-finite"):
+        getattr(loss, method)(steps)
 
 
 def test_options_of_the_value_estimator_are_checked():

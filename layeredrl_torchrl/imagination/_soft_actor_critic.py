@@ -1,0 +1,355 @@
+"""Policy, critics and entropy weight of soft actor-critic losses in state space."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from tensordict import NestedKey, TensorDictBase, unravel_key
+from tensordict.nn import (
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictParams,
+)
+from torch import Tensor
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules.distributions.utils import rsample_and_log_prob
+from torchrl.objectives import LossModule, ValueEstimators
+from torchrl.objectives.utils import _vmap_func, default_value_kwargs
+from torchrl.objectives.value.functional import (
+    td0_return_estimate,
+    vec_td_lambda_return_estimate,
+)
+
+from layeredrl_torchrl._checks import (
+    check_finite,
+    check_flag,
+    check_number,
+    check_positive_int,
+    require,
+)
+from layeredrl_torchrl.nets import ScalarHead
+
+__all__ = ["SoftActorCritic"]
+
+_CHOICES = {"loss_function": ("l2", "l1", "smooth_l1"), "reduction": ("mean", "sum", "none")}
+
+
+class SoftActorCritic(LossModule):
+    """What soft actor-critic losses share: parts, values of the policy, targets and scales.
+
+    Args:
+        actor_network: Reads state and context; its actions are reparameterised.
+        qvalue_network: Reads state, context and action, writes ``"state_action_value" [*B, 1]``.
+        step_keys: Of state, context and action.
+        n_actions: ``A``, for the default of ``target_entropy``.
+        **options: As :class:`~layeredrl_torchrl.ValueGradientLoss` has them.
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        """Keys that ``set_keys`` may change.
+
+        State, context and action are those of the predictor's model.
+        """
+
+        state_action_value: NestedKey = "state_action_value"
+        value_target: NestedKey = "value_target"
+        reward: NestedKey = "reward"
+        done: NestedKey = "done"
+        terminated: NestedKey = "terminated"
+        priority: NestedKey = "td_error"
+        priority_weight: NestedKey = "priority_weight"
+
+    default_keys = _AcceptedKeys
+    tensor_keys: _AcceptedKeys
+    default_value_estimator = ValueEstimators.TDLambda
+
+    actor_network: ProbabilisticTensorDictSequential
+    qvalue_network: TensorDictModule
+    actor_network_params: TensorDictParams
+    qvalue_network_params: TensorDictParams
+    target_actor_network_params: TensorDictParams
+    target_qvalue_network_params: TensorDictParams
+    log_alpha: Tensor
+    target_entropy: Tensor
+    gamma: float
+    lmbda: float
+    bounds: Tensor
+
+    def __init__(
+        self,
+        actor_network: ProbabilisticTensorDictSequential,
+        qvalue_network: TensorDictModule,
+        step_keys: Sequence[NestedKey],
+        n_actions: int,
+        *,
+        num_qvalue_nets: int,
+        loss_function: str,
+        alpha_init: float,
+        fixed_alpha: bool,
+        target_entropy: float | None,
+        delay_qvalue: bool,
+        reduction: str,
+    ) -> None:
+        super().__init__()
+        check_positive_int("num_qvalue_nets", num_qvalue_nets)
+        check_number("alpha_init", alpha_init, 0.0, open_low=True)
+        for name, value in (("loss_function", loss_function), ("reduction", reduction)):
+            if value not in _CHOICES[name]:
+                raise ValueError(f"{name} must be one of {_CHOICES[name]}, got {value!r}")
+        _check_keys(actor_network, qvalue_network, step_keys)
+        self.step_keys = tuple(step_keys)
+        self.num_qvalue_nets = num_qvalue_nets
+        self.loss_function = loss_function
+        self.delay_qvalue = check_flag("delay_qvalue", delay_qvalue)
+        self.reduction = reduction
+        self.convert_to_functional(actor_network, "actor_network", create_target_params=False)
+        self.convert_to_functional(
+            qvalue_network,
+            "qvalue_network",
+            num_qvalue_nets,
+            create_target_params=delay_qvalue,
+            compare_against=list(actor_network.parameters()),
+        )
+        self._critics = _vmap_func(self.qvalue_network, (None, 0), randomness=self.vmap_randomness)
+        device = next(actor_network.parameters()).device
+        log_alpha = torch.tensor(math.log(alpha_init), device=device)
+        if check_flag("fixed_alpha", fixed_alpha):
+            self.register_buffer("log_alpha", log_alpha)
+        else:
+            self.log_alpha = torch.nn.Parameter(log_alpha)
+        if target_entropy is None:
+            target_entropy = -float(n_actions)
+        check_number("target_entropy", target_entropy, -math.inf)
+        self.register_buffer("target_entropy", torch.tensor(target_entropy, device=device))
+        self.register_buffer("bounds", torch.tensor([-math.inf, math.inf], device=device))
+        self.make_value_estimator()
+
+    def make_value_estimator(
+        self, value_type: ValueEstimators | None = None, **hyperparams: float
+    ) -> Self:
+        """Set how :meth:`value_targets` mixes returns of all lengths, and the discount.
+
+        Args:
+            value_type: ``TD0`` for one step, ``TD1`` for the whole episode, ``TDLambda`` (the
+                default) for what lies between.
+            **hyperparams: ``gamma``, of all that is discounted here, and ``lmbda`` of ``TDLambda``.
+
+        Raises:
+            NotImplementedError: Another estimator. TypeError: Another option.
+        """
+        kind = self.default_value_estimator if value_type is None else value_type
+        fixed = {ValueEstimators.TD0: 0.0, ValueEstimators.TD1: 1.0, ValueEstimators.TDLambda: None}
+        if kind not in fixed:
+            raise NotImplementedError(f"{kind} is not one of {[str(k) for k in fixed]}")
+        given = {"gamma": 0.99} | default_value_kwargs(kind) | hyperparams
+        known = ["gamma", "lmbda"] if fixed[kind] is None else ["gamma"]
+        if unknown := sorted(given.keys() - {*known, "differentiable"}):
+            raise TypeError(f"{kind} has no option {unknown}; it has {known}")
+        self.gamma = check_number("gamma", float(given["gamma"]), 0.0, 1.0)
+        lmbda = fixed[kind]
+        if lmbda is None:
+            lmbda = check_number("lmbda", float(given["lmbda"]), 0.0, 1.0)
+        self.lmbda = lmbda
+        self.value_type = kind
+        return self
+
+    def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
+        """TorchRL's hook; there is no module to forward keys to."""
+
+    @property
+    def alpha(self) -> Tensor:
+        """The weight of the entropy, without gradient."""
+        return self.log_alpha.detach().exp()
+
+    def read(self, tensordict: TensorDictBase, key: NestedKey) -> Tensor:
+        """Return an entry; raise ``KeyError`` if it is missing, ``ValueError`` for NaN or inf."""
+        hint = "rename it by set_keys, or in_keys= of the predictor's model"
+        name = type(self).__name__
+        value = require(tensordict, key, reader=name, hint=hint)
+        check_finite(f"{key!r} for {name}", value, hint="repair the data or the model it is from")
+        return value
+
+    def alpha_loss(self, log_prob: Tensor, tensordict: TensorDictBase | None = None) -> Tensor:
+        """``loss_alpha``, which moves the entropy towards its target, from ``log_prob [*B]``."""
+        loss = -self.log_alpha * (log_prob.detach() + self.target_entropy)
+        return self._reduced(loss, tensordict)
+
+    def _reduced(self, loss: Tensor, tensordict: TensorDictBase | None) -> Tensor:
+        weights = None if tensordict is None else self._maybe_get_priority_weight(tensordict)
+        return self._reduce_loss(loss, tensordict=tensordict, weights=weights)
+
+    # -- values -------------------------------------------------------------------------------
+
+    def _target_of(self, tensordict: TensorDictBase) -> Tensor | None:
+        return tensordict.get(self.tensor_keys.value_target, None)
+
+    def _scale(self) -> Tensor | float:
+        """The scale of the critics' outputs; 1 of networks that have none."""
+        heads = self._heads()
+        return 1.0 if not heads else self.qvalue_network_params.get((*heads[0], "out_scale"))[0]
+
+    def _heads(self) -> list[tuple[str, ...]]:
+        """Where in the critic networks the heads are that can be rescaled."""
+        named = self.qvalue_network.named_modules()
+        return [tuple(name.split(".")) for name, m in named if isinstance(m, ScalarHead)]
+
+    def _values(self, tensordict: TensorDictBase, params: Any) -> Tensor:
+        """What each critic says, ``[critics, *B]``."""
+        td = tensordict.select(*self.qvalue_network.in_keys)
+        return self._critics(td, params).get(self.tensor_keys.state_action_value).squeeze(-1)
+
+    def _targets(self) -> Any:
+        return self.target_qvalue_network_params.detach()
+
+    def _next_values(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """Target critics' value of the policy at next states, and its entropy bonus, ``[*B]``."""
+        state, context, _ = self.step_keys
+        self.read(tensordict, unravel_key(("next", state)))
+        following = tensordict.get("next").select(state, context, strict=False)
+        if following.get(context, None) is None and tensordict.get(context, None) is not None:
+            following.set(context, tensordict.get(context))
+        with self._acting() as act:
+            log_prob = act(following)
+        return self._values(following, self._targets()).amin(0), -self.alpha * log_prob
+
+    def _bounded(self, target: Tensor) -> Tensor:
+        return torch.maximum(torch.minimum(target, self.bounds[1]), self.bounds[0])
+
+    @torch.no_grad()
+    def value_targets(self, episodes: TensorDictBase) -> TensorDictBase:
+        """Write soft lambda-returns ``"value_target" [*B, T, 1]`` of the actions taken.
+
+        Steps are in order along the last batch axis, as ``env.rollout`` and collectors have them.
+        Every return ends where an episode is done, or at ``T``, with the target critics' value of
+        the state there, unless the episode terminated.
+
+        Args:
+            episodes: ``[*B, T]`` with state, context, action and ``("next", ...)`` state, reward,
+                done and terminated.
+        """
+        keys = self.tensor_keys
+        names = (keys.reward, keys.done, keys.terminated)
+        reward, done, terminated = (self.read(episodes, ("next", name)) for name in names)
+        value, entropy = (x.unsqueeze(-1) for x in self._next_values(episodes))
+        reward = reward + self.gamma * ~terminated * entropy
+        if self.lmbda:
+            target = vec_td_lambda_return_estimate(
+                self.gamma, self.lmbda, value, reward, done, terminated
+            )
+        else:
+            target = td0_return_estimate(self.gamma, value, reward, terminated)
+        return episodes.set(keys.value_target, self._bounded(target))
+
+    @torch.no_grad()
+    def fit_scale(self, episodes: TensorDictBase, rate: float = 1.0) -> None:
+        """Set the critics' scale, and the bounds of targets, from the rewards of ``episodes``.
+
+        The bounds are the 1 % and 99 % quantiles of rewards and entropy bonus, for ever:
+        divided by ``1 - gamma``. The scale is half of the larger one. The critics' functions stay
+        what they are (PopArt, arXiv 1602.07714), as far as they are
+        :class:`~layeredrl_torchrl.nets.ScalarHead`.
+
+        Args:
+            episodes: ``[*B]`` with state, context and ``("next", reward)``.
+            rate: How far the bounds move from what they were, in ``(0, 1]``.
+
+        Raises:
+            ValueError: A discount of 1, which bounds no return.
+        """
+        check_number("rate", rate, 0.0, 1.0, open_low=True)
+        if self.gamma == 1.0:
+            raise ValueError("with gamma=1 returns have no bounds; leave fit_scale out")
+        state, context, _ = self.step_keys
+        self.read(episodes, state)
+        reward = self.read(episodes, ("next", self.tensor_keys.reward))
+        with self._acting() as act:
+            log_prob = act(episodes.select(state, context, strict=False))
+        gain = (reward.squeeze(-1) - self.alpha * log_prob).flatten().to(self.bounds)
+        ends = gain.quantile(gain.new_tensor([0.01, 0.99])) / (1.0 - self.gamma)
+        bounds = torch.where(self.bounds.isfinite(), self.bounds.lerp(ends, rate), ends)
+        self.bounds.copy_(bounds)
+        scale = (bounds.abs().max() / 2).clamp(min=torch.finfo(bounds.dtype).tiny)
+        for head in self._parts_with("rescale"):
+            head.rescale(0.0, scale)
+
+    @torch.no_grad()
+    def fit_inputs(self, tensordict: TensorDictBase) -> None:
+        """Set the input statistics of critics and policy from states and actions ``[*B]``.
+
+        Of those that keep some: :class:`~layeredrl_torchrl.nets.TanhActor` and
+        :class:`~layeredrl_torchrl.nets.QValueOperator` do.
+        """
+        state_key, context_key, action_key = self.step_keys
+        state = self.read(tensordict, state_key)
+        empty = tensordict.get(context_key, None) is None
+        context = state[..., :0] if empty else self.read(tensordict, context_key)
+        action = self.read(tensordict, action_key)
+        last = tensordict.ndim - 1
+        sample = tuple(x.flatten(0, last) for x in (state, context, action))
+        for part in self._parts_with("fit_inputs"):
+            part.fit_inputs(*sample)
+
+    def _parts_with(self, method: str) -> Iterator[Any]:
+        """Parts of policy, critics and target critics that have ``method``, with their weights."""
+        critics = [self.qvalue_network_params]
+        if self.delay_qvalue:
+            critics.append(self.target_qvalue_network_params)
+        sets = [(self.actor_network, self.actor_network_params.data)]
+        sets += [
+            (self.qvalue_network, params.data[i])
+            for params in critics
+            for i in range(self.num_qvalue_nets)
+        ]
+        for network, params in sets:
+            with params.to_module(network):
+                # (A TensorDictModule has the attributes of what it wraps.)
+                yield from (m for m in network.modules() if hasattr(type(m), method))
+
+    # -- the policy ---------------------------------------------------------------------------
+
+    @contextmanager
+    def _acting(self) -> Iterator[Callable[[TensorDictBase], Tensor]]:
+        """Yield what writes reparameterised actions to a TensorDict and returns ``log_prob``."""
+        action_key = self.step_keys[2]
+
+        def act(tensordict: TensorDictBase) -> Tensor:
+            action, log_prob = rsample_and_log_prob(self.actor_network.get_dist(tensordict))
+            tensordict.set(action_key, action)
+            return log_prob
+
+        with (
+            set_exploration_type(ExplorationType.RANDOM),
+            self.actor_network_params.to_module(self.actor_network),
+        ):
+            yield act
+
+
+def _check_keys(actor: Any, qvalue: Any, step_keys: Sequence[NestedKey]) -> None:
+    """Refuse networks of another kind, or that read and write other entries than steps have."""
+    state, context, action = step_keys
+    for name, module, allowed in (
+        ("actor_network", actor, {state, context}),
+        ("qvalue_network", qvalue, {state, context, action}),
+    ):
+        kinds = (TensorDictModule, ProbabilisticTensorDictSequential)
+        if not isinstance(module, kinds):
+            raise TypeError(
+                f"{name} must be a TensorDictModule as TorchRL's losses take, got "
+                f"{type(module).__name__}"
+            )
+        unknown = [key for key in module.in_keys if key not in allowed]
+        if unknown:
+            raise ValueError(
+                f"{name} reads {unknown}, but imagined steps have {sorted(map(str, allowed))}; "
+                "build it with in_keys= of the predictor's state and context"
+            )
+    if action not in actor.out_keys:
+        raise ValueError(
+            f"actor_network writes {actor.out_keys}, but the predictor's actions are {action!r}"
+        )

@@ -1,0 +1,95 @@
+"""Policy and critics in state space, beside TorchRL's own distributions."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import gymnasium as gym
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.data import Bounded, Categorical, Unbounded
+from torchrl.envs import ExplorationType, set_exploration_type
+from torchrl.modules import TanhNormal
+
+from layeredrl_torchrl.nets import Bounds, QValueOperator, SquashedNormal, TanhActor
+
+LOW, HIGH = torch.tensor([-1.0, 0.5]), torch.tensor([2.0, 0.75])
+
+
+def both(loc, scale):
+    ours = SquashedNormal(loc, scale, Bounds(LOW.to(loc), HIGH.to(loc)))
+    return ours, TanhNormal(loc, scale, low=LOW.to(loc), high=HIGH.to(loc))
+
+
+def test_the_distribution_is_torchrl_s():
+    loc, scale = torch.randn(2, 50, 2, dtype=torch.float64)
+    ours, theirs = both(loc, scale.abs() + 0.1)
+    torch.manual_seed(0)
+    action, log_prob = ours.rsample_and_log_prob()
+    torch.manual_seed(0)
+    expected, their_log_prob = theirs.rsample_and_log_prob()
+    torch.testing.assert_close(action, expected)
+    torch.testing.assert_close(log_prob, their_log_prob)
+    torch.testing.assert_close(ours.log_prob(action), log_prob)
+    torch.testing.assert_close(ours.deterministic_sample, theirs.deterministic_sample)
+    assert ours.rsample((3,)).shape == (3, 50, 2)
+
+
+def test_its_density_integrates_to_one():
+    ours, _ = both(torch.zeros(1, 2), torch.ones(1, 2))
+    grids = [torch.linspace(*ends, 801)[1:-1] for ends in zip(LOW, HIGH, strict=True)]
+    points = torch.cartesian_prod(*grids)
+    cell = ((HIGH - LOW) / 800).prod()
+    assert (ours.log_prob(points).exp().sum() * cell).item() == pytest.approx(1.0, abs=1e-3)
+
+
+def test_saturated_actions_keep_density_and_gradient():
+    loc = torch.tensor([[40.0, -40.0]], requires_grad=True)
+    ours, _ = both(loc, torch.full((1, 2), 0.1))
+    action, log_prob = ours.rsample_and_log_prob()
+    assert action.isfinite().all()
+    assert log_prob.isfinite().all()
+    (slope,) = torch.autograd.grad(log_prob.sum(), loc)
+    torch.testing.assert_close(slope, torch.tensor([[2.0, -2.0]]))  # of -log(1 - tanh^2)
+    assert ours.log_prob(torch.stack((HIGH, LOW))).isfinite().all()
+
+
+@pytest.mark.parametrize("context_dim", [0, 3])
+def test_the_actor_acts_within_its_bounds(context_dim):
+    actor = TanhActor(4, context_dim, gym.spaces.Box(LOW.numpy(), HIGH.numpy()), (8,))
+    td = TensorDict({"state": 9 * torch.randn(40, 4), "context": torch.randn(40, 3)}, [40])
+    assert actor.in_keys == ["state", "context"][: 1 + bool(context_dim)]
+    with set_exploration_type(ExplorationType.RANDOM):
+        actions = [actor(td.clone())["action"] for _ in range(2)]
+    assert not torch.equal(*actions)
+    assert ((actions[0] >= LOW) & (actions[0] <= HIGH)).all()
+    for twin in (copy.deepcopy(actor), pickle.loads(pickle.dumps(actor))):
+        with set_exploration_type(ExplorationType.DETERMINISTIC):
+            assert torch.equal(*(x(td.clone())["action"] for x in (actor, twin)))
+    double = copy.deepcopy(actor).double()(td.double())
+    assert double["action"].dtype == torch.float64
+
+
+def test_inputs_are_standardised():
+    actor, critic = TanhActor(2, 1, Bounded(-1.0, 1.0, (1,)), (8,)), QValueOperator(2, 1, 1, (8,))
+    sample = 3.0 + 2.0 * torch.randn(500, 2), torch.randn(500, 1), torch.rand(500, 1)
+    for network, n in ((actor[0].module, 3), (critic.module.head, 4)):
+        network.fit_inputs(*sample)
+        found = network.inputs(torch.cat(sample, -1)[:, :n])
+        torch.testing.assert_close(found.mean(0), torch.zeros(n), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("space", "error", "message"),
+    [
+        (Unbounded((1,)), TypeError, "bounds"),
+        (Categorical(3), TypeError, "Box of floats"),
+        (gym.spaces.Box(-float("inf"), 1.0, (1,)), (TypeError, ValueError), "bounds"),
+    ],
+    ids=str,
+)
+def test_actions_without_bounds_are_refused(space, error, message):
+    with pytest.raises(error, match=message):
+        TanhActor(2, 0, space)

@@ -79,31 +79,9 @@ def masked(spec):
 
 
 @pytest.mark.parametrize(
-    ("space", "features", "discrete"),
-    [
-        (None, 0, False),
-        (gym.spaces.Box(-1, 1, (3,)), 3, False),
-        (Unbounded((7,)), 7, False),
-        (gym.spaces.Discrete(4), 4, True),
-        (OneHot(5), 5, True),
-        (Categorical(6), 6, True),
-    ],
-    ids=["None", "Box", "Unbounded", "Discrete", "OneHot", "Categorical"],
-)
-def test_width_and_kind(space, features, discrete):
-    spec = to_spec(space)
-    assert width(spec) == features
-    assert is_discrete(spec) is discrete
-
-
-@pytest.mark.parametrize(
     ("space", "error", "message"),
     [
-        (
-            gym.spaces.Discrete(3, start=1),
-            ValueError,
-            r"goal_space is Discrete\(3, start=1\).*at 0",
-        ),
+        (gym.spaces.Discrete(3, start=1), ValueError, r"goal_space is Discrete\(3, s.*=1\).*at 0"),
         (gym.spaces.Box(-1, 1, (2, 3)), ValueError, r"goal_space has shape \(2, 3\).*one axis"),
         (gym.spaces.Box(-1, 1, ()), ValueError, r"goal_space has shape \(\).*one axis"),
         (Unbounded((4, 2)), ValueError, r"goal_space has shape \(4, 2\).*_unbatched"),
@@ -161,35 +139,25 @@ def test_rounding_outside_the_limits_is_forgiven_and_more_is_not(excess, accepte
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize(
-    "space",
-    [
-        gym.spaces.Box(-1, 1, (2,)),
-        gym.spaces.Box(-np.inf, np.inf, (2,)),
-        gym.spaces.Box(float32(-1, -np.inf), float32(1, np.inf)),
-        gym.spaces.Box(-1, np.inf, (2,)),
-        gym.spaces.Box(-np.inf, 1, (2,)),
-    ],
-    ids=["bounded", "unbounded", "one-dimension-bounded", "half-bounded-below", "half-above"],
-)
-def test_an_action_that_is_not_finite_is_refused_whatever_the_limits(space, value):
-    action = torch.tensor([0.0, value])
-    with pytest.raises(ValueError, match="action"):
-        canonical_action(to_spec(space), action, torch.Size())
+@pytest.mark.parametrize("low", [-1, -np.inf])
+@pytest.mark.parametrize("high", [1, np.inf])
+def test_an_action_that_is_not_finite_is_refused_whatever_the_limits(low, high, value):
+    bounds = float32(-1, low), float32(1, high)
+    for space in (gym.spaces.Box(*bounds), gym.spaces.Box(low, high, (2,))):
+        with pytest.raises(ValueError, match="action"):
+            canonical_action(to_spec(space), torch.tensor([0.0, value]), torch.Size())
 
 
 @pytest.mark.parametrize(
     ("shape", "batch"), [((2,), (3,)), ((3, 2), ()), ((3, 1), (3,)), ((4, 2), (3,)), ((), ())]
 )
-def test_a_continuous_action_of_another_shape_is_refused(shape, batch):
+def test_a_continuous_action_of_another_shape_or_kind_is_refused(shape, batch):
+    spec = to_spec(Unbounded((2,)))
     message = re.escape(f"action has shape {shape}, expected {(*batch, 2)}")
     with pytest.raises(ValueError, match=message):
-        canonical_action(to_spec(Unbounded((2,))), torch.zeros(shape), torch.Size(batch))
-
-
-def test_an_action_that_is_no_tensor_is_refused():
+        canonical_action(spec, torch.zeros(shape), torch.Size(batch))
     with pytest.raises(TypeError, match=r"action must be a torch\.Tensor, got list"):
-        canonical_action(to_spec(Unbounded((2,))), [0.0, 0.0], torch.Size())
+        canonical_action(spec, [0.0, 0.0], torch.Size())
 
 
 # -- canonical_action: discrete ------------------------------------------------------------
@@ -206,14 +174,6 @@ DISCRETE = {
 }
 
 
-def one_hot_rows(index, n):
-    """One-hot rows by hand, in a loop."""
-    rows = torch.zeros(*index.shape, n)
-    for where in np.ndindex(*index.shape):
-        rows[where][index[where]] = 1.0
-    return rows
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     kind=st.sampled_from(sorted(DISCRETE)),
@@ -223,11 +183,12 @@ def one_hot_rows(index, n):
 )
 def test_every_form_of_a_choice_becomes_the_form_of_the_spec(kind, batch, form, seed):
     spec = to_spec(DISCRETE[kind])
+    assert is_discrete(spec)
     n = width(spec)
     if n == 1:  # then [*B, 1] is what the spec says, and 0 is the only choice
         form = "one-hot int" if isinstance(spec, OneHot) else "column"
     index = torch.randint(n, batch, generator=torch.Generator().manual_seed(seed))
-    rows = one_hot_rows(index, n)
+    rows = torch.eye(n)[index]
     action = {
         "int": index,
         "int8": index.to(torch.int8),
@@ -274,4 +235,4 @@ def test_features_of_choices_run_under_vmap():
     index = torch.tensor([[0, 2, 1], [3, 3, 0]])
     spec = to_spec(gym.spaces.Discrete(4))
     features = torch.vmap(lambda a: action_features(spec, a, torch.float32))(index)
-    assert features.tolist() == one_hot_rows(index, 4).tolist()
+    assert features.tolist() == torch.eye(4)[index].tolist()

@@ -197,22 +197,17 @@ def test_the_value_is_the_predictors_terminal_value_discounted_by_0_99_by_defaul
 # -- TorchRL's planners -----------------------------------------------------------------------
 
 
-def make_cem(env, horizon=4):
-    return CEMPlanner(env, planning_horizon=horizon, optim_steps=10, num_candidates=100, top_k=10)
+SMALL = {"planning_horizon": 4, "optim_steps": 10, "num_candidates": 100, "top_k": 10}
 
 
-def make_mppi(env, horizon=4):
+def make_cem(env):
+    return CEMPlanner(env, **SMALL)
+
+
+def make_mppi(env):
     zero = TensorDictModule(torch.zeros_like, in_keys=["state"], out_keys=["state_value"])
     advantage = TDLambdaEstimator(gamma=1.0, lmbda=1.0, value_network=zero)
-    return MPPIPlanner(
-        env,
-        advantage,
-        temperature=1.0,
-        planning_horizon=horizon,
-        optim_steps=10,
-        num_candidates=100,
-        top_k=10,
-    )
+    return MPPIPlanner(env, advantage, temperature=1.0, **SMALL)
 
 
 PLANNERS = [make_cem, make_mppi]
@@ -257,7 +252,7 @@ def test_rewards_after_a_predicted_end_do_not_count(make_point, make):
 
     obs = torch.zeros(2, 2)
     reached, dead = (
-        plan(make(PredictorEnv(make_point(term, rew_func=treasure)), 3), obs, make_point())
+        plan(make(PredictorEnv(make_point(term, rew_func=treasure))), obs, make_point())
         for term in (None, ends_beyond(0.8))
     )
     assert (reached > 0.5).all()  # two moves that sum to more than 1.6

@@ -35,13 +35,20 @@ def make_encoder(context_dim=1):
     return encoder
 
 
-def make_loss(encoder=None, k_steps=2, n_steps=3, **kwargs):
-    encoder = encoder or make_encoder()
+class ActionValue(ValueNet):
+    """A value of the action, too."""
+
+    def forward(self, state, context, action):
+        return super().forward(state, context, action) + action[..., 0]
+
+
+def make_loss(k_steps=2, n_steps=3, value=ValueNet, **kwargs):
+    encoder = make_encoder()
     d, c = encoder.latent_state_dim, encoder.context_dim
     parts = {
         "rew_func": randomize(RewardNet(d, c, A, (8,))),
-        "val_func": randomize(ValueNet(d, c, (8,))),
-        "target_val_func": randomize(ValueNet(d, c, (8,))),
+        "val_func": randomize(value(d, c, (8,))),
+        "target_val_func": randomize(value(d, c, (8,))),
     }
     options = {"gamma": GAMMA, "k_steps": k_steps, "n_steps": n_steps}
     return PredictorLoss(encoder, **parts | options | kwargs)
@@ -102,7 +109,7 @@ def naive_targets(loss, batch):
 @pytest.mark.parametrize("elapsed", [False, True])
 @pytest.mark.parametrize(("k_steps", "n_steps"), [(1, 1), (1, 3), (3, 1), (2, 3)])
 def test_equals_a_loop_over_single_steps(k_steps, n_steps, elapsed, random):
-    loss = make_loss(k_steps=k_steps, n_steps=n_steps)
+    loss = make_loss(k_steps, n_steps, value=ActionValue)
     batch = make_slices(k_steps + n_steps, elapsed, random)
 
     out = loss(batch)
@@ -129,28 +136,6 @@ def test_equals_a_loop_over_single_steps(k_steps, n_steps, elapsed, random):
     target, where = loss.value_target(batch)
     assert torch.equal(where, counts)
     torch.testing.assert_close(target[counts], targets[counts])
-
-
-class ActionValue(nn.Module):
-    """A value that is the action's first entry: shows which action it was asked about."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
-
-    def forward(self, state, context, action):
-        return self.scale * action[..., 0]
-
-
-def test_action_values_are_bootstrapped_with_the_action_taken_there():
-    loss = make_loss(
-        val_func=ActionValue(), target_val_func=ActionValue(), k_steps=1, n_steps=2, gamma=1.0
-    )
-    batch = make_slices(3)
-    batch["next", "reward"].zero_()
-    batch["next", "terminated"].zero_()
-    batch["valid"].fill_(True)
-    torch.testing.assert_close(loss.value_target(batch)[0][:, 0], batch["action"][:, 2, 0])
 
 
 @pytest.mark.parametrize("mask", ["valid", ("collector", "mask")])
@@ -201,20 +186,13 @@ def test_what_the_gradients_reach(learn_encoder):
         assert loss.encoder.context_net.weight.grad.any()
 
 
-def test_the_target_is_a_copy_unless_given_and_is_not_trained():
-    loss = make_loss(target_val_func=None)
-    assert loss.target_val_func is not loss.val_func
-    torch.testing.assert_close(loss.target_val_func.state_dict(), loss.val_func.state_dict())
-    trained = {id(p) for p in loss.parameters() if p.requires_grad}
-    assert not trained & {id(p) for p in loss.target_val_func.parameters()}
-    for part in (loss.encoder, loss.rew_func, loss.val_func):
-        assert {id(p) for p in part.parameters()} <= trained
-
-
 @pytest.mark.parametrize("copied", [False, True])
 def test_the_target_moves_only_by_soft_update(copied, unchanged):
-    tau, loss = 0.4, make_loss(target_val_func=None)
+    tau, loss = 0.4, make_loss(target_val_func=None)  # then it is a copy of the value
     loss = copy.deepcopy(loss) if copied else loss
+    torch.testing.assert_close(loss.target_val_func.state_dict(), loss.val_func.state_dict())
+    parts = nn.ModuleList([loss.encoder, loss.rew_func, loss.val_func])
+    assert {id(p) for p in loss.parameters() if p.requires_grad} == {*map(id, parts.parameters())}
     update = SoftUpdate(loss, tau=tau)
     optim = torch.optim.SGD([p for p in loss.parameters() if p.requires_grad], lr=0.1)
     with unchanged(loss.target_val_func):
@@ -235,27 +213,28 @@ def test_the_target_moves_only_by_soft_update(copied, unchanged):
 
 
 def test_without_a_chosen_action_there_is_no_value_to_learn():
-    batch = make_slices(5, random=True)
+    loss, batch = make_loss(), make_slices(5, random=True)
     batch["random_action"].fill_(True)
-    loss = make_loss()
-    out = loss(batch)
+    out, plain = loss(batch), loss(batch.exclude("random_action"))
     assert out["loss_value"].item() == 0.0
-    torch.testing.assert_close(
-        out["loss_reward"], loss(batch.exclude("random_action"))["loss_reward"]
-    )
+    torch.testing.assert_close(out["loss_reward"], plain["loss_reward"])
 
 
-def test_plain_callables_are_known_and_not_trained():
-    def known(state, context, action):
-        return state.sum(-1)
+def known(state, context, action):
+    return state.sum(-1)
 
-    batch = make_slices(5)
-    loss = make_loss(rew_func=known, val_func=known, target_val_func=None)
-    assert {k for k in loss(batch).keys() if k.startswith("loss_")} == set()
-    loss = make_loss(rew_func=known)
-    assert {k for k in loss(batch).keys() if k.startswith("loss_")} == {"loss_value"}
-    loss = make_loss(val_func=None, target_val_func=None)
-    assert {k for k in loss(batch).keys() if k.startswith("loss_")} == {"loss_reward"}
+
+@pytest.mark.parametrize(
+    ("parts", "terms"),
+    [
+        ({"rew_func": known, "val_func": known, "target_val_func": None}, set()),
+        ({"rew_func": known}, {"loss_value"}),
+        ({"val_func": None, "target_val_func": None}, {"loss_reward"}),
+    ],
+)
+def test_plain_callables_are_known_and_not_trained(parts, terms):
+    out = make_loss(**parts)(make_slices(5))
+    assert {key for key in out.keys() if key.startswith("loss_")} == terms
 
 
 def spoil(key, change):

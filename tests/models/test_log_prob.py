@@ -8,8 +8,6 @@ import math
 import pytest
 import torch
 from densities import log_density
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tensordict import TensorDict
 
 from layeredrl_torchrl import Model
@@ -29,96 +27,54 @@ def as_td(state, context, action):
     )
 
 
-def components_of(nets, row, sample, slow_predict):
-    """The whole ensemble at one row as (weight, mean, std), from each member on its own."""
-    out = []
-    for net in nets:
-        mean, std, weights, _ = slow_predict(net, *row, sample)
-        for m, s, w in zip(mean, std, weights, strict=True):
-            out.append((w / len(nets), m, s))
-    return out
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    kind=st.sampled_from(["fc", "tanh"]),
-    batch=st.sampled_from(BATCHES),
-    n_models=st.integers(1, 3),
-    n_modes=st.integers(1, 3),
-    d=st.integers(1, 3),
-    seed=st.integers(0, 2**31),
-)
-def test_the_ensemble_is_one_equal_mixture_over_its_members(
-    kind, batch, n_models, n_modes, d, seed, fc, tanh_net, recorded, transitions, slow_predict
-):
-    torch.manual_seed(seed)
-    ensemble, nets = recorded(
-        fc if kind == "fc" else tanh_net, d=d, n_models=n_models, n_modes=n_modes
-    )
-    sample = transitions(d=d, seed=seed)
-    ensemble.fit_statistics(*sample)
-    state, context, action, noise = inputs(batch, d, seed=seed)
-    next_state = state + noise
-    dist = ensemble.dist(as_td(state, context, action))
-    assert dist.batch_shape == batch
-    assert dist.event_shape == (d,)
-    log_prob, term_prob, info = ensemble.get_log_prob(state, context, action, next_state)
-    assert log_prob.shape == term_prob.shape == batch
-    assert info["means"].shape == (*batch, n_models, d)
-    torch.testing.assert_close(dist.log_prob(next_state), log_prob, atol=1e-4, rtol=1e-4)
-    assert torch.equal(term_prob, ensemble.predict(state, context, action)[3])
-    close = {"rel": 2e-3, "abs": 2e-3}
-    for index in itertools.product(*map(range, batch)):
-        row = state[index], context[index], action[index]
-        parts = components_of(nets, row, sample, slow_predict)
-        x = next_state[index].tolist()
-        assert log_prob[index].item() == pytest.approx(log_density(x, parts), **close)
-        for m in range(n_models):
-            of_member = parts[m * n_modes : (m + 1) * n_modes]
-            for k in range(d):
-                mean = sum(w * n_models * mu[k] for w, mu, _ in of_member)
-                assert info["means"][index][m, k].item() == pytest.approx(mean, **close)
-
-
-# -- a fixed std and a linear transform ----------------------------------------------------
-
-
 MATRICES = {
     "none": None,
     "narrow": torch.tensor([[1.0, -2.0, 0.5]]),
     "square": torch.tensor([[0.0, 1.0, 0.0], [2.0, 0.0, 0.0], [0.0, 0.5, -1.0]]),
     "tall": torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 1.0, 1.0]]),
 }
+FIXED = [0.8, torch.tensor(0.7), "vector"]
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("name", MATRICES)
+@pytest.mark.parametrize(
+    ("std", "name"), [(None, "none"), *itertools.product(FIXED, MATRICES)], ids=str
+)
 @pytest.mark.parametrize("as_callable", [False, True])
-@pytest.mark.parametrize("std", [0.8, torch.tensor(0.7), "vector"], ids=str)
-def test_a_fixed_std_replaces_the_predicted_one_in_the_space_of_the_transform(
-    batch, name, as_callable, std, fc, recorded, transitions, slow_predict
+def test_the_ensemble_is_one_equal_mixture_over_its_members(
+    batch, std, name, as_callable, net, recorded, transitions, slow_predict
 ):
+    """A fixed std replaces the predicted one, in the space of the transform."""
     matrix = MATRICES[name]
     rows = torch.eye(3) if matrix is None else matrix
-    ensemble, nets = recorded(fc)
+    ensemble, nets = recorded(net)
     sample = transitions()
     ensemble.fit_statistics(*sample)
     state, context, action, noise = inputs(batch)
-    next_state = state + noise
-    std = 0.5 + torch.rand(len(rows)) if std == "vector" else std
-    transform = (lambda x: x @ rows.T) if as_callable else matrix
-    given = state, context, action, next_state
-    log_prob, _, info = ensemble.get_log_prob(*given, std=std, transform=transform)
+    given = state, context, action, state + noise
+    std = 0.5 + torch.rand(len(rows)) if isinstance(std, str) else std
+    options = {"std": std, "transform": (lambda x: x @ rows.T) if as_callable else matrix}
+    log_prob, term_prob, info = ensemble.get_log_prob(*given, **options if std is not None else {})
     assert log_prob.shape == batch
-    assert torch.equal(info["means"], ensemble.get_log_prob(*given)[2]["means"])
-    fixed = torch.as_tensor(std).expand(len(rows)).tolist()
+    assert torch.equal(term_prob, ensemble.predict(*given[:3])[3])
+    if std is None:
+        dist = ensemble.dist(as_td(*given[:3]))
+        assert dist.batch_shape == batch
+        assert dist.event_shape == (3,)
+        torch.testing.assert_close(dist.log_prob(given[3]), log_prob, atol=1e-4, rtol=1e-4)
+    close = {"rel": 2e-3, "abs": 2e-3}
     for index in itertools.product(*map(range, batch)):
-        row = state[index], context[index], action[index]
         parts = []
-        for w, mean, _ in components_of(nets, row, sample, slow_predict):
-            parts.append((w, (rows @ torch.tensor(mean)).tolist(), fixed))
-        x = (rows @ next_state[index]).tolist()
-        assert log_prob[index].item() == pytest.approx(log_density(x, parts), rel=2e-3, abs=2e-3)
+        for m, member in enumerate(nets):
+            said = slow_predict(member, *(x[index] for x in given[:3]), sample)
+            mean, scale, weights = map(torch.tensor, said[:3])
+            expected = (weights.unsqueeze(-1) * mean).sum(0).tolist()
+            assert info["means"][index][m].tolist() == pytest.approx(expected, **close)
+            scale = scale if std is None else torch.as_tensor(std).expand(len(mean), len(rows))
+            shares = (weights / len(nets)).tolist()
+            parts += zip(shares, (mean @ rows.T).tolist(), scale.tolist(), strict=True)
+        expected = log_density((rows @ given[3][index]).tolist(), parts)
+        assert log_prob[index].item() == pytest.approx(expected, **close)
 
 
 # -- far away, and weights of 0 ------------------------------------------------------------

@@ -28,118 +28,68 @@ def start(batch, horizon, d=3, c=2, a=2, *, seed=7):
     )
 
 
-# -- layout --------------------------------------------------------------------------------
-
-
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     kind=st.sampled_from(["fc", "tanh"]),
     batch=st.sampled_from(BATCHES),
     n_models=st.integers(1, 3),
-    n_modes=st.integers(1, 2),
+    n_modes=st.integers(1, 3),
     n_particles=st.integers(1, 3),
     horizon=st.integers(1, 4),
     c=st.integers(0, 2),
+    discrete=st.booleans(),
+    flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
     deterministic=st.booleans(),
+    grad=st.booleans(),
+    seed=st.integers(0, 2**31),
 )
-def test_the_layout_is_that_of_a_torchrl_rollout(
-    kind, batch, n_models, n_modes, n_particles, horizon, c, deterministic, fc, tanh_net, recorded
-):
+def test_a_rollout_is_laid_out_as_torchrls_and_equals_a_loop_over_members_and_steps(
+    kind, batch, n_models, n_modes, n_particles, horizon, c, discrete, flags, deterministic, grad,
+    seed, fc, tanh_net, recorded, transitions, slow_predict,
+):  # fmt: skip
+    """Without gradients steps are written in place; far inputs are clipped only where asked."""
+    torch.manual_seed(seed)
+    options = {"predict_delta": flags[0], "normalize_inputs": flags[1]}
+    options["clip_inputs"] = flags[1] and flags[2]
     ensemble, nets = recorded(
         fc if kind == "fc" else tanh_net,
         c=c,
         n_models=n_models,
         n_modes=n_modes,
         n_particles_per_model=n_particles,
-    )
-    state, context, actions = start(batch, horizon, c=c)
-    traj = ensemble.rollout(state, context if c else None, actions, deterministic)
-
-    shape = (*batch, n_models, n_particles, horizon)
-    assert traj.batch_size == torch.Size(shape)
-    assert set(traj.keys(include_nested=True, leaves_only=True)) == {
-        "state",
-        "context",
-        "action",
-        ("next", "state"),
-        ("next", "term_prob"),
-    }
-    assert traj["next"].batch_size == torch.Size(shape)
-    assert traj["state"].shape == traj["next", "state"].shape == (*shape, 3)
-    assert traj["context"].shape == (*shape, c)
-    assert traj["action"].shape == (*shape, 2)
-    assert traj["next", "term_prob"].shape == (*shape, 1)
-    assert torch.equal(traj["state"][..., 1:, :], traj["next", "state"][..., :-1, :])
-    for index in itertools.product(*map(range, batch)):
-        for m, p in itertools.product(range(n_models), range(n_particles)):
-            one = traj[(*index, m, p)]
-            assert torch.equal(one["state"][0], state[index])
-            assert torch.equal(one["action"], actions[index])
-            for h in range(horizon):
-                assert torch.equal(one["context"][h], context[index])
-            # it ends with its member's probability at its own state
-            term_prob = nets[m](one["state"], one["context"], one["action"])[2]
-            torch.testing.assert_close(one["next", "term_prob"].squeeze(-1), term_prob)
-
-
-# -- deterministic -------------------------------------------------------------------------
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    kind=st.sampled_from(["fc", "tanh"]),
-    batch=st.sampled_from(BATCHES),
-    n_models=st.integers(1, 3),
-    n_modes=st.integers(1, 3),
-    n_particles=st.integers(1, 2),
-    horizon=st.integers(1, 3),
-    delta=st.booleans(),
-    normalize=st.booleans(),
-    clip=st.booleans(),
-    discrete=st.booleans(),
-    grad=st.booleans(),
-    seed=st.integers(0, 2**31),
-)
-def test_deterministic_equals_a_loop_over_members_and_steps(
-    kind, batch, n_models, n_modes, n_particles, horizon, delta, normalize, clip, discrete, grad,
-    seed, fc, tanh_net, recorded, transitions, slow_predict,
-):  # fmt: skip
-    """Without gradients steps are written in place, far inputs are clipped only where asked."""
-    torch.manual_seed(seed)
-    options = {"predict_delta": delta, "normalize_inputs": normalize}
-    options["clip_inputs"] = clip and normalize
-    ensemble, nets = recorded(
-        fc if kind == "fc" else tanh_net,
-        n_models=n_models,
-        n_modes=n_modes,
-        n_particles_per_model=n_particles,
         action_space=gym.spaces.Discrete(3) if discrete else None,
         **options,
     )
-    sample = transitions(discrete=3 if discrete else 0, seed=seed)
+    sample = transitions(c=c, discrete=3 if discrete else 0, seed=seed)
     ensemble.fit_statistics(*sample)
-    state, context, actions = start(batch, horizon, seed=seed)
+    state, context, actions = start(batch, horizon, c=c, seed=seed)
     if discrete:
         actions = torch.randint(3, (*batch, horizon))
     rng = torch.get_rng_state()
     with torch.set_grad_enabled(grad):
-        traj = ensemble.rollout(state, context, actions, deterministic=True)
-    assert torch.equal(torch.get_rng_state(), rng)
+        traj = ensemble.rollout(state, context if c else None, actions, deterministic)
+    assert torch.equal(torch.get_rng_state(), rng) is deterministic
 
-    for index in itertools.product(*map(range, batch)):
-        for m, net in enumerate(nets):
-            x = state[index]
-            for h in range(horizon):
-                mean, _, weights, term = slow_predict(
-                    net, x, context[index], actions[index][h], sample, **options
-                )
-                x = torch.tensor(
-                    [sum(w * mu[d] for w, mu in zip(weights, mean, strict=True)) for d in range(3)]
-                )
-                for p in range(n_particles):
-                    got = traj[(*index, m, p, h)]["next"]
-                    torch.testing.assert_close(got["state"], x, atol=1e-3, rtol=1e-3)
-                    assert got["term_prob"].item() == pytest.approx(term, abs=1e-3)
+    shape = (*batch, n_models, n_particles, horizon)
+    assert traj.batch_size == traj["next"].batch_size == torch.Size(shape)
+    following = ("next", "state"), ("next", "term_prob")
+    assert set(traj.keys(True, True)) == {"state", "context", "action", *following}
+    assert traj["next", "state"].shape == (*shape, 3)
+    assert traj["next", "term_prob"].shape == (*shape, 1)
+    assert torch.equal(traj["state"][..., 1:, :], traj["next", "state"][..., :-1, :])
+    for *index, m, p in itertools.product(*map(range, shape[:-1])):
+        one = traj[(*index, m, p)].detach()
+        assert torch.equal(one["state"][0], state[(*index,)])
+        assert torch.equal(one["action"], actions[(*index,)])
+        assert torch.equal(one["context"], context[(*index,)].expand(horizon, c))
+        for h in range(horizon):  # each step and its end are its member's at the particle's state
+            row = (one[h][key] for key in ("state", "context", "action"))
+            mean, _, weights, term = slow_predict(nets[m], *row, sample, **options)
+            assert one[h]["next", "term_prob"].item() == pytest.approx(term, abs=1e-3)
+            if deterministic:
+                expected = (torch.tensor(weights).unsqueeze(-1) * torch.tensor(mean)).sum(0)
+                got = one[h]["next", "state"]
+                torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
 
 
 # -- samples -------------------------------------------------------------------------------

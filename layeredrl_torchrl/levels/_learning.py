@@ -169,7 +169,7 @@ class LearningLevel(Level):
 
     @property
     def explores(self) -> bool:
-        """Whether actions may be random now: in training, unless TorchRL's context forbids it."""
+        """Whether actions may be random now, in training and if TorchRL's context allows it."""
         return self.training and exploration_type() in (ExplorationType.RANDOM, None)
 
     @property

@@ -76,7 +76,7 @@ class Learner(nn.Module, ABC):
         """Take one gradient step on ``batch [N]``, whose actions are prepared.
 
         Returns:
-            The loss's terms without gradient: scalars, and means of all others.
+            The loss's terms without gradient; those that are no scalars are averaged.
 
         Raises:
             ValueError: A loss that is not finite: on a CPU nothing is changed, on an accelerator a

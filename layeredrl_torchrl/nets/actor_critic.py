@@ -23,7 +23,8 @@ __all__ = ["QValueNet", "QValueOperator", "TanhActor"]
 class TanhActor(ProbabilisticActor):
     """A squashed Gaussian policy of state and context, for actions within bounds.
 
-    Inputs are standardised by statistics that :meth:`fit_inputs` sets, hidden layers normalised.
+    Inputs are standardised by statistics that the ``fit_inputs`` of a loss sets, and hidden layers
+    are normalised.
 
     >>> actor = TanhActor(3, 0, Bounded(-2.0, 2.0, (1,)))
     >>> actor(TensorDict({"state": torch.zeros(7, 3)}, [7]))["action"].shape
@@ -32,12 +33,12 @@ class TanhActor(ProbabilisticActor):
     Args:
         state_dim: ``D``.
         context_dim: ``C``, may be 0.
-        action_space: Of one action ``[A]``, with finite bounds.
+        action_space: Space of one action ``[A]``, with finite bounds.
         hidden_sizes: Width of each hidden layer.
         nonlinearity: Class of the activation.
         layer_norm: Whether each hidden layer is normalised.
-        in_keys: Of state and context; the context is not read where it is empty.
-        action_key: What is written.
+        in_keys: Keys of state and context; an empty context is not read.
+        action_key: Key of the action.
 
     Raises:
         TypeError: Another kind of action space. ValueError: Bounds that are not finite.
@@ -78,7 +79,7 @@ class TanhActor(ProbabilisticActor):
 
 
 class _PolicyNet(nn.Module):
-    """Mean and std of the actions before they are squashed."""
+    """Computes mean and std of the actions before they are squashed."""
 
     def __init__(
         self,
@@ -105,12 +106,12 @@ class _PolicyNet(nn.Module):
         return self.split(self.net(self.inputs(torch.cat(parts, -1))))
 
     def fit_inputs(self, state: Tensor, context: Tensor, action: Tensor) -> None:
-        """Set the input statistics from a sample ``[N, ...]``; the action is not looked at."""
+        """Set the input statistics from a sample ``[N, ...]``; the action is ignored."""
         self.inputs.fit(torch.cat((state, context), -1))
 
 
 class QValueNet(RewardNet):
-    """Predicts the value of taking ``action`` in ``state``; as :class:`RewardNet` otherwise.
+    """Predicts the value of taking ``action`` in ``state``; built like :class:`RewardNet`.
 
     >>> net = QValueNet(state_dim=3, context_dim=0, action_dim=1)
     >>> net(torch.zeros(7, 3), torch.zeros(7, 0), torch.zeros(7, 1)).shape
@@ -126,9 +127,9 @@ class QValueOperator(ValueOperator):
     torch.Size([7, 1])
 
     Args:
-        state_dim, context_dim, action_dim, hidden_sizes, nonlinearity, layer_norm: As
-            :class:`RewardNet` has them.
-        in_keys: Of state, context and action; the context is not read where it is empty.
+        state_dim, context_dim, action_dim, hidden_sizes, nonlinearity, layer_norm: See
+            :class:`RewardNet`.
+        in_keys: Keys of state, context and action; an empty context is not read.
     """
 
     def __init__(
@@ -148,7 +149,7 @@ class QValueOperator(ValueOperator):
 
 
 class _Column(nn.Module):
-    """A head whose values have an axis of their own."""
+    """Adds an axis to the values of a head."""
 
     def __init__(self, head: QValueNet, *, has_context: bool) -> None:
         super().__init__()

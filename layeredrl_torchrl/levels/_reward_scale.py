@@ -13,25 +13,42 @@ class RewardScale(nn.Module):
 
     So learning rates, the temperature of SAC and the clipping of losses mean the same for rewards
     in any unit, and a sparse reward keeps its size however rare it is.
+
+    Where nothing terminates and no reward is 0, an offset of all rewards changes no policy. One of
+    more than 5 times their spread is subtracted, wholly from 20 times on, so that their spread is
+    learned.
     """
 
     count: Tensor  # [] float64, rewards other than 0
     square: Tensor  # [] float64, mean of their squares
+    mean: Tensor  # [] float64, their mean
+    shifts: Tensor  # [] bool, whether an offset would change no policy
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("square", torch.zeros((), dtype=torch.float64))
+        for name in ("count", "square", "mean"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.float64))
+        self.register_buffer("shifts", torch.ones((), dtype=torch.bool))
 
     @torch.no_grad()
-    def observe(self, reward: Tensor) -> None:
-        """Add rewards to the statistics."""
+    def observe(self, reward: Tensor, ended: Tensor) -> None:
+        """Add rewards ``[N, 1]`` to the statistics, and whether a return ends with them."""
         reward = reward.to(self.square)
-        n = (reward != 0).sum()
+        counts = reward != 0
+        n = counts.sum()
         self.count += n
-        self.square += (reward.square().sum() - n * self.square) / self.count.clamp_min(1.0)
+        total = self.count.clamp_min(1.0)
+        self.square += (reward.square().sum() - n * self.square) / total
+        self.mean += (reward.sum() - n * self.mean) / total
+        self.shifts.logical_and_(counts.all() & ~ended.any())
 
     def forward(self, reward: Tensor) -> Tensor:
-        """Return rewards in units of the root mean square, in their own dtype."""
-        scale = torch.where(self.square > 0.0, self.square.sqrt(), 1.0)
-        return (reward / scale).to(reward.dtype)
+        """Return rewards in their unit, in their own dtype."""
+        std = (self.square - self.mean.square()).clamp_min(0.0).sqrt()
+        share = ((self.mean.abs() / std.clamp_min(1e-300) - 5.0) / 15.0).clamp(0.0, 1.0)
+        # Rewards that differ by what float32 rounds off are the same.
+        varies = self.shifts & (std > 1e-6 * self.mean.abs())
+        offset = torch.where(varies, share * self.mean, 0.0)
+        square = self.square - 2.0 * offset * self.mean + offset.square()
+        scale = torch.where(square > 0.0, square.clamp_min(0.0).sqrt(), 1.0)
+        return ((reward.to(offset) - offset) / scale).to(reward.dtype)

@@ -52,7 +52,8 @@ class ModelFreeLevel(LearningLevel):
     ends with the input. Alone it is a policy for any TorchRL collector; give it ``env=`` then.
 
     After its initial random steps (1,000 by default) its learner explores; in evaluation it does
-    neither. Rewards are divided by their root mean square, so their scale does not matter.
+    neither. Rewards are divided by their root mean square, so their scale does not matter, and
+    neither does a large offset where nothing terminates.
 
     A subclass may override ``_sampled(data [N]) -> data``, which prepares every sampled batch, to
     compute rewards that change while other levels learn.
@@ -239,7 +240,10 @@ class ModelFreeLevel(LearningLevel):
         data = data.to(self.features.mean.device)
         self.features.observe(*self._arguments(data))
         if self.scales_rewards:
-            self.reward_scale.observe(data.get(self.next_reward_key))
+            ended = data.get(("next", "terminated"))
+            if self.input_ends and self.input_spec is not None:
+                ended = ended | data.get(("next", "input_done"))
+            self.reward_scale.observe(data.get(self.next_reward_key), ended)
 
     def _sampled(self, data: TensorDictBase) -> TensorDictBase:
         """Prepare sampled transitions ``[N]`` for learning; a hook, by default nothing is done."""

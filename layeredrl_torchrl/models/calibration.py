@@ -90,10 +90,10 @@ class Calibration(nn.Module):
         log_std = std.log()
         log_weights = weights.clamp_min(torch.finfo(weights.dtype).tiny).log().unsqueeze(-1)
         offsets = self.offsets.view(-1, 1, 1, 1)
-
-        def search(shift: Tensor) -> Tensor:
-            start = (shift, torch.ones(dim), torch.zeros(1), torch.zeros(1))
-            parameters = torch.cat([x.to(mean) for x in start]).requires_grad_()
+        start = (torch.zeros(dim), torch.ones(dim), torch.zeros(1), torch.zeros(1))
+        parameters = torch.cat(start).to(mean)
+        with torch.enable_grad():
+            parameters.requires_grad_()
             optim = torch.optim.LBFGS(
                 [parameters], max_iter=60, history_size=10, line_search_fn="strong_wolfe"
             )
@@ -117,14 +117,7 @@ class Calibration(nn.Module):
                 return loss
 
             optim.step(objective)
-            return parameters.detach()
-
-        with torch.enable_grad():
-            found = search(torch.zeros(dim))
-            if not bool(torch.isfinite(found).all()):
-                # Far from what was predicted, steps overflow: begin at the size of the residuals.
-                ratio = (residual / std).square().mean((0, 1, 2)).sqrt()
-                found = search(ratio.clamp_min(torch.finfo(ratio.dtype).tiny).log())
+        found = parameters.detach()
         if not bool(torch.isfinite(found).all()):
             raise ValueError(
                 "the calibration did not converge to finite numbers; look at the held-out "

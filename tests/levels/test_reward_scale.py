@@ -1,0 +1,41 @@
+"""The unit of rewards of a level without a model, against the definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from layeredrl_torchrl.levels._reward_scale import RewardScale
+
+NO = torch.zeros(500, 1, dtype=torch.bool)
+
+
+def observed(reward, ended=NO):
+    """Two batches of them, one after the other."""
+    scale = RewardScale()
+    for rows in (slice(0, 100), slice(100, None)):
+        scale.observe(reward[rows], ended[rows])
+    return scale(reward)
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e5])
+@pytest.mark.parametrize("offset", [0.0, -3.0, 30.0, -1e3])
+def test_an_offset_is_subtracted_where_it_is_large(unit, offset):
+    varying = torch.randn(500, 1, dtype=torch.float64)
+    found = observed(unit * (offset + varying))
+    expected = varying - varying.mean() if abs(offset) > 20 else offset + varying
+    expected = expected / expected.square().mean().sqrt()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("why", ["an end", "a reward of 0", "no spread"])
+def test_an_offset_that_counts_is_kept(why):
+    reward = 1e3 + torch.randn(500, 1, dtype=torch.float64) * (why != "no spread")
+    ended = NO.clone()
+    if why == "an end":
+        ended[123] = True
+    elif why == "a reward of 0":
+        reward[123] = 0.0
+    rest = reward[reward != 0]
+    expected = reward / rest.square().mean().sqrt()
+    torch.testing.assert_close(observed(reward, ended), expected, rtol=1e-6, atol=0)

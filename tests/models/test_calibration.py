@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import gymnasium as gym
 import pytest
 import torch
 from densities import log_density
@@ -143,9 +144,13 @@ def test_fit_finds_the_minimum_of_the_held_out_nll_and_its_prior():
     assert abs(calibration.disagreement - 1) > 0.1
 
 
-def test_calibrate_makes_held_out_data_likelier_and_changes_nothing_else(fc, recorded, transitions):
-    ensemble, _ = recorded(fc, n_modes=1)
-    state, context, action, next_state = transitions(300)
+@pytest.mark.parametrize("discrete", [0, 3])
+def test_calibrate_makes_held_out_data_likelier_and_changes_nothing_else(
+    discrete, fc, recorded, transitions
+):
+    space = gym.spaces.Discrete(discrete) if discrete else None
+    ensemble, _ = recorded(fc, n_modes=1, action_space=space)
+    state, context, action, next_state = transitions(300, discrete=discrete)
     ensemble.fit_statistics(state, context, action, next_state)
     # an untrained ensemble: its std has nothing to do with its errors
     before = {name: x.clone() for name, x in ensemble.state_dict().items()}

@@ -181,9 +181,6 @@ def test_checkpoints_of_others_are_refused(tmp_path):
         SafeCheckpoint(net=torch.nn.Linear(3, 2)).load(path)
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         SafeCheckpoint(net=torch.nn.Linear(3, 2)).load(tmp_path / "nowhere")
-
-
-def test_archives_are_refused(tmp_path):
     with pytest.raises(ValueError, match="format must be 'directory'"):
         SafeCheckpoint(format="archive")
     with pytest.raises(ValueError, match="format must be 'directory'"):

@@ -301,14 +301,15 @@ def test_the_callback_sees_the_plan_and_changes_nothing(kind):
     predictor = make_predictor(model={"n_models": 3, "n_particles_per_model": 2})
     seen, results = [], []
     for callback in (None, seen.append):
-        planner = kind(predictor, horizon=4, n_samples=20, callback=callback)
+        options = {"callback": callback, "propagation": Expectation()}
+        planner = kind(predictor, horizon=4, n_samples=20, **options)
         td = observed(planner, torch.ones(2, 2))
         torch.manual_seed(0)
         results.append([planner(td)["action"].clone() for _ in range(2)])
     for with_, without in zip(*results, strict=True):
         assert torch.equal(with_, without)
     assert len(seen) == 2
-    assert seen[0].batch_size == (2, 3, 2, 4)
+    assert seen[0].batch_size == (2, 1, 1, 4)
     assert torch.equal(seen[0]["action"][:, 0, 0, 0], results[0][0])
     assert torch.equal(seen[0]["state"][:, 0, 0, 0], torch.ones(2, 2))
     assert ("next", "reward") in seen[0].keys(True)

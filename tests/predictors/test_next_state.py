@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
-import pickle
-from functools import partial
 
 import pytest
 import torch
+from helpers import learn, make_buffer, make_ensemble, make_point, make_predictor
 from tensordict import TensorDict
 from torch import nn
+from torchrl.data import Categorical, OneHot
 from torchrl.envs import ExplorationType, set_exploration_type
 from torchrl.modules import CEMPlanner as TorchRLCEM
 
@@ -22,15 +21,11 @@ from layeredrl_torchrl import (
     FixedEncoderNet,
     IdentityEncoder,
     PredictorEnv,
-    PredictorFactory,
     PredictorLoss,
-    RewardNet,
     RewardPredictor,
     ScalarHead,
     StaticPredictor,
     TSInfinity,
-    ValueNet,
-    get_task,
     reads_next_state,
 )
 
@@ -69,18 +64,11 @@ def by_hand(name, state, context, action, next_state):
     return 1.0 / (1.0 + math.exp(-z))
 
 
-@pytest.fixture
-def build(make_ensemble):
+def build(term_func=fallen, rew_func=progress, val_func=None):
     """A predictor with known functions on an untrained ensemble of 3 members and 2 modes."""
-
-    def build(term_func=fallen, rew_func=progress, val_func=None):
-        model = make_ensemble(2, 1, n_models=3, n_modes=2, n_particles_per_model=2)
-        encoder = FixedEncoderNet((3,), [0, 1], [2])
-        return StaticPredictor(
-            model, val_func, rew_func, encoder, 2, 1, term_func=term_func
-        ).requires_grad_(False)
-
-    return build
+    model = make_ensemble(2, 1, n_models=3, n_modes=2, n_particles_per_model=2)
+    parts = model, val_func, rew_func, FixedEncoderNet((3,), [0, 1], [2])
+    return StaticPredictor(*parts, 2, 1, term_func=term_func).requires_grad_(False)
 
 
 def value(state, context, action):
@@ -92,7 +80,7 @@ def value(state, context, action):
 
 @pytest.mark.parametrize("term_func", [fallen, risky, tired])
 @pytest.mark.parametrize("propagation", PROPAGATIONS, ids=KINDS)
-def test_a_rollout_asks_about_each_particles_own_next_state(build, propagation, term_func):
+def test_a_rollout_asks_about_each_particles_own_next_state(propagation, term_func):
     predictor = build(term_func)
     obs, actions = torch.randn(2, 3), 2 * torch.rand(2, 4, 1) - 1
     traj = predictor.rollout(obs, actions, propagation=propagation)
@@ -115,9 +103,7 @@ def test_a_rollout_asks_about_each_particles_own_next_state(build, propagation, 
 )
 @pytest.mark.parametrize("term_func", [fallen, risky, tired, None])
 @pytest.mark.parametrize("propagation", PROPAGATIONS, ids=KINDS)
-def test_returns_are_those_of_the_rollout(
-    build, propagation, term_func, options, rows, monkeypatch
-):
+def test_returns_are_those_of_the_rollout(propagation, term_func, options, rows, monkeypatch):
     monkeypatch.setattr("layeredrl_torchrl.predictors.returns._ROWS", rows)
     predictor = build(term_func, val_func=value)
     obs, actions = torch.randn(2, 3), 2 * torch.rand(2, 5, 1) - 1
@@ -140,7 +126,7 @@ def test_returns_are_those_of_the_rollout(
         assert found[index].item() == pytest.approx(total, rel=1e-4, abs=1e-4)
 
 
-def test_what_comes_after_the_end_is_worth_nothing(make_point):
+def test_what_comes_after_the_end_is_worth_nothing():
     """At full speed the point passes 1.2 in its third step, the last that is paid."""
     paid = reads_next_state(lambda s, c, a, after: 1.0 + 0.0 * after[..., 0])
     over = reads_next_state(lambda s, c, a, after: after[..., 0] > 1.2)
@@ -152,7 +138,7 @@ def test_what_comes_after_the_end_is_worth_nothing(make_point):
     assert predictor.returns(*start, actions, use_term_prob=False).item() == 6.0
 
 
-def test_gradients_reach_the_actions(make_point):
+def test_gradients_reach_the_actions():
     """Of ``-(x + a / 2 - goal)^2``: ``-(x + a / 2 - goal)``."""
     cost = reads_next_state(lambda s, c, a, after: -(after - c).square().sum(-1))
     predictor = make_point(rew_func=cost)
@@ -162,7 +148,7 @@ def test_gradients_reach_the_actions(make_point):
     torch.testing.assert_close(action.grad.squeeze(), torch.tensor(-(0.3 + 0.2 - 1.0)))
 
 
-def test_the_dynamics_run_once(make_point, monkeypatch):
+def test_the_dynamics_run_once(monkeypatch):
     calls = []
     base = make_point()
     asked = type(base.model).predict_members
@@ -194,7 +180,7 @@ def test_the_dynamics_run_once(make_point, monkeypatch):
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 2)])
 @pytest.mark.parametrize("term_func", [fallen, risky, tired])
-def test_single_steps_average_over_the_mixture(build, batch, term_func):
+def test_single_steps_average_over_the_mixture(batch, term_func):
     predictor = build(term_func)
     obs, act = torch.randn(*batch, 3), 2 * torch.rand(*batch, 1) - 1
     mean, weights, _, reward, term_prob = predictor.predict(obs, act)
@@ -214,16 +200,14 @@ def test_single_steps_average_over_the_mixture(build, batch, term_func):
     assert torch.equal(td["next", "terminated"].squeeze(-1), term_prob > 0.5)
 
 
-def test_predictions_can_be_vmapped(build):
+def test_predictions_can_be_vmapped():
     predictor = build(risky)
     obs, act = torch.randn(4, 3), 2 * torch.rand(4, 1) - 1
     torch.testing.assert_close(torch.vmap(predictor.predict)(obs, act), predictor.predict(obs, act))
 
 
 @pytest.mark.parametrize("space", ["one-hot", "integer"])
-def test_choices_are_handed_on_in_the_form_of_the_spec(make_ensemble, space):
-    from torchrl.data import Categorical, OneHot
-
+def test_choices_are_handed_on_in_the_form_of_the_spec(space):
     seen = []
 
     @reads_next_state
@@ -243,7 +227,7 @@ def test_choices_are_handed_on_in_the_form_of_the_spec(make_ensemble, space):
 
 @pytest.mark.parametrize("term_func", [fallen, risky])
 @pytest.mark.parametrize("propagation", PROPAGATIONS, ids=KINDS)
-def test_the_environment_asks_about_the_state_that_it_steps_to(build, propagation, term_func):
+def test_the_environment_asks_about_the_state_that_it_steps_to(propagation, term_func):
     predictor = build(term_func, val_func=value)
     envs = [
         PredictorEnv(predictor, propagation=propagation),
@@ -266,7 +250,7 @@ def test_the_environment_asks_about_the_state_that_it_steps_to(build, propagatio
             assert after["terminated"][i].item() == (ends > 0.5)
 
 
-def test_episodes_end_as_often_as_the_function_says(build):
+def test_episodes_end_as_often_as_the_function_says():
     predictor = build(lambda s, c, a: torch.full_like(s[..., 0], 0.3))
     env = PredictorEnv(predictor, propagation=TS1(), sample_termination=True)
     td = predictor.encode(TensorDict({"observation": torch.randn(4000, 3)}, [4000]))
@@ -287,7 +271,7 @@ def our_cem(predictor):
 
 @pytest.mark.parametrize("make", [our_cem, their_cem])
 @torch.no_grad()
-def test_a_plan_of_one_step_finds_the_best_next_state(make_point, make):
+def test_a_plan_of_one_step_finds_the_best_next_state(make):
     """Of ``-(x + a / 2 - goal)^2 - a^2``: ``a = (goal - x) / 2.5``, within [-1, 1]."""
     cost = reads_next_state(lambda s, c, a, after: -((after - c) ** 2 + a**2)[..., 0])
     obs = torch.tensor([[0.0, 1.0], [0.5, -0.5], [0.0, 9.0]])
@@ -304,13 +288,13 @@ def known_end(state, context, action):
 
 
 @pytest.mark.parametrize("known", [{"rew_func"}, {"term_func"}, {"rew_func", "term_func"}])
-def test_learned_and_known_parts_can_be_mixed(make_predictor, make_buffer, known):
+def test_learned_and_known_parts_can_be_mixed(known):
     functions = {
         "rew_func": reads_next_state(lambda s, c, a, after: after[..., 0]),
         "term_func": reads_next_state(lambda s, c, a, after: after[..., 0] > 0),
     }
     predictor = make_predictor(**{name: functions[name] for name in known})
-    _, info = predictor.learn(make_buffer(), 3, 8, 8, 0)
+    info = learn(predictor, make_buffer())
     assert ("loss_reward" in info) == ("rew_func" not in known)
     traj = predictor.rollout(torch.randn(4, 2), torch.zeros(4, 3, 1))
     after = traj["next", "state"][..., :1]
@@ -318,7 +302,7 @@ def test_learned_and_known_parts_can_be_mixed(make_predictor, make_buffer, known
     assert torch.equal(traj["next", "term_prob"], (after > 0).float()) == ("term_func" in known)
 
 
-def test_with_a_known_end_the_models_is_not_learned(make_predictor, make_buffer):
+def test_with_a_known_end_the_models_is_not_learned():
     """It learns what a twin learns whose terminations weigh nothing."""
     buffer, learned = make_buffer(), []
     for options in ({"term_func": known_end}, {"termination_loss_weight": 0.0}, {}):
@@ -377,18 +361,14 @@ def test_a_module_that_reads_the_next_state_learns_from_the_real_one():
 
 
 @pytest.mark.parametrize("head", [Slope, Progress])
-def test_such_a_module_is_learned(make_ensemble, head):
-    from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
-
+def test_such_a_module_is_learned(head):
     obs = torch.randn(400, 2)
     following = obs + 3.0 * torch.randn(400, 2)
     no = torch.zeros(400, 1, dtype=torch.bool)
     after = {"observation": following, "terminated": no, "done": ~no}
     after["reward"] = 4.0 * (following - obs)[:, :1]
-    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(400))
-    buffer.extend(
-        TensorDict({"observation": obs, "action": 0.0 * obs[:, :1], "next": after}, [400])
-    )
+    data = {"observation": obs, "action": 0.0 * obs[:, :1], "next": after}
+    buffer = make_buffer(TensorDict(data, [400]))
     torch.manual_seed(0)
     predictor = RewardPredictor(
         *(make_ensemble(), None, head(), IdentityEncoder((2,)), 2), n_steps=1, reward_lr=3e-2
@@ -402,140 +382,8 @@ def test_such_a_module_is_learned(make_ensemble, head):
         assert predictor.rew_func.inputs.scale.item() == pytest.approx(std, rel=0.1)
 
 
-def test_the_density_comes_with_the_known_end(make_predictor):
+def test_the_density_comes_with_the_known_end():
     predictor = make_predictor(term_func=reads_next_state(lambda s, c, a, after: after[..., 0] > 0))
     obs, following = torch.randn(8, 2), torch.randn(8, 2)
     _, term_prob, _ = predictor.get_standardized_log_prob(obs, torch.zeros(8, 1), following)
     assert torch.equal(term_prob, (following[:, 0] > 0).float())
-
-
-# -- declarations, copies, errors ----------------------------------------------------------------
-
-
-def test_tasks_go_through_the_factory_and_through_pickle():
-    task = get_task("Hopper-v5/x")
-    env = task.make(seed=0)
-    options = {"rew_func": task.rew_func(), "term_func": task.term_func()}
-    factory = PredictorFactory(hidden_sizes=(8,), n_models=2, **options)
-    predictor = factory(env.observation_spec, env.action_spec)
-    obs = env.rollout(3)["observation"]
-    found = []
-    for one in (predictor, pickle.loads(pickle.dumps(predictor)), copy.deepcopy(predictor)):
-        torch.manual_seed(0)
-        found.append(one.rollout(obs, torch.zeros(len(obs), 5, 3)))
-    assert (found[0] == found[1]).all()
-    assert (found[0] == found[2]).all()
-
-
-def test_a_declaration_is_an_attribute():
-    def plain(state, context, action, next_state):
-        return next_state[..., 0]
-
-    assert reads_next_state(plain) is plain
-    assert plain.reads_next_state
-    assert reads_next_state(partial(plain)).reads_next_state
-
-    @reads_next_state
-    class Reward:
-        def __call__(self, state, context, action, next_state):
-            return next_state[..., 0]
-
-    assert Reward().reads_next_state
-
-
-class Slotted:
-    __slots__ = ()
-
-    def __call__(self, *inputs):
-        return inputs[-1][..., 0]
-
-    def method(self, *inputs):
-        return inputs[-1][..., 0]
-
-
-@pytest.mark.parametrize(
-    "func", [len, Slotted(), Slotted().method], ids=["builtin", "slots", "method"]
-)
-def test_what_takes_no_attributes_is_refused(func):
-    with pytest.raises(TypeError, match=r"takes no attributes; write `reads_next_state = True`"):
-        reads_next_state(func)
-
-
-def test_what_cannot_be_called_is_refused(make_point):
-    with pytest.raises(TypeError, match="func must be callable, got 3"):
-        reads_next_state(3)
-    base = make_point()
-    with pytest.raises(TypeError, match=r"term_func must be callable or None, got 0.5"):
-        StaticPredictor(base.model, None, None, base.encoder, 1, 1, term_func=0.5)
-    with pytest.raises(TypeError, match="term_func must be callable or None, got 'never'"):
-        PredictorFactory(term_func="never")
-
-
-def test_only_rewards_and_terminations_can_read_the_next_state(make_point):
-    of_next = reads_next_state(lambda s, c, a, after: after[..., 0])
-    match = "was declared to read the next state, but is asked about state, context and action"
-    with pytest.raises(ValueError, match=f"val_func {match}"):
-        make_point(val_func=of_next)
-    with pytest.raises(ValueError, match=f"exploration_bonus {match}"):
-        CEMPlanner(make_point(), exploration_bonus=of_next)
-    with pytest.raises(ValueError, match=f"exploration_bonus {match}"):
-        PredictorEnv(make_point(), exploration_bonus=of_next)
-
-
-CALLS = {
-    "predict": lambda p, td, plan: p.predict(td["observation"], td["action"]),
-    "step": lambda p, td, plan: p.step(td),
-    "rollout": lambda p, td, plan: p.rollout(td["observation"], plan),
-    "returns": lambda p, td, plan: p.returns(td["state"], td["context"], plan),
-    "env": lambda p, td, plan: PredictorEnv(p).step(td),
-}
-WRONG = {
-    "shape": (lambda x: x[..., :1], ValueError, r"{} gave shape \(.*1\), expected \(2"),
-    "nan": (lambda x: x[..., 0] * math.nan, ValueError, r"{}|imagined returns"),
-}
-WRONG_PROBABILITY = {
-    "negative": (lambda x: -x[..., 0].exp(), ValueError, r"{} gave values .* outside \[0, 1\]"),
-    "above 1": (lambda x: 1.0 + x[..., 0].exp(), ValueError, r"{} gave values .* outside \[0, 1\]"),
-    "integer": (lambda x: x[..., 0].long(), TypeError, r"{} gave torch.int64, expected bool"),
-}
-CASES = [("rew_func", *case) for case in WRONG.values()]
-CASES += [("term_func", *case) for case in (WRONG | WRONG_PROBABILITY).values()]
-
-
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize(("part", "wrong", "kind", "match"), CASES)
-@pytest.mark.parametrize("looks_ahead", [True, False])
-def test_what_a_function_gives_is_checked(build, call, part, wrong, kind, match, looks_ahead):
-    if looks_ahead:
-        func = reads_next_state(lambda s, c, a, after: wrong(after))
-    else:
-
-        def func(s, c, a):
-            return wrong(s)
-
-    predictor = build(**{part: func})
-    td = predictor.encode(TensorDict({"observation": torch.randn(2, 3)}, [2]))
-    td["action"] = torch.zeros(2, 1)
-    # Members and particles come after the batch in all but returns, which has members first.
-    match = match.replace(r"\(2", r"\([23]").format(part)
-    with pytest.raises(kind, match=match):
-        CALLS[call](predictor, td, torch.zeros(2, 3, 1))
-
-
-def test_a_function_that_does_not_say_so_is_given_three_arguments(make_point):
-    seen = []
-
-    def reward(*inputs):
-        seen.append(len(inputs))
-        return inputs[0][..., 0]
-
-    predictor = make_point(rew_func=reward)
-    predictor.rollout(torch.zeros(2), torch.zeros(3, 1))
-    predictor.predict(torch.zeros(2), torch.zeros(1))
-    assert seen == [3, 3]
-
-
-def test_heads_of_this_package_read_what_they_always_did(make_predictor):
-    predictor = make_predictor()
-    for head in (RewardNet(2, 0, 1), ValueNet(2, 0), predictor.rew_func):
-        assert not getattr(head, "reads_next_state", False)

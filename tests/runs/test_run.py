@@ -93,12 +93,10 @@ def test_a_folder_belongs_to_one_run(options, message, small):
     with pytest.raises(RunError, match=message):
         small(**options)
     assert numbers(run.folder) == before
-
-
-def test_nothing_to_resume_is_said(small, tmp_path):
+    shutil.rmtree(run.folder)
     with pytest.raises(RunError, match="holds no run"):
         small(resume=True)
-    assert not (tmp_path / "run").exists()
+    assert not run.folder.exists()
 
 
 @pytest.mark.parametrize("resume", [True, False])

@@ -1,0 +1,151 @@
+"""Functions of the next state: how they are declared, copied, and checked."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from helpers import make_ensemble, make_point
+from tensordict import TensorDict
+
+from layeredrl_torchrl import (
+    CEMPlanner,
+    FixedEncoderNet,
+    PredictorEnv,
+    PredictorFactory,
+    StaticPredictor,
+    get_task,
+    reads_next_state,
+)
+
+
+def test_tasks_go_through_the_factory_and_through_pickle():
+    task = get_task("Hopper-v5/x")
+    env = task.make(seed=0)
+    options = {"rew_func": task.rew_func(), "term_func": task.term_func()}
+    factory = PredictorFactory(hidden_sizes=(8,), n_models=2, **options)
+    predictor = factory(env.observation_spec, env.action_spec)
+    obs = env.rollout(3)["observation"]
+    found = []
+    for one in (predictor, pickle.loads(pickle.dumps(predictor)), copy.deepcopy(predictor)):
+        torch.manual_seed(0)
+        found.append(one.rollout(obs, torch.zeros(len(obs), 5, 3)))
+    assert (found[0] == found[1]).all()
+    assert (found[0] == found[2]).all()
+
+
+def test_a_declaration_is_an_attribute():
+    def plain(state, context, action, next_state):
+        return next_state[..., 0]
+
+    assert reads_next_state(plain) is plain
+    assert plain.reads_next_state
+    assert reads_next_state(partial(plain)).reads_next_state
+
+    @reads_next_state
+    class Reward:
+        def __call__(self, state, context, action, next_state):
+            return next_state[..., 0]
+
+    assert Reward().reads_next_state
+
+
+class Slotted:
+    __slots__ = ()
+
+    def __call__(self, *inputs):
+        return inputs[-1][..., 0]
+
+    def method(self, *inputs):
+        return inputs[-1][..., 0]
+
+
+@pytest.mark.parametrize(
+    "func", [len, Slotted(), Slotted().method], ids=["builtin", "slots", "method"]
+)
+def test_what_takes_no_attributes_is_refused(func):
+    with pytest.raises(TypeError, match=r"takes no attributes; write `reads_next_state = True`"):
+        reads_next_state(func)
+
+
+def test_what_cannot_be_called_is_refused():
+    with pytest.raises(TypeError, match="func must be callable, got 3"):
+        reads_next_state(3)
+    base = make_point()
+    with pytest.raises(TypeError, match=r"term_func must be callable or None, got 0.5"):
+        StaticPredictor(base.model, None, None, base.encoder, 1, 1, term_func=0.5)
+    with pytest.raises(TypeError, match="term_func must be callable or None, got 'never'"):
+        PredictorFactory(term_func="never")
+
+
+def test_only_rewards_and_terminations_can_read_the_next_state():
+    of_next = reads_next_state(lambda s, c, a, after: after[..., 0])
+    match = "was declared to read the next state, but is asked about state, context and action"
+    with pytest.raises(ValueError, match=f"val_func {match}"):
+        make_point(val_func=of_next)
+    with pytest.raises(ValueError, match=f"exploration_bonus {match}"):
+        CEMPlanner(make_point(), exploration_bonus=of_next)
+    with pytest.raises(ValueError, match=f"exploration_bonus {match}"):
+        PredictorEnv(make_point(), exploration_bonus=of_next)
+
+
+CALLS = {
+    "predict": lambda p, td, plan: p.predict(td["observation"], td["action"]),
+    "step": lambda p, td, plan: p.step(td),
+    "rollout": lambda p, td, plan: p.rollout(td["observation"], plan),
+    "returns": lambda p, td, plan: p.returns(td["state"], td["context"], plan),
+    "env": lambda p, td, plan: PredictorEnv(p).step(td),
+}
+WRONG = {
+    "shape": (lambda x: x[..., :1], ValueError, r"{} gave shape \(.*1\), expected \(2"),
+    "nan": (lambda x: x[..., 0] * math.nan, ValueError, r"{}|imagined returns"),
+}
+WRONG_PROBABILITY = {
+    "negative": (lambda x: -x[..., 0].exp(), ValueError, r"{} gave values .* outside \[0, 1\]"),
+    "above 1": (lambda x: 1.0 + x[..., 0].exp(), ValueError, r"{} gave values .* outside \[0, 1\]"),
+    "integer": (lambda x: x[..., 0].long(), TypeError, r"{} gave torch.int64, expected bool"),
+}
+CASES = [("rew_func", *case) for case in WRONG.values()]
+CASES += [("term_func", *case) for case in (WRONG | WRONG_PROBABILITY).values()]
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(("part", "wrong", "kind", "match"), CASES)
+@pytest.mark.parametrize("looks_ahead", [True, False])
+def test_what_a_function_gives_is_checked(call, part, wrong, kind, match, looks_ahead):
+    if looks_ahead:
+        func = reads_next_state(lambda s, c, a, after: wrong(after))
+    else:
+
+        def func(s, c, a):
+            return wrong(s)
+
+    model = make_ensemble(2, 1, n_models=3, n_modes=2, n_particles_per_model=2)
+    functions = {"rew_func": lambda s, c, a: s[..., 0]} | {part: func}
+    encoder = FixedEncoderNet((3,), [0, 1], [2])
+    reward, term_func = functions["rew_func"], functions.get("term_func")
+    predictor = StaticPredictor(model, None, reward, encoder, 2, 1, term_func=term_func)
+    predictor.requires_grad_(False)
+    td = predictor.encode(TensorDict({"observation": torch.randn(2, 3)}, [2]))
+    td["action"] = torch.zeros(2, 1)
+    # Members and particles come after the batch in all but returns, which has members first.
+    match = match.replace(r"\(2", r"\([23]").format(part)
+    with pytest.raises(kind, match=match):
+        CALLS[call](predictor, td, torch.zeros(2, 3, 1))
+
+
+def test_a_function_that_does_not_say_so_is_given_three_arguments():
+    seen = []
+
+    def reward(*inputs):
+        seen.append(len(inputs))
+        return inputs[0][..., 0]
+
+    predictor = make_point(rew_func=reward)
+    predictor.rollout(torch.zeros(2), torch.zeros(3, 1))
+    predictor.predict(torch.zeros(2), torch.zeros(1))
+    assert seen == [3, 3]

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import StepCounter, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
 from layeredrl_torchrl import (
     EncoderNet,
-    FixedEncoderNet,
     FromBuffer,
     PredictorEnv,
     TSInfinity,
@@ -80,20 +76,6 @@ def test_starts_are_encoded_without_gradients(make_predictor, make_buffer):
     env = PredictorEnv(predictor, initial_states=FromBuffer(buffer, predictor), batch_size=[3])
     check_env_specs(env)
     torch.testing.assert_close(env.reset()["latent"], state[:3])
-
-
-def test_what_is_written_later_is_drawn_too_and_the_buffer_is_left_alone(make_point, point_buffer):
-    buffer = point_buffer()
-    draw = FromBuffer(buffer, make_point())
-    assert draw(500)["state"].max() < 1
-    new = buffer[:].clone()
-    new["observation"] += 5
-    buffer.extend(new)
-    before = copy.deepcopy(buffer.state_dict())
-    assert (draw(500)["state"] > 1).float().mean() == pytest.approx(0.5, abs=0.12)
-    after = buffer.state_dict()
-    assert after["_sampler"] == before["_sampler"]
-    assert after["_writer"] == before["_writer"]
 
 
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
@@ -174,25 +156,3 @@ def test_an_empty_buffer_is_refused(make_point):
         FromBuffer(buffer, predictor)(3)
     with pytest.raises(TypeError, match="ReplayBuffer"):
         FromBuffer(TensorDict({}, []), predictor)
-
-
-def test_a_collector_gathers_branched_rollouts(make_predictor, make_buffer, propagation):
-    encoder = FixedEncoderNet((3,), [0, 1], [2])
-    predictor = make_predictor(encoder, context_dim=1)
-    real = make_buffer(obs_dim=3)
-    options = {"propagation": propagation, "initial_states": FromBuffer(real, predictor)}
-    env = TransformedEnv(PredictorEnv(predictor, batch_size=[5], **options), StepCounter(4))
-    collector = Collector(env, frames_per_batch=50, total_frames=100)
-    data = torch.cat([data.clone() for data in collector], -1)
-    collector.shutdown()
-    assert data.batch_size == (5, 20)
-    first, ended = data["step_count"][..., 0] == 0, data["next", "done"][..., :-1, 0]
-    assert first[..., 0].all()
-    assert torch.equal(first[..., 1:], ended)
-    assert torch.equal(data["next", "truncated"], data["next", "step_count"] == 4)
-    begun = torch.cat([data["state"], data["context"]], -1)[first]
-    stored = torch.cat(encoder(real[:]["observation"]), -1)
-    assert (begun.unsqueeze(1) == stored).all(-1).any(-1).all()
-    for key in ("state", "context"):
-        got, expected = data[key][..., 1:, :][~ended], data["next", key][..., :-1, :][~ended]
-        assert torch.equal(got, expected)

@@ -168,6 +168,7 @@ class TestRollout(TestProbabilisticEnsemble):
         "state": ("latent", "z"),
         "context": "goal",
         "action": ("agents", "act"),
+        ("next", "term_prob"): "ends",
         ("next", "state"): ("next", "latent", "z"),
     }
 

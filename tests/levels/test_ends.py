@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import both, collected, model_free_level
+from helpers import both, collected, learn, make_buffer, model_free_level
 from tensordict import TensorDict
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
 
-from layeredrl_torchrl import Hierarchy, PredictorFactory
+from layeredrl_torchrl import FromBuffer, Hierarchy, PredictorFactory
 
 OBS, ENDS = ("agents", "observation"), (("agents", "done"), ("agents", "terminated"))
 
@@ -60,3 +60,17 @@ def test_ends_of_episodes_may_be_nested(make):
     options["env"] = Agents("others")
     with pytest.raises(ValueError, match=r"ends episodes by .*others.*expected one 'done'"):
         make(**options)
+
+
+def test_a_predictor_learns_and_imagines_from_nested_ends():
+    env = Agents()
+    factory = PredictorFactory(hidden_sizes=(8,), n_models=2, observation_key=OBS)
+    predictor = factory(env.observation_spec, env.action_spec)
+    buffer = make_buffer(env.rollout(30, break_when_any_done=False))
+    with pytest.raises(KeyError, match=r"none of the key \('next', 'done'\).*agents"):
+        learn(predictor, buffer)
+    ends = {name: ("next", *key) for name, key in zip(("done", "terminated"), ENDS, strict=True)}
+    predictor.predictor_loss.set_keys(**ends)
+    assert learn(predictor, buffer)["n_updates"] == 3
+    starts = FromBuffer(buffer, predictor, **{f"{name}_key": key for name, key in ends.items()})
+    assert starts(4)["state"].shape == (4, 2)

@@ -1,6 +1,7 @@
-"""Learned control from scratch: runs `examples/learn_to_control.py` over tasks and seeds.
+"""Learned control from scratch: runs an example over tasks and seeds.
 
-    python benchmarks/control.py                              # every task, seeds 0 1 2
+    python benchmarks/control.py                              # planning, every task, seeds 0 1 2
+    python benchmarks/control.py --example value_gradients    # likewise, by value gradients
     python benchmarks/control.py --tasks Reacher-v5 --seeds 0
     python benchmarks/control.py --no-run                     # table and picture of what is there
 
@@ -17,6 +18,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Literal
 
 import matplotlib as mpl
 
@@ -28,25 +30,45 @@ import tyro
 
 from layeredrl_torchrl import get_task
 
-# What differs from the example's defaults.
+# What differs from the examples' defaults.
+FALLS = "--gamma 0.995 --known-termination"
 OPTIONS = {
-    "InvertedPendulum-v5": "",
-    "CartPoleSwingUp": "--horizon 20",
-    "Reacher-v5": "--horizon 15 --n-samples 200 --n-iterations 6 --no-use-value",
-    "PointMaze-Open": "--horizon 20 --no-use-value --updates-per-step 1",
-    "PointMaze-U": "--horizon 20 --no-use-value --updates-per-step 1",
-    "HalfCheetah-v5": "--horizon 12 --n-samples 200 --hidden-size 128",
+    "learn_to_control": {
+        "InvertedPendulum-v5": "",
+        "CartPoleSwingUp": "--horizon 20",
+        "Reacher-v5": "--horizon 15 --n-samples 200 --n-iterations 6 --no-use-value",
+        "PointMaze-Open": "--horizon 20 --no-use-value --updates-per-step 1",
+        "PointMaze-U": "--horizon 20 --no-use-value --updates-per-step 1",
+        "HalfCheetah-v5": "--horizon 12 --n-samples 200 --hidden-size 128",
+    },
+    "value_gradients": {
+        "HalfCheetah-v5": "",
+        "Hopper-v5": FALLS,
+        "Walker2d-v5": FALLS,
+        "InvertedPendulum-v5": "--total-env-steps 1000",
+        "InvertedDoublePendulum-v5": "",
+        "Swimmer-v5": "",
+        "Pusher-v5": "",
+    },
+}
+# At 20,000 steps, means of seeds (DHMBPO: TMLR 4/2025, the result files of its authors).
+PUBLISHED = {
+    "HalfCheetah-v5": {"SAC": 4047.0, "DHMBPO": 5381.0},
+    "Hopper-v5": {"SAC": 301.0, "DHMBPO": 2101.0},
+    "Walker2d-v5": {"SAC": 221.0, "DHMBPO": 1486.0},
 }
 COLORS = ("#2a6fbb", "#d9722b", "#3a9a5c", "#8a5fbf", "#888888")
-EXAMPLE = Path(__file__).parents[1] / "examples" / "learn_to_control.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @dataclass
 class Config:
     """Learn tasks from scratch, over seeds."""
 
-    tasks: tuple[str, ...] = tuple(OPTIONS)
-    """Names of the tasks."""
+    example: Literal["learn_to_control", "value_gradients"] = "learn_to_control"
+    """Which example learns."""
+    tasks: tuple[str, ...] = ()
+    """Names of the tasks; all that the example has options for by default."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds."""
     eval_episodes: int = 30
@@ -58,7 +80,11 @@ class Config:
     run: bool = True
     """Whether what is missing is run."""
     output: Path = Path("output/control")
-    """Folder with a folder for each run, and of the picture."""
+    """Folder with a folder for each example, for its runs and the picture."""
+
+    def __post_init__(self) -> None:
+        self.tasks = self.tasks or tuple(OPTIONS[self.example])
+        self.output = self.output / self.example
 
 
 def run(config: Config, task: str, seed: int) -> None:
@@ -66,9 +92,17 @@ def run(config: Config, task: str, seed: int) -> None:
     folder = config.output / f"{task}-{seed}"
     if (folder / "evaluation.csv").exists():
         return
-    command = [sys.executable, str(EXAMPLE), "--task", task, "--seed", str(seed)]
+    command = [
+        sys.executable,
+        str(EXAMPLES / f"{config.example}.py"),
+        "--task",
+        task,
+        "--seed",
+        str(seed),
+    ]
     command += ["--threads", str(config.threads), "--eval-episodes", str(config.eval_episodes)]
-    command += ["--device", config.device, "--output", str(folder), *OPTIONS.get(task, "").split()]
+    command += ["--device", config.device, "--output", str(folder)]
+    command += OPTIONS[config.example].get(task, "").split()
     if any((folder / "checkpoints").glob("checkpoint-*")):
         command.append("--resume")
     subprocess.run(command, check=True)
@@ -123,9 +157,12 @@ def picture(config: Config) -> None:
     for axis, (task, runs) in zip(axes.flat, folders.items(), strict=False):
         for seed, folder in runs.items():
             curve, color = read(folder / "curve.csv"), COLORS[seed % len(COLORS)]
-            ended = curve["episodes"] > 0
-            steps = curve["env_steps"][ended]
-            axis.plot(steps, curve["return"][ended], color=color, lw=1.3, label=f"seed {seed}")
+            if "evaluation" in curve:
+                shown, of = ~np.isnan(curve["evaluation"]), "evaluation"
+            else:
+                shown, of = curve["episodes"] > 0, "return"
+            steps = curve["env_steps"][shown]
+            axis.plot(steps, curve[of][shown], color=color, lw=1.3, label=f"seed {seed}")
             if (folder / "evaluation.csv").exists():
                 final = read(folder / "evaluation.csv")["return"].mean()
                 end = curve["env_steps"][-1]
@@ -133,6 +170,11 @@ def picture(config: Config) -> None:
         solved = get_task(task).solved_at
         if solved is not None:
             axis.axhline(solved, color="black", lw=0.8, ls=":", label=f"solved: {solved:g}")
+        if config.example == "value_gradients":
+            for (name, value), style in zip(
+                PUBLISHED.get(task, {}).items(), (":", "--"), strict=False
+            ):
+                axis.axhline(value, color="black", lw=0.8, ls=style, label=f"{name}, published")
         axis.set_title(task, fontsize=10)
         axis.set_xlabel("real environment steps")
         axis.xaxis.set_major_locator(plt.MaxNLocator(5))
@@ -140,7 +182,8 @@ def picture(config: Config) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=7, frameon=False)
     for row in axes:
-        row[0].set_ylabel("return of training episodes\n(star: evaluation)", fontsize=8)
+        what = "training episodes" if config.example == "learn_to_control" else "3 episodes"
+        row[0].set_ylabel(f"return of {what}\n(star: evaluation)", fontsize=8)
     figure.tight_layout()
     path = config.output / "control.png"
     figure.savefig(path, dpi=110)

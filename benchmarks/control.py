@@ -71,7 +71,7 @@ class Config:
     """Names of the tasks; all that the example has options for by default."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds."""
-    eval_episodes: int = 30
+    eval_episodes: int = 10
     """Episodes of the final evaluation."""
     device: str = "cpu"
     """Where networks learn and act."""

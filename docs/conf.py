@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from typing import Any
 
+from sphinx.ext.autodoc.preserve_defaults import update_defvalue
+from sphinx.util import inspect as sphinx_inspect
+from sphinx.util.inspect import stringify_signature
 from sphinx.util.nodes import make_refnode
 
 import layeredrl_torchrl
@@ -104,5 +108,17 @@ def _resolve(app: Any, env: Any, node: Any, contnode: Any) -> Any:
     return contnode
 
 
+def _signature(app: Any, what: str, name: str, found: Any, *_: Any) -> tuple[str, None] | None:
+    """Show a class's own arguments, where a metaclass of TorchRL or tensordict hides them."""
+    init = getattr(found, "__init__", None)
+    if what != "class" or not inspect.isfunction(init):
+        return None
+    update_defvalue(app, init, bound_method=True)
+    signature = sphinx_inspect.signature(init, bound_method=True)
+    text = stringify_signature(signature, show_return_annotation=False, unqualified_typehints=True)
+    return text, None
+
+
 def setup(app: Any) -> None:
     app.connect("missing-reference", _resolve)
+    app.connect("autodoc-process-signature", _signature)

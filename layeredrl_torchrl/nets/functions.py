@@ -22,9 +22,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 def reads_next_state(func: F) -> F:
     """Declare that a reward or termination reads the next state, and return it.
 
-    It is then called with the state that the step led to as a fourth argument. A class says so of
-    its objects by ``reads_next_state = True``, or by this function as its decorator. Nothing is
-    guessed from the signature.
+    It is then called with the next state as a fourth argument. To declare this for all objects of a
+    class, set ``reads_next_state = True`` in the class, or use this function as its decorator. The
+    signature is not inspected.
 
     >>> @reads_next_state
     ... def progress(state, context, action, next_state):
@@ -35,7 +35,7 @@ def reads_next_state(func: F) -> F:
     torch.Size([7, 5, 1, 15, 1])
 
     Raises:
-        TypeError: Nothing that can be called, or that takes no attributes.
+        TypeError: Not a callable, or one that takes no attributes.
     """
     check_callable("func", func, factory=True)
     try:
@@ -49,7 +49,7 @@ def reads_next_state(func: F) -> F:
 
 
 def needs_next_state(func: StepFunction) -> bool:
-    """Whether ``func`` was declared to read the next state."""
+    """Return whether ``func`` was declared to read the next state."""
     return bool(getattr(func, "reads_next_state", False))
 
 

@@ -197,6 +197,9 @@ def test_every_form_of_a_choice_becomes_the_form_of_the_spec(kind, batch, form, 
         "one-hot float": rows,
         "one-hot int": rows.long(),
     }[form]
+    if n == 1:
+        with pytest.raises(ValueError, match="not 0 or 1"):
+            canonical_action(spec, action + 2, torch.Size(batch))
     out = canonical_action(spec, action, torch.Size(batch))
     assert out.dtype == spec.dtype
     expected = rows if isinstance(spec, OneHot) else index.reshape((*batch, *spec.shape))

@@ -50,7 +50,8 @@ def power_law_filter(length: int, beta: float) -> Tensor:
     # images that rfft leaves out.
     mirrored = gain[1 : (length + 1) // 2]
     gain = gain / ((gain.square().sum() + mirrored.square().sum()) / length).sqrt()
-    return torch.fft.irfft(torch.fft.rfft(eye, dim=0) * gain[:, None], n=length, dim=0)
+    matrix = torch.fft.irfft(torch.fft.rfft(eye, dim=0) * gain[:, None], n=length, dim=0)
+    return matrix.contiguous()  # torch.distributed sends nothing else
 
 
 def filter_noise(white: Tensor, matrix: Tensor, dim: int) -> Tensor:

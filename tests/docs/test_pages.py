@@ -59,6 +59,15 @@ def test_no_definition_shadows_a_public_name(name):
     assert not defined & PUBLIC
 
 
+def test_the_page_of_hooks_names_tests_that_exist():
+    rows = re.findall(r"^\| .*\|$", (DOCS / "torchrl_hooks.md").read_text(), re.MULTILINE)
+    tests = {row: re.findall(r"`(\S+\.py)`", row.split("|")[-2]) for row in rows}
+    assert sum(map(len, tests.values())) > 40
+    for row, paths in tests.items():
+        assert all((DOCS.parent / "tests" / path).is_file() for path in paths), row
+        assert paths or "| yes |" not in row, row
+
+
 def test_the_architecture_names_classes_that_exist():
     text = (DOCS / "architecture.md").read_text()
     named = set(re.findall(r"\b[A-Z][a-zA-Z]*[a-z][A-Z][a-zA-Z]*\b", text))

@@ -1,0 +1,139 @@
+"""Imagined environments among TorchRL's transforms, and exploration around our policies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import make_point, model_free_level, planner_level
+from tensordict import TensorDict
+from tensordict.nn import TensorDictSequential
+from torchrl.envs import (
+    ActionDiscretizer,
+    ActionScaling,
+    CatFrames,
+    CatTensors,
+    DoubleToFloat,
+    InitTracker,
+    ObservationNorm,
+    ParallelEnv,
+    RenameTransform,
+    RewardClipping,
+    RewardScaling,
+    RewardSum,
+    SerialEnv,
+    StepCounter,
+    TransformedEnv,
+    UnsqueezeTransform,
+    VecNormV2,
+)
+from torchrl.envs.utils import ExplorationType, check_env_specs, set_exploration_type
+from torchrl.modules import (
+    AdditiveGaussianModule,
+    EGreedyModule,
+    OrnsteinUhlenbeckProcessModule,
+)
+
+from layeredrl_torchrl import PredictorEnv, get_task
+
+TASK = get_task("InvertedPendulum-v5")
+TRANSFORMS = {
+    "CatTensors": lambda: CatTensors(["state", "context"], "observation", del_keys=False),
+    "RenameTransform": lambda: RenameTransform(["state"], ["observation"], create_copy=True),
+    "CatFrames": lambda: CatFrames(2, -1, in_keys=["state"], out_keys=["stacked"]),
+    "ObservationNorm": lambda: ObservationNorm(1.0, 2.0, in_keys=["state"], out_keys=["scaled"]),
+    "VecNormV2": lambda: VecNormV2(in_keys=["state"], out_keys=["scaled"]),
+    "UnsqueezeTransform": lambda: UnsqueezeTransform(-1, in_keys=["state"], out_keys=["column"]),
+    "RewardScaling": lambda: RewardScaling(1.0, 2.0),
+    "RewardClipping": lambda: RewardClipping(-0.1, 0.1),
+    "RewardSum": lambda: RewardSum(in_keys=["reward"], out_keys=["episode_reward"]),
+    "InitTracker": InitTracker,
+    "DoubleToFloat": DoubleToFloat,
+    "ActionScaling": ActionScaling,
+    "ActionDiscretizer": lambda: ActionDiscretizer(5, categorical=True),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_of_an_imagined_environment(imagined, name):
+    env = imagined().append_transform(TRANSFORMS[name]())
+    check_env_specs(env)
+    torch.manual_seed(1)
+    data = env.rollout(9, break_when_any_done=False)
+    assert data.batch_size == (12, 9)
+    assert data["next", "done"].any()
+    ended = data["next", "done"][:, :-1, 0]
+    follows = data["state"][:, 1:] == data["next", "state"][:, :-1]
+    assert follows.all(-1)[~ended].all()  # what they add leaves the steps as they are
+
+
+def make_imagined():
+    """One instance of a known world, in which nothing ends."""
+    env = PredictorEnv(make_point(), initial_states=starts, batch_size=[2])
+    return TransformedEnv(env, StepCounter(3))
+
+
+def starts(n):
+    return make_point().encode(TensorDict({"observation": torch.rand(n, 2)}, [n]))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [SerialEnv, pytest.param(ParallelEnv, marks=pytest.mark.slow)],
+    ids=["serial", "parallel"],
+)
+def test_several_imagined_environments(kind):
+    env = kind(2, make_imagined)
+    data = env.rollout(7, break_when_any_done=False)
+    assert data.batch_size == (2, 2, 7)
+    assert data["next", "done"][..., 2, 0].all()
+    moved = data["next", "state"] - data["state"]
+    torch.testing.assert_close(moved, 0.5 * data["action"])
+    env.close()
+
+
+@pytest.mark.slow
+def test_a_planner_in_environments_of_worker_processes():
+    env = ParallelEnv(2, TASK.make)
+    planner = planner_level(env.observation_spec_unbatched, env.action_spec_unbatched).planner
+    env = TransformedEnv(env, planner.make_tensordict_primer())
+    data = env.rollout(6, planner, break_when_any_done=False)
+    assert data.batch_size == (2, 6)
+    assert data["planner", "warm"][:, 1].all()
+    env.close()
+
+
+EXPLORATION = {
+    "EGreedyModule": lambda spec: EGreedyModule(spec, eps_init=1.0, eps_end=1.0),
+    "AdditiveGaussianModule": lambda spec: AdditiveGaussianModule(spec, sigma_init=0.5),
+    "OrnsteinUhlenbeckProcessModule": lambda spec: OrnsteinUhlenbeckProcessModule(
+        spec, eps_init=1.0
+    ),
+}
+POLICIES = {
+    "planner": lambda spaces: planner_level(*spaces).planner,
+    "planner level": lambda spaces: planner_level(*spaces),
+    "model-free level": lambda spaces: model_free_level(*spaces),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", EXPLORATION)
+def test_exploration_modules_change_what_a_policy_does(name, policy):
+    env = TASK.make()
+    acting = POLICIES[policy]((env.observation_spec, env.action_spec))
+    noise = EXPLORATION[name](env.action_spec)
+    both = TensorDictSequential(acting, noise)
+    env = env.append_transform(InitTracker()).append_transform(acting.make_tensordict_primer())
+    taken = {}
+    for how in (ExplorationType.RANDOM, ExplorationType.DETERMINISTIC):
+        for part in (both, acting):
+            torch.manual_seed(0)
+            env.set_seed(0)
+            with set_exploration_type(how), torch.no_grad():
+                data = env.rollout(3, part)
+            assert env.action_spec.is_in(data["action"])
+            taken[how, part] = data["action"][0]
+    noisy = [taken[ExplorationType.RANDOM, part] for part in (both, acting)]
+    plain = [taken[ExplorationType.DETERMINISTIC, part] for part in (both, acting)]
+    assert not torch.equal(*noisy)
+    torch.testing.assert_close(*plain)

@@ -29,6 +29,7 @@ from torchrl.envs import (
 from torchrl.envs.utils import ExplorationType, check_env_specs, set_exploration_type
 from torchrl.modules import (
     AdditiveGaussianModule,
+    CEMPlanner,
     EGreedyModule,
     OrnsteinUhlenbeckProcessModule,
 )
@@ -64,6 +65,26 @@ def test_transforms_of_an_imagined_environment(imagined, name):
     ended = data["next", "done"][:, :-1, 0]
     follows = data["state"][:, 1:] == data["next", "state"][:, :-1]
     assert follows.all(-1)[~ended].all()  # what they add leaves the steps as they are
+
+
+@pytest.mark.parametrize("make", [lambda: RewardScaling(0.0, 2.0), lambda: RewardClipping(-9, 9)])
+def test_torchrls_planner_in_an_imagined_environment_that_is_transformed(make):
+    """Beyond 0.8 lies a treasure, which the dead cannot take; ends do not confuse the plan."""
+
+    def treasure(state, context, action):
+        return 5.0 * (state > 0.8)[..., 0].float() - action[..., 0] ** 2
+
+    moves = []
+    for term in (None, lambda after: (after > 0.8).float()):
+        predictor = make_point(term, rew_func=treasure)
+        env = TransformedEnv(PredictorEnv(predictor), make())
+        sizes = {"planning_horizon": 3, "optim_steps": 10, "num_candidates": 100, "top_k": 10}
+        with torch.no_grad():
+            td = CEMPlanner(env, **sizes)(starts(2))
+        moves.append(td["action"])
+    reached, dead = moves
+    assert (reached > 0.5).all()
+    assert (dead.abs() < 0.15).all()
 
 
 def make_imagined():
@@ -137,3 +158,14 @@ def test_exploration_modules_change_what_a_policy_does(name, policy):
     plain = [taken[ExplorationType.DETERMINISTIC, part] for part in (both, acting)]
     assert not torch.equal(*noisy)
     torch.testing.assert_close(*plain)
+
+
+def test_what_has_ended_starts_over_at_zeros_where_the_environment_is_transformed():
+    """As the manual says; without a transform it goes on (``tests/imagination``)."""
+    predictor = make_point(lambda after: (after > 0.6).float())
+    env = TransformedEnv(PredictorEnv(predictor), RewardScaling(0.0, 1.0))
+    act = lambda td: td.set("action", torch.ones(2, 1))  # noqa: E731
+    start = predictor.encode(TensorDict({"observation": torch.zeros(2, 2)}, [2]))
+    options = {"auto_reset": False, "break_when_any_done": False}
+    data = env.rollout(4, act, tensordict=env.reset(start), **options)
+    assert data["next", "state"][0, :, 0].tolist() == [0.5, 1.0, 0.5, 1.0]

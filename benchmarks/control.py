@@ -2,7 +2,7 @@
 
     python benchmarks/control.py                              # planning, every task, seeds 0 1 2
     python benchmarks/control.py --example value_gradients    # likewise, by value gradients
-    python benchmarks/control.py --tasks Reacher-v5 --seeds 0
+    python benchmarks/control.py --task Reacher-v5 --seeds 0
     python benchmarks/control.py --no-run                     # table and picture of what is there
 
 A run that was cut off goes on from its last checkpoint, one that is complete is not run again.
@@ -20,15 +20,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
-import tyro
 
 from layeredrl_torchrl import get_task
+from layeredrl_torchrl.runs import command, find_task
 
 # What differs from the examples' defaults.
 FALLS = "--gamma 0.995 --known-termination"
@@ -67,7 +62,7 @@ class Config:
 
     example: Literal["learn_to_control", "value_gradients"] = "learn_to_control"
     """Which example learns."""
-    tasks: tuple[str, ...] = ()
+    task: tuple[str, ...] = ()
     """Names of the tasks; all that the example has options for by default."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds."""
@@ -83,7 +78,7 @@ class Config:
     """Folder with a folder for each example, for its runs and the picture."""
 
     def __post_init__(self) -> None:
-        self.tasks = self.tasks or tuple(OPTIONS[self.example])
+        self.task = self.task or tuple(OPTIONS[self.example])
         self.output = self.output / self.example
 
 
@@ -119,7 +114,7 @@ def table(config: Config) -> None:
     """Print what the complete runs reached, as Markdown."""
     print("| task | real steps | seed | mean return (lowest, highest) | success | minutes |")
     print("|---|---|---|---|---|---|")
-    for task in config.tasks:
+    for task in config.task:
         for seed in config.seeds:
             folder = config.output / f"{task}-{seed}"
             if not (folder / "evaluation.csv").exists():
@@ -136,13 +131,18 @@ def table(config: Config) -> None:
 
 def picture(config: Config) -> None:
     """Draw the returns of training episodes of all seeds, and their final evaluations."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
     folders = {
         task: {
             seed: folder
             for seed in config.seeds
             if ((folder := config.output / f"{task}-{seed}") / "curve.csv").exists()
         }
-        for task in config.tasks
+        for task in config.task
     }
     folders = {task: runs for task, runs in folders.items() if runs}
     if not folders:
@@ -192,8 +192,8 @@ def picture(config: Config) -> None:
 
 def main(config: Config) -> None:
     """Run what is missing, print the table, draw the picture."""
-    for task in config.tasks:
-        get_task(task)
+    for task in config.task:
+        find_task(task)
         for seed in config.seeds if config.run else ():
             run(config, task, seed)
     table(config)
@@ -201,4 +201,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(main, Config, __doc__, needs=("matplotlib",))

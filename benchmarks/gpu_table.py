@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from gpu_rows import Run, Ways, rows_of
+
+from layeredrl_torchrl.runs import command
 
 
 @dataclass
@@ -165,4 +166,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(main, Config, __doc__)

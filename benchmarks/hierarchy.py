@@ -18,13 +18,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import tyro
 from tensordict import TensorDict
 from torch import nn
 from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase, InitTracker, TransformedEnv
 
 from layeredrl_torchrl import Hierarchy, Level
+from layeredrl_torchrl.runs import command
 
 OBS, ACTION, SKILL, DURATION = 17, 6, 2, 10
 
@@ -168,4 +168,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(main, Config, __doc__)

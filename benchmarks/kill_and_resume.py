@@ -24,7 +24,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
+from layeredrl_torchrl.runs import command
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -65,6 +65,8 @@ class Config:
 
 def start(name: str, folder: Path, resume: bool) -> int:
     """Start an example in a process of its own; returns the process id."""
+    import tyro
+
     example = importlib.import_module(name)
     options = [*OPTIONS[name].split(), "--output", str(folder), *(["--resume"] * resume)]
     sys.stdout.flush()
@@ -199,4 +201,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(main, Config, __doc__)

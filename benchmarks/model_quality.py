@@ -1,7 +1,7 @@
 """How good an ensemble's predictions are: likelihood, error and calibration on unseen transitions.
 
     python benchmarks/model_quality.py                         # HalfCheetah-v5 and Hopper-v5
-    python benchmarks/model_quality.py --tasks Walker2d-v5 --seeds 3 4 --split episodes
+    python benchmarks/model_quality.py --task Walker2d-v5 --seeds 3 4 --split episodes
 
 10,000 training and 4,000 test transitions of a random policy that keeps its last action with
 probability 1/2: one stream of 14,000, split at random, or (`--split episodes`) 10,000 and, from
@@ -29,7 +29,6 @@ from typing import Literal
 import gymnasium as gym
 import numpy as np
 import torch
-import tyro
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
@@ -41,6 +40,7 @@ from layeredrl_torchrl import (
     RewardPredictor,
     ValueNet,
 )
+from layeredrl_torchrl.runs import command
 
 LEVELS = torch.arange(1, 20) / 20
 
@@ -49,7 +49,7 @@ LEVELS = torch.arange(1, 20) / 20
 class Config:
     """Options of the benchmark."""
 
-    tasks: tuple[str, ...] = ("HalfCheetah-v5", "Hopper-v5")
+    task: tuple[str, ...] = ("HalfCheetah-v5", "Hopper-v5")
     """Tasks to score."""
     seeds: tuple[int, ...] = (0, 1)
     """Seeds of data and training; test data has another."""
@@ -200,7 +200,7 @@ def main(config: Config) -> None:
         f"{'task':26} {'NLL/dim':>8} {'joint':>8} {'RMSE':>6} {'ECE':>6} {'by dim':>6}  |"
         f"{'NLL@10':>8} {'RMSE':>6} {'ECE':>6} {'by dim':>6}  | {'ms/update':>9}"
     )
-    for name in config.tasks:
+    for name in config.task:
         for seed in config.seeds:
             train, test, stretches = make_data(name, config, seed)
             torch.manual_seed(seed)
@@ -218,4 +218,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(main, Config, __doc__)

@@ -16,7 +16,6 @@ import os
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
 
 if sys.platform == "linux" and not {"MUJOCO_GL", "DISPLAY"} & os.environ.keys():
     # Without a screen MuJoCo renders through EGL, and fails on import if EGL is missing.
@@ -29,7 +28,6 @@ if sys.platform == "linux" and not {"MUJOCO_GL", "DISPLAY"} & os.environ.keys():
 
 import numpy as np
 import torch
-import tyro
 from figures import animation, learning_curve, maze_plans, prediction, skill_fan, success_curves
 from tensordict import TensorDict
 
@@ -40,7 +38,7 @@ from layeredrl_torchrl import (
     get_task,
     make_batched,
 )
-from layeredrl_torchrl.runs import RunOptions
+from layeredrl_torchrl.runs import RunOptions, command
 from layeredrl_torchrl.runs.options import read_settings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -57,7 +55,7 @@ EXAMPLES = (
 class Config:
     """Draw runs."""
 
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    folders: tuple[Path, ...]
     """Folders of runs."""
     if_any: bool = False
     """Skip folders that hold no run."""
@@ -194,4 +192,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(main, Config, __doc__, needs=("matplotlib", "imageio"))

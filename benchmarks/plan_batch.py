@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from rollout import medians
 from tensordict import TensorDict
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from planning_with_model import Config as DemoConfig
 from planning_with_model import make_env, make_planner, make_predictor
+
+from layeredrl_torchrl.runs import command
 
 
 @dataclass
@@ -54,4 +55,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(main, Config, __doc__)

@@ -10,24 +10,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import tyro
 from pictures import example_of, restore
 from tensordict import TensorDict
 from torch import Tensor
 from torchrl.envs import ExplorationType, RewardSum, set_exploration_type
 
 from layeredrl_torchrl import ICEMPlanner, PolicyProposal, StaticPredictor, make_batched
-from layeredrl_torchrl.runs import find_task, play_episodes
+from layeredrl_torchrl.runs import command, find_task, play_episodes
 
 
 @dataclass
 class Config:
     """Plan with a policy that was learned in a world model."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
+    folder: Path
     """Folder of the run."""
     eval_episodes: int = 10
     """Episodes."""
@@ -106,4 +104,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(main, Config, __doc__)

@@ -21,7 +21,6 @@ from unittest.mock import patch
 
 import gymnasium as gym
 import torch
-import tyro
 from rollout import medians
 from tensordict import TensorDict
 from torchrl.collectors import Collector
@@ -44,6 +43,7 @@ from layeredrl_torchrl import (
     get_task,
     make_batched,
 )
+from layeredrl_torchrl.runs import command
 
 STATE, ACTION, HORIZON, SAMPLES, ITERATIONS, HIDDEN = 17, 6, 15, 256, 6, (128, 128)
 ACTIONS = Bounded(-1.0, 1.0, (ACTION,))
@@ -270,4 +270,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(main, Config, __doc__)

@@ -24,7 +24,6 @@ from functools import partial
 from unittest.mock import patch
 
 import torch
-import tyro
 from tensordict import TensorDict
 from torchrl.data import Bounded, LazyMemmapStorage, TensorDictReplayBuffer, Unbounded
 
@@ -42,6 +41,7 @@ from layeredrl_torchrl import (
 from layeredrl_torchrl.predictors import _updates as updates
 from layeredrl_torchrl.predictors._experience import Experience
 from layeredrl_torchrl.predictors._upkeep import Upkeep
+from layeredrl_torchrl.runs import command
 
 STATE, ACTION, BATCH = 17, 6, 256
 # LayeredRL's times on two cores of an Intel Xeon, and what we want to stay below.
@@ -230,4 +230,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(main, Config, __doc__)

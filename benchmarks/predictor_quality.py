@@ -23,7 +23,6 @@ from dataclasses import dataclass
 
 import gymnasium as gym
 import torch
-import tyro
 from model_quality import collect, learn_all
 from tensordict import TensorDict
 
@@ -34,6 +33,7 @@ from layeredrl_torchrl import (
     RewardPredictor,
     ValueNet,
 )
+from layeredrl_torchrl.runs import command
 
 GAMMA = 0.99
 
@@ -142,4 +142,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(main, Config, __doc__)

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import gymnasium as gym
 import torch
-import tyro
 from tensordict import TensorDict
 from torch.profiler import ProfilerActivity, profile
 
@@ -31,6 +30,7 @@ from layeredrl_torchrl import (
     RewardNet,
     StaticPredictor,
 )
+from layeredrl_torchrl.runs import command
 
 STATE, ACTION = 17, 6
 
@@ -241,4 +241,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(main, Config, __doc__, needs=("matplotlib",))

@@ -18,11 +18,11 @@ from itertools import pairwise
 
 import gymnasium
 import torch
-import tyro
 from rollout import ACTION, STATE, Case, medians
 from tensordict import TensorDict
 
 from layeredrl_torchrl import ModelLoss
+from layeredrl_torchrl.runs import command
 
 N_MODELS, BATCH = 5, 256
 # Milliseconds to reach, on a machine where mbrl-lib took 2.4 and 7.8.
@@ -133,4 +133,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(main, Config, __doc__)

@@ -1,5 +1,6 @@
 """Long runs in a folder of their own, which can be killed at any moment and resumed."""
 
+from layeredrl_torchrl.runs._command import command
 from layeredrl_torchrl.runs._playing import play_episodes
 from layeredrl_torchrl.runs.options import (
     Count,
@@ -9,7 +10,6 @@ from layeredrl_torchrl.runs.options import (
     RunError,
     RunOptions,
     Share,
-    command,
     find_task,
 )
 from layeredrl_torchrl.runs.run import Run

@@ -6,6 +6,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase, ExplorationType, set_exploration_type
+from tqdm import tqdm
 
 __all__ = ["play_episodes"]
 
@@ -18,7 +19,7 @@ def play_episodes(
 
     Actions are deterministic. A policy with memory needs its primer in the environment. Unlike
     ``env.rollout``, environments go on when others are done, and playing ends with the longest
-    episode.
+    episode. A bar shows how far they are.
 
     >>> from tensordict.nn import TensorDictModule
     >>> from torchrl.envs import RewardSum
@@ -38,7 +39,8 @@ def play_episodes(
     moves = torch.device(device).type != "cpu"
     data, ends = env.reset(), None
     over = torch.zeros(data.batch_size, dtype=torch.bool)
-    with set_exploration_type(ExplorationType.DETERMINISTIC):
+    bar = tqdm(total=_most_steps(env), desc="evaluation", unit="step", leave=False)
+    with bar, set_exploration_type(ExplorationType.DETERMINISTIC):
         while not over.all():
             acted: TensorDictBase = policy(data.to(device)).to("cpu") if moves else policy(data)
             data, following = env.step_and_maybe_reset(acted)
@@ -46,5 +48,14 @@ def play_episodes(
             ends = step if ends is None else ends.where(over, step)
             over = over | step["done"].squeeze(-1)
             data = following
+            bar.set_postfix_str(f"{int(over.sum())} of {over.numel()} episodes ended", False)
+            bar.update()
     env.close()
     return ends
+
+
+def _most_steps(env: EnvBase) -> int | None:
+    """Return the time limit of gymnasium's environments, if there is one."""
+    inner = getattr(getattr(env, "base_env", env), "_env", None)
+    inner = next(iter(getattr(inner, "envs", ())), inner)
+    return getattr(getattr(inner, "spec", None), "max_episode_steps", None)

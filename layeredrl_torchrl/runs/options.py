@@ -1,14 +1,12 @@
-"""Options of a run: their names and ranges, and a command line that reads them."""
+"""Options of a run: their names and ranges."""
 
 from __future__ import annotations
 
 import json
-import sys
 import types
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, TypeAlias, Union, get_args, get_origin
 from typing import get_type_hints as type_hints
 
 import torch
@@ -24,7 +22,6 @@ __all__ = [
     "RunError",
     "RunOptions",
     "Share",
-    "command",
     "find_task",
 ]
 
@@ -155,29 +152,6 @@ class RunOptions:
             raise RunError(f"--device {self.device} cannot be used: {reason}") from None
 
 
-Options = TypeVar("Options", bound=RunOptions)
-
-
-def command(main: Callable[[Options], None], options: type[Options], description: str) -> None:
-    """Run ``main`` with the options of the command line.
-
-    A resumed run takes the options that are not given from its folder. Errors of a run end the
-    program with one line. Needs tyro, which the extra ``examples`` installs.
-    """
-    import tyro
-
-    settings = (tyro.conf.EnumChoicesFromValues,)
-    given = tyro.cli(options, description=description, config=settings)
-    if given.resume and (saved := read_settings(given.folder)) is not None:
-        default = replace(_like(given, saved), output=given.output)
-        given = tyro.cli(options, description=description, config=settings, default=default)
-    try:
-        main(given)
-    except RunError as error:
-        print(error, file=sys.stderr)  # noqa: T201 - this is a command
-        raise SystemExit(1) from None
-
-
 def find_task(name: str) -> Task:
     """Return the task of that name; :class:`RunError` with similar names if there is none."""
     try:
@@ -203,16 +177,6 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         raise RunError(f"{path} holds a {type(found).__name__}, expected the options of a run")
     return found
-
-
-def _like(given: Options, saved: dict[str, Any]) -> Options:
-    """Return the ``saved`` options; paths are converted from text."""
-    known = {f.name for f in fields(given)}
-    values = {name: value for name, value in saved.items() if name in known}
-    for name in known & values.keys():
-        if isinstance(getattr(given, name), Path):
-            values[name] = Path(values[name])
-    return replace(given, **values)
 
 
 def _plain(value: object) -> object:

@@ -24,10 +24,13 @@ from tqdm import tqdm
 from layeredrl_torchrl.checkpoints import CollectorState, SafeCheckpoint, SafeRotation
 from layeredrl_torchrl.runs._checkpoints import RunCheckpoints
 from layeredrl_torchrl.runs._files import Curve, lock, write_rows, write_whole
+from layeredrl_torchrl.runs._interrupts import Interrupts
 from layeredrl_torchrl.runs.options import RunError, RunOptions, read_settings, settings_path
 from layeredrl_torchrl.runs.workers import WorkerDiedError, WorkerOptions, collect_with_workers
 
 __all__ = ["Run"]
+
+_NO_ESTIMATE = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
 class Run:
@@ -114,8 +117,11 @@ class Run:
             other = {k: v for k, v in saved.items() if now.get(k) != v and k not in options.free}
             if other:
                 raise RunError(f"--resume: {self.folder} was made with {other}; use the same")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock()
+        except OSError as error:
+            raise RunError(f"--output {self.folder} cannot be written: {error.strerror}") from None
         torch.set_num_threads(options.threads)
         torch.manual_seed(options.seed)
         random.seed(options.seed)
@@ -126,6 +132,8 @@ class Run:
         if self.resumed is None:
             write_whole(settings_path(self.folder), json.dumps(options.settings(), indent=1))
             self.curve.rewrite()
+        if getattr(options, "compile", False):
+            tqdm.write("--compile: the first learning phase takes minutes longer, for compiling")
         self._start = time.monotonic() - (self.rows[-1]["seconds"] if self.rows else 0.0)
         return self
 
@@ -138,6 +146,16 @@ class Run:
         self._stack.close()
         if isinstance(error, CheckpointError):
             raise RunError(str(error)) from error
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(self._how_to_go_on()) from None
+
+    def _how_to_go_on(self) -> str:
+        if not self._checkpoints.any_saved:
+            return f"interrupted at step {self.steps}, before the first checkpoint: start again"
+        return (
+            f"interrupted at step {self.steps} of {self.total}; go on from the last checkpoint in "
+            f"{self.folder} with the same command and --resume"
+        )
 
     def _lock(self) -> None:
         """Hold a lock until this process ends, in whatever way."""
@@ -298,20 +316,35 @@ class Run:
         yield from self._counted(batches)
 
     def _counted(self, batches: Iterator[TensorDictBase]) -> Iterator[TensorDictBase]:
-        with tqdm(total=self.total, initial=self.steps, unit="step", desc=self.folder.name) as bar:
+        name, begun = self.folder.name, self.steps
+        bar = tqdm(total=self.total, initial=begun, unit="step", bar_format=_NO_ESTIMATE)
+        # Not in a block here: this may be closed long after the loop over it was left.
+        interrupts = self._stack.enter_context(Interrupts())
+        with bar:
             while self.steps < self.total:
+                bar.set_description(f"{name}: acting")
                 try:
                     data = next(batches)
                 except WorkerDiedError as error:
                     raise self._explain(error) from error
+                bar.set_description(f"{name}: learning")
                 yield self.count(data)
                 bar.update(data.numel())
                 if self.rows:
                     last = {k: v for k, v in self.rows[-1].items() if math.isfinite(v)}
-                    bar.set_postfix({k: f"{v:.3g}" for k, v in list(last.items())[1:4]})
+                    shown = [k for k in last if k not in ("env_steps", "episodes", "seconds")]
+                    bar.set_postfix({k: f"{last[k]:.3g}" for k in shown[:3]}, refresh=False)
+                    # Before anything is learned the time that is left is anybody's guess.
+                    if any(k == "nll" or k.startswith("loss") for k in last):
+                        bar.bar_format = None
                 unsaved = self.steps - self._checkpoints.saved_at
-                if unsaved >= self.options.steps_per_checkpoint or self.steps >= self.total:
+                due = unsaved >= self.options.steps_per_checkpoint or self.steps >= self.total
+                if due or interrupts.noted:
+                    bar.set_description(f"{name}: saving")
                     self.save()
+                if interrupts.noted:
+                    raise KeyboardInterrupt
+        interrupts.close()
 
     def _explain(self, error: WorkerDiedError) -> RunError:
         if self.steps > self._checkpoints.saved_at:

@@ -99,3 +99,43 @@ def test_a_resumed_run_takes_its_options_from_the_folder(tmp_path, monkeypatch, 
         call("--share", "2")
     assert end.value.code == 1
     assert capsys.readouterr().err.startswith("--share must be")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (KeyboardInterrupt("go on"), 130, "go on"),
+        (ModuleNotFoundError(name="matplotlib.pyplot"), 1, "pip install -e '.[examples]'"),
+        (ImportError("mazes need it", name="gymnasium_robotics"), 1, "mazes need it"),
+        (PermissionError(13, "Permission denied", "/there"), 1, "--output /there/it cannot be"),
+        (ModuleNotFoundError(name="something"), None, ""),
+        (FileNotFoundError(2, "No such file", "/elsewhere"), None, ""),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(error, status, line, monkeypatch, capsys):
+    pytest.importorskip("tyro")
+    monkeypatch.setattr("sys.argv", ["run", "--output=/there/it"])
+
+    def main(options):
+        raise error
+
+    with pytest.raises(SystemExit if status else type(error)) as end:
+        command(main, Options, "A run.")
+    if status:
+        assert end.value.code == status
+        (said,) = capsys.readouterr().err.splitlines()
+        assert line in said
+
+
+def test_a_command_without_a_run(monkeypatch):
+    """Any dataclass can be the options."""
+
+    @dataclass
+    class Plain:
+        count: int = 1
+
+    pytest.importorskip("tyro")
+    monkeypatch.setattr("sys.argv", ["script", "--count", "3"])
+    given = []
+    command(given.append, Plain, "A script.")
+    assert given == [Plain(3)]

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,42 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(steps, small, tmp_path):
     assert resumed.steps == 80
     seconds = [row["seconds"] for row in resumed.rows]
     assert seconds == sorted(seconds)
+
+
+def test_ctrl_c_completes_and_saves_its_batch(small, capsys):
+    """At 20, before the first checkpoint is due; what follows is the run that was left alone."""
+
+    def press(run):
+        if run.steps == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    alone = small(seed=3)
+    expected = numbers(alone.folder)
+    shutil.rmtree(alone.folder)
+    with pytest.raises(KeyboardInterrupt, match=r"at step 20 of 80; go on .* --resume"):
+        small(press, seed=3)
+    assert "Ctrl-C again" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert numbers(alone.folder) == expected[:2]
+    small(seed=3, resume=True)
+    assert numbers(alone.folder) == expected
+
+
+def test_a_second_ctrl_c_stops_at_once(small):
+    def press(run):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match="step 20, before the first checkpoint: start"):
+        small(press, seed=3)
+    small(seed=3)
+
+
+def test_an_output_that_is_no_folder_is_named(small, tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(RunError, match=r"run.* cannot be (read|written)") as said:
+        small()
+    assert "\n" not in str(said.value)
 
 
 @pytest.mark.parametrize("left", ["", "env_steps,rew", None])

@@ -1,0 +1,113 @@
+"""A command line whose errors are one line each."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from gymnasium.error import UnregisteredEnv
+
+from layeredrl_torchrl.runs.options import RunError, RunOptions, read_settings
+
+__all__ = ["command"]
+
+# The extra that installs a module.
+_EXTRAS = {
+    "gymnasium_robotics": "robotics",
+    "imageio": "examples",
+    "matplotlib": "examples",
+    "ray": "ray",
+    "tensorboard": "tensorboard",
+    "tyro": "examples",
+}
+
+Options = TypeVar("Options")
+AnyRunOptions = TypeVar("AnyRunOptions", bound=RunOptions)
+
+
+def command(
+    main: Callable[[Options], None],
+    options: type[Options],
+    description: str,
+    *,
+    needs: Sequence[str] = (),
+) -> None:
+    """Run ``main`` with the options of the command line.
+
+    The errors that a user can mend end the program with one line: those of a run, an extra that is
+    not installed, an output that cannot be written. So does Ctrl-C. A resumed run takes the options
+    that are not given from its folder. Needs tyro, which the extra ``examples`` installs.
+
+    Args:
+        main: The program.
+        options: A dataclass, whose fields without a default are given by their place; that of a
+            run is a subclass of :class:`RunOptions`.
+        description: What ``--help`` says first.
+        needs: Modules of extras without which it ends before anything is done.
+    """
+    given: Options | None = None
+    try:
+        for module in ("tyro", *needs):
+            importlib.import_module(module)
+        given = _read(options, description)
+        main(given)
+    except RunError as error:
+        _end(str(error))
+    except UnregisteredEnv as error:
+        _end(f"--task: {error}")
+    except KeyboardInterrupt as error:
+        _end(str(error) or "interrupted", 130)  # as shells report what Ctrl-C ended
+    except ImportError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        if isinstance(error, ModuleNotFoundError):
+            install = f"python -m pip install -e '.[{extra}]'"
+            _end(f"{error.name} is not installed; install it by {install}")
+        _end(str(error))
+    except OSError as error:
+        output = getattr(given, "output", None)
+        if output is None or not _concerns(error, Path(output)):
+            raise
+        _end(f"--output {output} cannot be written: {error.strerror} ({error.filename})")
+
+
+def _end(line: str, status: int = 1) -> NoReturn:
+    print(line, file=sys.stderr)  # noqa: T201 - this is a command
+    raise SystemExit(status) from None
+
+
+def _read(options: type[Options], description: str) -> Options:
+    import tyro
+
+    settings = (tyro.conf.EnumChoicesFromValues, tyro.conf.PositionalRequiredArgs)
+    given = tyro.cli(options, description=description, config=settings)
+    if not isinstance(given, RunOptions) or not given.resume:
+        return given
+    saved = read_settings(given.folder)
+    if saved is None:
+        return given
+    default: Any = replace(_like(given, saved), output=given.output)
+    return tyro.cli(options, description=description, config=settings, default=default)
+
+
+def _like(given: AnyRunOptions, saved: dict[str, Any]) -> AnyRunOptions:
+    """Return the ``saved`` options; paths are converted from text."""
+    known = {f.name for f in fields(given)}
+    values = {name: value for name, value in saved.items() if name in known}
+    for name in known & values.keys():
+        if isinstance(getattr(given, name), Path):
+            values[name] = Path(values[name])
+    return replace(given, **values)
+
+
+def _concerns(error: OSError, output: Path) -> bool:
+    """Whether the file that an error names lies in the output, or the output in it."""
+    if not isinstance(error.filename, str):
+        return False
+    name, output = Path(error.filename).absolute(), output.absolute()
+    return name.is_relative_to(output) or output.is_relative_to(name)

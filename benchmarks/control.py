@@ -167,6 +167,9 @@ def picture(config: Config) -> None:
                 final = read(folder / "evaluation.csv")["return"].mean()
                 end = curve["env_steps"][-1]
                 axis.plot(end, final, "*", color=color, markersize=11, clip_on=False)
+                if ended.any():  # the episodes that were under way did not end
+                    last = steps[-1], curve["return"][ended][-1]
+                    axis.plot(*zip(last, (end, final), strict=True), ":", color=color, lw=1)
         solved = get_task(task).solved_at
         if solved is not None:
             axis.axhline(solved, color="black", lw=0.8, ls=":", label=f"solved: {solved:g}")
@@ -183,7 +186,7 @@ def picture(config: Config) -> None:
         axis.legend(fontsize=7, frameon=False)
     for row in axes:
         what = "training episodes" if config.example == "learn_to_control" else "3 episodes"
-        row[0].set_ylabel(f"return of {what}\n(star: evaluation)", fontsize=8)
+        row[0].set_ylabel(f"return of {what}\n(star: evaluation after them)", fontsize=8)
     figure.tight_layout()
     path = config.output / "control.png"
     figure.savefig(path, dpi=110)

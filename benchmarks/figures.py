@@ -1,8 +1,7 @@
-"""Figures of runs: learning curves, predictions, skills, plans and animations."""
+"""Figures of runs: learning curves, predictions, skills and plans."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import matplotlib as mpl
@@ -32,31 +31,32 @@ def learning_curve(
     title: str,
     how: str = "planned in a model learned from scratch",
 ) -> None:
-    """Plot returns of episodes that ended and that go on, and the model's NLL, over real steps."""
+    """Plot returns of episodes and the final evaluation, and the model's NLL, over real steps.
+
+    Where no episode has ended yet, what the first ones have collected so far is shown instead.
+    """
     steps = np.array([row["env_steps"] for row in rows])
     ended = np.array([row["episodes"] for row in rows]) > 0
     returns = np.array([row["return"] for row in rows])
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 5.5), sharex=True, height_ratios=(2, 1))
-    so_far = [row["return_so_far"] for row in rows]
-    top.plot(steps, so_far, color=GREY, lw=1.2, label="episodes under way, return so far")
-    top.plot(
-        steps[ended], returns[ended], "o", color=BLUE, markersize=5, label="episodes that ended"
-    )
-    top.plot(
-        steps[-1],
-        evaluation,
-        "*",
-        color=ORANGE,
-        markersize=14,
-        clip_on=False,
-        label=f"final evaluation: {evaluation:.0f}",
-    )
+    if ended.any():
+        label = "training episodes, where they ended"
+        top.plot(steps[ended], returns[ended], "o-", color=BLUE, ms=5, lw=0.8, label=label)
+    so_far = np.array([row["return_so_far"] for row in rows])
+    if (~ended[1:] & (so_far[1:] > so_far[:-1])).any():
+        # Only the last climb: each new episode begins at 0 again.
+        last = int(np.flatnonzero(ended)[-1]) if ended.any() else 0
+        label = "episodes that had not ended, so far"
+        top.plot(steps[last:], so_far[last:], color=GREY, lw=1.2, label=label)
+    if np.isfinite(evaluation):
+        label = f"evaluation after training: {evaluation:.0f}"
+        top.plot(steps[-1], evaluation, "*", color=ORANGE, ms=14, clip_on=False, label=label)
     top.set_ylabel("return")
     top.set_title(f"{title}: {how}", fontsize=11)
     top.legend(fontsize=8, frameon=False)
     nll = np.array([row["nll"] for row in rows])
     bottom.plot(steps, nll, color=ORANGE)
-    bottom.set_ylabel("model's NLL\n[nats per dimension]")
+    bottom.set_ylabel("model's error: NLL\n[nats a dimension]")
     if np.isnan(nll).all():
         bottom.text(0.5, 0.5, "no model", ha="center", va="center", transform=bottom.transAxes)
     bottom.set_xlabel("real environment steps")
@@ -67,10 +67,13 @@ def learning_curve(
 
 
 @torch.no_grad()
-def prediction(predictor, played: TensorDict, path: Path, title: str, horizon: int = 40) -> None:
+def prediction(
+    predictor, played: TensorDict, path: Path, title: str, names: tuple[str, ...], horizon: int = 30
+) -> None:
     """Plot an open-loop prediction from one real observation, and the real trajectory.
 
     `played` is experience `[E, T]`; the longest unbroken stretch of its first steps is shown.
+    `names` are those of the state's dimensions.
     """
     alive = ~played["next", "done"].squeeze(-1)
     lengths = alive.int().cumprod(-1).sum(-1) + 1
@@ -90,23 +93,23 @@ def prediction(predictor, played: TensorDict, path: Path, title: str, horizon: i
     time = np.arange(1, steps + 1)
     figure, axes = plt.subplots(len(shown), 1, figsize=(7, 1.8 * len(shown) + 0.8), sharex=True)
     for axis, d in zip(np.atleast_1d(axes), shown, strict=True):
-        for variance, alpha, label in (
-            (total, 0.2, "± 2 std, all particles"),
-            (epistemic, 0.35, "± 2 std between members"),
+        for variance, color, alpha, label in (
+            (total, BLUE, 0.2, "± 2 std, in all"),
+            (epistemic, ORANGE, 0.45, "± 2 std between members"),
         ):
             width = 2 * np.sqrt(variance[:, d])
             axis.fill_between(
                 time,
                 mean[:, d] - width,
                 mean[:, d] + width,
-                color=BLUE,
+                color=color,
                 alpha=alpha,
                 lw=0,
                 label=label,
             )
         axis.plot(time, mean[:, d], color=BLUE, label="predicted mean")
         axis.plot(time, state[:, d], color="black", lw=1.2, ls="--", label="real")
-        axis.set_ylabel(f"state {d}")
+        axis.set_ylabel(names[d], fontsize=9)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
         low, high = float(state[:, d].min()), float(state[:, d].max())
@@ -118,32 +121,6 @@ def prediction(predictor, played: TensorDict, path: Path, title: str, horizon: i
     )
     axes[-1].set_xlabel(f"steps ahead, open loop ({title})")
     _finish(figure, path)
-
-
-@torch.no_grad()
-def animation(task, policy, path: Path, seed: int, max_steps: int = 150) -> None:
-    """Animate one episode; if MuJoCo cannot render, say why in one line."""
-    import imageio
-
-    try:
-        env = task.make(seed=seed, render_mode="rgb_array")
-        env.append_transform(policy.make_tensordict_primer())
-        data, frames = env.reset(), []
-        for _ in range(max_steps):
-            frames.append(env.base_env._env.render()[::2, ::2])
-            data = env.step(policy(data))["next"]
-            if data["done"].any():
-                break
-    except Exception as error:  # noqa: BLE001 - each rendering backend fails in its own way
-        backend = os.environ.get("MUJOCO_GL", "not set")
-        reason = (str(error).splitlines() or [""])[0]
-        print(
-            f"No animation: MuJoCo cannot render here ({type(error).__name__}: {reason}; "
-            f"MUJOCO_GL is {backend}, try egl or osmesa)"
-        )
-        return
-    env.close()
-    imageio.mimsave(path, frames[::2], duration=40, loop=0)
 
 
 def _draw_maze(axis, maze) -> None:

@@ -17,6 +17,7 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more slow each other down, in networks so small
 if sys.platform == "linux" and not {"MUJOCO_GL", "DISPLAY"} & os.environ.keys():
     # Without a screen MuJoCo renders through EGL, and fails on import if EGL is missing.
     try:
@@ -28,7 +29,6 @@ if sys.platform == "linux" and not {"MUJOCO_GL", "DISPLAY"} & os.environ.keys():
 
 import numpy as np
 import torch
-from figures import animation, learning_curve, maze_plans, prediction, skill_fan, success_curves
 from tensordict import TensorDict
 
 from layeredrl_torchrl import (
@@ -88,6 +88,8 @@ def restore(folder: Path, **parts: object) -> None:
 
 
 def draw_curve(folder: Path, config: RunOptions) -> None:
+    from figures import learning_curve
+
     rows, final = read_csv(folder / "curve.csv"), folder / "evaluation.csv"
     mean = np.mean([row["return"] for row in read_csv(final)]) if final.exists() else np.nan
     how = "planned in a model learned from scratch"
@@ -101,6 +103,9 @@ def draw_curve(folder: Path, config: RunOptions) -> None:
 @torch.no_grad()
 def draw_prediction(folder: Path, example: object, config: RunOptions) -> None:
     """A prediction and an animation, of `planning_with_model.py`."""
+    from animation import animation
+    from figures import prediction
+
     task = get_task(config.task)
     env = example.make_env(config, 5, config.seed + 10_000)
     predictor = example.make_predictor(config, env)
@@ -108,13 +113,17 @@ def draw_prediction(folder: Path, example: object, config: RunOptions) -> None:
     policy = example.make_planner(config, predictor.eval())
     env.append_transform(policy.make_tensordict_primer())
     played = env.rollout(min(task.horizon, 100), policy, break_when_any_done=False)
-    prediction(predictor, played, folder / "prediction.png", config.task)
+    names = task.names_of(range(task.observation_dim))
+    prediction(predictor, played, folder / "prediction.png", config.task, names)
+    print("Playing and drawing an animation: about a minute")
     animation(task, policy, folder / "policy.gif", config.seed + 20_000)
 
 
 @torch.no_grad()
 def draw_maze(folder: Path, example: object, config: RunOptions) -> None:
     """Episodes with the plans at their start, and the skills, of `skill_hierarchy.py`."""
+    from figures import maze_plans, skill_fan
+
     task = get_task(config.task)
     env = example.make_env(task, 8, config.seed + 100_000)
     agent = example.make_agent(config, task, env)
@@ -165,6 +174,9 @@ def play_skills(config: RunOptions, task, level) -> tuple[torch.Tensor, torch.Te
 
 def main(config: Config) -> None:
     """Draw all figures of each run."""
+    from figures import success_curves
+
+    torch.set_num_threads(1)
     agents: dict[str, Path] = {}
     for folder in config.folders:
         found = example_of(folder)

@@ -189,6 +189,12 @@ def scaling(config: Config) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
+    words = {
+        "batch": "states in the batch",
+        "n_models": "members of the ensemble",
+        "n_particles": "particles of each member",
+        "horizon": "steps ahead",
+    }
     axes_of = {
         "batch": (64, 128, 256, 512, 1024, 2048),
         "n_models": (1, 2, 4, 8, 16),
@@ -204,20 +210,26 @@ def scaling(config: Config) -> None:
             for way in ("compiled", "compiled bf16"):  # some twenty sizes would take minutes
                 del runs[way]
             rows.append(medians(max(config.repeats // 3, 3), config.device, **runs))
-        for run, color in (("fp32", "#2a6fbb"), ("bf16", "#d9722b"), ("products", "#888888")):
-            axis.plot(
-                values, [row[run] for row in rows], "o-", color=color, label=run, markersize=4
-            )
+        for run, color, label in (
+            ("fp32", "#2a6fbb", "rollout, float32"),
+            ("bf16", "#d9722b", "rollout, bfloat16"),
+            ("products", "#888888", "its matrix products alone"),
+        ):
+            axis.plot(values, [row[run] for row in rows], "o-", color=color, label=label, ms=4)
         line = rows[-1]["fp32"]
         axis.plot(
-            values, [line * v / values[-1] for v in values], ":", color="black", label="linear"
+            values,
+            [line * v / values[-1] for v in values],
+            ":",
+            color="black",
+            label="proportional",
         )
-        axis.set(xscale="log", yscale="log", xlabel=name, title=f"against {name}")
+        axis.set(xscale="log", yscale="log", xlabel=words[name])
         axis.set_xticks(values, [str(value) for value in values])
         axis.minorticks_off()
         axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("milliseconds a rollout")
+    axes[0].set_ylabel("milliseconds for a rollout")
     axes[0].legend(fontsize=8, frameon=False)
     figure.tight_layout()
     config.output.mkdir(parents=True, exist_ok=True)

@@ -153,4 +153,8 @@ def point_maze(
         termination=never,
         joined=("observation", "achieved_goal", "desired_goal"),
         reports_success=True,
+        observation_names=(
+            *("x [m]", "y [m]", "speed in x [m/s]", "speed in y [m/s]"),
+            *("achieved x [m]", "achieved y [m]", "goal x [m]", "goal y [m]"),
+        ),
     )

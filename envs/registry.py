@@ -70,6 +70,12 @@ _ALL = (
         solved_at=1000.0,
         reward=inverted_pendulum_reward,
         termination=InRange(((1, -0.2, 0.2),), closed=True),
+        observation_names=(
+            "cart [m]",
+            "pole angle [rad]",
+            "cart speed [m/s]",
+            "pole speed [rad/s]",
+        ),
     ),
     _mujoco(
         "InvertedDoublePendulum-v5",
@@ -94,6 +100,13 @@ _ALL = (
         reward=swing_up_reward,
         reward_needs_next_state=False,
         termination=never,
+        observation_names=(
+            "cart [m]",
+            "sin(pole angle)",
+            "cos(pole angle)",
+            "cart speed [m/s]",
+            "pole speed [rad/s]",
+        ),
     ),
     _mujoco(
         "Reacher-v5",
@@ -107,6 +120,15 @@ _ALL = (
         solved_at=-5.0,
         reward=reacher_reward,
         termination=never,
+        observation_names=(
+            *("cos(shoulder)", "cos(elbow)", "sin(shoulder)", "sin(elbow)", "target x", "target y"),
+            *(
+                "shoulder speed [rad/s]",
+                "elbow speed [rad/s]",
+                "to target, x [m]",
+                "to target, y [m]",
+            ),
+        ),
     ),
     _mujoco(
         "Pusher-v5",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -86,6 +86,8 @@ class Task:
         reward_needs_next_state: Whether ``reward`` reads its fourth argument.
         termination: Whether a step terminates the episode, ``[*B]`` bool.
         joined: Keys of a dictionary observation, joined into ``"observation"`` in this order.
+        observation_names: Short names of the values in ``"observation"``, for pictures; empty where
+            nobody has named them.
         reports_success: Whether the environment says in ``info["success"]`` that its goal is
             reached; then it is read into ``"success" [*B, 1]``.
     """
@@ -104,6 +106,7 @@ class Task:
     termination: StepFunction | None = None
     joined: tuple[str, ...] = ()
     reports_success: bool = False
+    observation_names: tuple[str, ...] = ()
 
     def make(self, seed: int | None = None, **kwargs: Any) -> EnvBase:
         """Make one TorchRL environment: flat float32 ``"observation" [obs]``, batch size ``[]``.
@@ -131,6 +134,15 @@ class Task:
         if seed is not None:
             out.set_seed(seed)
         return out
+
+    def names_of(self, dims: Iterable[int]) -> tuple[str, ...]:
+        """Return names of values in ``"observation"``: those of the task, or their places.
+
+        >>> get_task("InvertedPendulum-v5").names_of([1])
+        ('pole angle [rad]',)
+        """
+        names = self.observation_names
+        return tuple(names[dim] if names else f"observation {dim}" for dim in dims)
 
     def rew_func(self) -> Callable[..., Tensor]:
         """Return the known reward as predictors take it, their ``rew_func``.

@@ -273,7 +273,8 @@ class Hierarchy(OnePrimer, WholeState):
 
         Returns:
             The results of the levels' ``learn``, under ``"<name of the level>/"``, or under
-            ``"<name>_<position>/"`` for levels that share a name.
+            ``"<name>_<position>/"`` for levels that share a name. ``"reward"`` is the mean one of a
+            level with a ``reward_func``.
 
         Raises:
             As :meth:`transitions` and the levels' ``learn``. After any error all levels are as they
@@ -285,7 +286,10 @@ class Hierarchy(OnePrimer, WholeState):
             for level, name, own in zip(levels, names(levels), self.transitions(data), strict=True):
                 if len(own):
                     all_levels.enter_context(all_or_nothing(level, len(own)))
+                    paid = own.get(("next", "reward")) if level.reward_func else None
                     info |= {f"{name}/{term}": value for term, value in level.learn(own).items()}
+                    if paid is not None:
+                        info[f"{name}/reward"] = paid.mean().item()
         return info
 
     def parts(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.data import (
     Bounded,
@@ -24,6 +25,7 @@ from layeredrl_torchrl import (
     ICEMPlanner,
     IdentityEncoder,
     PlannerLevel,
+    PredictorEnv,
     PredictorFactory,
     ProbabilisticEnsemble,
     StaticPredictor,
@@ -99,6 +101,9 @@ MISTAKES = {
     "the planner reads 'planner', which is missing": lambda: ICEMPlanner(predictor())(
         TensorDict({"observation": OBS}, [4])
     ),
+    "the following inputs are None: {'observation'}": lambda: PredictorEnv(
+        predictor(), batch_size=[4]
+    ).rollout(2, TensorDictModule(nn.Linear(3, 1), ["observation"], ["action"])),
     "got an empty one, expected transitions": lambda: predictor().learn(
         TensorDictReplayBuffer(storage=LazyTensorStorage(10)), 1, 2, 2, 0
     ),

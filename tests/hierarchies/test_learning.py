@@ -82,10 +82,13 @@ def test_reward_func(toy, width):
         for options in ({}, {"reward_func": double})
     )
     (data,) = collected(env, plain, 1, 18)
+    info = own.learn(data.clone())
     plain, own = plain.transitions(data), own.transitions(data)
     assert (plain[0] == own[0]).all()
     expected = 2 * plain[1]["next", "reward"] - plain[1]["input"] + plain[1]["n_actions"]
     assert torch.equal(own[1]["next", "reward"], expected)
+    (paid,) = (value for name, value in info.items() if name.endswith("/reward"))
+    assert paid == pytest.approx(expected.mean().item())
     wrong = Hierarchy([toy.Level(1, reward_func=lambda own: own["observation"])], env)
     with pytest.raises(
         ValueError, match=r"Formula.reward_func gave \(18, 4\), expected \(18,\) or"

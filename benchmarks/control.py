@@ -167,8 +167,8 @@ def picture(config: Config) -> None:
                 final = read(folder / "evaluation.csv")["return"].mean()
                 end = curve["env_steps"][-1]
                 axis.plot(end, final, "*", color=color, markersize=11, clip_on=False)
-                if ended.any():  # the episodes that were under way did not end
-                    last = steps[-1], curve["return"][ended][-1]
+                if shown.any():  # the last training episodes were under way, and did not end
+                    last = steps[-1], curve[of][shown][-1]
                     axis.plot(*zip(last, (end, final), strict=True), ":", color=color, lw=1)
         solved = get_task(task).solved_at
         if solved is not None:

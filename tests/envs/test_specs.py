@@ -12,6 +12,13 @@ from torchrl.envs.utils import check_env_specs
 from layeredrl_torchrl.envs import TASKS
 
 
+def test_every_observation_has_a_name_of_its_own():
+    for task in TASKS.values():
+        names = task.names_of(range(task.observation_dim))
+        assert len(set(names)) == task.observation_dim
+        assert len(task.observation_names) in (0, task.observation_dim)
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_check_env_specs(name):
     task = TASKS[name]

@@ -51,6 +51,15 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(steps, small, tmp_path):
     assert seconds == sorted(seconds)
 
 
+@pytest.fixture
+def listens():
+    """Ctrl-C interrupts, also where the tests themselves were started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listens")
 def test_ctrl_c_completes_and_saves_its_batch(small, capsys):
     """At 20, before the first checkpoint is due; what follows is the run that was left alone."""
 
@@ -70,6 +79,7 @@ def test_ctrl_c_completes_and_saves_its_batch(small, capsys):
     assert numbers(alone.folder) == expected
 
 
+@pytest.mark.usefixtures("listens")
 def test_a_second_ctrl_c_stops_at_once(small):
     def press(run):
         for _ in range(2):

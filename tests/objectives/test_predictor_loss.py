@@ -261,3 +261,9 @@ def test_slices_that_do_not_fit_are_refused(with_value, change, message):
     loss = make_loss() if with_value else make_loss(val_func=None, target_val_func=None)
     with pytest.raises(ValueError, match=message):
         loss(change(make_slices(5)))
+
+
+@pytest.mark.parametrize("name", ["rew_func", "val_func"])
+def test_functions_that_cannot_be_called_are_refused(name):
+    with pytest.raises(TypeError, match=f"{name} must be"):
+        make_loss(**{name: "a value", "target_val_func": None})

@@ -66,10 +66,12 @@ class ModelLoss(TermsLoss):
         model: The ensemble.
         per_member: Whether batches have a leading member axis, ``[M, N]``, so that each member
             learns from transitions of its own; otherwise all learn from the same ``[N]``.
-        beta: In [0, 1]. Each dimension's part of the gradient is multiplied by ``std ** (2 *
-            beta)``, its predicted std in the units of the target: beta-NLL (arXiv 2203.09168,
-            section 3). The plain likelihood (0) favours dimensions that are already predicted
-            well, squared errors (1) those that are predicted badly. With several modes, each is
+        beta: In [0, 1]. Each row's part of the gradient of a dimension is multiplied by ``std ** (2
+            * beta)``, its predicted std: beta-NLL (arXiv 2203.09168, section 3). The plain
+            likelihood (0) favours rows that are already predicted well, squared errors (1) those
+            that are predicted badly. The factors are divided by their mean over the batch, in each
+            dimension: otherwise a dimension that is predicted to a thousandth of its spread would
+            hardly count beside the others, and beside termination. With several modes, each is
             weighted by its own std, with the responsibilities of the unweighted likelihood (the
             gradient of a mixture's likelihood is that of its modes' log-densities, averaged with
             these).
@@ -201,7 +203,8 @@ class ModelLoss(TermsLoss):
         nll = -(log_prob.squeeze(-1) * weight).sum(-1)  # [M]
         dynamics = nll
         if isinstance(beta, Tensor) or beta:
-            weighted = self._beta_weighted(-surprise - constant, log_std, log_weights, beta)
+            densities = -surprise - constant
+            weighted = self._beta_weighted(densities, log_std, log_weights, beta, weight)
             dynamics = -(weighted * weight).sum(-1)
         bce = (_termination_bce(term_prob, terminated) * weight).sum(-1)  # [M]
         return {
@@ -213,11 +216,16 @@ class ModelLoss(TermsLoss):
 
     @staticmethod
     def _beta_weighted(
-        densities: Tensor, log_std: Tensor, log_weights: Tensor, beta: Tensor | float
+        densities: Tensor,
+        log_std: Tensor,
+        log_weights: Tensor,
+        beta: Tensor | float,
+        weight: Tensor,
     ) -> Tensor:
         """Weight the log-likelihood by powers of the std, ``[M, N]``.
 
-        With responsibilities ``r`` and weights ``v = std ** (2 beta)``, both without gradient:
+        With responsibilities ``r`` and weights ``v = std ** (2 beta)``, divided by their mean over
+        rows and modes, both without gradient:
         ``sum_k r_k (log w_k - log r_k + sum_d v_kd log p_kd)``; with ``beta = 0`` it is the
         log-likelihood, in value and in gradient.
 
@@ -226,8 +234,12 @@ class ModelLoss(TermsLoss):
             log_std: ``[M, N, K, D]``.
             log_weights: ``log w [M, N, K]``.
             beta: ``[]``.
+            weight: Shares of the rows, ``[M, N]``.
         """
-        weighted = ((2.0 * beta * log_std.detach()).exp() * densities).sum(-1)
+        v = (2.0 * beta * log_std.detach()).exp()
+        mean = (v * weight[..., None, None]).sum((1, 2), keepdim=True) / v.shape[-2]
+        v = v / mean.clamp_min(torch.finfo(v.dtype).tiny)
+        weighted = (v * densities).sum(-1)
         if weighted.shape[-1] == 1:
             return weighted.squeeze(-1)
         log_r = (densities.detach().sum(-1) + log_weights.detach()).log_softmax(-1)

@@ -188,8 +188,8 @@ def _warn_of_rounding(state: Tensor, next_state: Tensor) -> None:
     buried = ((spread > 0) & (spread < 8 * gap)) | (
         (spread_of_change > 0) & (spread_of_change < 4 * gap)
     )
-    buried = buried & (far > 1e3)
-    found = [d for d, is_buried in enumerate(buried.tolist()) if is_buried]
+    told_apart = ~(buried & (far > 1e3))
+    found = [d for d, is_fine in enumerate(told_apart.tolist()) if not is_fine]
     if found:
         values = ", ".join(f"{far[d].item():.4g}" for d in found)
         warnings.warn(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
@@ -37,6 +38,16 @@ class WholeState(TensorDictModuleBase):
         result.missing_keys.extend(name for name in own if name not in state_dict)
         result.unexpected_keys.extend(name for name in state_dict if name not in own)
         return result
+
+    def reset_parameters_recursive(
+        self, parameters: TensorDictBase | None = None
+    ) -> TensorDictBase | None:
+        """Call tensordict's method, or without ``parameters`` an own ``reset_parameters``."""
+        own = getattr(type(self), "reset_parameters", None)
+        if parameters is not None or own is None:
+            return super().reset_parameters_recursive(parameters)
+        own(self)
+        return None
 
 
 def _check_parameters(name: str, parameters: set[str], saved: Mapping[str, Any]) -> None:

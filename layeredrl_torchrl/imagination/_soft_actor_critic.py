@@ -116,6 +116,10 @@ class SoftActorCritic(LossModule):
             create_target_params=delay_qvalue,
             compare_against=list(actor_network.parameters()),
         )
+        named = self.qvalue_network.named_modules()
+        heads = [n.split(".") for n, m in named if isinstance(m, ScalarHead)]
+        # Where a critic keeps the scale of its output.
+        self._head = (*heads[0], "out_scale") if heads else None
         self._critics = _vmap_func(self.qvalue_network, (None, 0), randomness=self.vmap_randomness)
         device = next(actor_network.parameters()).device
         log_alpha = torch.tensor(math.log(alpha_init), device=device)
@@ -191,13 +195,7 @@ class SoftActorCritic(LossModule):
 
     def _scale(self) -> Tensor | float:
         """The scale of the critics' outputs; 1 of networks that have none."""
-        heads = self._heads()
-        return 1.0 if not heads else self.qvalue_network_params.get((*heads[0], "out_scale"))[0]
-
-    def _heads(self) -> list[tuple[str, ...]]:
-        """Where in the critic networks the heads are that can be rescaled."""
-        named = self.qvalue_network.named_modules()
-        return [tuple(name.split(".")) for name, m in named if isinstance(m, ScalarHead)]
+        return 1.0 if self._head is None else self.qvalue_network_params.get(self._head)[0]
 
     def _values(self, tensordict: TensorDictBase, params: Any) -> Tensor:
         """What each critic says, ``[critics, *B]``."""
@@ -207,16 +205,19 @@ class SoftActorCritic(LossModule):
     def _targets(self) -> Any:
         return self.target_qvalue_network_params.detach()
 
-    def _next_values(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
-        """Target critics' value of the policy at next states, and its entropy bonus, ``[*B]``."""
+    def _soft_step(
+        self, tensordict: TensorDictBase, reward: Tensor, terminated: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Value of the policy at next states, and rewards with the entropy there, ``[*B, 1]``."""
         state, context, _ = self.step_keys
         self.read(tensordict, unravel_key(("next", state)))
         following = tensordict.get("next").select(state, context, strict=False)
         if following.get(context, None) is None and tensordict.get(context, None) is not None:
             following.set(context, tensordict.get(context))
         with self._acting() as act:
-            log_prob = act(following)
-        return self._values(following, self._targets()).amin(0), -self.alpha * log_prob
+            entropy = -self.alpha * act(following).unsqueeze(-1)
+        value = self._values(following, self._targets()).amin(0).unsqueeze(-1)
+        return value, reward + self.gamma * ~terminated * entropy
 
     def _bounded(self, target: Tensor) -> Tensor:
         return torch.maximum(torch.minimum(target, self.bounds[1]), self.bounds[0])
@@ -236,15 +237,21 @@ class SoftActorCritic(LossModule):
         keys = self.tensor_keys
         names = (keys.reward, keys.done, keys.terminated)
         reward, done, terminated = (self.read(episodes, ("next", name)) for name in names)
-        value, entropy = (x.unsqueeze(-1) for x in self._next_values(episodes))
-        reward = reward + self.gamma * ~terminated * entropy
-        if self.lmbda:
-            target = vec_td_lambda_return_estimate(
-                self.gamma, self.lmbda, value, reward, done, terminated
-            )
-        else:
-            target = td0_return_estimate(self.gamma, value, reward, terminated)
+        if not self.lmbda:
+            return episodes.set(keys.value_target, self._one_step(episodes))
+        value, reward = self._soft_step(episodes, reward, terminated)
+        target = vec_td_lambda_return_estimate(
+            self.gamma, self.lmbda, value, reward, done, terminated
+        )
         return episodes.set(keys.value_target, self._bounded(target))
+
+    @torch.no_grad()
+    def _one_step(self, tensordict: TensorDictBase) -> Tensor:
+        """SAC's target of a transition, ``[*B, 1]``."""
+        names = (self.tensor_keys.reward, self.tensor_keys.terminated)
+        reward, terminated = (self.read(tensordict, ("next", name)) for name in names)
+        value, reward = self._soft_step(tensordict, reward, terminated)
+        return self._bounded(td0_return_estimate(self.gamma, value, reward, terminated))
 
     @torch.no_grad()
     def fit_scale(self, episodes: TensorDictBase, rate: float = 1.0) -> None:

@@ -217,17 +217,6 @@ class ValueGradientLoss(SoftActorCritic):
             total = total + (episode.share[1:] * entropy[1:]).sum(0) + episode.share[-1] * last
             return self._bounded(total)
 
-    @torch.no_grad()
-    def _one_step(self, tensordict: TensorDictBase) -> Tensor:
-        """SAC's target of a transition, ``[*B]``."""
-        keys = self.tensor_keys
-        reward, terminated = (
-            self.read(tensordict, ("next", key)) for key in (keys.reward, keys.terminated)
-        )
-        value, entropy = self._next_values(tensordict)
-        alive = ~terminated.squeeze(-1)
-        return self._bounded(reward.squeeze(-1) + self.gamma * alive * (value + entropy))
-
     # -- imagination ----------------------------------------------------------------------------
 
     @watched

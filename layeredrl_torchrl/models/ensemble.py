@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from layeredrl_torchrl._checks import check_flag, check_number
@@ -295,15 +294,6 @@ class ProbabilisticEnsemble(Model):
         self.n_averaged.zero_()
         self._averaging = False
         self.calibration.reset_parameters()
-
-    def reset_parameters_recursive(
-        self, parameters: TensorDictBase | None = None
-    ) -> TensorDictBase | None:
-        """Call tensordict's method with ``parameters``, :meth:`reset_parameters` without."""
-        if parameters is not None:
-            return super().reset_parameters_recursive(parameters)
-        self.reset_parameters()
-        return None
 
     @torch.no_grad()
     def update_average(self) -> None:

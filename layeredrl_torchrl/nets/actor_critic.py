@@ -10,8 +10,9 @@ from tensordict import NestedKey
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import Tensor, nn
 from torchrl.data import Bounded
-from torchrl.modules import MLP, ProbabilisticActor, ValueOperator
+from torchrl.modules import ProbabilisticActor, ValueOperator
 
+from layeredrl_torchrl.nets._fully_connected import fully_connected
 from layeredrl_torchrl.nets.heads import RewardNet
 from layeredrl_torchrl.nets.normalizer import Normalizer
 from layeredrl_torchrl.nets.squashed_normal import Bounds, SquashedNormal
@@ -92,14 +93,8 @@ class _PolicyNet(nn.Module):
         super().__init__()
         self.bounds = bounds
         self.inputs = Normalizer(n_in)
-        self.net = MLP(
-            in_features=n_in,
-            out_features=2 * bounds.low.numel(),
-            num_cells=list(hidden_sizes),
-            activation_class=nonlinearity,
-            norm_class=nn.LayerNorm if layer_norm else None,
-            norm_kwargs=[{"normalized_shape": n} for n in hidden_sizes] if layer_norm else None,
-        )
+        n_out = 2 * bounds.low.numel()
+        self.net = fully_connected(n_in, n_out, hidden_sizes, nonlinearity, layer_norm)
         self.split = NormalParamExtractor()
 
     def forward(self, *parts: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchrl.modules import MLP
 
 from layeredrl_torchrl._checks import check_callable, check_flag, check_positive_int, check_sizes
 from layeredrl_torchrl._precision import worthwhile_autocast
+from layeredrl_torchrl.nets._fully_connected import fully_connected
 from layeredrl_torchrl.nets.normalizer import Normalizer
 from layeredrl_torchrl.specs import Space, action_features, to_spec, width
 
@@ -53,14 +53,7 @@ class ScalarHead(nn.Module, ABC):
         check_callable("nonlinearity", nonlinearity, factory=True)
         check_flag("layer_norm", layer_norm)
         self.inputs = Normalizer(in_features)
-        self.net = MLP(
-            in_features=in_features,
-            out_features=1,
-            num_cells=list(hidden_sizes),
-            activation_class=nonlinearity,
-            norm_class=nn.LayerNorm if layer_norm else None,
-            norm_kwargs=[{"normalized_shape": n} for n in hidden_sizes] if layer_norm else None,
-        )
+        self.net = fully_connected(in_features, 1, hidden_sizes, nonlinearity, layer_norm)
         self.register_buffer("out_loc", torch.zeros(()))
         self.register_buffer("out_scale", torch.ones(()))
         self._zero_output()

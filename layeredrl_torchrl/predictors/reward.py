@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase, unravel_key
+from tensordict import unravel_key
 from torch import Tensor, nn
 from torchrl.data import ReplayBuffer
 from torchrl.record.loggers import Logger
@@ -317,15 +317,6 @@ class RewardPredictor(Predictor):
         self._reset_parameters(self)
         if self.target_val_func is not None and isinstance(self.val_func, nn.Module):
             self.target_val_func.load_state_dict(self.val_func.state_dict())
-
-    def reset_parameters_recursive(
-        self, parameters: TensorDictBase | None = None
-    ) -> TensorDictBase | None:
-        """Call tensordict's method with ``parameters``, :meth:`reset_parameters` without."""
-        if parameters is not None:
-            return super().reset_parameters_recursive(parameters)
-        self.reset_parameters()
-        return None
 
     # -- learning ---------------------------------------------------------------------------
 

@@ -70,6 +70,7 @@ def make_planner(config: Config, agent, gamma: float) -> ICEMPlanner:
         n_iterations=3,
         discount=gamma,
         use_value_func=True,
+        deterministic_mode="best",  # in evaluation as in training
         proposal=PolicyProposal(guided, actor),
     )
 

@@ -111,6 +111,7 @@ def make_level(config: Config, task: Task, env: EnvBase) -> PlannerLevel:
             n_iterations=config.n_iterations,
             discount=config.gamma,
             use_value_func=config.use_value,
+            deterministic_mode="best",  # in evaluation as in training
         ),
         n_initial_random_steps=config.random_steps,
         random_prob=config.random_prob,

@@ -113,6 +113,7 @@ def make_planner(config: Config, predictor: RewardPredictor) -> ICEMPlanner:
         elite_ratio=config.elite_ratio,
         discount=config.gamma,
         use_value_func=True,
+        deterministic_mode="best",  # in evaluation as in training
         propagation=Expectation(),
     )
 

@@ -108,6 +108,7 @@ def make_planner(config: Config, task: Task, step: int) -> PlannerLevel:
             n_iterations=config.n_iterations,
             discount=config.gamma**step,
             use_value_func=True,
+            deterministic_mode="best",  # in evaluation as in training
         ),
         n_initial_random_steps=config.steps_per_batch,
         random_duration=1,

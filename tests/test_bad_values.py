@@ -110,6 +110,7 @@ TABLE = {
         | {
             "initial_sigma": [0.0, -1.0, NAN, INF, "1", True],
             "return_mode": ["worst", 3],
+            "deterministic_mode": ["worst", 3],
             "risk": [3, "CVaR", lrl.CVaR],
             "callback": FUNCTION,
             "proposal": FUNCTION,

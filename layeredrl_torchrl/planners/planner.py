@@ -10,6 +10,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from torch import Tensor, nn
 from torchrl.data import Categorical, Composite, OneHot, TensorSpec
 from torchrl.envs import TensorDictPrimer
+from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.modules.planners.common import MPCPlannerBase
 
 from layeredrl_torchrl._checks import check_callable, check_flag, check_instance, require
@@ -20,7 +21,12 @@ from layeredrl_torchrl.imagination import PredictorEnv
 from layeredrl_torchrl.nets import StackedProbFCDynamics
 from layeredrl_torchrl.optimizers import Optimizer, Solution
 from layeredrl_torchrl.planners.proposals import Proposal
-from layeredrl_torchrl.planners.return_modes import ReturnMode, best_plan, find_return_mode
+from layeredrl_torchrl.planners.return_modes import (
+    ReturnMode,
+    best_plan,
+    find_return_mode,
+    mean_plan,
+)
 from layeredrl_torchrl.planners.risk import Mean
 from layeredrl_torchrl.predictors import Predictor, ReturnOptions
 from layeredrl_torchrl.specs import ActionForm, Space, is_discrete, width
@@ -60,6 +66,9 @@ class PredictorPlanner(MPCPlannerBase):
         return_mode: Which sequence is the plan: :func:`~layeredrl_torchrl.best_plan`,
             :func:`~layeredrl_torchrl.mean_plan`, another function of the optimizer's solution, or
             LayeredRL's names ``"best"``, ``"mean"``, ``"random"``.
+        deterministic_mode: The same where TorchRL's ``set_exploration_type`` asks for any type but
+            ``RANDOM``, as its ``Evaluator`` does: :func:`~layeredrl_torchrl.mean_plan` by default.
+            The search itself still draws its candidates at random.
         risk: Turns the returns ``[*B, M, P]`` of members and particles into one score; their mean
             by default.
         proposal: ``(state [*B, D], context [*B, C], horizon) -> [*B, any, H, A]``: action sequences
@@ -88,6 +97,7 @@ class PredictorPlanner(MPCPlannerBase):
         *,
         action_spec: TensorSpec | Space | None = None,
         return_mode: ReturnMode | str = best_plan,
+        deterministic_mode: ReturnMode | str = mean_plan,
         risk: Callable[[Tensor], Tensor] | None = None,
         proposal: Proposal | None = None,
         callback: Callable[[TensorDictBase], object] | None = None,
@@ -124,6 +134,7 @@ class PredictorPlanner(MPCPlannerBase):
             )
         self.optimizer = optimizer.to(env.device)
         self.return_mode = find_return_mode(return_mode)
+        self.deterministic_mode = find_return_mode(deterministic_mode, "deterministic_mode")
         self.options = options
         self.risk = Mean() if risk is None else risk
         self.proposal = proposal
@@ -172,6 +183,12 @@ class PredictorPlanner(MPCPlannerBase):
             model.compile(**options)
         if isinstance(reward, nn.Module):
             reward.compile(**options)
+
+    @property
+    def _mode(self) -> ReturnMode:
+        """The return mode for TorchRL's exploration type of the moment."""
+        random = exploration_type() in (ExplorationType.RANDOM, None)
+        return self.return_mode if random else self.deterministic_mode
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
         """Return the transform that carries the memory between steps and clears it at resets."""
@@ -273,7 +290,7 @@ class PredictorPlanner(MPCPlannerBase):
 
         entries = {key: memory.get(key) for key in memory.keys()}
         solution = self.optimizer.optimize(cost, TensorDict(entries, batch), noise, proposals)
-        return self._form(self.return_mode(solution)), solution
+        return self._form(self._mode(solution)), solution
 
     def _replay(
         self,
@@ -306,7 +323,7 @@ class PredictorPlanner(MPCPlannerBase):
         name = (
             "plan",
             predictor.training,
-            *map(id, (self.options, *functions, self.risk, self.return_mode)),
+            *map(id, (self.options, *functions, self.risk, self._mode)),
             noise is None,
             proposals is None,
         )

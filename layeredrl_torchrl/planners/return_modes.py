@@ -36,14 +36,14 @@ _BY_NAME: Mapping[str, ReturnMode] = MappingProxyType(
 )
 
 
-def find_return_mode(given: ReturnMode | str) -> ReturnMode:
+def find_return_mode(given: ReturnMode | str, name: str = "return_mode") -> ReturnMode:
     """Return the mode that LayeredRL has under this name; functions are returned as they are."""
     if not isinstance(given, str):
-        check_callable("return_mode", given)
+        check_callable(name, given)
         return given
     if given not in _BY_NAME:
         raise ValueError(
-            f"return_mode is {given!r}, expected one of {sorted(_BY_NAME)} or a function from a "
+            f"{name} is {given!r}, expected one of {sorted(_BY_NAME)} or a function from a "
             "Solution to a sequence"
         )
     return _BY_NAME[given]

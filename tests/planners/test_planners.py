@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from helpers import known, make_point, make_predictor, observed
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torchrl.data import Bounded, Categorical, OneHot, Unbounded
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import CEMPlanner as TorchRLCEM
 from torchrl.modules import MPPIPlanner as TorchRLMPPI
 from torchrl.modules.planners.common import MPCPlannerBase
@@ -295,6 +297,21 @@ def test_what_is_returned():
         planner = CEMPlanner(predictor, horizon=3, n_samples=30, return_mode=function)
         actions, solution = planner.plan(observed(planner, obs))
         assert torch.equal(actions, getattr(solution, name) if name else -solution.best)
+
+
+@pytest.mark.parametrize("how", [None, *ExplorationType])
+@pytest.mark.parametrize("chosen", [{}, {"deterministic_mode": "random"}], ids=["", "chosen"])
+def test_the_exploration_type_of_torchrl_chooses_the_return_mode(how, chosen):
+    predictor, obs = make_point(), torch.randn(3, 2)
+    planner = ICEMPlanner(predictor, horizon=3, n_samples=30, **chosen)
+    # What an Evaluator, which asks for DETERMINISTIC, and a collector, for RANDOM, would play.
+    with nullcontext() if how is None else set_exploration_type(how):
+        actions, solution = planner.plan(observed(planner, obs))
+    other = chosen.get("deterministic_mode", "mean")
+    expected = "best" if how in (None, ExplorationType.RANDOM) else other
+    assert torch.equal(actions, getattr(solution, expected))
+    names = {"mean", "best", "random"} - {expected}
+    assert not any(torch.equal(actions, getattr(solution, name)) for name in names)
 
 
 def test_the_callback_sees_the_plan_and_changes_nothing(kind):

@@ -11,14 +11,13 @@ DHMBPO, arXiv 2512.15439). One update for each real step is enough.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictSequential
+from tensordict.nn import CudaGraphModule, TensorDictSequential
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import EnvBase, ExplorationType, RewardSum, set_exploration_type
 from torchrl.objectives import SoftUpdate
@@ -49,8 +48,6 @@ class Config(runs.RunOptions):
     """Episodes that are imagined side by side."""
     updates_per_imagination: runs.Count = 20
     """Updates until the next are imagined; those of five times are kept."""
-    lmbda: runs.Share = 0.97
-    """Decay of the critics' lambda-returns."""
     updates_per_step: runs.Positive = 1.0
     """Updates of the policy for every real step; the critics make twice as many."""
     model_updates_per_step: runs.Positive = 1.0
@@ -63,8 +60,8 @@ class Config(runs.RunOptions):
     """Width of the three hidden layers of the model's networks."""
     lr: runs.Positive = 1e-3
     """Learning rate of policy and critics."""
-    tau: runs.Share = 0.02
-    """Share of the critics that their targets take up in an update."""
+    compile: bool = False
+    """Whether the model is compiled, and on a GPU each update captured as a CUDA graph."""
     steps_per_batch: runs.Count = 250
     """Real steps between two learning phases."""
     steps_per_evaluation: runs.Count = 1000
@@ -95,27 +92,30 @@ class Agent:
         )
         spaces = env.observation_spec_unbatched, env.action_spec_unbatched
         self.predictor = make_predictor(*spaces, device=config.device)
-        sizes = len(task.state_dims), len(task.context_dims), spaces[1]
-        widths = (config.hidden_size,) * 2
-        self.actor = TanhActor(*sizes, hidden_sizes=widths)
-        qvalue = QValueOperator(*sizes, hidden_sizes=widths)
+        sizes = len(task.state_dims), len(task.context_dims), spaces[1], (config.hidden_size,) * 2
+        self.actor, qvalue = TanhActor(*sizes), QValueOperator(*sizes)
         options = {"horizon": config.horizon, "mean_qvalue": True}
-        self.loss = lt.ValueGradientLoss(self.actor, qvalue, self.predictor, **options)
-        self.loss.make_value_estimator(gamma=config.gamma, lmbda=config.lmbda)
-        self.loss.to(config.device)
+        loss = lt.ValueGradientLoss(self.actor, qvalue, self.predictor, **options)
+        loss.make_value_estimator(gamma=config.gamma, lmbda=0.97)
+        self.loss = loss.to(config.device)
         self.policy = TensorDictSequential(self.predictor.encoder, self.actor)
-        self.target = SoftUpdate(self.loss, tau=config.tau)
+        self.target = SoftUpdate(self.loss, tau=0.02)
         nets = [p for name, p in self.loss.named_parameters() if name != "log_alpha"]
         groups = [{"params": nets}, {"params": [self.loss.log_alpha], "lr": 3e-4}]
-        self.optim = torch.optim.Adam(groups, lr=config.lr, fused=True)
+        on_gpu = torch.device(config.device).type == "cuda"
+        self.optim = torch.optim.Adam(groups, lr=config.lr, fused=True, capturable=on_gpu)
+        self.take = self.update
+        if config.compile:
+            self.predictor.compile(cudagraphs=True)
+            if on_gpu:
+                self.take = CudaGraphModule(self.update, in_keys=[], out_keys=[])
         store = partial(LazyTensorStorage, device=config.device)
         self.real = TensorDictReplayBuffer(storage=store(max(total, 100_000), ndim=2))
         size = 5 * config.n_episodes * config.episode_steps
         self.imagined = TensorDictReplayBuffer(storage=store(size))
-        self.counts = {"steps": 0, "updates": 0}
+        self.counts, model_optim = {"steps": 0, "updates": 0}, self.predictor.optim
         names = ("loss", "optim", "real", "imagined", "counts", "predictor")
-        self.parts = {name: vars(self)[name] for name in names}
-        self.parts["model_optim"] = self.predictor.optim
+        self.parts = {name: vars(self)[name] for name in names} | {"model_optim": model_optim}
 
     def learn(self, data: TensorDictBase) -> dict[str, float]:
         """Store real experience `[env, T]`; then update the model, the critics and the policy."""
@@ -132,7 +132,13 @@ class Agent:
         self.loss.fit_inputs(self.predictor.encoder(self.real[:]))
         self.imagined.empty()  # what the model said before it was fitted
         n_updates = max(round(config.updates_per_step * n_steps), 1)
-        terms = torch.stack([self.update(i) for i in range(n_updates)]).mean()
+        found = []
+        for i in range(n_updates):
+            if i % config.updates_per_imagination == 0:
+                self.imagine()
+            found.append(self.take(self.imagined.sample(5 * config.batch_size // 2)))
+        counts["updates"] += n_updates
+        terms = torch.stack(found).mean()
         return info | {name: value.item() for name, value in terms.items()}
 
     @torch.no_grad()
@@ -147,16 +153,14 @@ class Agent:
         self.loss.fit_scale(episodes, rate=0.05)
         self.imagined.extend(self.loss.value_targets(episodes).select(*KEYS).reshape(-1))
 
-    def update(self, i: int) -> TensorDict:
-        """Update the critics twice, then policy and entropy's weight; imagine if it is time."""
-        if i % self.config.updates_per_imagination == 0:
-            self.imagine()
-        self.counts["updates"] += 1
-        for _ in range(2):
-            loss, _ = self.loss.qvalue_loss(self.imagined.sample(self.config.batch_size))
+    def update(self, rows: TensorDictBase) -> TensorDict:
+        """Update the critics twice, then policy and entropy's weight, each with rows of its own."""
+        *for_critics, for_actor = rows.split(self.config.batch_size)
+        for batch in for_critics:
+            loss, _ = self.loss.qvalue_loss(batch)
             self.step(loss)
             self.target.step()
-        loss_actor, found = self.loss.actor_loss(self.imagined.sample(self.config.batch_size // 2))
+        loss_actor, found = self.loss.actor_loss(for_actor)
         self.step(loss_actor + self.loss.alpha_loss(found["log_prob"]))
         terms = {"value": found["value"].mean(), "entropy": -found["log_prob"].mean()}
         return TensorDict({"loss_qvalue": loss.detach(), "alpha": self.loss.alpha, **terms})
@@ -184,7 +188,7 @@ def main(config: Config) -> None:
         agent = Agent(config, task, env, total)
         run.keep(**agent.parts)
         for data in run.collect(env, agent.policy, init_random_frames=agent.random_steps):
-            row = dict.fromkeys(TERMS, math.nan) | agent.learn(data)
+            row = dict.fromkeys(TERMS, float("nan")) | agent.learn(data)
             if run.steps % config.steps_per_evaluation < data.numel():
                 ends = evaluate(config.seed + 20_000, 3)["episode_reward"]
                 row["evaluation"] = ends.mean().item()

@@ -6,6 +6,7 @@ from layeredrl_torchrl.levels.dqn import DQNLearner
 from layeredrl_torchrl.levels.fixed import ActionSequenceLevel, ConstantLevel, RandomLevel
 from layeredrl_torchrl.levels.learners import Learner
 from layeredrl_torchrl.levels.level import Level
+from layeredrl_torchrl.levels.loss_learner import LossLearner
 from layeredrl_torchrl.levels.model_free import ModelFreeLevel
 from layeredrl_torchrl.levels.planner import Planner
 from layeredrl_torchrl.levels.planner_level import PlannerLevel
@@ -21,6 +22,7 @@ __all__ = [
     "Learner",
     "LearningLevel",
     "Level",
+    "LossLearner",
     "ModelFreeLevel",
     "Planner",
     "PlannerLevel",

@@ -13,6 +13,7 @@ from torchrl.objectives import DQNLoss
 from layeredrl_torchrl._checks import check_flag, check_number, check_sizes
 from layeredrl_torchrl.levels._mlp import FlatMLP, layers, mlp
 from layeredrl_torchrl.levels.learners import Learner
+from layeredrl_torchrl.predictors._learning_rates import LearningRate
 from layeredrl_torchrl.specs import is_discrete, width
 
 __all__ = ["DQNLearner"]
@@ -31,7 +32,7 @@ class DQNLearner(Learner):
         action_spec: A ``OneHot`` or ``Categorical`` spec.
         hidden_sizes: Width of each hidden layer.
         gamma: Discount over one of the level's own actions.
-        lr: Learning rate.
+        lr: Learning rate; see :class:`Learner`.
         tau: Share by which the target network moves towards the network at each update.
         epsilon: Share of the actions that are drawn at random while exploring.
         double: Whether the network chooses the next action and the target network evaluates it;
@@ -50,7 +51,7 @@ class DQNLearner(Learner):
         *,
         hidden_sizes: Sequence[int] = (128, 128),
         gamma: float = 0.99,
-        lr: float = 3e-4,
+        lr: LearningRate = 3e-4,
         tau: float = 0.005,
         epsilon: float = 0.1,
         double: bool = True,

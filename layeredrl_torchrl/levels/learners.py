@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,19 +13,24 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torchrl.objectives import LossModule, SoftUpdate, ValueEstimators
 
-from layeredrl_torchrl._checks import check_number
+from layeredrl_torchrl._checks import check_callable, check_number, check_positive_int
 from layeredrl_torchrl._state import refuse_other_shapes
 from layeredrl_torchrl._watch import refuse
+from layeredrl_torchrl.predictors._learning_rates import LearningRate
 
-__all__ = ["Learner"]
+__all__ = ["Learner", "has_targets"]
+
+_TARGETS = re.compile(r"target_\w+_params\.")
+_ACTOR = re.compile(r"loss_actor|loss_alpha$")
 
 
 class Learner(nn.Module, ABC):
     """The policy and the loss of a :class:`~layeredrl_torchrl.ModelFreeLevel`.
 
     A subclass builds a TorchRL loss over the key ``"features"``, and implements the policy in
-    :meth:`act`. Gradient steps are taken with Adam on the sum of the loss's terms that begin with
-    ``"loss"``; after each, TorchRL's ``SoftUpdate`` updates the target networks.
+    :meth:`act`. :class:`~layeredrl_torchrl.levels.LossLearner` does so for any loss that has its
+    policy in it. Gradient steps are taken on the sum of the loss's terms that begin with
+    ``"loss"``; where it has target networks, TorchRL's ``SoftUpdate`` updates them afterwards.
 
     All parameters belong to ``loss``, as TorchRL has it. Copies and pickles can act but not learn.
 
@@ -32,32 +40,89 @@ class Learner(nn.Module, ABC):
 
     Args:
         loss: Reads ``"features" [N, F]``, ``"action"`` and below ``"next"`` the features,
-            ``reward``, ``terminated`` and ``done``, each ``[N, 1]``. It has target networks.
+            ``reward``, ``terminated`` and ``done``, each ``[N, 1]``.
         gamma: Discount over one of the level's own actions, in ``[0, 1]``.
-        lr: Learning rate.
-        tau: Share by which target networks move at each update, in ``(0, 1]``.
+        lr: Learning rate: a number, or a function of the environment steps, called before the
+            updates of each ``learn``.
+        tau: Share by which target networks move when they are updated, in ``(0, 1]``; ``None`` for
+            a loss without.
+        actor_every: Updates for each step of the actor and its temperature, that is of the terms
+            ``loss_actor*`` and ``loss_alpha``; 2 in TD3.
+        targets_every: Updates for each update of the target networks; 2 in TD3.
+        optim_factory: Called as ``optim_factory(parameters, lr=...)``, returns a torch optimizer;
+            Adam by default.
 
     Raises:
-        ValueError: Numbers outside their range.
+        TypeError, ValueError: Numbers outside their range; ``tau`` or ``targets_every`` for a loss
+            without target networks, or ``tau=None`` for one with them; ``actor_every`` for one
+            without an actor.
     """
 
-    def __init__(self, loss: LossModule, *, gamma: float, lr: float, tau: float) -> None:
+    n_updates: Tensor  # [] int64, only where an update may leave something out
+
+    def __init__(
+        self,
+        loss: LossModule,
+        *,
+        gamma: float,
+        lr: LearningRate,
+        tau: float | None,
+        actor_every: int = 1,
+        targets_every: int = 1,
+        optim_factory: Callable[..., torch.optim.Optimizer] | None = None,
+    ) -> None:
         super().__init__()
         check_number("gamma", gamma, 0.0, 1.0)
-        check_number("lr", lr, 0.0, open_low=True)
-        check_number("tau", tau, 0.0, 1.0, open_low=True)
+        self.lr = lr
+        self.actor_every = check_positive_int("actor_every", actor_every)
+        self.targets_every = check_positive_int("targets_every", targets_every)
+        check_callable("optim_factory", optim_factory, optional=True)
+        name = type(loss).__name__
+        if actor_every > 1 and not hasattr(loss, "actor_network"):
+            raise ValueError(f"actor_every={actor_every} is about an actor, and {name} has none")
         loss.make_value_estimator(ValueEstimators.TD0, gamma=gamma)
         self.loss = loss
-        # SoftUpdate copies the networks to their targets, so it is built before a state is loaded.
-        self._targets: SoftUpdate | None = SoftUpdate(loss, tau=tau)
-        self.optim: torch.optim.Optimizer | None = torch.optim.Adam(
-            loss.parameters(), lr=lr, fused=True
-        )
+        self._targets: SoftUpdate | None = None
+        if has_targets(loss):
+            if tau is None:
+                raise ValueError(f"{name} has target networks, but tau is None; pass 0.005 or so")
+            check_number("tau", tau, 0.0, 1.0, open_low=True)
+            # It copies the networks to their targets, so it is built before a state is loaded.
+            self._targets = SoftUpdate(loss, tau=tau)
+        elif tau is not None or targets_every > 1:
+            raise ValueError(
+                f"{name} has no target networks, but tau={tau} and "
+                f"targets_every={targets_every} are about them; leave them out"
+            )
+        self._count = 0
+        if max(actor_every, targets_every) > 1:
+            self.register_buffer("n_updates", torch.zeros((), dtype=torch.int64))
+        make = optim_factory or partial(torch.optim.Adam, fused=True)
+        self.optim: torch.optim.Optimizer | None = make(loss.parameters(), lr=self._lr(0))
         refuse_other_shapes(self.optim)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the parts that only learning needs, which would change the original."""
         return {**self.__dict__, "_targets": None, "optim": None}
+
+    def _lr(self, n_env_steps: int) -> float:
+        if callable(self.lr):
+            return float(check_number("lr(n_env_steps)", self.lr(n_env_steps), 0.0))
+        return float(check_number("lr", self.lr, 0.0, open_low=True))
+
+    def begin(self, n_env_steps: int) -> None:
+        """Prepare for the updates of one ``learn``: set the learning rate.
+
+        Args:
+            n_env_steps: Environment steps so far.
+        """
+        if callable(self.lr) and self.optim is not None:
+            rate = self._lr(n_env_steps)
+            for group in self.optim.param_groups:
+                group["lr"] = rate
+        if max(self.actor_every, self.targets_every) > 1:
+            # Read here, since an update does not wait for an accelerator.
+            self._count = int(self.n_updates)
 
     @abstractmethod
     def act(self, features: Tensor, *, explore: bool) -> Tensor:
@@ -75,6 +140,8 @@ class Learner(nn.Module, ABC):
     def update(self, batch: TensorDictBase) -> dict[str, Tensor]:
         """Take one gradient step on ``batch [N]``, whose actions are prepared.
 
+        The actor and the targets are left out where it is not their turn.
+
         Returns:
             The loss's terms without gradient; those that are no scalars are averaged.
 
@@ -83,19 +150,26 @@ class Learner(nn.Module, ABC):
                 later call raises.
             RuntimeError: This is a copy.
         """
-        if self.optim is None or self._targets is None:
+        if self.optim is None:
             raise RuntimeError(
                 f"this {type(self).__name__} is a copy that was made to act; learn with the "
                 "original"
             )
-        terms = self.loss(batch)
-        losses = [value for name, value in terms.items() if name.startswith("loss")]
-        total = torch.stack(losses).sum()
+        count = self._count + 1
+        found = self.loss(batch)
+        terms = {
+            key if isinstance(key, str) else ".".join(key): value
+            for key, value in found.items(True, True)
+        }
+        losses = [name for name in terms if name.startswith("loss")]
+        if count % self.actor_every:
+            losses = [name for name in losses if not _ACTOR.match(name)]
+        total = torch.stack([terms[name] for name in losses]).sum()
 
         def error(_: Tensor) -> ValueError:
-            found = {name: value.item() for name, value in terms.items()}
+            each = {name: value.mean().item() for name, value in terms.items()}
             return ValueError(
-                f"the loss is {total.item()} (terms: {found}); lower the learning rate, or scale "
+                f"the loss is {total.item()} (terms: {each}); lower the learning rate, or scale "
                 "the rewards (a reward-scaling transform)"
             )
 
@@ -103,6 +177,15 @@ class Learner(nn.Module, ABC):
         self.optim.zero_grad()
         total.backward()
         self.optim.step()
-        self._targets.step()
+        if self._targets is not None and count % self.targets_every == 0:
+            self._targets.step()
+        if max(self.actor_every, self.targets_every) > 1:
+            self._count = count
+            self.n_updates += 1
         detached = ((name, value.detach()) for name, value in terms.items())
         return {name: value.mean() if value.ndim else value for name, value in detached}
+
+
+def has_targets(loss: LossModule) -> bool:
+    """Return whether a loss has target networks, which are updated apart from it."""
+    return any(_TARGETS.match(key) for key, _ in loss.named_buffers())

@@ -70,7 +70,8 @@ class ModelFreeLevel(LearningLevel):
         action_space: Spec or space of one action.
         learner_factory: Called as ``learner_factory(n_features, action_spec)``, returns the
             :class:`~layeredrl_torchrl.levels.Learner`: ``partial(SACLearner, gamma=0.98)`` for
-            actions within bounds, ``partial(DQNLearner, ...)`` for choices.
+            actions within bounds, ``partial(DQNLearner, ...)`` for choices, or a function that
+            builds a :class:`~layeredrl_torchrl.levels.LossLearner` for any other loss of TorchRL.
         env: A TorchRL environment to take both spaces, and the keys of action and reward from.
         observation_key: Key of the observation.
         input_spec: See :class:`Level`.
@@ -150,7 +151,7 @@ class ModelFreeLevel(LearningLevel):
         self.observation_dim = width(spec)
         features = InputFeatures(self.observation_dim, self.input_spec, self.duration)
         learner = self.learner_factory(features.dim, action_spec)
-        hint = "pass partial(SACLearner, ...) or partial(DQNLearner, ...)"
+        hint = "pass partial(SACLearner, ...), or a function that returns a LossLearner"
         check_instance("the result of learner_factory", learner, Learner, hint=hint)
         self.features, self.learner = features, learner
         self.random_actions, self.reward_scale = RandomActions(action_spec), RewardScale()
@@ -261,6 +262,7 @@ class ModelFreeLevel(LearningLevel):
         counts: Counter[str] = Counter()
         bar = self.name if self.progress else None
         batches: list[TensorDictBase] = []
+        self.learner.begin(int(self.n_env_steps))
         for i in updates(n_updates, totals, counts, bar=bar):
             if not batches:
                 n = min(_N_AHEAD, n_updates - i)

@@ -10,13 +10,15 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential
 from torch import Tensor
-from torchrl.data import Bounded, TensorSpec
+from torchrl.data import TensorSpec
 from torchrl.modules import TanhNormal
 from torchrl.objectives import SACLoss
 
 from layeredrl_torchrl._checks import check_number, check_positive_int, check_sizes
 from layeredrl_torchrl.levels._mlp import FlatMLP, layers, mlp
+from layeredrl_torchrl.levels._unit_actions import finite_bounds, from_unit, to_unit
 from layeredrl_torchrl.levels.learners import Learner
+from layeredrl_torchrl.predictors._learning_rates import LearningRate
 from layeredrl_torchrl.specs import width
 
 __all__ = ["SACLearner"]
@@ -40,7 +42,7 @@ class SACLearner(Learner):
         action_spec: A ``Bounded`` spec with finite bounds.
         hidden_sizes: Width of each hidden layer, of policy and critics.
         gamma: Discount over one of the level's own actions.
-        lr: Learning rate of policy, critics and temperature.
+        lr: Learning rate of policy, critics and temperature; see :class:`Learner`.
         tau: Share by which the target critics move towards the critics at each update.
         n_critics: Number of critics; the least of their values counts.
         alpha_init: Initial temperature, the worth of a unit of entropy in reward.
@@ -63,23 +65,13 @@ class SACLearner(Learner):
         *,
         hidden_sizes: Sequence[int] = (128, 128),
         gamma: float = 0.99,
-        lr: float = 3e-4,
+        lr: LearningRate = 3e-4,
         tau: float = 0.005,
         n_critics: int = 2,
         alpha_init: float = 1.0,
         target_entropy: float | None = None,
     ) -> None:
-        if not isinstance(action_spec, Bounded):
-            raise TypeError(
-                f"SAC needs actions within bounds, a Bounded spec, got {action_spec}; for choices "
-                "pass DQNLearner"
-            )
-        low, high = action_spec.space.low, action_spec.space.high
-        if not bool((low.isfinite() & high.isfinite() & (high > low)).all()):
-            raise ValueError(
-                f"SAC needs finite bounds with high above low, got low={low.tolist()}, "
-                f"high={high.tolist()}; bound the actions in the environment"
-            )
+        low, high = finite_bounds("SAC", action_spec, hint="for choices pass DQNLearner")
         hidden_sizes = check_sizes("hidden_sizes", hidden_sizes)
         check_number("alpha_init", alpha_init, 0.0, open_low=True)
         if target_entropy is not None:
@@ -115,8 +107,8 @@ class SACLearner(Learner):
         # TorchRL creates this buffer when it is first read, which is too late for loading a state.
         loss.target_entropy  # noqa: B018
         super().__init__(loss, gamma=gamma, lr=lr, tau=tau)
-        self.register_buffer("low", low.clone().float())
-        self.register_buffer("high", high.clone().float())
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
         self.action_spec = action_spec
 
     def act(self, features: Tensor, *, explore: bool) -> Tensor:
@@ -124,12 +116,11 @@ class SACLearner(Learner):
         loc, scale = _split(mlp(features, layers(self.loss.actor_network_params["module", "0"])))
         if explore:
             loc = loc + scale * torch.randn_like(loc)
-        action = self.low + 0.5 * (loc.tanh() + 1.0) * (self.high - self.low)
-        return action.to(self.action_spec.dtype)
+        return from_unit(loc.tanh(), self.low, self.high).to(self.action_spec.dtype)
 
     def prepare(self, action: Tensor) -> Tensor:
         """Scale to ``[-1, 1]``."""
-        return 2.0 * (action.to(self.low.dtype) - self.low) / (self.high - self.low) - 1.0
+        return to_unit(action, self.low, self.high)
 
 
 class _Gaussian(FlatMLP):

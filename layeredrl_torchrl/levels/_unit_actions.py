@@ -1,0 +1,42 @@
+"""Actions in units of their bounds."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torchrl.data import Bounded, TensorSpec
+
+__all__ = ["finite_bounds", "from_unit", "to_unit"]
+
+
+def finite_bounds(name: str, action_spec: TensorSpec, *, hint: str) -> tuple[Tensor, Tensor]:
+    """Return both bounds ``[A]`` of an action, as floats.
+
+    Args:
+        name: What needs them, for the message.
+        action_spec: Spec of one action.
+        hint: What to do about another kind of spec, for the message.
+
+    Raises:
+        TypeError: No ``Bounded`` spec. ValueError: Bounds that are not finite, or not in order.
+    """
+    if not isinstance(action_spec, Bounded):
+        raise TypeError(
+            f"{name} needs actions within bounds, a Bounded spec, got {action_spec}; {hint}"
+        )
+    low, high = action_spec.space.low, action_spec.space.high
+    if not bool((low.isfinite() & high.isfinite() & (high > low)).all()):
+        raise ValueError(
+            f"{name} needs finite bounds with high above low, got low={low.tolist()}, "
+            f"high={high.tolist()}; bound the actions in the environment"
+        )
+    return low.clone().float(), high.clone().float()
+
+
+def to_unit(action: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Scale actions ``[*B, A]`` from their bounds to ``[-1, 1]``."""
+    return 2.0 * (action.to(low.dtype) - low) / (high - low) - 1.0
+
+
+def from_unit(unit: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Scale ``[*B, A]`` from ``[-1, 1]`` to the bounds."""
+    return low + 0.5 * (unit + 1.0) * (high - low)

@@ -1,0 +1,327 @@
+"""Any off-policy loss of TorchRL in a ModelFreeLevel: known optima, and a twin by hand."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from helpers import SPACES, make_transitions, model_free_level, unchanged
+from tensordict import TensorDict
+from tensordict.nn import NormalParamExtractor, TensorDictModule
+from torch import nn
+from torchrl.data import Bounded, OneHot, Unbounded
+from torchrl.modules import MLP, ProbabilisticActor, QValueActor, TanhNormal, ValueOperator
+from torchrl.objectives import (
+    CrossQLoss,
+    DDPGLoss,
+    DQNLoss,
+    REDQLoss,
+    SACLoss,
+    SoftUpdate,
+    TD3Loss,
+    TQCLoss,
+    ValueEstimators,
+)
+
+from layeredrl_torchrl import SACLearner
+from layeredrl_torchrl.levels import LossLearner
+
+mlp = partial(MLP, num_cells=[32, 32], activation_class=nn.ReLU)
+SIDES = {"in_keys": ["features", "action"]}
+
+
+def gaussian(n_in, spec):
+    net = nn.Sequential(mlp(n_in, 2 * spec.shape[-1]), NormalParamExtractor())
+    return ProbabilisticActor(
+        TensorDictModule(net, ["features"], ["loc", "scale"]),
+        in_keys=["loc", "scale"],
+        distribution_class=TanhNormal,
+        return_log_prob=True,
+    )
+
+
+def deterministic(n_in, spec):
+    net = nn.Sequential(mlp(n_in, spec.shape[-1]), nn.Tanh())
+    return TensorDictModule(net, ["features"], ["action"])
+
+
+def critic(n_in, spec, n_out=1, **options):
+    return ValueOperator(mlp(n_in + spec.shape[-1], n_out, **options), **SIDES)
+
+
+def normed(n_in, spec):
+    return critic(n_in, spec, norm_class=nn.BatchNorm1d, norm_kwargs=[{"num_features": 32}] * 2)
+
+
+def soft(kind, make_critic=critic, n=2, **options):
+    """A loss with an entropy; few are as certain as a known optimum allows."""
+    known = {"num_qvalue_nets": n, "target_entropy": -3.0, "alpha_init": 0.01}
+    return lambda n_in, spec: kind(gaussian(n_in, spec), make_critic(n_in, spec), **known | options)
+
+
+def td3(n_in, spec):
+    return TD3Loss(deterministic(n_in, spec), critic(n_in, spec), bounds=(-1.0, 1.0))
+
+
+def dqn(n_in, spec):
+    net = QValueActor(mlp(n_in, 3), in_keys=["features"], spec=OneHot(3))
+    return DQNLoss(net, action_space=OneHot(3))
+
+
+LOSSES = {
+    "TD3": (td3, {"actor_every": 2, "targets_every": 2}),
+    "DDPG": (lambda *a: DDPGLoss(deterministic(*a), critic(*a)), {}),
+    "REDQ": (soft(REDQLoss, n=4, sub_sample_len=2), {}),
+    "CrossQ": (soft(CrossQLoss, normed), {"actor_every": 3}),
+    "TQC": (soft(TQCLoss, partial(critic, n_out=5), top_quantiles_to_drop_per_net=1), {}),
+}
+
+
+def learner_of(make, lr=1e-2, **options):
+    return lambda n_in, spec: LossLearner(make(n_in, spec), spec, lr=lr, **options)
+
+
+# -- known optima ---------------------------------------------------------------------------
+
+
+def learned(factory, spec, reward):
+    """What a level does that learned from skills of one step, paid by input and action."""
+    n, z, action = 1500, 2 * torch.rand(1500, 1) - 1, spec.rand((1500,))
+    no = torch.zeros(n, 1, dtype=torch.bool)
+    after = {"observation": torch.zeros(n, 1), "reward": reward(action, z)}
+    after |= {"terminated": no, "done": no, "input_done": ~no}
+    now = {"observation": torch.zeros(n, 1), "input": z, "n_actions": no.long()}
+    level = model_free_level(
+        Unbounded((1,)),
+        spec,
+        learner_factory=factory,
+        input_spec=Bounded(-1.0, 1.0, (1,)),
+        duration=1,
+        batch_size=128,
+        updates_per_step=0.2,
+    )
+    level.learn(TensorDict({**now, "action": action, "next": after}, [n]))
+    given = torch.linspace(-0.9, 0.9, 40).unsqueeze(-1)
+    td = TensorDict({"observation": torch.zeros(40, 1), "input": given}, [40])
+    td["n_actions"] = torch.zeros(40, 1, dtype=torch.int64)
+    return given, level.eval()(td)["action"]
+
+
+@pytest.mark.parametrize("name", ["TD3", "CrossQ"])
+def test_finds_the_action_that_the_input_asks_for(name):
+    """In the units of the spec: the optimum lies at 5 + 4 z within [0, 10]."""
+    make, options = LOSSES[name]
+    spec = Bounded(0.0, 10.0, (1,))
+    factory = learner_of(make, **options)
+    given, action = learned(factory, spec, lambda a, z: -((a - 5 - 4 * z) / 4).square())
+    assert (action - 5 - 4 * given).abs().mean() < 0.6
+
+
+def test_finds_the_choice_that_the_input_asks_for():
+    def pay(action, z):
+        return -(action.long().argmax(-1, keepdim=True) - 1.0 - z).square()
+
+    given, action = learned(learner_of(dqn), OneHot(3), pay)
+    clear = ((given.abs() - 0.5).abs() > 0.15).squeeze(-1)
+    assert torch.equal(action.long().argmax(-1)[clear] - 1, given.round().long().squeeze(-1)[clear])
+
+
+# -- against twins --------------------------------------------------------------------------
+
+
+def batch_of(n=16):
+    terminated = torch.rand(n, 1) < 0.4
+    after = {"features": torch.randn(n, 3), "reward": torch.randn(n, 1)}
+    after |= {"terminated": terminated, "done": terminated.clone()}
+    now = {"features": torch.randn(n, 3), "action": 2 * torch.rand(n, 1) - 1}
+    return TensorDict({**now, "next": after}, [n])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_steps_are_those_of_a_loop_by_hand(name):
+    """With an optimizer each for actor and critics, as TorchRL's own scripts have it."""
+    make, options = LOSSES[name]
+    every, targets_every = options.get("actor_every", 1), options.get("targets_every", 1)
+    torch.manual_seed(1)
+    learner = learner_of(make, gamma=0.9, **options)(3, Bounded(-2.0, 2.0, (1,)))
+    torch.manual_seed(1)
+    twin = make(3, Bounded(-2.0, 2.0, (1,)))
+    twin.make_value_estimator(ValueEstimators.TD0, gamma=0.9)
+    named = dict(twin.named_parameters())
+    assert {k: v.shape for k, v in learner.loss.named_parameters()} == {
+        k: v.shape for k, v in named.items()
+    }
+    acting = [p for k, p in named.items() if "actor_network" in k or "alpha" in k]
+    others = [p for k, p in named.items() if "actor_network" not in k and "alpha" not in k]
+    critics, actor = (torch.optim.Adam(part, 1e-2, fused=True) for part in (others, acting))
+    targets = None if name == "CrossQ" else SoftUpdate(twin, tau=0.005)
+    for i in range(1, 7):
+        batch = batch_of()
+        torch.manual_seed(i)
+        learner.update(batch.clone())
+        torch.manual_seed(i)
+        terms = twin(batch.clone())
+        for optim in (critics, actor):
+            optim.zero_grad()
+        sum(terms[k] for k in terms.keys() if k.startswith("loss")).backward()
+        critics.step()
+        if i % every == 0:
+            actor.step()
+        if targets is not None and i % targets_every == 0:
+            targets.step()
+    theirs = twin.state_dict()
+    for key, value in learner.loss.state_dict().items():
+        torch.testing.assert_close(value, theirs[key], msg=key)
+
+
+def test_the_turns_go_on_after_a_save():
+    def run(saved=None):
+        torch.manual_seed(0)
+        level = model_free_level(
+            *SPACES, learner_factory=learner_of(td3, actor_every=2, targets_every=3)
+        )
+        if saved is not None:
+            level.load_state_dict(saved[0])
+            level.optim.load_state_dict(saved[1])
+        return level
+
+    data = [make_transitions(50), make_transitions(10)]
+    first = run()
+    first.learn(data[0])  # five updates
+    second = run((copy.deepcopy(first.state_dict()), copy.deepcopy(first.optim.state_dict())))
+    second.buffer.extend(data[0])
+    for level in (first, second):
+        torch.manual_seed(3)
+        level.learn(data[1])
+    assert int(second.learner.n_updates) == 6
+    torch.testing.assert_close(second.state_dict(), first.state_dict())
+
+
+@pytest.mark.parametrize("factory", [SACLearner, lambda *a, **o: learner_of(td3, **o)(*a)])
+def test_the_learning_rate_may_depend_on_the_environment_steps(factory):
+    rates = {0: 1.0, 40: 0.5, 80: 0.0, 120: 0.25}
+    level = model_free_level(*SPACES, learner_factory=partial(factory, lr=rates.__getitem__))
+    for steps in (40, 80, 120):
+        before = copy.deepcopy(dict(level.learner.named_parameters()))
+        level.learn(make_transitions(40))
+        assert {group["lr"] for group in level.optim.param_groups} == {rates[steps]}
+        still = all(torch.equal(p, before[k]) for k, p in level.learner.named_parameters())
+        assert still == (steps == 80)
+    rates[160] = -1.0
+    with unchanged(level), pytest.raises(ValueError, match=r"lr\(n_env_steps\) .* -1"):
+        level.learn(make_transitions(40))
+
+
+# -- acting ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scale", "options"), [(0.1, {}), (0.3, {"exploration": 0.3})])
+def test_explores_by_noise_in_units_of_half_the_range(scale, options):
+    spec = Bounded(-20.0, 20.0, (1,))
+    learner = learner_of(td3, **options)(3, spec)
+    features = torch.randn(1, 3).expand(5000, 3)
+    calm = learner.act(features, explore=False)
+    assert (calm == calm[0]).all()
+    assert abs((learner.act(features, explore=True) - calm).std() / (20 * scale) - 1) < 0.05
+
+
+def test_a_distribution_is_sampled_and_choices_are_random_at_times():
+    features = torch.randn(1, 3).expand(4000, 3)
+    learner = learner_of(soft(SACLoss))(3, Bounded(-1.0, 1.0, (1,)))
+    assert len(learner.act(features, explore=True).unique()) > 3000
+    assert len(learner.act(features, explore=False).unique()) == 1
+    for share in (0.0, 0.6):
+        make = lambda n_in, _: dqn(n_in, OneHot(3))  # noqa: E731
+        learner = LossLearner(make(3, None), OneHot(3), exploration=share)
+        action = learner.act(features, explore=True).long().argmax(-1)
+        other = (action != learner.act(features, explore=False).long().argmax(-1)).float().mean()
+        assert abs(other - share * 2 / 3) < 0.04
+
+
+def test_acting_changes_nothing_and_each_row_acts_alone_with_batch_norm():
+    def make(n_in, spec):
+        net = nn.Sequential(nn.BatchNorm1d(n_in), mlp(n_in, 2), NormalParamExtractor())
+        actor = ProbabilisticActor(
+            TensorDictModule(net, ["features"], ["loc", "scale"]),
+            in_keys=["loc", "scale"],
+            distribution_class=TanhNormal,
+            return_log_prob=True,
+        )
+        return CrossQLoss(actor, normed(n_in, spec), action_spec=spec)
+
+    learner = learner_of(make)(3, Bounded(-1.0, 1.0, (1,))).train()
+    seen = learner.state_dict()["loss.actor_network_params.module.0.module.0.running_mean"].clone()
+    learner.update(batch_of())
+    key = "loss.actor_network_params.module.0.module.0.running_mean"
+    assert not torch.equal(learner.state_dict()[key], seen)
+    features = torch.randn(8, 3)
+    with unchanged(learner):
+        action = learner.act(features, explore=False)
+    alone = torch.stack([learner.act(x, explore=False) for x in features.split(1)]).squeeze(1)
+    torch.testing.assert_close(action, alone)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_copies_act_and_do_not_learn(name):
+    make, options = LOSSES[name]
+    learner = LossLearner(make(3, SPACES[1]), SPACES[1], **options)
+    features, before = torch.randn(5, 3), copy.deepcopy(learner.state_dict())
+    for other in (copy.deepcopy(learner), pickle.loads(pickle.dumps(learner))):
+        expected = learner.act(features, explore=False)
+        assert torch.equal(other.act(features, explore=False), expected)
+        with pytest.raises(RuntimeError, match="a copy that was made to act"):
+            other.update(batch_of())
+    learner.update(batch_of())
+    assert before.keys() == learner.state_dict().keys()
+
+
+# -- bad input ------------------------------------------------------------------------------
+
+
+def box(**options):
+    return lambda make: LossLearner(make(3, SPACES[1]), SPACES[1], **options)
+
+
+def reads(key):
+    def make(n_in, spec):
+        return TD3Loss(
+            TensorDictModule(nn.Linear(n_in, 1), [key], ["action"]),
+            ValueOperator(nn.Linear(n_in + 1, 1), in_keys=[key, "action"]),
+            bounds=(-1.0, 1.0),
+        )
+
+    return make
+
+
+def none_reduced(*spaces):
+    return TD3Loss(deterministic(*spaces), critic(*spaces), bounds=(-1.0, 1.0), reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("make", "build", "error", "message"),
+    [
+        (lambda *_: nn.Linear(1, 1), box(), TypeError, "TD3Loss"),
+        (reads("observation"), box(), ValueError, r"reads \['observation'\].*'features'"),
+        (none_reduced, box(), ValueError, "reduction='none'"),
+        (td3, box(policy="net"), ValueError, r"no policy named net.*'actor_network'"),
+        (td3, box(exploration=-1.0), ValueError, "exploration"),
+        (td3, box(actor_every=0), ValueError, "actor_every"),
+        (soft(CrossQLoss, normed), box(tau=0.1), ValueError, "has no target networks"),
+        (soft(CrossQLoss, normed), box(targets_every=2), ValueError, "has no target networks"),
+        (dqn, lambda m: LossLearner(m(3, None), OneHot(3), actor_every=2), ValueError, "actor"),
+        (td3, lambda m: LossLearner(m(3, SPACES[1]), Unbounded((1,))), TypeError, "bounds"),
+    ],
+)
+def test_bad_input(make, build, error, message):
+    with pytest.raises(error, match=f"(?s){message}"):
+        build(make)
+
+
+def test_an_optimizer_of_your_own():
+    make = partial(torch.optim.SGD, momentum=0.5)
+    learner = LossLearner(td3(3, SPACES[1]), SPACES[1], lr=0.1, optim_factory=make)
+    assert isinstance(learner.optim, torch.optim.SGD)
+    assert {(g["lr"], g["momentum"]) for g in learner.optim.param_groups} == {(0.1, 0.5)}

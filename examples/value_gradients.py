@@ -93,11 +93,11 @@ class Agent:
         spaces = env.observation_spec_unbatched, env.action_spec_unbatched
         self.predictor = make_predictor(*spaces, device=config.device)
         sizes = len(task.state_dims), len(task.context_dims), spaces[1], (config.hidden_size,) * 2
-        self.actor, qvalue = TanhActor(*sizes), QValueOperator(*sizes)
+        self.actor = TanhActor(*sizes).to(config.device)
+        qvalue = QValueOperator(*sizes).to(config.device)
         options = {"horizon": config.horizon, "mean_qvalue": True}
-        loss = lt.ValueGradientLoss(self.actor, qvalue, self.predictor, **options)
-        loss.make_value_estimator(gamma=config.gamma, lmbda=0.97)
-        self.loss = loss.to(config.device)
+        self.loss = lt.ValueGradientLoss(self.actor, qvalue, self.predictor, **options)
+        self.loss.make_value_estimator(gamma=config.gamma, lmbda=0.97)
         self.policy = TensorDictSequential(self.predictor.encoder, self.actor)
         self.target = SoftUpdate(self.loss, tau=0.02)
         nets = [p for name, p in self.loss.named_parameters() if name != "log_alpha"]

@@ -196,10 +196,10 @@ class HierarchyPrimer(TensorDictPrimer):
         self.reward_key = reward_key
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        before, memories = tensordict.get(MEMORY), next_tensordict.get(MEMORY, None)
-        after = {key: before.get(key) for key in before.keys()}
-        if memories is not None:
-            after |= {key: memories.get(key) for key in memories.keys()}
+        held = next_tensordict.get(MEMORY, None)
+        if held is None:  # another policy acted
+            held = tensordict.get(MEMORY)
+        after = {key: held.get(key) for key in held.keys()}
         if "rewards" in after:
             after["rewards"] = after["rewards"] + next_tensordict.get(self.reward_key)
-        return next_tensordict.set(MEMORY, together(after, before.batch_size, before.device))
+        return next_tensordict.set(MEMORY, together(after, held.batch_size, held.device))

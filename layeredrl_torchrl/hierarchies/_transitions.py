@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
@@ -19,6 +20,8 @@ from layeredrl_torchrl.levels._rows import collected
 __all__ = ["Cut", "EnvKeys"]
 
 _HINT = "transitions are cut from what a collector yields with the hierarchy as its policy"
+# What acted in a row, with the rewards up to its end.
+_HELD = ("next", MEMORY)
 _TRAJECTORIES = ("collector", "traj_ids")
 
 
@@ -62,8 +65,8 @@ class Cut:
             ValueError: Rows that another policy collected.
         """
         rows = collected(data, self.keys.ends).reshape(-1)
-        _take(rows, MEMORY)
-        strangers = int((self.layout.steps(rows.get(MEMORY))[:, -1] == 0).sum())
+        held: Any = _take(rows, _HELD)
+        strangers = int((self.layout.steps(held)[:, -1] == 0).sum())
         if strangers:
             raise ValueError(
                 f"{strangers} of {len(rows)} rows were collected by another policy than a "
@@ -77,10 +80,8 @@ class Cut:
     def _read(self, rows: TensorDictBase) -> TensorDict:
         """Select the entries of ``rows [N]`` that are needed."""
         keys = self.keys
-        needed = [MEMORY, keys.observation, keys.action]
+        needed = [_HELD, keys.observation, keys.action]
         needed += [("next", key) for key in (keys.observation, keys.reward, "done", "terminated")]
-        if len(self.levels) > 1:
-            needed.append(("next", MEMORY, "rewards"))
         read = TensorDict({}, rows.batch_size)
         for key in map(unravel_key, needed):
             read.set(key, _take(rows, key))
@@ -92,7 +93,7 @@ class Cut:
 
     def _handed_back(self, rows: TensorDict) -> list[Tensor]:
         """Return whether each level hands back control after each row, bool ``[N, 1]`` each."""
-        layout, held = self.layout, rows.get(MEMORY)
+        layout, held = self.layout, rows.get(_HELD)
         reached = rows.get(unravel_key(("next", self.keys.observation)))
         asked = torch.arange(len(reached), device=reached.device)
         answers = [torch.zeros((len(reached), 1), dtype=torch.bool, device=reached.device)]
@@ -118,7 +119,7 @@ class Cut:
             # Keep only the rows at which an action ends.
             ends = (done | below_done).squeeze(-1)
             rows, below_done, above_done = rows[ends], below_done[ends], above_done[ends]
-        done, held = rows.get(("next", "done")), rows.get(MEMORY)
+        done, held = rows.get(("next", "done")), rows.get(_HELD)
         row_start = rows.get(self.keys.observation)
         start = row_start if each_row else self.layout.get(held, i, "observation")
         reached = rows.get(unravel_key(("next", self.keys.observation)))
@@ -149,7 +150,7 @@ class Cut:
             earned = rows.get(unravel_key(("next", self.keys.reward)))
         else:
             elapsed = steps[:, i : i + 1]
-            earned = rows.get(("next", MEMORY, "rewards"))[:, i : i + 1]
+            earned = held["rewards"][:, i : i + 1]
         terminated = rows.get(("next", "terminated"))
         own.set(("next", "elapsed_steps"), elapsed)
         own.set(unravel_key(("next", level.reward_key)), earned)

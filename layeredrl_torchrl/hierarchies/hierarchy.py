@@ -128,8 +128,7 @@ class Hierarchy(OnePrimer, WholeState):
         self._records = [tuple(level.record.keys(True, True)) for level in levels]
         leaves = list(self._carried.keys(True, True))
         self.in_keys = [key, *leaves]
-        remembered = [("next", *leaf) for leaf in leaves if leaf[1] in self._memories]
-        self.out_keys = [self.action_key, *leaves, *remembered]
+        self.out_keys = [self.action_key, *(("next", *leaf) for leaf in leaves)]
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
         """Return the transform that carries the state, and clears it where instances are reset."""
@@ -143,7 +142,7 @@ class Hierarchy(OnePrimer, WholeState):
     @watched
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write the action for ``[*B]``, the current state, and under ``"next"`` the memories.
+        """Write the action for ``[*B]``, and under ``"next"`` the state for the next step.
 
         Raises:
             KeyError: The observation or the state is missing.
@@ -159,7 +158,7 @@ class Hierarchy(OnePrimer, WholeState):
         seen = [observation if see.is_identity else see(observation) for see in self.maps]
         new, given = layout.steps(held)[..., -1:] == 0, None
         due = self._due(levels, seen, held, new)
-        # The current state, and the memories for the next step; the input is not changed.
+        # The state that acts now and is carried on; the input is not changed.
         now, memories = layout.copy(held), {key: held[key] for key in self._memories if key}
         for i, acts in enumerate(due):
             if not acts.nowhere:
@@ -177,10 +176,10 @@ class Hierarchy(OnePrimer, WholeState):
             layout.put(now, len(levels) - 1, written)
 
         layout.step(now)
-        tensordict.set(MEMORY, together(now, tensordict.batch_size, tensordict.device))
-        for key, following in memories.items():
-            tensordict.set(("next", MEMORY, key), following)
-        return tensordict
+        # Under "next" alone: of what it knows already, a collector whose policy is on another
+        # device takes back only what one step changed everywhere.
+        following = together(now | memories, tensordict.batch_size, tensordict.device)
+        return tensordict.set(("next", MEMORY), following)
 
     def _due(
         self, levels: list[Level], seen: list[Tensor], held: Store, reset: Tensor

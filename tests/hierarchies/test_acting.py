@@ -54,6 +54,23 @@ def test_environment_specs(three, n):
             assert keys == sorted(common + ["input"] * (i > 0))
 
 
+class Elsewhere(Hierarchy):
+    """Returns another TensorDict than it is given, as a policy on another device does."""
+
+    def forward(self, tensordict):
+        return super().forward(tensordict.clone())
+
+
+def test_a_collector_gets_back_all_that_is_carried(three):
+    batches = []
+    for kind in (Hierarchy, Elsewhere):
+        env, hierarchy = three(2)
+        hierarchy.__class__ = kind
+        batches += collected(env, hierarchy, 1, 12)
+    here, there = (data.exclude("collector") for data in batches)
+    assert (here == there).all()
+
+
 def test_levels_act_only_where_they_are_due(three):
     env, hierarchy = three(4)
     env = set_up(env, hierarchy)

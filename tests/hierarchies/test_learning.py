@@ -110,7 +110,7 @@ def test_trajectories_are_told_apart(toy):
 def test_data_of_others(toy):
     env = toy.Env()
     hierarchy = Hierarchy([toy.Level(1)], env)
-    with pytest.raises(KeyError, match=r"reads 'hierarchy'.*hierarchy as its policy"):
+    with pytest.raises(KeyError, match=r"reads \('next', 'hierarchy'\).*hierarchy as its policy"):
         hierarchy.transitions(env.rollout(3))
     with pytest.raises(TypeError, match="got NoneType; pass what a collector yields"):
         hierarchy.learn(None)

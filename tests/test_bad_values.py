@@ -67,6 +67,9 @@ SKILL_REWARD = {
     "std": [0.0, -1.0, NAN, INF, "1", True, [0.0]],
     "state_dims": [[], [1, 1]],
     "n_symmetry_breaking_steps": COUNT0,
+    "clip": [(1.0, 1.0), (1.0,), 3.0, ("0", 1.0), (NAN, 1.0), None],
+    "normalize": FLAG,
+    "offset": NUMBER,
 }
 
 
@@ -243,7 +246,7 @@ TABLE = {
         },
     ),
     lrl.DADSReward: (lrl.DADSReward, SKILL_REWARD),
-    lrl.SPlaTESReward: (lrl.SPlaTESReward, SKILL_REWARD),
+    lrl.SPlaTESReward: (lrl.SPlaTESReward, SKILL_REWARD | {"potential_difference": FLAG}),
     lrl.AffineReward: (lrl.AffineReward, {"scale": [0.0, *NUMBER], "offset": NUMBER}),
     lrl.LogReward: (
         partial(lrl.LogReward, floor=0.1),

@@ -61,8 +61,7 @@ def _check_levels(levels: Sequence[Level]) -> None:
                 f"{pair} needs a level above that learns with each_step={level.parent_each_step}, "
                 f"got {levels[i - 1].each_step}; build that one so"
             )
-        own = getattr(level.hands_back, "__func__", None) is not Level.hands_back
-        if level.duration is None and not own:
+        if level.duration is None and level.ends_by_duration:
             raise ValueError(
                 f"{pair} never hands control back to it; build it with duration=, or override "
                 "hands_back"

@@ -9,7 +9,7 @@ from torch import Tensor
 from layeredrl_torchrl.hierarchies._memory import together
 from layeredrl_torchrl.levels import Level
 
-__all__ = ["ask", "ends_by_duration", "hand"]
+__all__ = ["ask", "hand"]
 
 
 def hand(level: Level, seen: Tensor, given: Tensor | None, n_actions: Tensor) -> TensorDict:
@@ -28,11 +28,6 @@ def hand(level: Level, seen: Tensor, given: Tensor | None, n_actions: Tensor) ->
     if all(isinstance(key, str) for key in source):
         return together(source, batch, None)
     return TensorDict(source, batch)
-
-
-def ends_by_duration(level: Level) -> bool:
-    """Return whether ``level`` hands back control by its duration alone."""
-    return getattr(level.hands_back, "__func__", None) is Level.hands_back
 
 
 def ask(level: Level, handed: TensorDictBase) -> Tensor:

@@ -103,7 +103,10 @@ class Cut:
             done = torch.zeros_like(answers[0])
             if len(asked):
                 taken = layout.n_taken(held, i)[asked]
-                done[asked] = ask(self.levels[i], hand(self.levels[i], seen, given, taken))
+                handed = hand(self.levels[i], seen, given, taken)
+                for key in self.levels[i].record.keys(True, True):
+                    handed.set(key, layout.get(held, i, key)[asked])
+                done[asked] = ask(self.levels[i], handed)
             answers.insert(1, done)
             asked = done.squeeze(-1).nonzero().squeeze(-1)
         return answers
@@ -133,6 +136,7 @@ class Cut:
             begin = start if above_each else self.layout.get(held, i - 1, "observation")
             own.set(level.input_key, self.layout.get(held, i - 1, "action"))
             own.set("parent_observation", see_above(begin))
+            own.set("parent_sees", see_above(start))
             own.set(("next", "parent_observation"), see_above(reached))
             own.set(("next", "input_done"), done | above_done)
         if lowest:

@@ -19,7 +19,7 @@ from layeredrl_torchrl._state import WholeState
 from layeredrl_torchrl._watch import watched
 from layeredrl_torchrl.checkpoints import SafeCheckpoint
 from layeredrl_torchrl.hierarchies._building import assemble, names
-from layeredrl_torchrl.hierarchies._control import ask, ends_by_duration, hand
+from layeredrl_torchrl.hierarchies._control import ask, hand
 from layeredrl_torchrl.hierarchies._due import Due
 from layeredrl_torchrl.hierarchies._maps import Choice
 from layeredrl_torchrl.hierarchies._memory import (
@@ -189,12 +189,14 @@ class Hierarchy(OnePrimer, WholeState):
         asked = ~reset
         for i in range(len(levels) - 1, 0, -1):
             duration = levels[i].duration
-            if duration is not None and ends_by_duration(levels[i]):
+            if duration is not None and levels[i].ends_by_duration:
                 asked = asked & (self.layout.n_taken(held, i) >= duration)
             elif not (some := Due(asked)).nowhere:
                 given = some.pick(self.layout.get(held, i - 1, "action"))
                 taken = some.pick(self.layout.n_taken(held, i))
                 handed = hand(levels[i], some.pick(seen[i]), given, taken)
+                for key in self._records[i]:
+                    handed.set(key, some.pick(self.layout.get(held, i, key)))
                 asked = some.merge(torch.zeros_like(asked), ask(levels[i], handed))
             due.insert(0, Due(reset | asked))
         return due
@@ -233,6 +235,7 @@ class Hierarchy(OnePrimer, WholeState):
         its observation, input, action      when it acted; also its record
         ``"n_actions" [N, 1]``              its own actions on this input before this one
         ``"parent_observation"``            what the level above saw when it gave the input
+        ``"parent_sees"``                   what it sees where the action begins
         ``("collector", "traj_ids")``       if the data has it
         ``("next", observation)``           at the end of the action
         ``("next", "reward") [N, 1]``       the environment's, summed; or by ``reward_func``
@@ -245,7 +248,7 @@ class Hierarchy(OnePrimer, WholeState):
         ``("next", "parent_observation")``  what the level above sees at the end
         ==================================  =======================================================
 
-        The highest level has no input, ``"input_done"`` and ``"parent_observation"``. With
+        The highest level has no input, ``"input_done"``, and nothing of the level above. With
         ``each_step`` each environment step under an action is a transition, and the
         ``"parent_observation"`` of the level below is what its parent sees where the transition of
         that level begins.

@@ -184,14 +184,19 @@ class Level(OnePrimer, WholeState):
         # Not registered, since its weights belong to the level above.
         self.__dict__["_parent_predictor"] = parent_predictor
 
+    @property
+    def ends_by_duration(self) -> bool:
+        """Whether :meth:`hands_back` goes by :attr:`duration` alone, and need not be called."""
+        return getattr(self.hands_back, "__func__", None) is Level.hands_back
+
     def hands_back(self, tensordict: TensorDictBase) -> Tensor:
         """Return whether the level hands control back to the level above, bool ``[*B, 1]``.
 
         A hierarchy calls it before each of the level's actions but the first on an input.
 
         Args:
-            tensordict: ``[*B]`` with the observation, the input and ``"n_actions" [*B, 1]``, its
-                own actions on this input so far.
+            tensordict: ``[*B]`` with the observation, the input, ``"n_actions" [*B, 1]``, its own
+                actions on this input so far, and its :attr:`record` of the last one.
         """
         n_actions: Tensor = tensordict.get("n_actions")
         if self.duration is None:

@@ -218,7 +218,8 @@ class ModelFreeLevel(LearningLevel):
             done.append("input_done")
         ends = [("next", key) for key in done]
         following = unravel_key(("next", self.observation_key))
-        return [*self.in_keys, self.action_key, following, self.next_reward_key, *ends], []
+        keys = [*self.in_keys, self.action_key, following, self.next_reward_key, *ends]
+        return [*keys, *self.record.keys(True, True)], []
 
     def _checked(self, data: TensorDictBase) -> TensorDictBase:
         """Return ``data`` with one axis."""
@@ -287,7 +288,8 @@ class ModelFreeLevel(LearningLevel):
         n_next = None
         if n_actions is not None:
             n_next = n_actions + 1
-            ended = self._input_ended(following, given, n_next)
+            record = {key: data.get(key) for key in self.record.keys(True, True)}
+            ended = self._input_ended(following, given, n_next, record)
             if self.input_ends:
                 # A time limit in the middle of an input is no end of it.
                 done = data.get(("next", "done"))
@@ -306,7 +308,13 @@ class ModelFreeLevel(LearningLevel):
         }
         return TensorDict({**now, "next": TensorDict(after, data.batch_size)}, data.batch_size)
 
-    def _input_ended(self, observation: Tensor, given: Tensor | None, n_actions: Tensor) -> Tensor:
+    def _input_ended(
+        self,
+        observation: Tensor,
+        given: Tensor | None,
+        n_actions: Tensor,
+        record: dict[NestedKey, Tensor],
+    ) -> Tensor:
         """Mark the transitions after which control goes back up, bool ``[N, 1]``."""
         asked = {self.observation_key: observation, self.input_key: given, "n_actions": n_actions}
-        return self.hands_back(TensorDict(asked, observation.shape[:-1]))
+        return self.hands_back(TensorDict(asked | record, observation.shape[:-1]))

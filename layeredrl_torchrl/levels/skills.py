@@ -8,9 +8,9 @@ from typing import Unpack
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
-from torchrl.data import Bounded, TensorSpec
+from torchrl.data import Binary, Bounded, Composite, TensorSpec
 
-from layeredrl_torchrl._checks import check_instance
+from layeredrl_torchrl._checks import check_instance, check_number
 from layeredrl_torchrl.levels._learning import LearningOptions
 from layeredrl_torchrl.levels.learners import Learner
 from layeredrl_torchrl.levels.model_free import ModelFreeLevel
@@ -45,6 +45,8 @@ class SkillLevel(ModelFreeLevel):
         skill_reward: :class:`~layeredrl_torchrl.SPlaTESReward` or
             :class:`~layeredrl_torchrl.DADSReward`.
         learner_factory: See :class:`~layeredrl_torchrl.ModelFreeLevel`.
+        end_prob: Probability with which a skill ends after an action, before its ``duration``; in
+            evaluation, too, since the level above has learned where such skills lead.
         **options: Those of :class:`LearningLevel`, without ``reward_func``.
 
     Raises:
@@ -53,6 +55,7 @@ class SkillLevel(ModelFreeLevel):
     """
 
     scales_rewards = False  # nats need no unit
+    ended_key: NestedKey = "ended"
 
     def __init__(
         self,
@@ -61,6 +64,7 @@ class SkillLevel(ModelFreeLevel):
         duration: int,
         skill_reward: SkillReward,
         learner_factory: Callable[[int, TensorSpec], Learner],
+        end_prob: float = 0.0,
         **options: Unpack[LearningOptions],
     ) -> None:
         hint = "pass SPlaTESReward() or DADSReward()"
@@ -83,6 +87,9 @@ class SkillLevel(ModelFreeLevel):
         super().__init__(
             input_spec=spec, duration=duration, learner_factory=learner_factory, **options
         )
+        self._end_prob = check_number("end_prob", end_prob, 0.0, 1.0)
+        if self._end_prob:
+            self.out_keys = [*self.out_keys, self.ended_key]
         self.skill_reward = skill_reward
         self.parent_each_step = skill_reward.each_step
 
@@ -100,13 +107,52 @@ class SkillLevel(ModelFreeLevel):
         self.skill_reward.prepare(parent_predictor, self.input_spec)
         super().attach(parent_predictor)
 
-    def rate(self, observation: Tensor, skill: Tensor, next_observation: Tensor) -> Tensor:
-        """Return the current reward ``[N]`` of skills, in nats.
+    # -- random ends ------------------------------------------------------------------------
+
+    @property
+    def record(self) -> Composite:
+        """Spec of the flag that marks the action after which a skill ends at random."""
+        if not self._end_prob:
+            return Composite()
+        return Composite({self.ended_key: Binary(1, dtype=torch.bool)})
+
+    @property
+    def ends_by_duration(self) -> bool:
+        """See :attr:`Level.ends_by_duration`."""
+        own = getattr(self.hands_back, "__func__", None) is not SkillLevel.hands_back
+        return not own and not self._end_prob
+
+    @torch.no_grad()
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the action for ``[*B]``, and with ``end_prob`` whether the skill ends with it."""
+        super().forward(tensordict)
+        if self._end_prob:
+            n_actions = tensordict.get("n_actions")
+            draw = torch.rand(n_actions.shape, device=n_actions.device)
+            tensordict.set(self.ended_key, draw < self._end_prob)
+        return tensordict
+
+    def hands_back(self, tensordict: TensorDictBase) -> Tensor:
+        """See :meth:`Level.hands_back`; also where the last action was drawn to be the last."""
+        done = super().hands_back(tensordict)
+        return done | tensordict.get(self.ended_key) if self._end_prob else done
+
+    # -- learning ---------------------------------------------------------------------------
+
+    def rate(
+        self,
+        observation: Tensor,
+        skill: Tensor,
+        next_observation: Tensor,
+        since: Tensor | None = None,
+    ) -> Tensor:
+        """Return the current reward ``[N]`` of skills, in nats, not normalised.
 
         Args:
             observation: ``[N, obs]`` of the level above, where the predictor's step begins.
             skill: ``[N, Z]``, or discrete ``[N]``.
             next_observation: ``[N, obs]``, where it ends.
+            since: ``[N, obs]``, by how much more is told than here; ``None`` for all of it.
         """
         reward: Tensor = self.skill_reward(
             self.parent_predictor,
@@ -115,6 +161,7 @@ class SkillLevel(ModelFreeLevel):
             skill,
             next_observation,
             int(self.n_env_steps),
+            since,
         )
         return reward
 
@@ -122,17 +169,26 @@ class SkillLevel(ModelFreeLevel):
     def stored_keys(self) -> tuple[list[NestedKey], list[NestedKey]]:
         """Add the observations of the level above."""
         required, optional = super().stored_keys
-        return [*required, "parent_observation", ("next", "parent_observation")], optional
+        required += ["parent_observation", ("next", "parent_observation")]
+        if self.skill_reward.difference:
+            required.append("parent_sees")
+        return required, optional
 
     def _sampled(self, data: TensorDictBase) -> TensorDictBase:
         """Replace the reward of sampled transitions ``[N]``."""
-        key = self.next_reward_key
-        n_actions: Tensor = data.get("n_actions")
+        key, reward_of = self.next_reward_key, self.skill_reward
+        duration, n_actions = self.duration or 1, data.get("n_actions")
+        if self._end_prob:
+            n_actions = n_actions.masked_fill(data.get(self.ended_key), duration - 1)
         reward = torch.zeros_like(data.get(key))
-        pays: Tensor = self.skill_reward.pays(n_actions, self.duration or 1)
-        paid = pays.squeeze(-1).nonzero().squeeze(-1)
+        paid = reward_of.pays(n_actions, duration).squeeze(-1).nonzero().squeeze(-1)
         if len(paid):
-            read = ("parent_observation", self.input_key, ("next", "parent_observation"))
+            read = ["parent_observation", self.input_key, ("next", "parent_observation")]
+            if reward_of.difference:
+                read.append("parent_sees")
             value = self.rate(*(data.get(k)[paid] for k in read))
+            if reward_of.moments is not None:
+                reward_of.moments.observe(value)
+                value = reward_of.moments(value)
             reward[paid] = value.unsqueeze(-1).to(reward)
-        return data.set(key, reward)
+        return data.set(key, reward + reward_of.offset)

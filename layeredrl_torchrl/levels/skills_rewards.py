@@ -5,38 +5,29 @@ from __future__ import annotations
 import math
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchrl.data import Bounded, TensorSpec
+from torchrl.data import TensorSpec
 
-from layeredrl_torchrl._checks import check_number, check_positive_int
+from layeredrl_torchrl._checks import (
+    check_flag,
+    check_instance,
+    check_number,
+    check_positive_int,
+)
+from layeredrl_torchrl.levels._outcomes import (
+    RunningMoments,
+    identifiability,
+    skill_features,
+    whitening_among,
+)
 from layeredrl_torchrl.predictors import Predictor, RewardPredictor
-from layeredrl_torchrl.specs import action_features, is_discrete, width
+from layeredrl_torchrl.specs import width
 
 __all__ = ["DADSReward", "SPlaTESReward", "SkillReward", "identifiability"]
-
-
-def identifiability(log_prob: Tensor) -> Tensor:
-    r"""Compare how well an outcome is explained by its own skill and by skills of the prior.
-
-    .. math:: \log p(s' | s, z_0) - \log \frac{1}{n} \sum_{i=0}^{n-1} p(s' | s, z_i)
-
-    With the other skills drawn from the prior, its mean is a lower bound of the mutual information
-    between skill and outcome (arXiv 1807.03748). No value exceeds ``log n``, since the skill itself
-    is among the ``n``.
-
-    Args:
-        log_prob: ``[*B, n]`` in nats, the skill that was carried out first.
-
-    Returns:
-        ``[*B]`` in nats.
-    """
-    # Differences first: far from all predictions, log-densities are too large to be summed.
-    relative = log_prob - log_prob[..., :1]
-    return math.log(log_prob.shape[-1]) - relative.logsumexp(-1)
 
 
 class SkillReward(nn.Module, ABC):
@@ -45,8 +36,9 @@ class SkillReward(nn.Module, ABC):
     The reward is :func:`identifiability` under the predictor's model. Outcomes are compared as
     whitened changes of the state (see :class:`~layeredrl_torchrl.predictors.DeltaStandardizer`),
     which all members predict with one fixed ``std``. So every dimension counts equally, and
-    outcomes that the model is unsure of are not favoured. A subclass selects the actions of a skill
-    that are rewarded.
+    outcomes that the model is unsure of are not favoured. A ``StaticPredictor`` has no statistics
+    of changes: with it they are compared in units of the state. A subclass selects the actions of a
+    skill that are rewarded.
 
     At first skills have no effect, so their model cannot tell them apart. For
     ``n_symmetry_breaking_steps`` it is replaced by a fixed random model that is linear in the
@@ -63,39 +55,54 @@ class SkillReward(nn.Module, ABC):
 
     Args:
         n_skill_samples: Skills of the prior that a skill is compared with.
-        std: Standard deviation in units of whitened changes: a number, or one for each dimension.
-            Outcomes that are closer count as alike; take about the error of mean predictions.
+        std: Standard deviation in units of whitened changes: a number, or one for each dimension,
+            or a function of the environment steps that returns a number. Outcomes that are closer
+            count as alike; take about the error of mean predictions.
         state_dims: Dimensions of the predictor's state in which skills are told apart, such as the
             position; all by default. They are whitened among themselves.
         n_symmetry_breaking_steps: See above; 0 to use the learned model from the start.
+        clip: Least and greatest identifiability, in nats; ``-math.inf`` for none. What lies far
+            from all predictions has values of minus thousands, beside which no other difference
+            counts. No limit by default.
+        normalize: Whether rewards are given as deviations from their running mean, in units of
+            their running standard deviation. What a whole skill gets then changes by the same for
+            all that last as long.
+        offset: Added in the end to every action of a skill, rewarded or not. A positive one makes
+            up for an early end of the episode, by which a skill would escape negative rewards.
 
     Raises:
-        TypeError, ValueError: Numbers of other kinds, or outside their range.
+        TypeError, ValueError: Numbers of other kinds, or outside their range. And when it is
+            called, for a function that gives them.
     """
 
-    std: Tensor  # [] or [D']
+    std: Tensor  # [] or [D'], NaN if it is a function
     linear_model: Tensor  # [D', Z], 0 x 0 until it is drawn
     #: Whether every step of a skill is rewarded, by a level above that learns from every step.
     each_step: bool = False
+    #: Whether the reward is a difference of what is told after and before an action.
+    difference: bool = False
 
     def __init__(
         self,
         *,
         n_skill_samples: int = 32,
-        std: float | Sequence[float] = 0.5,
+        std: float | Sequence[float] | Callable[[int], float] = 0.5,
         state_dims: Sequence[int] | None = None,
         n_symmetry_breaking_steps: int = 0,
+        clip: tuple[float, float] = (-math.inf, math.inf),
+        normalize: bool = False,
+        offset: float = 0.0,
     ) -> None:
         super().__init__()
         self.n_skill_samples = check_positive_int("n_skill_samples", n_skill_samples)
         self.n_symmetry_breaking_steps = check_positive_int(
             "n_symmetry_breaking_steps", n_symmetry_breaking_steps, minimum=0
         )
-        for one in std if isinstance(std, Sequence) and not isinstance(std, str) else [std]:
-            check_number("std", one, 0.0, open_low=True)
-        stds = torch.as_tensor(std, dtype=torch.get_default_dtype())
-        if stds.ndim > 1 or not bool(((stds > 0) & stds.isfinite()).all()):
-            raise ValueError(f"std must be a positive number, or one for each dimension, got {std}")
+        self.std_schedule = std if callable(std) else None
+        self.register_buffer("std", _checked_std(std), persistent=False)
+        self.clip = _checked_range("clip", clip)
+        self.moments = RunningMoments() if check_flag("normalize", normalize) else None
+        self.offset = check_number("offset", offset)
         self.state_dims = None if state_dims is None else [operator.index(d) for d in state_dims]
         if self.state_dims is not None and (
             not self.state_dims or len(set(self.state_dims)) < len(self.state_dims)
@@ -104,7 +111,6 @@ class SkillReward(nn.Module, ABC):
                 f"state_dims must be different dimensions, at least one, got {state_dims}; leave "
                 "it out for all"
             )
-        self.register_buffer("std", stds, persistent=False)
         self.register_buffer("linear_model", torch.zeros(0, 0))
 
     @abstractmethod
@@ -112,7 +118,8 @@ class SkillReward(nn.Module, ABC):
         """Return whether an action of a skill has a reward, bool ``[N, 1]``.
 
         Args:
-            n_actions: Actions of the skill before this one, ``[N, 1]``.
+            n_actions: Actions of the skill before this one, ``[N, 1]``; ``duration - 1`` where the
+                skill ended at random with this one.
             duration: Actions in a skill.
         """
 
@@ -120,16 +127,13 @@ class SkillReward(nn.Module, ABC):
         """Check that ``predictor`` can tell skills apart; draw the linear model if there is none.
 
         Raises:
-            TypeError: A predictor that is not learned. ValueError: One that does not standardise
-                changes, or lacks the ``state_dims``; a ``std`` for another number of dimensions.
+            TypeError: No predictor. ValueError: One that is learned and does not standardise
+                changes, or that lacks the ``state_dims``; a ``std`` for another number of them.
         """
         name = type(self).__name__
-        if not isinstance(predictor, RewardPredictor):
-            raise TypeError(
-                f"{name} compares skills by a learned RewardPredictor of the level above, got a "
-                f"{type(predictor).__name__}"
-            )
-        if predictor.delta_standardizer is None:
+        hint = "put a PlannerLevel above the skills"
+        check_instance("predictor", predictor, Predictor, hint=hint)
+        if isinstance(predictor, RewardPredictor) and predictor.delta_standardizer is None:
             raise ValueError(
                 f"{name} compares whitened changes, but the predictor above was built with "
                 "delta_standardizer=False; build it with True"
@@ -159,6 +163,13 @@ class SkillReward(nn.Module, ABC):
             return 0.0
         return max(0.0, 1.0 - n_env_steps / self.n_symmetry_breaking_steps)
 
+    def std_after(self, n_env_steps: int) -> Tensor | float:
+        """Return the ``std`` after ``n_env_steps`` environment steps."""
+        if self.std_schedule is None:
+            return self.std
+        std = self.std_schedule(n_env_steps)
+        return float(check_number("std(n_env_steps)", std, 0.0, open_low=True))
+
     @torch.no_grad()
     def forward(
         self,
@@ -168,67 +179,85 @@ class SkillReward(nn.Module, ABC):
         skill: Tensor,
         next_observation: Tensor,
         n_env_steps: int,
+        since: Tensor | None = None,
     ) -> Tensor:
-        """Compute the reward ``[N]`` of skills, in nats.
+        """Compute the reward ``[N]`` of skills, in nats, clipped and not yet normalised.
 
         Args:
-            predictor: The ``RewardPredictor`` of the level above that :meth:`prepare` was given.
+            predictor: The predictor of the level above that :meth:`prepare` was given.
             skill_spec: Spec of a skill; the prior is uniform over it.
             observation: ``[N, obs]`` of the level above, where the predictor's step begins.
             skill: ``[N, Z]``, or discrete ``[N]``.
             next_observation: ``[N, obs]``, where it ends.
             n_env_steps: Environment steps so far, which set the weight of the linear model.
+            since: ``[N, obs]``. The reward is then by how much more ``next_observation`` tells of
+                the skill than this did, with the same skills of the prior.
         """
-        weight, n = self.symmetry_breaking(n_env_steps), len(skill)
-        others = skill_spec.rand((n, self.n_skill_samples)).to(skill)
+        others = skill_spec.rand((len(skill), self.n_skill_samples)).to(skill)
         skills = torch.cat([skill.unsqueeze(1), others], 1)
         state, context = predictor.encode(observation)
-        next_state, _ = predictor.encode(next_observation)
-        whitening = self._whitening(predictor)
-        reward = torch.zeros(n, dtype=state.dtype, device=state.device)
+
+        def told(reached: Tensor) -> Tensor:
+            after, _ = predictor.encode(reached)
+            value = self._told(predictor, skill_spec, state, context, skills, after, n_env_steps)
+            return value.clamp(*self.clip)
+
+        reward = told(next_observation)
+        return reward if since is None else reward - told(since)
+
+    def _told(
+        self,
+        predictor: Any,
+        skill_spec: TensorSpec,
+        state: Tensor,
+        context: Tensor,
+        skills: Tensor,
+        next_state: Tensor,
+        n_env_steps: int,
+    ) -> Tensor:
+        """Return what states ``[N, D]`` tell of the first of ``skills [N, n, ...]``, in nats."""
+        weight, std = self.symmetry_breaking(n_env_steps), self.std_after(n_env_steps)
+        standardizer = getattr(predictor, "delta_standardizer", None)
+        whitening = whitening_among(standardizer, self.state_dims, state)
+        reward = torch.zeros(len(skills), dtype=state.dtype, device=state.device)
         if weight < 1.0:
-            beside = (n, skills.shape[1], -1)
+            beside = (*skills.shape[:2], -1)
             log_prob, _, _ = predictor.model.get_log_prob(
                 *(x.unsqueeze(1).expand(beside) for x in (state, context)),
                 skills,
                 next_state.unsqueeze(1).expand(beside),
-                std=self.std,
+                std=std,
                 transform=whitening,
             )
             reward = reward + (1.0 - weight) * identifiability(log_prob)
         if weight > 0.0:
-            loc = predictor.delta_standardizer.loc
+            loc = 0.0 if standardizer is None else standardizer.loc
             change = (next_state - state - loc) @ whitening.mT
-            expected = self._features(skill_spec, skills) @ self.linear_model.mT
-            error = (change.unsqueeze(1) - expected) / self.std
+            features = skill_features(skill_spec, skills, self.linear_model.dtype)
+            error = (change.unsqueeze(1) - features @ self.linear_model.mT) / std
             reward = reward + weight * identifiability(-0.5 * error.square().sum(-1))
         return reward
 
-    def _features(self, spec: TensorSpec, skills: Tensor) -> Tensor:
-        """Turn skills ``[*B, ...]`` into features ``[*B, Z]`` with second moments of 1."""
-        features = action_features(spec, skills, self.linear_model.dtype)
-        if is_discrete(spec):
-            return features * math.sqrt(width(spec))
-        if not isinstance(spec, Bounded):
-            return features
-        low, high = spec.space.low.to(features), spec.space.high.to(features)
-        return (features - (low + high) / 2) / (high - low) * math.sqrt(12.0)
 
-    def _whitening(self, predictor: Any) -> Tensor:
-        """Return the matrix ``[D', D]`` that whitens changes of the state in ``state_dims``."""
-        whitening: Tensor = predictor.delta_standardizer.whitening
-        if self.state_dims is None:
-            return whitening
-        # The inverse of the whitening's square is the covariance; that of some dimensions is a
-        # block of it. In double precision, since eigenvalues may differ by orders of magnitude.
-        wide = whitening.double()
-        covariance = torch.linalg.inv(wide.mT @ wide)[self.state_dims][:, self.state_dims]
-        std = covariance.diagonal().sqrt()
-        eigenvalues, axes = torch.linalg.eigh(covariance / std / std.unsqueeze(1))
-        root = eigenvalues.clamp_min(predictor.delta_standardizer.min_eigenvalue).rsqrt()
-        out = torch.zeros(len(std), whitening.shape[1], dtype=wide.dtype, device=wide.device)
-        out[:, self.state_dims] = (axes * root) @ axes.mT / std
-        return out.to(whitening)
+def _checked_range(name: str, ends: Any) -> tuple[float, float]:
+    """Return two numbers in order, which may be infinite."""
+    numbers = isinstance(ends, Sequence) and len(ends) == 2
+    if not numbers or not all(isinstance(x, int | float) for x in ends) or not ends[0] < ends[1]:
+        raise ValueError(f"{name} must be (low, high), two numbers in this order, got {ends!r}")
+    return float(ends[0]), float(ends[1])
+
+
+def _checked_std(std: Any) -> Tensor:
+    """Return ``std`` as a tensor ``[]`` or ``[D']``, NaN for a function."""
+    dtype = torch.get_default_dtype()
+    if callable(std):
+        return torch.full((), math.nan, dtype=dtype)
+    for one in std if isinstance(std, Sequence) and not isinstance(std, str) else [std]:
+        check_number("std", one, 0.0, open_low=True)
+    stds = torch.as_tensor(std, dtype=dtype)
+    if stds.ndim > 1 or not bool(((stds > 0) & stds.isfinite()).all()):
+        raise ValueError(f"std must be a positive number, or one for each dimension, got {std}")
+    return stds
 
 
 class SPlaTESReward(SkillReward):
@@ -238,12 +267,27 @@ class SPlaTESReward(SkillReward):
     predicts where a skill leads from start to end. A skill that is cut short by the end of an
     episode has no reward.
 
+    With ``potential_difference`` every action is rewarded for how much more the state it leads to
+    tells of the skill, taken as an outcome, than the state before. Over a whole skill this adds up
+    to the final reward less that of staying at the start, but a policy need not wait for the end to
+    learn what it did.
+
     >>> SPlaTESReward(n_skill_samples=64, std=0.2).n_skill_samples
     64
+
+    Args:
+        potential_difference: See above.
+        **options: Those of :class:`~layeredrl_torchrl.levels.SkillReward`.
     """
 
+    def __init__(self, *, potential_difference: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self.difference = check_flag("potential_difference", potential_difference)
+
     def pays(self, n_actions: Tensor, duration: int) -> Tensor:
-        """Mark the last action of each skill, bool ``[N, 1]``."""
+        """Mark the last action of each skill, or all of them, bool ``[N, 1]``."""
+        if self.difference:
+            return torch.ones_like(n_actions, dtype=torch.bool)
         return n_actions + 1 >= duration
 
 

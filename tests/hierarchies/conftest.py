@@ -188,6 +188,7 @@ def plain_loop(levels, sees, episode, instance, n_steps, lengths):
                 continue
             total, elapsed = now.pop("reward"), now.pop("elapsed")
             start = before if level.each_step else now["start"]
+            sees_now = start
             del now["start"]
             if level.each_step:
                 now["observation"], total, elapsed = sees[i](before), reward, 1
@@ -204,6 +205,7 @@ def plain_loop(levels, sees, episode, instance, n_steps, lengths):
                 whole = not levels[i - 1].each_step
                 start = doing[i - 1]["start"] if whole else start
                 now["parent_observation"] = sees[i - 1](start)
+                now["parent_sees"] = sees[i - 1](sees_now)
                 now["next", "parent_observation"] = sees[i - 1](state)
                 now["next", "input_done"] = ended | back[i]
             if not lowest:

@@ -137,6 +137,32 @@ def test_paid_for_each_step_by_a_model_of_single_steps():
     assert bool((below._sampled(below.buffer.sample(32))["next", "reward"] != 0).all())
 
 
+def test_a_skill_may_end_at_random():
+    """After each action with a probability of 0.3, in evaluation too, and it is paid for then."""
+    env = Plane(40)
+    agent = make_agent(env, end_prob=0.3, updates_per_step=0.05)
+    skills = agent.levels[1]
+    data = torch.cat(list(collected(env, agent, 5, 480)), -1)
+    above, below = agent.transitions(data)
+    # Those of whole skills; the horizon of an episode is no multiple of their length.
+    lengths = above["next", "elapsed_steps"][~above["next", "interrupted"]]
+    share = [0.3 * 0.7**k for k in range(DURATION - 1)] + [0.7 ** (DURATION - 1)]
+    ended = below["ended"][below["n_actions"] < DURATION - 1].float()
+    assert abs(ended.mean() - 0.3) < 4 * (0.21 / len(ended)) ** 0.5
+    counts = torch.bincount(lengths, minlength=DURATION + 1)[1:] / len(lengths)
+    assert (counts - torch.tensor(share)).abs().max() < 0.05
+    done, last = below["next", "done"], below["n_actions"] == DURATION - 1
+    assert torch.equal(below["next", "input_done"], below["ended"] | last | done)
+    agent.learn(data)
+    rows = skills._sampled(skills.buffer[:])
+    paid = rows["next", "reward"] != 0
+    assert torch.equal(paid, rows["ended"] | (rows["n_actions"] == DURATION - 1))
+    seen = skills._prepare(skills.buffer[:])["next", "terminated"]
+    assert torch.equal(seen, paid)
+    assert make_skills(end_prob=0.0).ends_by_duration
+    assert not skills.ends_by_duration
+
+
 @pytest.mark.parametrize(("reward", "each_step"), [(DADSReward(), False), (SPlaTESReward(), True)])
 def test_the_planner_has_to_learn_from_what_is_paid(reward, each_step):
     message = rf"below level 0 .* needs .* each_step={reward.each_step}, got {each_step}"
@@ -179,8 +205,9 @@ def test_saved_and_resumed_bit_for_bit(tmp_path):
     [
         (lambda: make_skills(reward=object()), TypeError, "SPlaTESReward"),
         (lambda: make_skills(duration=None), ValueError, "duration is None"),
+        (lambda: make_skills(end_prob=1.5), ValueError, "end_prob"),
         (lambda: make_skills(reward_func=None), TypeError, "takes no reward_func"),
-        (lambda: make_skills().attach(object()), TypeError, "learned RewardPredictor"),
+        (lambda: make_skills().attach(object()), TypeError, "put a PlannerLevel above"),
         (lambda: make_skills().attach(None), ValueError, "put a PlannerLevel above it"),
         (lambda: Hierarchy([RandomLevel(), make_skills()], Plane(2)), ValueError, "SkillLevel"),
     ],

@@ -7,7 +7,7 @@ import math
 import gymnasium as gym
 import pytest
 import torch
-from helpers import SMALL_SAC, make_point, make_predictor
+from helpers import SMALL_SAC, known, make_predictor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
@@ -15,7 +15,7 @@ from torch import nn
 from torchrl.data import Bounded, Categorical, OneHot, Unbounded
 
 from layeredrl_torchrl import DADSReward, SkillLevel, SPlaTESReward
-from layeredrl_torchrl.levels.skills_rewards import identifiability
+from layeredrl_torchrl.levels._outcomes import RunningMoments, identifiability, skill_features
 from layeredrl_torchrl.predictors import DeltaStandardizer
 
 BOX = Bounded(-1.0, 1.0, (2,))
@@ -160,7 +160,8 @@ def test_linear_model_spreads_skills_as_changes_are_spread(spec, n):
     predictor = make_predictor(model={"action_space": spec})
     make_skills(reward, predictor, input_spec=spec)
     assert reward.linear_model.shape == (2, n)
-    expected = reward._features(spec, spec.rand((20_000,))) @ reward.linear_model.mT
+    drawn = skill_features(spec, spec.rand((20_000,)), torch.float32)
+    expected = drawn @ reward.linear_model.mT
     torch.testing.assert_close(expected.square().mean(0), torch.ones(2), atol=0.05, rtol=0.0)
 
 
@@ -263,6 +264,117 @@ def test_recomputed_when_sampled():
     assert torch.equal(stored, torch.full((12, 1), 7.0))
 
 
+# -- options --------------------------------------------------------------------------------
+
+
+def rated(reward, level=None, n_env_steps=0, since=None, **options):
+    """The reward of twelve rows, with the same skills of the prior each time."""
+    level = level or make_skills(reward, make_linear(), **options)
+    level.n_env_steps.fill_(n_env_steps)
+    data = torch.Generator().manual_seed(5)
+    start, end = (torch.randn(12, 2, generator=data) for _ in range(2))
+    skill = 2 * torch.rand(12, 2, generator=data) - 1
+    torch.manual_seed(1)
+    return level.rate(start, skill, end, since)
+
+
+def sampled(reward, data, **options):
+    """What a level makes of ``data``, with the same skills of the prior each time."""
+    level = make_skills(reward, make_linear(), **options)
+    torch.manual_seed(1)
+    return level._sampled(data.clone())["next", "reward"]
+
+
+def test_what_is_told_can_be_clipped():
+    plain = rated(SPlaTESReward())
+    assert (plain < -1).any()
+    assert (plain > 0.5).any()
+    assert torch.equal(rated(SPlaTESReward(clip=(-1.0, 0.5))), plain.clamp(-1.0, 0.5))
+    assert torch.equal(rated(SPlaTESReward(clip=(-1.0, math.inf))), plain.clamp(min=-1.0))
+
+
+def test_an_offset_is_paid_for_every_action():
+    data = transitions()
+    for kind in (SPlaTESReward, DADSReward):
+        plain = sampled(kind(), data)
+        torch.testing.assert_close(sampled(kind(offset=0.75), data), plain + 0.75)
+
+
+def test_std_may_depend_on_the_environment_steps():
+    reward = SPlaTESReward(std=lambda n: 2.0 - n / 100, n_symmetry_breaking_steps=300)
+    level = make_skills(reward, make_linear())
+    for n in (0, 100, 150):
+        fixed = SPlaTESReward(std=2.0 - n / 100, n_symmetry_breaking_steps=300)
+        other = make_skills(fixed, level.parent_predictor)
+        fixed.linear_model.copy_(reward.linear_model)
+        torch.testing.assert_close(rated(reward, level, n), rated(fixed, other, n))
+    with pytest.raises(ValueError, match=r"std\(n_env_steps\) .* got 0.0"):
+        rated(reward, level, 200)
+
+
+def test_normalized_rewards_by_their_own_moments():
+    data = transitions(300)
+    paid = data["n_actions"] == 2
+    plain = sampled(SPlaTESReward(), data)[paid]
+    reward = SPlaTESReward(normalize=True, offset=0.5)
+    got = sampled(reward, data)
+    assert (got[~paid] == 0.5).all()
+    expected = (plain - plain.mean()) / plain.std(correction=0)
+    torch.testing.assert_close(got[paid] - 0.5, expected, atol=1e-4, rtol=1e-4)
+    # Further rewards count as the first did, until there are many; then the old are forgotten.
+    moments, values = RunningMoments(), torch.randn(25_000) * 3 + 2
+    for part in values[:20_000].split(700):
+        moments.observe(part)
+    torch.testing.assert_close(moments.mean.float(), values[:20_000].mean())
+    for part in values[20_000:].split(100):
+        moments.observe(0 * part + 7)
+    left = (1 - 100 / 20_100) ** 50
+    expected = left * values[:20_000].double().mean() + (1 - left) * 7
+    torch.testing.assert_close(moments.mean, expected)
+    assert reward.state_dict()["moments.n_seen"] == 100
+    assert not SPlaTESReward().state_dict().keys() & {"moments.n_seen"}
+    torch.testing.assert_close(RunningMoments()(torch.ones(3)), torch.ones(3))
+
+
+def test_differences_of_what_is_told_add_up_over_a_skill():
+    """To what the outcome tells less what the start does, here in closed form."""
+    reward = SPlaTESReward(potential_difference=True, n_skill_samples=40_000)
+    level = make_skills(reward, make_linear())
+    path = (0.3 * torch.randn(4, 2)).cumsum(0)
+    data = transitions(3)
+    data["parent_observation"] = path[:1].expand(3, 2)
+    data["input"] = data["input"][:1].expand(3, 2).clone()
+    data["parent_sees"], data["next", "parent_observation"] = path[:3], path[1:]
+    torch.manual_seed(2)
+    got = level._sampled(data.clone())["next", "reward"]
+    gain, std = torch.tensor([0.7, 0.3]), 0.5
+    change = (path - path[0]).double()
+    exact = torch.distributions.Normal(gain * data["input"][0], std).log_prob(change)
+    told = (exact - interval(change, gain, std)).sum(-1)
+    torch.testing.assert_close(got.squeeze(-1), told.diff().float(), atol=0.05, rtol=0.02)
+    assert "parent_sees" in level.stored_keys[0]
+
+
+def test_below_a_known_model_changes_are_in_units_of_the_state():
+    moves = lambda state, action: state + 0.7 * action  # noqa: E731
+    predictor = known(moves, lambda *_: torch.zeros(()), BOX, width=2)
+    skill, start = torch.rand(8, 2).mul(2).sub(1), torch.randn(8, 2)
+    end = start + torch.randn(8, 2)
+    for dims in ([0, 1], [1]):
+        reward = SPlaTESReward(std=0.3, n_skill_samples=40_000, state_dims=dims)
+        level = make_skills(reward, predictor)
+        exact = torch.distributions.Normal(0.7 * skill, 0.3).log_prob(end - start)
+        expected = (exact - interval(end - start, torch.tensor(0.7), 0.3))[:, dims].sum(-1)
+        torch.testing.assert_close(level.rate(start, skill, end), expected, atol=0.1, rtol=0.03)
+    # And the random linear model spreads skills by one unit.
+    reward = SPlaTESReward(std=0.3, n_symmetry_breaking_steps=10, n_skill_samples=40_000)
+    level = make_skills(reward, predictor)
+    change, gain = (end - start) @ reward.linear_model, torch.tensor(math.sqrt(3.0))
+    exact = torch.distributions.Normal(gain * skill, 0.3).log_prob(change)
+    expected = (exact - interval(change, gain, 0.3)).sum(-1)
+    torch.testing.assert_close(level.rate(start, skill, end), expected, atol=0.15, rtol=0.03)
+
+
 # -- bad input ------------------------------------------------------------------------------
 
 
@@ -271,7 +383,6 @@ def test_what_cannot_be_attached():
         ({"state_dims": [0, 2]}, make_linear(), ValueError, "above has 2 dimensions"),
         ({"std": [1.0, 1.0, 1.0]}, make_linear(), ValueError, "3 stds for 2 dimensions"),
         ({}, make_predictor(delta_standardizer=False), ValueError, "delta_standardizer=False"),
-        ({}, make_point(), TypeError, "learned RewardPredictor"),
     ):
         with pytest.raises(error, match=message):
             make_skills(SPlaTESReward(**options), predictor)

@@ -37,7 +37,8 @@ class FromBuffer:
     Args:
         buffer: Real transitions, as :class:`~layeredrl_torchrl.TransitionSlices` reads them.
         predictor: Its encoder turns observations into state and context.
-        observation_key: Key of the observation in the buffer; the encoder's by default.
+        observation_key: Key of the observation in the buffer; by default the entries that the
+            encoder reads.
         **keys: Further ones of :class:`~layeredrl_torchrl.TransitionSlices`.
 
     Raises:
@@ -54,15 +55,15 @@ class FromBuffer:
         **keys: NestedKey | None,
     ) -> None:
         self.predictor = predictor
-        if observation_key is None:
-            observation_key = predictor.encoder.in_keys[0]
         self.observation_key = observation_key
-        self._slices = TransitionSlices(buffer, observation_key=observation_key, **keys)
+        key = predictor.encoder.in_keys[0] if observation_key is None else observation_key
+        self._slices = TransitionSlices(buffer, observation_key=key, **keys)
 
     @torch.no_grad()
     def __call__(self, n: int) -> TensorDict:
         """``n`` starts: a TensorDict ``[n]`` with state ``[n, D]`` and context ``[n, C]``."""
-        obs = self._slices.sample(n, 1)[:, 0].get(self.observation_key)
+        rows, key = self._slices.sample(n, 1)[:, 0], self.observation_key
+        obs = self.predictor.encoder.join(rows) if key is None else rows.get(key)
         parameter = next(self.predictor.parameters(), None)
         if parameter is not None:
             obs = obs.to(parameter.device)

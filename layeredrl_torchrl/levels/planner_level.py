@@ -175,7 +175,7 @@ class PlannerLevel(LearningLevel):
     def _check_learned_keys(self, predictor: Predictor) -> None:
         """Raise unless the predictor learns from the entries that the level reads and writes."""
         loss = getattr(predictor, "predictor_loss", None)
-        if loss is None:
+        if loss is None or predictor.encoder.joins:
             return
         keys = loss.tensor_keys
         following = unravel_key(("next", self.observation_key))
@@ -193,8 +193,9 @@ class PlannerLevel(LearningLevel):
     def _check_keys(self, env: EnvBase) -> None:
         """Raise unless predictor and planner read and write the keys of ``env``."""
         _, reward_key = self._learned_keys()
+        seen = list(env.observation_keys)
         for what, own, there in (
-            ("observation", self.observation_key, list(env.observation_keys)),
+            *(("observation", key, seen) for key in self.predictor.encoder.in_keys),
             ("action", self.action_key, [env.action_key]),
             ("reward", reward_key, [unravel_key(("next", env.reward_key))]),
         ):
@@ -300,6 +301,8 @@ class PlannerLevel(LearningLevel):
         read, reward = self._learned_keys()
         observation = self.observation_key
         required = [observation, ("next", observation), self.action_key, reward]
+        for key in self.predictor.encoder.in_keys[1:]:
+            required += [key, unravel_key(("next", key))]
         required += [("next", "done"), ("next", "terminated")]
         optional = [("next", "truncated"), ("next", "elapsed_steps"), ("collector", "traj_ids")]
         return required, [*optional, self.random_action_key, "weight", *read]
@@ -309,8 +312,15 @@ class PlannerLevel(LearningLevel):
         (observation, following, action, *numbers), _ = self.stored_keys
         flags = [("next", key) for key in ("done", "terminated")]
         check_flags(data, flags, self.name, _HINT)
-        width = self.predictor.encoder.obs_dim
-        check_observations(data, observation, width, self.name, _HINT)
+        encoder = self.predictor.encoder
+        if encoder.joins:
+            for key in encoder.in_keys:
+                for at in (key, unravel_key(("next", key))):
+                    require(data, at, reader=f"{self.name}.learn", hint=_HINT)
+            for rows in (data, data.get("next")):
+                encoder.join(rows)  # raises for other shapes
+        else:
+            check_observations(data, observation, encoder.obs_dim, self.name, _HINT)
         data = with_known_ends(data, observation, self.name)
         read = [observation, following, action, *(key for key in numbers if key not in flags)]
         check_numbers(data, read, self.name, _HINT)

@@ -5,7 +5,13 @@ from layeredrl_torchrl.nets._gaussians import LogStdBounds, MemberOutput
 from layeredrl_torchrl.nets._stacked import StackedProbFCDynamics, hidden_layers, product
 from layeredrl_torchrl.nets.actor_critic import QValueNet, QValueOperator, TanhActor
 from layeredrl_torchrl.nets.dynamics import ProbFCDynamics
-from layeredrl_torchrl.nets.encoders import Encoder, EncoderNet, FixedEncoderNet, IdentityEncoder
+from layeredrl_torchrl.nets.encoders import (
+    Encoder,
+    EncoderNet,
+    FixedEncoderNet,
+    IdentityEncoder,
+    ObservationShape,
+)
 from layeredrl_torchrl.nets.functions import (
     StepFunction,
     needs_next_state,
@@ -14,6 +20,7 @@ from layeredrl_torchrl.nets.functions import (
     refuse_next_state,
 )
 from layeredrl_torchrl.nets.heads import RewardNet, ScalarHead, ValueNet
+from layeredrl_torchrl.nets.module_encoder import ModuleEncoder, SimNorm
 from layeredrl_torchrl.nets.normalizer import Normalizer
 from layeredrl_torchrl.nets.squashed_normal import Bounds, SquashedNormal
 
@@ -25,12 +32,15 @@ __all__ = [
     "IdentityEncoder",
     "LogStdBounds",
     "MemberOutput",
+    "ModuleEncoder",
     "Normalizer",
+    "ObservationShape",
     "ProbFCDynamics",
     "QValueNet",
     "QValueOperator",
     "RewardNet",
     "ScalarHead",
+    "SimNorm",
     "SquashedNormal",
     "StackedProbFCDynamics",
     "StepFunction",

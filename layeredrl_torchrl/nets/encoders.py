@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import TypeAlias
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
@@ -15,11 +17,15 @@ from layeredrl_torchrl._checks import (
     check_indices,
     check_positive_int,
     check_width,
+    require,
 )
 from layeredrl_torchrl._dispatch import dispatched
 from layeredrl_torchrl._watch import refuse
 
-__all__ = ["Encoder", "EncoderNet", "FixedEncoderNet", "IdentityEncoder"]
+__all__ = ["Encoder", "EncoderNet", "FixedEncoderNet", "IdentityEncoder", "ObservationShape"]
+
+#: ``[obs]``, or the shape of each entry of an observation, by its key.
+ObservationShape: TypeAlias = Sequence[int] | Mapping[NestedKey, Sequence[int]]
 
 
 class Encoder(TensorDictModuleBase):
@@ -35,11 +41,20 @@ class Encoder(TensorDictModuleBase):
     >>> context
     tensor([2., 3.])
 
+    An observation may also have several entries, of any shapes: give a mapping from their keys to
+    their shapes. They are joined, flat and in this order (:meth:`join`), into the one vector that
+    all calls with tensors take. No transform of the environment is needed.
+
+    >>> encoder = IdentityEncoder({"position": (2,), "camera": (1, 2, 2)})
+    >>> td = TensorDict({"position": torch.zeros(7, 2), "camera": torch.ones(7, 1, 2, 2)}, [7])
+    >>> encoder(td)["state"].shape
+    torch.Size([7, 6])
+
     Args:
-        mapped_env_obs_shape: Shape of one observation, ``[obs]``.
+        mapped_env_obs_shape: Shape of one observation, ``[obs]``; or of each entry, by its key.
         latent_state_dim: ``D``.
         context_dim: ``C``, may be 0.
-        in_keys: Key of the observation.
+        in_keys: Key of the observation; those of a mapping, where one is given.
         out_keys: Keys of state and context.
 
     Shapes:
@@ -47,31 +62,47 @@ class Encoder(TensorDictModuleBase):
         encoder's floats (that of ``encoder.to(dtype)``; observations are converted).
 
     Raises:
-        ValueError: Another shape than one axis; observations of another width, or with NaN.
+        ValueError: Another shape than one axis, without a key; observations of another width, or
+            with NaN. KeyError: An entry that a TensorDict does not have.
     """
 
     def __init__(
         self,
-        mapped_env_obs_shape: Sequence[int],
+        mapped_env_obs_shape: ObservationShape,
         latent_state_dim: int,
         context_dim: int,
-        in_keys: Sequence[NestedKey] = ("observation",),
+        in_keys: Sequence[NestedKey] | None = None,
         out_keys: Sequence[NestedKey] = ("state", "context"),
     ) -> None:
         super().__init__()
-        shape = tuple(mapped_env_obs_shape)
-        if len(shape) != 1:
+        named = isinstance(mapped_env_obs_shape, Mapping)
+        if isinstance(mapped_env_obs_shape, Mapping):
+            if in_keys is not None or not mapped_env_obs_shape:
+                raise ValueError(
+                    f"the shapes are those of the entries {list(mapped_env_obs_shape)}, with "
+                    f"in_keys={in_keys}; name at least one entry, and leave in_keys out"
+                )
+            in_keys = [unravel_key(key) for key in mapped_env_obs_shape]
+            shapes = [tuple(shape) for shape in mapped_env_obs_shape.values()]
+        else:
+            in_keys = ("observation",) if in_keys is None else in_keys
+            shapes = [tuple(mapped_env_obs_shape)]
+        shape = shapes[0]
+        if not named and len(shape) != 1:
             raise ValueError(
                 f"mapped_env_obs_shape is {shape}; only flat observations [obs] are supported, "
                 "flatten them with TorchRL's FlattenObservation or CatTensors; of a batched "
-                "environment, pass the shape in env.observation_spec_unbatched"
+                "environment, pass the shape in env.observation_spec_unbatched; or name the "
+                "observation: {'pixels': (3, 64, 64)}"
             )
-        if len(in_keys) != 1 or len(out_keys) != 2:
+        if len(in_keys) != len(shapes) or len(out_keys) != 2:
             raise ValueError(
                 f"an encoder has one in_key and two out_keys, got {list(in_keys)} and "
                 f"{list(out_keys)}"
             )
-        self.obs_dim = shape[0]
+        #: The shape of each entry of an observation, by its key.
+        self.entries = dict(zip(in_keys, shapes, strict=True))
+        self.obs_dim = sum(map(prod, shapes))
         # Moves with the module: observations are converted to its dtype.
         self.register_buffer("_floats", torch.empty(0), persistent=False)
         self.latent_state_dim = latent_state_dim
@@ -79,9 +110,67 @@ class Encoder(TensorDictModuleBase):
         self.in_keys = list(in_keys)
         self.out_keys = list(out_keys)
 
+    @property
+    def joins(self) -> bool:
+        """Whether observations have several entries, or one of several axes, to be joined."""
+        return [len(shape) for shape in self.entries.values()] != [1]
+
     @abstractmethod
     def split(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """Map checked observations ``[*B, obs]`` to state and context."""
+
+    def merge(self, state: Tensor, context: Tensor) -> Tensor:
+        """Return the observations ``[*B, obs]`` of state and context: the inverse of :meth:`split`.
+
+        A hook; by default there is none.
+
+        Raises:
+            ValueError: An encoder without an inverse.
+        """
+        raise ValueError(
+            f"a {type(self).__name__} has no inverse, so states cannot be decoded; use an "
+            "IdentityEncoder or a FixedEncoderNet of all dimensions, implement "
+            "merge(state, context), or train a decoder (add_loss)"
+        )
+
+    def join(self, tensordict: TensorDictBase) -> Tensor:
+        """Return the observations ``[*B, obs]`` of a TensorDict ``[*B]``, its entries joined.
+
+        Integers, such as the bytes of an image, become floats of the same value.
+
+        Raises:
+            KeyError: A missing entry. ValueError: An entry of another shape.
+        """
+        hint = "rename it with in_keys=[...], or in the mapping of shapes"
+        found = [
+            require(tensordict, key, reader=type(self).__name__, hint=hint) for key in self.entries
+        ]
+        if not self.joins:
+            return found[0]
+        flat = []
+        for (key, shape), value in zip(self.entries.items(), found, strict=True):
+            n = value.ndim - len(shape)
+            if n < 0 or tuple(value.shape[n:]) != shape:
+                raise ValueError(
+                    f"{key!r} has shape {tuple(value.shape)}, expected {('*B', *shape)}, as this "
+                    f"{type(self).__name__} was built for"
+                )
+            value = value if value.is_floating_point() else value.to(self._floats.dtype)
+            flat.append(value.reshape(*value.shape[:n], prod(shape)))
+        return torch.cat(flat, -1)
+
+    def part(self, observation: Tensor) -> list[Tensor]:
+        """Return the entries ``[*B, *shape]`` that ``observation [*B, obs]`` was joined from."""
+        sizes = [prod(shape) for shape in self.entries.values()]
+        return [
+            flat.reshape(*flat.shape[:-1], *shape)
+            for flat, shape in zip(observation.split(sizes, -1), self.entries.values(), strict=True)
+        ]
+
+    def decode(self, state: Tensor, context: Tensor) -> TensorDict:
+        """Return the entries of the observations ``[*B]``; see :meth:`merge`."""
+        parts = self.part(self.merge(state, context))
+        return TensorDict(dict(zip(self.in_keys, parts, strict=True)), state.shape[:-1])
 
     def encode(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """Check ``observation [*B, obs]`` and map it to ``state [*B, D], context [*B, C]``."""
@@ -113,14 +202,7 @@ class Encoder(TensorDictModuleBase):
         """Encode a tensor (returns two tensors) or a TensorDict (writes ``out_keys``)."""
         if isinstance(tensordict, Tensor):
             return self.encode(tensordict)
-        observation = tensordict.get(self.in_keys[0], None)
-        if observation is None:
-            raise KeyError(
-                f"{type(self).__name__} reads key {self.in_keys[0]!r}, which is missing; the "
-                f"TensorDict has {sorted(map(str, tensordict.keys(True, True)))}. Rename it with "
-                "in_keys=[...]"
-            )
-        state, context = self.encode(observation)
+        state, context = self.encode(self.join(tensordict))
         tensordict.set(self.out_keys[0], state)
         tensordict.set(self.out_keys[1], context)
         return tensordict
@@ -158,17 +240,21 @@ class IdentityEncoder(Encoder):
     (torch.Size([7, 4]), torch.Size([7, 0]))
 
     Args:
-        mapped_env_obs_shape: ``[obs]``; ``D = obs`` and ``C = 0``.
+        mapped_env_obs_shape: As :class:`Encoder`; ``D = obs`` and ``C = 0``.
         **keys: ``in_keys`` and ``out_keys`` of :class:`Encoder`.
     """
 
-    def __init__(self, mapped_env_obs_shape: Sequence[int], **keys: Sequence[NestedKey]) -> None:
-        shape = tuple(mapped_env_obs_shape)
-        super().__init__(shape, shape[0] if shape else 0, 0, **keys)
+    def __init__(self, mapped_env_obs_shape: ObservationShape, **keys: Sequence[NestedKey]) -> None:
+        super().__init__(mapped_env_obs_shape, 0, 0, **keys)
+        self.latent_state_dim = self.obs_dim
 
     def split(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """Return the observation, and a context of width 0."""
         return observation, observation[..., :0]
+
+    def merge(self, state: Tensor, context: Tensor) -> Tensor:
+        """Return the state."""
+        return state
 
 
 class FixedEncoderNet(Encoder):
@@ -179,7 +265,7 @@ class FixedEncoderNet(Encoder):
     (tensor([3., 0.]), tensor([1.]))
 
     Args:
-        mapped_env_obs_shape: ``[obs]``.
+        mapped_env_obs_shape: As :class:`Encoder`; the indices are those of the joined entries.
         latent_state_dims: Indices of the state's dimensions, in this order.
         context_dims: Indices of the context's dimensions.
         **keys: ``in_keys`` and ``out_keys`` of :class:`Encoder`.
@@ -193,7 +279,7 @@ class FixedEncoderNet(Encoder):
 
     def __init__(
         self,
-        mapped_env_obs_shape: Sequence[int],
+        mapped_env_obs_shape: ObservationShape,
         latent_state_dims: Sequence[int],
         context_dims: Sequence[int] = (),
         **keys: Sequence[NestedKey],
@@ -218,6 +304,17 @@ class FixedEncoderNet(Encoder):
         """Gather the two sets of dimensions."""
         return observation[..., self.latent_state_dims], observation[..., self.context_dims]
 
+    def merge(self, state: Tensor, context: Tensor) -> Tensor:
+        """Put both sets of dimensions in their places; they must be all that there are."""
+        places = torch.cat([self.latent_state_dims, self.context_dims])
+        if len(places) != self.obs_dim:
+            left_out = sorted(set(range(self.obs_dim)) - set(places.tolist()))
+            raise ValueError(
+                f"dimension(s) {left_out} of the observation are neither state nor context, so "
+                "states cannot be decoded; add them to latent_state_dims or context_dims"
+            )
+        return torch.cat([state, context], -1)[..., places.argsort()]
+
 
 class EncoderNet(Encoder):
     """A learned linear encoder with a mask that separates state and context.
@@ -232,7 +329,7 @@ class EncoderNet(Encoder):
     tensor([False,  True, False])
 
     Args:
-        mapped_env_obs_shape: ``[obs]``.
+        mapped_env_obs_shape: As :class:`Encoder`.
         latent_state_dim: ``D``.
         context_dim: ``C``, may be 0.
         **keys: ``in_keys`` and ``out_keys`` of :class:`Encoder`.
@@ -242,7 +339,7 @@ class EncoderNet(Encoder):
 
     def __init__(
         self,
-        mapped_env_obs_shape: Sequence[int],
+        mapped_env_obs_shape: ObservationShape,
         latent_state_dim: int,
         context_dim: int,
         **keys: Sequence[NestedKey],

@@ -7,6 +7,7 @@ from layeredrl_torchrl.objectives.batches import (
     PartitionedBatch,
     SharedBatch,
 )
+from layeredrl_torchrl.objectives.consistency import ConsistencyLoss
 from layeredrl_torchrl.objectives.model_loss import ModelLoss
 from layeredrl_torchrl.objectives.predictor_loss import PredictorLoss
 from layeredrl_torchrl.objectives.slices import TransitionSlices
@@ -15,6 +16,7 @@ from layeredrl_torchrl.objectives.terms import TermsLoss
 
 __all__ = [
     "BootstrappedBatches",
+    "ConsistencyLoss",
     "MemberBatches",
     "ModelLoss",
     "NStepTargets",

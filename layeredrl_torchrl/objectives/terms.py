@@ -55,6 +55,13 @@ class TermsLoss(LossModule):
         Terms whose names begin with ``"loss_"`` are minimised; the others are only logged.
         """
 
+    def after_update(self) -> None:
+        """Update what is no parameter, such as a target network; called after a gradient step.
+
+        A hook of :meth:`~layeredrl_torchrl.RewardPredictor.add_loss`; by default there is nothing.
+        Change tensors in place, so that an update can be captured as a CUDA graph.
+        """
+
     @dispatched
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Compute the terms of a batch of the shape that :meth:`prepare` takes."""

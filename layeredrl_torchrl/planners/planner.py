@@ -348,12 +348,15 @@ class PredictorPlanner(MPCPlannerBase):
         return candidates.to(self.action_spec.dtype)
 
     def _read(self, tensordict: TensorDictBase) -> tuple[Tensor, TensorDictBase]:
-        obs = require(
-            tensordict,
-            self.in_keys[0],
-            reader="the planner",
-            hint="give what its predictor's encoder reads, or rename that key there",
-        )
+        encoder = self.predictor.encoder
+        for key in encoder.in_keys:
+            require(
+                tensordict,
+                key,
+                reader="the planner",
+                hint="give what its predictor's encoder reads, or rename that key there",
+            )
+        obs = encoder.join(tensordict)
         memory = require(
             tensordict,
             self.plan_key,

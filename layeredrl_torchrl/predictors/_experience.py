@@ -18,7 +18,12 @@ from layeredrl_torchrl.objectives.model_loss import ModelInputs
 from layeredrl_torchrl.objectives.terms import TermsLoss
 from layeredrl_torchrl.specs import ActionForm
 
-__all__ = ["Experience"]
+__all__ = ["JOINED", "Experience"]
+
+#: Key of observations that were joined of several entries.
+JOINED = "joined_observation"
+# Numbers of the observations that are drawn at once for statistics: less for images.
+_MOST_NUMBERS = 20_000_000
 
 _HINT = "name the entry to read with predictor_loss.set_keys()"
 
@@ -53,9 +58,12 @@ class Experience:
         self.holdout_share = holdout_share
         self._encoder, self._action_form = encoder, action_form
         self._keys, self._device = keys, device
+        # Entries that are joined are added to what is drawn; slices are told apart by the first.
+        self._joins = keys.observation == JOINED
+        first = encoder.in_keys[0] if self._joins else keys.observation
         self._slices = TransitionSlices(
             buffer,
-            observation_key=keys.observation,
+            observation_key=first,
             done_key=keys.done,
             terminated_key=keys.terminated,
             valid_key=keys.valid,
@@ -70,6 +78,10 @@ class Experience:
     def n_written(self) -> int:
         """Number of transitions ever written."""
         return self._slices.n_written
+
+    def at_most(self, n: int) -> int:
+        """Return ``n``, or less where observations are so large that they would fill the memory."""
+        return min(n, max(_MOST_NUMBERS // self._encoder.obs_dim, 100))
 
     def sample(self, n: int) -> TensorDictBase:
         """Stored transitions ``[N]``, drawn with replacement."""
@@ -131,14 +143,14 @@ class Experience:
         numbers tell whether those have been overwritten in between.
         """
         places = torch.arange(n_probes).mul(n_first).floor_divide(n_probes)
-        rows = self._slices.stored(places)
+        rows = self._joined(self._slices.stored(places))
         keys = self._keys
         read = (keys.observation, keys.action, keys.next_observation, keys.reward)
         return fingerprint(*(self._get(rows, key) for key in read)).cpu()
 
     def held_out(self, n_sampled: int) -> TensorDict:
         """Encoded transitions that are held out among ``n_sampled``, each once; may be none."""
-        rows = self.sample(n_sampled)
+        rows = self.sample(self.at_most(n_sampled))
         rows = rows[self._is_held_out(rows.get("storage_index"))]
         # Drawn with replacement: each place of the storage counts once.
         order = rows.get("storage_index").argsort(stable=True)
@@ -208,7 +220,15 @@ class Experience:
 
     def _draw(self, n: int, length: int) -> TensorDictBase:
         rows = self._slices.sample(n, length)
-        return rows if self._device is None else rows.to(self._device)
+        return self._joined(rows if self._device is None else rows.to(self._device))
+
+    def _joined(self, rows: TensorDictBase) -> TensorDictBase:
+        """Add the joined observations, where the encoder reads several entries, or images."""
+        if self._joins:
+            following = self._get(rows, "next")
+            rows.set(JOINED, self._encoder.join(rows))
+            rows.set(("next", JOINED), self._encoder.join(following))
+        return rows
 
     def _is_held_out(self, places: Tensor) -> Tensor:
         return hashed_uniform(places, salt=-2) < self.holdout_share

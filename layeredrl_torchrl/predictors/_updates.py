@@ -99,8 +99,9 @@ class Updates(nn.Module):
         own = [p for p in _trainable(loss) if p not in known]
         if own:
             self.optim.add_param_group({"params": own, "name": name})
-            self.own_losses.append(loss)
             self.rates.add(name, rate)
+        if own or any(p not in known for p in loss.parameters()):  # a target network, say
+            self.own_losses.append(loss)
         self.losses[name] = weighted
 
     # -- running ----------------------------------------------------------------------------
@@ -230,6 +231,8 @@ class Updates(nn.Module):
         for name, follow in self.followers.items():
             if name in terms:
                 follow()
+        for name in batch:
+            self.losses[name].loss.after_update()
         self.n_updates += 1
 
     def _captured(self, graphs: Graphs) -> Callable[[Mapping[str, Any]], None]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
 from typing import Any, TypeAlias
 
 import gymnasium as gym
 import numpy as np
 import torch
-from tensordict import NestedKey
+from tensordict import NestedKey, unravel_key
 from torchrl.data import Composite, TensorSpec, Unbounded
 from torchrl.envs import CatTensors, EnvBase, Transform, TransformedEnv
 
@@ -20,6 +21,7 @@ from layeredrl_torchrl.nets import (
     Encoder,
     FixedEncoderNet,
     IdentityEncoder,
+    ObservationShape,
     ProbFCDynamics,
     RewardNet,
     StepFunction,
@@ -63,10 +65,12 @@ class PredictorFactory:
         context_dims: Dimensions of the observation that are the context; the others are the
             state. Goal-based spaces have theirs.
         partial_encoder: Builds another encoder from the shape ``(obs,)`` of an observation, for
-            example ``partial(EncoderNet, latent_state_dim=8, context_dim=2)``.
+            example ``partial(EncoderNet, latent_state_dim=8, context_dim=2)``; with a list of keys
+            from a mapping of their shapes.
         observation_key: Key of the observation, nested ones too: what the encoder reads and
             :meth:`RewardPredictor.learn` looks for in the buffer. A ``partial_encoder`` names its
-            own (``in_keys``).
+            own (``in_keys``). A list of keys is an observation of several entries, of any shapes,
+            which the encoder joins in this order; ``"desired_goal"`` is then the context.
         action_key: Likewise of the action.
         ignore_context: Whether the dynamics networks are not given the context, as physics does
             not depend on a goal. Where an episode ends at its goal, the termination does:
@@ -87,8 +91,8 @@ class PredictorFactory:
     rew_func: StepFunction | None = None
     term_func: StepFunction | None = None
     context_dims: Sequence[int] = ()
-    partial_encoder: Callable[[tuple[int]], Encoder] | None = None
-    observation_key: NestedKey = "observation"
+    partial_encoder: Callable[[Any], Encoder] | None = None
+    observation_key: NestedKey | list[NestedKey] = "observation"
     action_key: NestedKey = "action"
     ignore_context: bool = True
     model_options: Mapping[str, Any] = field(default_factory=dict)
@@ -122,13 +126,18 @@ class PredictorFactory:
         Raises:
             TypeError, ValueError: Spaces of another kind; the message says what to do.
         """
-        dim, goal_dims = _layout(observation_space, self.observation_key)
+        shape: ObservationShape
+        if isinstance(self.observation_key, list):
+            shape, goal_dims = _entries(observation_space, self.observation_key)
+        else:
+            dim, goal_dims = _layout(observation_space, self.observation_key)
+            shape = (dim,)
         if goal_dims and self.context_dims and list(self.context_dims) != goal_dims:
             raise ValueError(
                 f"context_dims is {list(self.context_dims)}, but the desired goal of the "
                 f"observation space has the dimensions {goal_dims}; leave context_dims out"
             )
-        encoder = self._encoder(dim, list(self.context_dims) or goal_dims)
+        encoder = self._encoder(shape, list(self.context_dims) or goal_dims)
         state_dim, context_dim = encoder.latent_state_dim, encoder.context_dim
         net = partial(
             ProbFCDynamics, hidden_sizes=self.hidden_sizes, ignore_context=self.ignore_context
@@ -162,17 +171,18 @@ class PredictorFactory:
         )
         return predictor if device is None else predictor.to(device)
 
-    def _encoder(self, dim: int, context_dims: list[int]) -> Encoder:
+    def _encoder(self, shape: ObservationShape, context_dims: list[int]) -> Encoder:
         if self.partial_encoder is not None:
-            return self.partial_encoder((dim,))
+            return self.partial_encoder(shape)
+        keys: dict[str, Any] = {}
+        if not isinstance(self.observation_key, list):
+            keys["in_keys"] = [self.observation_key]
+        whole = IdentityEncoder(shape, **keys)
         if not context_dims:
-            return IdentityEncoder((dim,), in_keys=[self.observation_key])
-        state_dims = [d for d in range(dim) if d not in context_dims]
+            return whole
+        state_dims = [d for d in range(whole.obs_dim) if d not in context_dims]
         return FixedEncoderNet(
-            (dim,),
-            latent_state_dims=state_dims,
-            context_dims=context_dims,
-            in_keys=[self.observation_key],
+            shape, latent_state_dims=state_dims, context_dims=context_dims, **keys
         )
 
 
@@ -211,6 +221,8 @@ def get_default_predictor_factory(env: Environment, **options: Any) -> Predictor
             f"env must be a gymnasium or TorchRL environment, got {type(env).__name__}; without "
             "one, call PredictorFactory() with spaces"
         )
+    if isinstance(factory.observation_key, list):
+        return factory
     _, goal_dims = _layout(space, factory.observation_key)
     return factory if given else replace(factory, context_dims=tuple(goal_dims))
 
@@ -235,6 +247,31 @@ def _layout(space: ObservationSpace, key: NestedKey) -> tuple[int, list[int]]:
             "gymnasium's FlattenObservation (which sorts the keys)"
         )
     return _width("observation_space", space), []
+
+
+def _entries(
+    space: ObservationSpace, keys: list[NestedKey]
+) -> tuple[dict[NestedKey, tuple[int, ...]], list[int]]:
+    """The shapes of several entries, and the dimensions of the desired goal among them."""
+    parts: dict[Any, Any] = {}
+    if isinstance(space, Composite):
+        parts = {key: space[key] for key in space.keys(True, True)}
+    elif isinstance(space, gym.spaces.Dict):
+        parts = dict(space.spaces)
+    if not keys or not all(unravel_key(key) in parts for key in keys):
+        raise ValueError(
+            f"the observation space has the entries {sorted(map(str, parts))}, expected those of "
+            f"observation_key={keys}, a list of at least one; in TorchRL pass "
+            "env.observation_spec_unbatched"
+        )
+    shapes = {unravel_key(key): tuple(parts[unravel_key(key)].shape) for key in keys}
+    goal_dims: list[int] = []
+    start = 0
+    for key, shape in shapes.items():
+        if key == "desired_goal":
+            goal_dims = list(range(start, start + prod(shape)))
+        start += prod(shape)
+    return shapes, goal_dims
 
 
 def _width(name: str, space: ObservationSpace) -> int:

@@ -155,14 +155,39 @@ class Predictor(WholeState):
         """
         return self.encoder(obs)
 
-    def predict(self, obs: Tensor, act: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def decode(self, state: Tensor | TensorDictBase, context: Tensor | None = None) -> Any:
+        """Observations ``[*B, obs]`` of states ``[*B, D]`` and contexts ``[*B, C]``.
+
+        With a TensorDict: writes the observation, each entry under its key, and returns it.
+
+        Raises:
+            ValueError: An encoder without an inverse (:meth:`Encoder.merge`).
+        """
+        if isinstance(state, TensorDictBase):
+            found = state.get(self.encoder.out_keys[0])
+            held = state.get(self.encoder.out_keys[1], found[..., :0])
+            return state.update(self.encoder.decode(found, held))
+        return self.encoder.merge(state, state[..., :0] if context is None else context)
+
+    def state_of(self, obs: Tensor | TensorDictBase) -> tuple[Tensor, Tensor]:
+        """State ``[*B, D]`` and context ``[*B, C]``; a TensorDict is only read."""
+        joined = self.encoder.join(obs) if isinstance(obs, TensorDictBase) else obs
+        state, context = self.encoder(joined)
+        return state, context
+
+    def predict(
+        self, obs: Tensor | TensorDictBase, act: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Predict one step from observations ``[*B, obs]`` and actions ``[*B, A]``.
+
+        Here and below, observations may be a TensorDict ``[*B]`` with the entries that the encoder
+        reads.
 
         Returns:
             ``s_next_mean [*B, M, K, D], weights [*B, M, K], s_next_std [*B, M, K, D],
             reward [*B], term_prob [*B]``; the last two as the class says.
         """
-        state, context = self.encode(obs)
+        state, context = self.state_of(obs)
         mean, weights, std, term_prob = self.model.predict(state, context, act)
         taken = state, context, self.model.action_form(act, state.shape[:-1])
         self.need("rew_func")
@@ -170,18 +195,18 @@ class Predictor(WholeState):
         term_prob = self._functions.mean_term_prob(taken, mean, weights, term_prob)
         return mean, weights, std, reward, term_prob
 
-    def predict_reward(self, obs: Tensor, act: Tensor) -> Tensor:
+    def predict_reward(self, obs: Tensor | TensorDictBase, act: Tensor) -> Tensor:
         """Reward ``[*B]`` of taking ``act`` at ``obs [*B, obs]``."""
-        state, context = self.encode(obs)
+        state, context = self.state_of(obs)
         taken = state, context, self.model.action_form(act, state.shape[:-1])
         if not needs_next_state(self.need("rew_func")):
             return self._functions.reward_of(taken, state)
         mean, weights, _, _ = self.model.predict(state, context, act)
         return self._functions.mean_reward(taken, mean, weights)
 
-    def value(self, obs: Tensor, act: Tensor | None = None) -> Tensor:
+    def value(self, obs: Tensor | TensorDictBase, act: Tensor | None = None) -> Tensor:
         """Value ``[*B]`` of ``obs [*B, obs]``, given ``act`` where the function depends on it."""
-        state, context = self.encode(obs)
+        state, context = self.state_of(obs)
         if act is not None:
             act = self.model.action_form(act, state.shape[:-1])
         value = self.need("val_func")(state, context, act)
@@ -241,7 +266,7 @@ class Predictor(WholeState):
 
     def rollout(
         self,
-        obs: Tensor,
+        obs: Tensor | TensorDictBase,
         act: Tensor,
         deterministic: bool = False,
         *,
@@ -253,7 +278,7 @@ class Predictor(WholeState):
             As ``Model.rollout``, with ``("next", "reward") [*B, M, P, H, 1]`` where there is a
             reward function.
         """
-        state, context = self.encode(obs)
+        state, context = self.state_of(obs)
         traj = self.model.rollout(state, context, act, deterministic, propagation=propagation)
         state, context, action = (traj.get(key) for key in self.model.in_keys)
         next_state = traj.get(unravel_key(("next", self.model.in_keys[0])))

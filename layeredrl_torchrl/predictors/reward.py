@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from tensordict import unravel_key
+from tensordict import TensorDictBase, unravel_key
 from torch import Tensor, nn
 from torchrl.data import ReplayBuffer
 from torchrl.record.loggers import Logger
@@ -24,7 +24,7 @@ from layeredrl_torchrl.models import ProbabilisticEnsemble
 from layeredrl_torchrl.nets import Encoder, StepFunction, move_towards
 from layeredrl_torchrl.objectives import ModelLoss, PredictorLoss
 from layeredrl_torchrl.objectives.terms import TermsLoss
-from layeredrl_torchrl.predictors._experience import Experience
+from layeredrl_torchrl.predictors._experience import JOINED, Experience
 from layeredrl_torchrl.predictors._learning_rates import LearningRate
 from layeredrl_torchrl.predictors._updates import Updates
 from layeredrl_torchrl.predictors._upkeep import N_STATISTICS, Upkeep
@@ -166,7 +166,7 @@ class RewardPredictor(Predictor):
             learn_encoder=learn_encoder,
             action_spec=model.action_form,
         )
-        observation = encoder.in_keys[0]
+        observation = JOINED if encoder.joins else encoder.in_keys[0]
         predictor_loss.set_keys(
             observation=observation,
             next_observation=unravel_key(("next", observation)),
@@ -408,7 +408,11 @@ class RewardPredictor(Predictor):
         return loss, info
 
     def get_standardized_log_prob(
-        self, obs: Tensor, action: Tensor, next_obs: Tensor, std: Tensor | float = 1.0
+        self,
+        obs: Tensor | TensorDictBase,
+        action: Tensor,
+        next_obs: Tensor | TensorDictBase,
+        std: Tensor | float = 1.0,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Log-density of the standardised change of the state under the whole ensemble.
 
@@ -418,9 +422,9 @@ class RewardPredictor(Predictor):
         are told apart by (arXiv 1907.01657).
 
         Args:
-            obs: ``[*B, obs]``.
+            obs: ``[*B, obs]``, or a TensorDict with its entries.
             action: ``[*B, A]`` or discrete.
-            next_obs: ``[*B, obs]``.
+            next_obs: As ``obs``.
             std: A number, or ``[D]``, in units of the standardised change.
 
         Returns:
@@ -437,8 +441,8 @@ class RewardPredictor(Predictor):
                 "this predictor was built with delta_standardizer=False and keeps no statistics "
                 "of state changes; build it with True, or use model.get_log_prob()"
             )
-        state, context = self.encode(obs)
-        next_state, _ = self.encode(next_obs)
+        state, context = self.state_of(obs)
+        next_state, _ = self.state_of(next_obs)
         whitening = self.delta_standardizer.whitening
         log_prob, predicted, info = self.model.get_log_prob(
             state, context, action, next_state, std=std, transform=whitening

@@ -8,8 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
+from torch import nn
 
 from layeredrl_torchrl import EncoderNet, FixedEncoderNet, IdentityEncoder
+from layeredrl_torchrl.nets import ModuleEncoder, SimNorm
 
 BATCHES = [(), (1,), (4,), (2, 3)]
 
@@ -52,6 +54,83 @@ def test_only_flat_observations_are_supported(build, shape):
 def test_the_number_of_keys_is_checked(keys):
     with pytest.raises(ValueError, match="one in_key and two out_keys"):
         IdentityEncoder((3,), **keys)
+
+
+# -- several entries ----------------------------------------------------------------------
+
+ENTRIES = {"b": (2,), ("inner", "a"): (1, 2, 2), "c": (1,)}
+
+
+def entries(batch):
+    td = TensorDict({"b": torch.randn(*batch, 2), "c": torch.randn(*batch, 1)}, batch)
+    return td.set(("inner", "a"), torch.randint(0, 256, (*batch, 1, 2, 2), dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_entries_are_joined_in_order_and_decoded(batch):
+    td = entries(batch)
+    joined = [td["b"], td["inner", "a"].flatten(-3).float(), td["c"]]
+    for encoder in (IdentityEncoder(ENTRIES), FixedEncoderNet(ENTRIES, [6, 2, 3, 1, 0], [5, 4])):
+        assert encoder.in_keys == ["b", ("inner", "a"), "c"]
+        state, context = encoder(torch.cat(joined, -1))
+        out = encoder(td.clone())
+        assert torch.equal(out["state"], state)
+        assert torch.equal(out["context"], context)
+        whole = encoder.decode(state, context)
+        for key in encoder.in_keys:
+            assert torch.equal(whole[key], td[key].float())
+
+
+@pytest.mark.parametrize(
+    ("encoder", "message"),
+    [
+        (FixedEncoderNet((4,), [0, 2]), r"dimension\(s\) \[1, 3\] .* neither state nor context"),
+        (EncoderNet((4,), 2, 0), r"EncoderNet has no inverse.*train a decoder"),
+    ],
+)
+def test_what_has_no_inverse_says_so(encoder, message):
+    with pytest.raises(ValueError, match=message):
+        encoder.decode(*encoder(torch.zeros(3, 4)))
+
+
+def test_entries_of_another_shape_or_none_are_refused():
+    encoder, td = IdentityEncoder(ENTRIES), entries((3,))
+    with pytest.raises(ValueError, match=r"'b' has shape \(3, 4\), expected \('\*B', 2\)"):
+        encoder(td.clone().set("b", torch.zeros(3, 4)))
+    with pytest.raises(KeyError, match="IdentityEncoder reads 'c'"):
+        encoder(td.exclude("c"))
+    with pytest.raises(ValueError, match="leave in_keys out"):
+        IdentityEncoder(ENTRIES, in_keys=["x"])
+
+
+def test_a_module_is_called_with_flat_batches_of_the_entries():
+    class Net(nn.Module):
+        def forward(self, a, b):
+            assert a.shape[1:] == (1, 2, 2)
+            assert a.ndim == 4
+            return torch.stack([a.flatten(1).sum(1), b.prod(1)], 1), b[:, :1]
+
+    encoder = ModuleEncoder(Net(), {"a": (1, 2, 2), "b": (2,)}, latent_state_dim=2, context_dim=1)
+    for batch in BATCHES:
+        a, b = torch.randn(*batch, 1, 2, 2), torch.randn(*batch, 2)
+        td = encoder(TensorDict({"a": a, "b": b}, batch))
+        torch.testing.assert_close(td["state"][..., 0], a.sum((-1, -2, -3)))
+        torch.testing.assert_close(td["state"][..., 1], b.prod(-1))
+        assert torch.equal(td["context"], b[..., :1])
+    wrong = ModuleEncoder(nn.Linear(4, 3), (4,), latent_state_dim=2)
+    with pytest.raises(ValueError, match=r"gave \[\(5, 3\).*expected the state \(5, 2\)"):
+        wrong(torch.zeros(5, 4))
+
+
+def test_simnorm_is_a_softmax_of_each_group():
+    x = torch.randn(2, 3, 12)
+    out = SimNorm(4, temperature=0.5)(x)
+    for first in (0, 4, 8):
+        part = (x[..., first : first + 4] / 0.5).exp()
+        expected = part / part.sum(-1, keepdim=True)
+        torch.testing.assert_close(out[..., first : first + 4], expected)
+    with pytest.raises(ValueError, match="groups of 5, but 12"):
+        SimNorm(5)(x)
 
 
 # -- each encoder -------------------------------------------------------------------------

@@ -1,0 +1,98 @@
+"""A loss by which an encoder learns states that can be predicted."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torch.func import functional_call
+
+from layeredrl_torchrl._checks import check_instance, check_number
+from layeredrl_torchrl.models import ProbabilisticEnsemble
+from layeredrl_torchrl.nets import Encoder, move_towards
+from layeredrl_torchrl.objectives.terms import TermsLoss
+from layeredrl_torchrl.specs import canonical_action, is_discrete
+
+__all__ = ["ConsistencyLoss"]
+
+
+class ConsistencyLoss(TermsLoss):
+    """Squared error of the predicted next state, which trains the encoder, and the encoder alone.
+
+    The state of the next observation is a target without gradients, by the encoder itself or by a
+    copy that follows it slowly (TD-MPC2, arXiv 2310.16828, equation 3, for one step). Rewards say
+    nothing about what does not change them soon; this does. By itself it would be least for a state
+    that is constant, so end the encoder with :class:`~layeredrl_torchrl.nets.SimNorm` or a
+    ``LayerNorm``, and keep the reward's loss. The model learns by its own loss.
+
+    >>> from torch import nn
+    >>> from layeredrl_torchrl.nets import ModuleEncoder, SimNorm
+    >>> from layeredrl_torchrl.objectives import ConsistencyLoss
+    >>> net = nn.Sequential(nn.Linear(3, 16), SimNorm())
+    >>> factory = PredictorFactory(
+    ...     hidden_sizes=(8,),
+    ...     partial_encoder=lambda shape: ModuleEncoder(net, shape, latent_state_dim=16),
+    ... )
+    >>> predictor = factory(Unbounded((3,)), Bounded(-1.0, 1.0, (1,)))
+    >>> loss = ConsistencyLoss(predictor.encoder, predictor.model, tau=0.01)
+    >>> predictor.add_loss(loss, {"loss_consistency": 1.0})
+
+    Args:
+        encoder: That of the predictor.
+        model: That of the predictor.
+        tau: Share of the encoder that the copy takes over at each update; with 1, the targets are
+            the encoder's own.
+
+    Writes ``loss_consistency``: in squares of the std of a change, averaged over dimensions and
+    members.
+
+    Raises:
+        TypeError: Parts of another kind. ValueError: ``tau`` that is not above 0 and at most 1.
+    """
+
+    def __init__(self, encoder: Encoder, model: ProbabilisticEnsemble, *, tau: float = 1.0) -> None:
+        super().__init__()
+        check_instance("encoder", encoder, Encoder, hint="that of the predictor")
+        check_instance("model", model, ProbabilisticEnsemble, hint="that of the predictor")
+        self.tau = check_number("tau", tau, 0.0, 1.0, open_low=True)
+        # The predictor registers and trains them; only the copy is this loss's own.
+        self.__dict__["encoder"], self.__dict__["model"] = encoder, model
+        self.target_encoder: Encoder | None = None
+        if tau < 1.0:
+            self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
+
+    def prepare(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Join and check the observations of slices ``[B, 1]``."""
+        encoder, batch = self.encoder, tensordict.batch_size
+        observation, following = encoder.join(tensordict), encoder.join(tensordict.get("next"))
+        for one in (observation, following):
+            encoder.check(one)
+        action = tensordict.get(self.model.in_keys[2])
+        if is_discrete(self.model.action_spec):
+            action = canonical_action(self.model.action_spec, action, batch)
+        return tensordict.empty().update(
+            {"observation": observation, "action": action, "following": following}
+        )
+
+    def terms(self, prepared: TensorDictBase) -> dict[str, Tensor]:
+        """Compute ``loss_consistency`` of prepared slices ``[B, 1]``."""
+        model = self.model
+        rows = prepared.reshape(-1)
+        state, context = self.encoder.encode_checked(rows.get("observation"))
+        with torch.no_grad():
+            target = self.encoder if self.target_encoder is None else self.target_encoder
+            following, _ = target.encode_checked(rows.get("following"))
+        n = model.n_models
+        given = (x.expand(n, *x.shape) for x in (state, context, rows.get("action")))
+        frozen = {name: p.detach() for name, p in model.members.named_parameters()}
+        (mean, _), weights, _ = functional_call(model.members, frozen, model.scaling.inputs(*given))
+        predicted = (weights.unsqueeze(-1) * mean).sum(-2)  # [M, B, D]
+        error = predicted - model.target(state, following)
+        return {"loss_consistency": error.square().mean()}
+
+    def after_update(self) -> None:
+        """Move the copy towards the encoder."""
+        if self.target_encoder is not None:
+            move_towards(self.target_encoder, self.encoder, self.tau)

@@ -14,11 +14,11 @@ from gymnasium.envs.registration import EnvSpec
 from layeredrl_torchrl.envs.known import goal_distance_reward, goal_reached_reward, never
 from layeredrl_torchrl.envs.task import Task
 
-__all__ = ["MEDIUM", "OPEN", "U", "parse_maze", "point_maze"]
+__all__ = ["LARGE", "MEDIUM", "OPEN", "U", "parse_maze", "point_maze"]
 
 # Rows from the top; a cell is 1 m wide. "#" is a wall, "." free. A maze may also say where
 # episodes start ("r") and where goals lie ("g"), or both ("c"); without any of them every free
-# cell can be either. The three are those of D4RL (arXiv 2004.07219).
+# cell can be either. The four are those of D4RL (arXiv 2004.07219).
 OPEN = (
     "#######",
     "#.....#",
@@ -42,6 +42,17 @@ MEDIUM = (
     "#.#..#.#",
     "#...#..#",
     "########",
+)
+LARGE = (
+    "############",
+    "#....#.....#",
+    "#.##.#.#.#.#",
+    "#......#...#",
+    "#.####.###.#",
+    "#..#.#.....#",
+    "##.#.#.#.###",
+    "#..#...#...#",
+    "############",
 )
 
 _CELLS: dict[str, int | str] = {"#": 1, ".": 0, "r": "r", "g": "g", "c": "c"}

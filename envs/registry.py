@@ -24,7 +24,7 @@ from layeredrl_torchrl.envs.known import (
     reacher_reward,
     swing_up_reward,
 )
-from layeredrl_torchrl.envs.mazes import MEDIUM, OPEN, U, point_maze
+from layeredrl_torchrl.envs.mazes import LARGE, MEDIUM, OPEN, U, point_maze
 from layeredrl_torchrl.envs.task import Task
 
 __all__ = ["TASKS", "get_task"]
@@ -165,9 +165,16 @@ _ALL = (
         termination=_one_further(_WALKER),
     ),
     _with_x("Swimmer-v5", 10, 2, reward=ForwardReward(0.04, 1e-4), termination=never),
-    point_maze("PointMaze-Open", OPEN),
-    point_maze("PointMaze-U", U),
-    point_maze("PointMaze-Medium", MEDIUM, horizon=600),
+    *(
+        point_maze(f"PointMaze-{name}{kind}", rows, sparse=bool(kind), horizon=horizon)
+        for name, rows, horizon in (
+            ("Open", OPEN, 300),
+            ("U", U, 300),
+            ("Medium", MEDIUM, 600),
+            ("Large", LARGE, 800),
+        )
+        for kind in ("", "-Sparse")
+    ),
 )
 
 TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _ALL})

@@ -63,7 +63,8 @@ def test_the_known_reward_is_the_environments_reward(name, play):
     ours = task.reward(state, context, action, next_state)
 
     assert ours.shape == reward.shape
-    assert reward.double().std() > 1e-4  # else any constant would pass
+    # Else any constant would pass; a sparse goal is hit by chance at most.
+    assert reward.double().std() > 1e-4 or name.endswith("-Sparse")
     tolerance = TOLERANCE.get(name, 1e-6)  # they square actions in float32
     torch.testing.assert_close(ours, reward.to(ours), atol=tolerance, rtol=0)
     # Batched equals one by one, in float32 too, and with a batch shape of two axes.
@@ -173,7 +174,7 @@ def test_a_termination_that_is_not_known_is_named():
         task.term_func()
 
 
-@pytest.mark.parametrize("name", ["Reacher-v5", "Pusher-v5", *MAZES])
+@pytest.mark.parametrize("name", ["Reacher-v5", "Pusher-v5", *MAZES[::2]])
 def test_the_context_is_constant_in_an_episode_and_the_rest_is_not(name, play):
     task = TASKS[name]
     obs, _, following, *_ = play(task, steps=40)

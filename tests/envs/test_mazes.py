@@ -6,11 +6,13 @@ import importlib.util
 import tempfile
 from pathlib import Path
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 
-from layeredrl_torchrl.envs import make_batched, point_maze
-from layeredrl_torchrl.envs.mazes import MEDIUM, OPEN, U, parse_maze
+from layeredrl_torchrl.envs import TASKS, make_batched, point_maze
+from layeredrl_torchrl.envs.mazes import LARGE, MEDIUM, OPEN, U, parse_maze
 
 needs_robotics = pytest.mark.skipif(
     importlib.util.find_spec("gymnasium_robotics") is None, reason="needs gymnasium-robotics"
@@ -19,12 +21,47 @@ needs_robotics = pytest.mark.skipif(
 
 @needs_robotics
 @pytest.mark.parametrize(
-    ("rows", "theirs"), [(OPEN, "OPEN"), (U, "U_MAZE"), (MEDIUM, "MEDIUM_MAZE")]
+    ("rows", "theirs"),
+    [(OPEN, "OPEN"), (U, "U_MAZE"), (MEDIUM, "MEDIUM_MAZE"), (LARGE, "LARGE_MAZE")],
 )
 def test_the_mazes_are_those_of_gymnasium_robotics(rows, theirs):
     from gymnasium_robotics.envs.maze import maps
 
     assert parse_maze(rows) == getattr(maps, theirs)
+
+
+@needs_robotics
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [("Open", "Open"), ("U", "UMaze"), ("Medium", "Medium"), ("Large", "Large")],
+)
+def test_a_maze_is_what_gymnasium_robotics_makes_of_it(name, theirs, dense):
+    """Step by step, with a goal that is put next to the start and is left behind."""
+    import gymnasium_robotics
+
+    gym.register_envs(gymnasium_robotics)
+    task = TASKS[f"PointMaze-{name}{'' if dense else '-Sparse'}"]
+    known = {"continuing_task": True, "reset_target": False}
+    other = gym.make(f"PointMaze_{theirs}{'Dense' if dense else ''}-v3", **known)
+    assert task.horizon == other.spec.max_episode_steps
+    own, paid = task.make_gym(), []
+    starts = [env.reset(seed=3)[0] for env in (own, other)]
+    for env, start in zip((own, other), starts, strict=True):
+        env.unwrapped.goal = start["achieved_goal"] + np.array([0.2, 0.1])
+    for k in range(150):
+        action = np.array([np.sin(k / 9), np.cos(k / 11)], np.float32)
+        a, b = own.step(action), other.step(action)
+        for key in task.joined:
+            assert np.array_equal(a[0][key], b[0][key])
+        assert a[1:4] == b[1:4]
+        assert a[4]["success"] == b[4]["success"]
+        state = torch.as_tensor(np.concatenate([a[0]["observation"], a[0]["achieved_goal"]]))
+        goal = torch.as_tensor(a[0]["desired_goal"])
+        paid.append(float(task.reward(state, goal, torch.as_tensor(action), state)))
+        assert paid[-1] == pytest.approx(a[1])
+    assert set(paid) == {0.0, 1.0} if not dense else len(set(paid)) > 100
+    Path(other.unwrapped.tmp_xml_file_path).unlink()
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,8 @@ def select_stored(
         return data.select(*wanted)
     stored = storage[:]
     keys = set(stored.keys(True, True)) - {"index"}  # which TorchRL adds
+    # And those that transforms of the buffer add, such as RelabelGoals.
+    keys -= {key for part in buffer.transform for key in getattr(part, "added_keys", ())}
     if keys - found or wanted - keys:
         raise KeyError(
             f"data lacks {_names(keys - found)} and adds {_names(wanted - keys)}, compared with "

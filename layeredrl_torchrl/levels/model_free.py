@@ -9,7 +9,14 @@ from typing import Unpack
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from torch import Tensor
-from torchrl.data import Composite, PrioritizedSampler, ReplayBuffer, SliceSampler, TensorSpec
+from torchrl.data import (
+    Composite,
+    HERReplayBuffer,
+    PrioritizedSampler,
+    ReplayBuffer,
+    SliceSampler,
+    TensorSpec,
+)
 from torchrl.envs import EnvBase
 
 from layeredrl_torchrl._checks import (
@@ -267,8 +274,11 @@ class ModelFreeLevel(LearningLevel):
         for i in updates(n_updates, totals, counts, bar=bar):
             if not batches:
                 n = min(_N_AHEAD, n_updates - i)
-                ahead = self._prepare(buffer.sample(n * self.batch_size))
-                batches = list(ahead.split(self.batch_size))
+                drawn = buffer.sample(n * self.batch_size)
+                if isinstance(buffer, HERReplayBuffer):
+                    # It relabels the first of all rows, which belong into every batch.
+                    drawn = drawn[torch.randperm(len(drawn), device=drawn.device)]
+                batches = list(self._prepare(drawn).split(self.batch_size))
             terms = self.learner.update(batches.pop())
             for name, value in terms.items():
                 totals[name] = totals[name] + value if name in totals else value

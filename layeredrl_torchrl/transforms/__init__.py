@@ -2,6 +2,7 @@
 
 from layeredrl_torchrl.transforms.flips import Angle, FlipTermination, QuaternionTilt
 from layeredrl_torchrl.transforms.goals import JoinGoals
+from layeredrl_torchrl.transforms.hindsight import RelabelGoals
 from layeredrl_torchrl.transforms.multi_step import sum_rewards
 from layeredrl_torchrl.transforms.rewards import AffineReward, LogReward
 from layeredrl_torchrl.transforms.success import SuccessRate
@@ -13,6 +14,7 @@ __all__ = [
     "JoinGoals",
     "LogReward",
     "QuaternionTilt",
+    "RelabelGoals",
     "SuccessRate",
     "sum_rewards",
 ]

@@ -1,0 +1,150 @@
+"""Hindsight relabelling of observations that are joined with their goals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDictBase, unravel_key
+from torch import Tensor
+from torchrl.data import HERReplayBuffer
+from torchrl.envs import Transform
+
+from layeredrl_torchrl._checks import check_callable, check_indices, check_positive_int
+
+__all__ = ["RelabelGoals"]
+
+
+class RelabelGoals(Transform):
+    """Lets TorchRL's ``HERReplayBuffer`` relabel goals that are part of one flat observation.
+
+    A share of the sampled transitions is given, in place of its goal, one that was reached later
+    in the same episode (arXiv 1707.01495). :meth:`make_buffer` builds the buffer, of which this is
+    a transform. When rows are stored it adds, for the buffer to choose from,
+
+    ========================  ================================================================
+    ``"goal"``                the desired goal of the row, ``[N, G]``
+    ``"goal_reached"``        the goal that its step achieved, ``[N, G]``
+    ``("next", "goal_end")``  whether the next row does not follow on this one, bool ``[N, 1]``
+    ========================  ================================================================
+
+    and where a row is relabelled, :meth:`relabel` writes the new goal into the observation and the
+    next one, and computes the reward. Terminations stay as they were.
+
+    Store ``[N]`` rows of one environment after the other, as ``data.reshape(-1)`` of a collector
+    has them. Goals are not taken from beyond the end of what is stored at once: let the collector
+    give whole episodes, or long parts of them.
+
+    >>> near = lambda achieved, desired: (achieved - desired).norm(dim=-1) <= 0.45
+    >>> hindsight = RelabelGoals(8, achieved=[4, 5], desired=[6, 7], reward_func=near)
+    >>> from torchrl.data import LazyTensorStorage
+    >>> buffer = hindsight.make_buffer(storage=LazyTensorStorage(100), batch_size=4)
+    >>> data = get_task("PointMaze-U").make().rollout(20)
+    >>> buffer.extend(data).shape
+    torch.Size([20])
+    >>> buffer.sample()["observation"].shape
+    torch.Size([4, 8])
+
+    Args:
+        observation_dim: Width of an observation, ``[obs]``.
+        achieved: Where in it the achieved goal is, ``G`` indices; of ``JoinGoals`` its
+            ``index_ranges["achieved_goal"]``.
+        desired: Where the desired goal is, likewise.
+        reward_func: ``(achieved [N, G], desired [N, G]) -> [N]`` or ``[N, 1]``, of the goal that
+            a step achieves, as gymnasium's ``compute_reward``.
+        observation_key: Key of the observation, also below ``"next"``.
+        reward_key: Key of the reward below ``"next"``.
+
+    Raises:
+        TypeError: Indices that are no integers. ValueError: Indices outside the observation, or
+            given twice; another number of achieved than of desired ones. And when rows are stored,
+            for observations of another width.
+    """
+
+    goal_key: NestedKey = "goal"
+    reached_key: NestedKey = "goal_reached"
+    end_key: NestedKey = ("next", "goal_end")
+
+    def __init__(
+        self,
+        observation_dim: int,
+        *,
+        achieved: Sequence[int],
+        desired: Sequence[int],
+        reward_func: Callable[[Tensor, Tensor], Tensor],
+        observation_key: NestedKey = "observation",
+        reward_key: NestedKey = "reward",
+    ) -> None:
+        super().__init__(in_keys=[], out_keys=[])
+        self.observation_dim = check_positive_int("observation_dim", observation_dim)
+        self.achieved = check_indices("achieved", achieved, observation_dim)
+        self.desired = check_indices("desired", desired, observation_dim)
+        if len(self.achieved) != len(self.desired) or set(self.achieved) & set(self.desired):
+            raise ValueError(
+                "achieved and desired goal must be as wide as each other, in different places of "
+                f"the observation, got achieved={self.achieved} and desired={self.desired}"
+            )
+        check_callable("reward_func", reward_func)
+        self.reward_func = reward_func
+        self.observation_key = unravel_key(observation_key)
+        self.next_observation_key = unravel_key(("next", observation_key))
+        self.next_reward_key = unravel_key(("next", reward_key))
+
+    @property
+    def added_keys(self) -> list[NestedKey]:
+        """The entries that rows are stored with."""
+        return [self.goal_key, self.reached_key, self.end_key]
+
+    def make_buffer(self, **options: Any) -> HERReplayBuffer:
+        """Return a buffer that relabels.
+
+        Args:
+            **options: Those of TorchRL's ``HERReplayBuffer``: ``storage``, ``batch_size``,
+                ``her_ratio`` (0.8 of a batch by default), ``strategy`` (``"future"``) and others.
+        """
+        return HERReplayBuffer(
+            self.relabel,
+            goal_key=self.goal_key,
+            achieved_goal_key=self.reached_key,
+            reward_key=self.next_reward_key,
+            end_key=self.end_key,
+            transform=self,
+            **options,
+        )
+
+    def relabel(self, tensordict: TensorDictBase) -> Tensor:
+        """Write ``"goal"`` into the observations of ``[N]``; return the rewards ``[N, 1]``."""
+        goal = tensordict.get(self.goal_key)
+        for key in (self.observation_key, self.next_observation_key):
+            tensordict.get(key)[..., self.desired] = goal
+        achieved = tensordict.get(self.next_observation_key)[..., self.achieved]
+        reward = self.reward_func(achieved, goal)
+        before = tensordict.get(self.next_reward_key)
+        if not isinstance(reward, Tensor) or reward.numel() != before.numel():
+            got = tuple(reward.shape) if isinstance(reward, Tensor) else type(reward).__name__
+            raise ValueError(f"reward_func gave {got} for {len(goal)} rows, expected [N] or [N, 1]")
+        return reward.reshape(before.shape).to(before.dtype)
+
+    def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase:
+        now = tensordict.get(self.observation_key)
+        after = tensordict.get(self.next_observation_key)
+        if tensordict.ndim != 1 or now.shape[-1] != self.observation_dim:
+            raise ValueError(
+                f"rows to relabel must be [N] with observations of {self.observation_dim}, got "
+                f"{tuple(tensordict.shape)} with {tuple(now.shape)}; store data.reshape(-1), and "
+                "give RelabelGoals the width of the joined observation"
+            )
+        ends = torch.ones((len(now), 1), dtype=torch.bool, device=now.device)
+        ends[:-1] = tensordict.get(("next", "done"))[:-1]
+        ends[:-1] |= (after[:-1] != now[1:]).any(-1, keepdim=True)
+        tensordict.set(self.goal_key, now[..., self.desired])
+        tensordict.set(self.reached_key, after[..., self.achieved])
+        return tensordict.set(self.end_key, ends)
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Return what was sampled as it is: the buffer relabels it afterwards."""
+        return tensordict
+
+    def _reset(self, tensordict: Any, tensordict_reset: Any) -> Any:
+        raise TypeError("RelabelGoals is for replay buffers; build one by its make_buffer()")

@@ -1,0 +1,176 @@
+"""Goals inside of joined observations, relabelled by TorchRL's HERReplayBuffer."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from helpers import collected, model_free_level
+from tensordict import TensorDict
+from tensordict.nn import NormalParamExtractor, TensorDictModule
+from torch import nn
+from torchrl.collectors import Collector
+from torchrl.data import HERReplayBuffer, LazyTensorStorage
+from torchrl.envs import TransformedEnv
+from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
+from torchrl.objectives import SACLoss, SoftUpdate
+
+from layeredrl_torchrl import make_batched
+from layeredrl_torchrl.transforms import RelabelGoals
+
+RADIUS = 0.45
+
+
+def near(achieved, desired):
+    return (achieved - desired).norm(dim=-1) <= RADIUS
+
+
+PLACES = {"achieved": [4, 5], "desired": [6, 7]}
+relabelling = partial(RelabelGoals, 8, **PLACES, reward_func=near)
+
+
+def walk(n_episodes=3, length=7, n_envs=2):
+    """``[env, time]`` random walks of a plane, joined as a maze's; the episodes go on in time."""
+    data = []
+    for _ in range(n_envs * n_episodes):
+        place, goal = torch.randn(length + 1, 2).cumsum(0), torch.randn(2) + 50
+        obs = torch.cat([place, torch.randn(length + 1, 2), place, goal.expand(length + 1, 2)], -1)
+        end = torch.arange(length).unsqueeze(-1) == length - 1
+        after = {"observation": obs[1:], "reward": torch.zeros(length, 1)}
+        after |= {"done": end, "terminated": torch.zeros_like(end)}
+        data.append(TensorDict({"observation": obs[:-1], "next": after}, [length]))
+    return torch.cat(data).reshape(n_envs, -1)
+
+
+def buffer_of(data, **options):
+    buffer = relabelling().make_buffer(storage=LazyTensorStorage(1000), **options)
+    buffer.extend(data.reshape(-1).clone())
+    return buffer
+
+
+@pytest.mark.parametrize("strategy", ["future", "final", "episode"])
+def test_against_relabelling_by_hand(strategy):
+    data = walk()[:, :-3]  # cut off in the middle of an episode, where the next instance begins
+    buffer = buffer_of(data, batch_size=2000, her_ratio=0.75, strategy=strategy)
+    rows, batch = data.reshape(-1), buffer.sample()
+    index = batch["index"].reshape(-1)
+    lengths = [7, 7, 4, 7, 7, 4]
+    first = torch.tensor([0, 7, 14, 18, 25, 32])
+    episode = torch.bucketize(index, first, right=True) - 1
+    new = batch["observation"][:, 6:]
+    assert torch.equal(new[1500:], rows["observation"][index[1500:], 6:])
+    drawn = set()
+    for i in range(1500):
+        row, begin = int(index[i]), int(first[episode[i]])
+        last = begin + lengths[episode[i]] - 1
+        allowed = {
+            "future": range(row, last + 1),
+            "final": [last],
+            "episode": range(begin, last + 1),
+        }
+        reached = rows["next", "observation"][list(allowed[strategy])][:, 4:6]
+        hit = (reached == new[i]).all(-1)
+        assert hit.sum() == 1
+        drawn.add((row, int(hit.nonzero())))
+        expected = rows["observation"][row].clone()
+        expected[6:] = new[i]
+        assert torch.equal(batch["observation"][i], expected)
+        expected = rows["next", "observation"][row].clone()
+        expected[6:] = new[i]
+        assert torch.equal(batch["next", "observation"][i], expected)
+        paid = float((expected[4:6] - new[i]).norm() <= RADIUS)
+        assert batch["next", "reward"][i].item() == paid
+    if strategy == "future":  # every one of them is drawn
+        assert len(drawn) == sum(n * (n + 1) // 2 for n in lengths)
+        assert (batch["next", "reward"] == 1).any()
+    assert not batch["next", "reward"][1500:].any()
+    # What is stored stays as it was.
+    assert torch.equal(buffer[:]["observation"], rows["observation"])
+    assert not buffer[:]["next", "reward"].any()
+
+
+def test_sac_of_torchrl_learns_in_hindsight_in_a_maze():
+    pytest.importorskip("gymnasium_robotics")
+    env = make_batched("PointMaze-U-Sparse", 3, seed=0)
+    net = nn.Sequential(MLP(8, 4, num_cells=[16]), NormalParamExtractor())
+    actor = ProbabilisticActor(
+        TensorDictModule(net, ["observation"], ["loc", "scale"]),
+        in_keys=["loc", "scale"],
+        distribution_class=TanhNormal,
+        return_log_prob=True,
+    )
+    critic = ValueOperator(MLP(10, 1, num_cells=[16]), in_keys=["observation", "action"])
+    loss = SACLoss(actor, critic, action_spec=env.action_spec_unbatched)
+    targets, optim = SoftUpdate(loss, tau=0.01), torch.optim.Adam(loss.parameters(), 1e-3)
+    buffer = relabelling().make_buffer(storage=LazyTensorStorage(5000), batch_size=64)
+    paid = []
+    for data in Collector(env, actor, frames_per_batch=300, total_frames=900):
+        buffer.extend(data.reshape(-1))
+        for _ in range(5):
+            batch = buffer.sample()
+            known = near(batch["next", "observation"][:, :2], batch["observation"][:, 6:])
+            assert torch.equal(batch["next", "reward"].squeeze(-1), known.float())
+            terms = loss(batch)
+            optim.zero_grad()
+            sum(terms[k] for k in terms.keys() if k.startswith("loss")).backward()
+            optim.step()
+            targets.step()
+            paid.append(batch["next", "reward"].mean().item())
+    assert sum(paid) / len(paid) > 0.1  # who moves at random does not reach the goal
+
+
+def test_a_model_free_level_learns_in_hindsight():
+    pytest.importorskip("gymnasium_robotics")
+    env = make_batched("PointMaze-U-Sparse", 3, seed=0)
+    buffer = relabelling().make_buffer(storage=LazyTensorStorage(5000))
+    level = model_free_level(env=env, buffer=buffer, batch_size=50, n_initial_random_steps=100)
+    seen = []
+    level.learner.update = lambda batch, update=level.learner.update: (
+        seen.append(batch["next", "reward"].mean().item()),
+        update(batch),
+    )[1]
+    for data in collected(env, level, 3, 300):
+        info = level.learn(data)
+    assert info["n_updates"] == 30
+    # Each batch has its share of relabelled rows, though several are sampled at once.
+    assert min(seen) > 0.05
+    assert {"goal", "goal_reached"} <= set(level.buffer[:].keys())
+
+
+# -- bad input ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"desired": [6, 8]}, ValueError, "desired .* 8"),
+        ({"achieved": [-1, 4]}, ValueError, "achieved .*-1"),
+        ({"desired": [6]}, ValueError, "as wide as each other"),
+        ({"desired": [5, 6]}, ValueError, "in different places"),
+        ({"achieved": [0.5, 1.0]}, TypeError, "achieved"),
+        ({"reward_func": 1.0}, TypeError, "reward_func"),
+    ],
+)
+def test_goals_outside_of_the_observation(changes, error, message):
+    with pytest.raises(error, match=message):
+        RelabelGoals(8, **{**PLACES, "reward_func": near} | changes)
+
+
+def test_rows_and_rewards_of_another_shape():
+    data = walk()
+    buffer = relabelling().make_buffer(storage=LazyTensorStorage(100, ndim=2))
+    with pytest.raises(ValueError, match=r"must be \[N\] .* data.reshape\(-1\)"):
+        buffer.extend(data)
+    wide = data.reshape(-1)
+    wide["observation"] = torch.randn(len(wide), 9)
+    with pytest.raises(ValueError, match=r"observations of 8, got .* 9\)"):
+        buffer_of(wide)
+    relabel = relabelling(reward_func=lambda achieved, desired: achieved)
+    buffer = relabel.make_buffer(storage=LazyTensorStorage(100), batch_size=10)
+    buffer.extend(data.reshape(-1))
+    with pytest.raises(ValueError, match=r"reward_func gave \(8, 2\) for 8 rows"):
+        buffer.sample()
+    with pytest.raises(TypeError, match="make_buffer"):
+        TransformedEnv(make_batched("Reacher-v5", 1, seed=0), relabelling()).reset()
+    assert isinstance(buffer, HERReplayBuffer)

@@ -48,14 +48,21 @@ def _check_levels(levels: Sequence[Level]) -> None:
                 "for each place"
             )
     if levels[0].input_spec is not None:
+        free = [label(levels, i) for i, level in enumerate(levels) if level.input_spec is None]
+        hint = "put a level over it, or build it without input_spec"
+        if free:
+            hint = f"levels go from the highest to the lowest: put {free[0]} first"
         raise ValueError(
             f"{label(levels, 0)} takes {_short(levels[0].input_spec)} from above, but nothing is "
-            f"above it{_and_below(levels)}; put a level over it, or build it without input_spec"
+            f"above it{_and_below(levels)}; {hint}"
         )
     for i, level in enumerate(levels[1:], 1):
         pair = f"{label(levels, i)} below {label(levels, i - 1)}"
         if level.input_spec is None:
-            raise ValueError(f"{pair} takes nothing from it; build it with input_spec=")
+            raise ValueError(
+                f"{pair} takes nothing from it; build it with input_spec=, or put it first, where "
+                "the highest belongs"
+            )
         if level.parent_each_step not in (None, levels[i - 1].each_step):
             raise ValueError(
                 f"{pair} needs a level above that learns with each_step={level.parent_each_step}, "

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from torch import Tensor
-from torchrl.data import Binary, Composite, ReplayBuffer, TensorSpec, Unbounded
+from torchrl.data import Binary, Bounded, Composite, ReplayBuffer, TensorSpec, Unbounded
 from torchrl.envs import EnvBase, TensorDictPrimer
 
 from layeredrl_torchrl._checks import (
@@ -144,6 +144,7 @@ class PlannerLevel(LearningLevel):
         predictor = self.predictor_factory(observation_space, action_spec)
         hint = "predictor_factory has to return one"
         check_instance("predictor", predictor, Predictor, hint=hint)
+        _check_range(predictor.model.action_spec, action_spec)
         if isinstance(predictor, RewardPredictor):
             # Raises now instead of after the initial random steps.
             n_models = predictor.model.n_models
@@ -348,6 +349,18 @@ class PlannerLevel(LearningLevel):
             progress=self.progress,
         )
         return terms
+
+
+def _check_range(known: TensorSpec, planned: TensorSpec) -> None:
+    """Raise ``ValueError`` for actions beyond those that the predictor's model was built for."""
+    if not (isinstance(known, Bounded) and isinstance(planned, Bounded)):
+        return  # what else differs is seen when the planner is built
+    low, high, own = planned.space.low.cpu(), planned.space.high.cpu(), known.space
+    if known.shape == planned.shape and bool(((low < own.low) | (high > own.high)).any()):
+        raise ValueError(
+            f"its actions go from {low.tolist()} to {high.tolist()}, but the predictor's model was "
+            f"built for {own.low.tolist()} to {own.high.tolist()}; build the model for all of them"
+        )
 
 
 def _where(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import known_level, planner_level
+from helpers import SMALL_FACTORY, known, known_level, planner_level
 from torchrl.data import Bounded, OneHot, Unbounded
 
 from layeredrl_torchrl import Hierarchy
 
 ONE = Unbounded((1,))
+BOX = Bounded(-1.0, 1.0, (2,))
+
+
+def world(action_spec):
+    """A known one, of four dimensions, in which nothing moves."""
+    return known(lambda s, a: s, lambda *_: torch.zeros(()), action_spec, width=4)
 
 
 @pytest.fixture
@@ -82,7 +88,13 @@ def test_a_level_that_was_built_for_the_environment(toy):
         ),
         (
             ValueError,
-            r"level 1 \(Formula, the lowest\) below level 0 \(Formula, the highest\) takes nothing",
+            r"level 0 .* nothing is above it .* put level 2 \(Formula, the lowest\) first",
+            lambda top, low: [low(), low(), top()],
+        ),
+        (
+            ValueError,
+            r"level 1 \(Formula, the lowest\) below level 0 \(Formula, the highest\) takes nothing"
+            ".* put it first",
             lambda top, low: [top(), low(input_spec=None)],
         ),
         (
@@ -108,6 +120,26 @@ def test_levels_that_do_not_fit(build, lower, toy, error, message, make):
 
     with pytest.raises(error, match=message):
         build(*make(lambda **options: Formula(1, **options), low))
+
+
+@pytest.mark.parametrize(
+    ("factory", "below", "message"),
+    [
+        (SMALL_FACTORY, Unbounded((2,)), "has no bounds"),
+        (SMALL_FACTORY, Bounded(-1.0, torch.inf, (2,)), "no finite bounds"),
+        (lambda *_: world(Bounded(-1.0, 1.0, (1,))), BOX, "model was built for"),
+        (lambda *_: world(OneHot(2)), BOX, "model was built for"),
+        (lambda *_: world(Bounded(-1.0, 0.5, (2,))), BOX, r"built for .* to \[0.5, 0.5\]"),
+    ],
+)
+def test_inputs_that_the_level_above_cannot_plan(build, toy, factory, below, message):
+    class Any(toy.Level):
+        """Takes any input."""
+
+    top = planner_level(predictor_factory=factory)
+    both = r"(?s)level 0 \(PlannerLevel, the highest\) above level 1 \(Any, the lowest\): .*"
+    with pytest.raises(ValueError, match=both + message):
+        build(top, Any(2, input_spec=below, duration=2))
 
 
 def test_the_same_level_twice(build, lower, toy):

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import collected, planner_level
+from helpers import collected, model_free_level, moved, parameters, planner_level
 from tensordict import TensorDict
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
@@ -140,8 +140,9 @@ def test_paid_for_each_step_by_a_model_of_single_steps():
 def test_a_skill_may_end_at_random():
     """After each action with a probability of 0.3, in evaluation too, and it is paid for then."""
     env = Plane(40)
-    agent = make_agent(env, end_prob=0.3, updates_per_step=0.05)
-    skills = agent.levels[1]
+    agent = make_agent(env, end_prob=0.3, updates_per_step=0.005)
+    planner, skills = agent.levels
+    planner.updates_per_step = 0.01
     data = torch.cat(list(collected(env, agent, 5, 480)), -1)
     above, below = agent.transitions(data)
     # Those of whole skills; the horizon of an episode is no multiple of their length.
@@ -161,6 +162,54 @@ def test_a_skill_may_end_at_random():
     assert torch.equal(seen, paid)
     assert make_skills(end_prob=0.0).ends_by_duration
     assert not skills.ends_by_duration
+
+
+def test_in_the_middle_of_three_levels_skills_learn_by_the_predictor_above():
+    """Skills of two places to go to, each of which the lowest level goes to in two steps."""
+    env = Plane(10)
+    planner = make_agent(env).levels[0]
+    planner = planner_level(
+        predictor_factory=planner.predictor_factory,
+        planner_factory=planner.planner_factory,
+        n_initial_random_steps=100,
+        random_prob=1.0,
+        random_duration=1,
+    )
+    skills = make_skills(duration=2, updates_per_step=0.1)
+    mover = model_free_level(
+        input_spec=Bounded(-1.0, 1.0, (2,)),
+        duration=2,
+        n_initial_random_steps=100,
+        updates_per_step=0.05,
+        reward_func=lambda td: -(td["next", "observation"] - td["input"]).norm(dim=-1),
+    )
+    agent = Hierarchy([planner, skills, mover], env, observation_maps=[None, [0, 1], [0, 1]])
+    assert skills.parent_predictor is planner.predictor
+    assert mover.parent_predictor is None
+    before = [parameters(level) for level in agent.levels]
+    (data,) = collected(env, agent, 1, 480)
+    above, middle, below = agent.transitions(data)
+    assert (above["next", "elapsed_steps"] == 4).all()
+    assert (middle["next", "elapsed_steps"] == 2).all()
+    assert len(below) == 2 * len(middle) == 4 * len(above) == 480
+    assert torch.equal(middle["input"][1::2], above["action"])
+    assert torch.equal(below["input"][1::2], middle["action"])
+    assert torch.equal(middle["parent_observation"][1::2], above["observation"])
+    infos = [agent.learn(data), *train(agent, env, 480, 480)]
+    assert all(infos[1][f"{level.name}/n_updates"] > 0 for level in agent.levels)
+    assert all(moved(level, old) for level, old in zip(agent.levels, before, strict=True))
+    # What the middle level is paid comes of the planner's predictor as it is now.
+    rows = skills.buffer[:]
+    torch.manual_seed(4)
+    paid = skills._sampled(rows.clone())["next", "reward"]
+    last = rows["n_actions"].squeeze(-1) == 1
+    assert not paid[~last].any()
+    torch.manual_seed(4)
+    read = ("parent_observation", "input", ("next", "parent_observation"))
+    reward = skills.skill_reward(
+        planner.predictor, skills.input_spec, *(rows[key][last] for key in read), 960
+    )
+    assert torch.equal(paid[last].squeeze(-1), reward)
 
 
 @pytest.mark.parametrize(("reward", "each_step"), [(DADSReward(), False), (SPlaTESReward(), True)])

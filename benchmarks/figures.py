@@ -10,10 +10,9 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from tensordict import TensorDict
 
-from layeredrl_torchrl import TSInfinity
+from layeredrl_torchrl import plots
 
 BLUE, ORANGE, GREY = "#2a6fbb", "#d9722b", "#888888"
 
@@ -66,61 +65,28 @@ def learning_curve(
     _finish(figure, path)
 
 
-@torch.no_grad()
 def prediction(
-    predictor, played: TensorDict, path: Path, title: str, names: tuple[str, ...], horizon: int = 30
+    predictor, played: TensorDict, path: Path, names: tuple[str, ...], horizon: int = 30
 ) -> None:
-    """Plot an open-loop prediction from one real observation, and the real trajectory.
-
-    `played` is experience `[E, T]`; the longest unbroken stretch of its first steps is shown.
-    `names` are those of the state's dimensions.
-    """
+    """Plot an open-loop prediction of the longest unbroken stretch of `played [E, T]`."""
     alive = ~played["next", "done"].squeeze(-1)
     lengths = alive.int().cumprod(-1).sum(-1) + 1
     episode = int(lengths.argmax())
     start = 10 if lengths[episode] > horizon + 10 else 0
     steps = min(horizon, int(lengths[episode]) - start)
-    real = played[episode, start : start + steps]
-    sampled = TSInfinity(n_particles=50)
-    traj = predictor.rollout(real["observation"][0], real["action"], propagation=sampled)
-    state, _ = predictor.encode(real["next", "observation"])
-    parts = predictor.model.uncertainty(traj)
-    mean = parts["mean"].numpy()
-    epistemic = parts["epistemic_var"].numpy()
-    total = epistemic + parts["aleatoric_var"].numpy()
-    # The dimensions that move most.
-    shown = state.std(0).argsort(descending=True)[:4].sort().values.tolist()
-    time = np.arange(1, steps + 1)
-    figure, axes = plt.subplots(len(shown), 1, figsize=(7, 1.8 * len(shown) + 0.8), sharex=True)
-    for axis, d in zip(np.atleast_1d(axes), shown, strict=True):
-        for variance, color, alpha, label in (
-            (total, BLUE, 0.2, "± 2 std, in all"),
-            (epistemic, ORANGE, 0.45, "± 2 std between members"),
-        ):
-            width = 2 * np.sqrt(variance[:, d])
-            axis.fill_between(
-                time,
-                mean[:, d] - width,
-                mean[:, d] + width,
-                color=color,
-                alpha=alpha,
-                lw=0,
-                label=label,
-            )
-        axis.plot(time, mean[:, d], color=BLUE, label="predicted mean")
-        axis.plot(time, state[:, d], color="black", lw=1.2, ls="--", label="real")
-        axis.set_ylabel(names[d], fontsize=9)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-        low, high = float(state[:, d].min()), float(state[:, d].max())
-        margin = 1.0 * max(high - low, 1e-3)
-        axis.set_ylim(low - margin, high + margin)
-    axes = np.atleast_1d(axes)
-    axes[0].legend(
-        fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False
-    )
-    axes[-1].set_xlabel(f"steps ahead, open loop ({title})")
-    _finish(figure, path)
+    stretch = played[episode, start : start + steps]
+    plots.plot_prediction(predictor, stretch, names=names).savefig(path, dpi=120)
+
+
+def diagnostics(predictor, played: TensorDict, folder: Path, names: tuple[str, ...]) -> None:
+    """Plot calibration, error by horizon and disagreement on experience `[E, T]`."""
+    found = {
+        "calibration": plots.plot_calibration(predictor, played, names=names),
+        "error_by_horizon": plots.plot_error_by_horizon(predictor, played[:, :30]),
+        "disagreement": plots.plot_disagreement(predictor, played, names=names),
+    }
+    for name, figure in found.items():
+        figure.savefig(folder / f"{name}.png", dpi=120)
 
 
 def _draw_maze(axis, maze) -> None:

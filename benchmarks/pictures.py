@@ -4,7 +4,8 @@
     python benchmarks/pictures.py output/skill_hierarchy/*      # also the agents beside each other
 
 Of any example but `train_with_trainer.py`. A run of `planning_with_model.py` is loaded from its
-last checkpoint for a prediction and an animation, one of `skill_hierarchy.py` for plans and skills.
+last checkpoint for a prediction, diagnostics and an animation, one of `skill_hierarchy.py` for
+plans and skills.
 """
 
 from __future__ import annotations
@@ -102,9 +103,9 @@ def draw_curve(folder: Path, config: RunOptions) -> None:
 
 @torch.no_grad()
 def draw_prediction(folder: Path, example: object, config: RunOptions) -> None:
-    """A prediction and an animation, of `planning_with_model.py`."""
+    """What the model knows, and an animation, of `planning_with_model.py`."""
     from animation import animation
-    from figures import prediction
+    from figures import diagnostics, prediction
 
     task = get_task(config.task)
     env = example.make_env(config, 5, config.seed + 10_000)
@@ -114,7 +115,8 @@ def draw_prediction(folder: Path, example: object, config: RunOptions) -> None:
     env.append_transform(policy.make_tensordict_primer())
     played = env.rollout(min(task.horizon, 100), policy, break_when_any_done=False)
     names = task.names_of(range(task.observation_dim))
-    prediction(predictor, played, folder / "prediction.png", config.task, names)
+    prediction(predictor, played, folder / "prediction.png", names)
+    diagnostics(predictor, played, folder, names)
     print("Playing and drawing an animation: about a minute")
     animation(task, policy, folder / "policy.gif", config.seed + 20_000)
 

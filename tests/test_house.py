@@ -31,6 +31,7 @@ FLOORS = [
     "levels",
     "hierarchies",
     "runs",
+    "plots",
 ]
 ASIDE = {"checkpoints", "optimizers", "transforms", "envs"}  # of the package, they know only specs
 # Of the floors; any floor may use specs.

@@ -19,7 +19,7 @@ __all__ = ["command"]
 _EXTRAS = {
     "gymnasium_robotics": "robotics",
     "imageio": "examples",
-    "matplotlib": "examples",
+    "matplotlib": "plots",
     "ray": "ray",
     "tensorboard": "tensorboard",
     "tyro": "examples",

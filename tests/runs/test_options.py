@@ -105,7 +105,7 @@ def test_a_resumed_run_takes_its_options_from_the_folder(tmp_path, monkeypatch, 
     ("error", "status", "line"),
     [
         (KeyboardInterrupt("go on"), 130, "go on"),
-        (ModuleNotFoundError(name="matplotlib.pyplot"), 1, "pip install -e '.[examples]'"),
+        (ModuleNotFoundError(name="matplotlib.pyplot"), 1, "pip install -e '.[plots]'"),
         (ImportError("mazes need it", name="gymnasium_robotics"), 1, "mazes need it"),
         (PermissionError(13, "Permission denied", "/there"), 1, "--output /there/it cannot be"),
         (ModuleNotFoundError(name="something"), None, ""),

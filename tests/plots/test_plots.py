@@ -1,0 +1,149 @@
+"""What the pictures draw, against arithmetic of its own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers import known, make_buffer, make_predictor, make_transitions
+from tensordict import TensorDict
+from torchrl.data import Bounded, Unbounded
+
+from layeredrl_torchrl import IdentityEncoder, Model, StaticPredictor
+from layeredrl_torchrl.plots import (
+    plot_calibration,
+    plot_disagreement,
+    plot_error_by_horizon,
+    plot_prediction,
+)
+
+pytest.importorskip("matplotlib")
+
+
+class Drifting(Model):
+    """Two members that add 1 and 3 to each dimension a step, with a std of 0.5."""
+
+    def __init__(self):
+        super().__init__(Unbounded((2,)), None, Bounded(-1.0, 1.0, (1,)), n_models=2)
+
+    def predict_members(self, state, context, action):
+        step = torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)
+        mean = state.unsqueeze(-2) + step
+        weights = torch.ones_like(mean[..., 0])
+        return (mean, torch.full_like(mean, 0.5)), weights, torch.zeros_like(weights[..., 0])
+
+
+@pytest.fixture
+def drifting():
+    return StaticPredictor(Drifting(), None, None, IdentityEncoder((2,)), 2)
+
+
+def episodes(n, steps, rate):
+    """Real states move by ``rate * (1, 10)`` a step and a little noise."""
+    moves = rate * torch.tensor([1.0, 10.0]) + 0.1 * torch.randn(n, steps, 2)
+    following = moves.cumsum(1)
+    done = torch.zeros(n, steps, 1, dtype=torch.bool)
+    after = {"observation": following, "done": done}
+    rows = {"observation": following - moves, "action": torch.zeros(n, steps, 1), "next": after}
+    return TensorDict(rows, [n, steps])
+
+
+def line(figure, label, axis=0):
+    (found,) = [x for x in figure.axes[axis].get_lines() if x.get_label() == label]
+    return np.asarray(found.get_ydata(), dtype=float)
+
+
+def test_a_prediction_shows_the_mean_the_truth_and_both_bands(drifting):
+    torch.manual_seed(0)
+    (episode,) = episodes(1, 6, 2.0)
+    names = ["slow", "fast"]
+    figure = plot_prediction(drifting, episode, names=names, n_particles=4000)
+    time = np.arange(1, 7)
+    for d, name in enumerate(names):
+        axis = figure.axes[d]
+        assert axis.get_ylabel() == name
+        real = episode["next", "observation"][:, d].numpy()
+        assert np.array_equal(line(figure, "real", d), real.astype(float))
+        # By hand: members at 1 t and 3 t, so 2 t, variance t² between them and t / 4 within.
+        mean = float(episode["observation"][0, d]) + 2.0 * time
+        np.testing.assert_allclose(line(figure, "predicted mean", d), mean, atol=0.1)
+        total, between = (band.get_paths()[0].vertices for band in axis.collections)
+        for vertices, variance in ((total, time**2 + time / 4), (between, time**2)):
+            for t in time:
+                edge = vertices[vertices[:, 0] == t][:, 1]
+                np.testing.assert_allclose(np.ptp(edge), 4 * variance[t - 1] ** 0.5, rtol=0.05)
+
+
+def test_the_error_by_horizon_is_counted_up_to_the_end_of_each_episode(drifting):
+    torch.manual_seed(0)
+    data = episodes(5, 4, 2.0)
+    data["next", "done"][0, 1] = True  # steps 3 and 4 of the first episode do not count
+    data["next", "observation"][0, 2:] = 1e6
+    figure = plot_error_by_horizon(drifting, data, dims=[1], n_particles=4000)
+    state, real = data["observation"], data["next", "observation"]
+    unit = (real - state)[..., 1].std()
+    for t in range(4):
+        rows = range(1 if t > 1 else 0, 5)
+        wrong = [(float(state[e, 0, 1] + 2 * (t + 1) - real[e, t, 1]) / unit) ** 2 for e in rows]
+        same = [(float(state[e, 0, 1] - real[e, t, 1]) / unit) ** 2 for e in rows]
+        std = ((t + 1) ** 2 + (t + 1) / 4) ** 0.5 / unit
+        found = [line(figure, name)[t] for name in ("error of the mean", "if nothing changed")]
+        assert found == pytest.approx([np.mean(wrong) ** 0.5, np.mean(same) ** 0.5], rel=0.02)
+        assert line(figure, "predicted std")[t] == pytest.approx(float(std), rel=0.02)
+
+
+def test_a_calibration_curve_counts_what_lies_below_each_quantile():
+    predictor = make_predictor()
+    data = make_transitions(400)
+    figure = plot_calibration(predictor, data, n_levels=5)
+    found = line(figure, "all dimensions")
+    mean, weights, std, _, _ = predictor.predict(data["observation"], data["action"])
+    below = torch.distributions.Normal(mean, std).cdf(data["next", "observation"][:, None, None])
+    cdf = (weights.unsqueeze(-1) * below).sum(2).mean(1)  # [N, D]
+    shares = [float((cdf <= level).float().mean()) for level in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    np.testing.assert_allclose(found, shares, atol=0.005)
+    assert [x.get_label() for x in figure.axes[0].get_lines()][1:3] == ["state 0", "state 1"]
+
+
+def test_the_map_of_disagreement_is_the_spread_of_the_members():
+    torch.manual_seed(0)
+    predictor, data = make_predictor(state_dim=3), make_transitions(50, obs_dim=3)
+    predictor.learn(make_buffer(data), 5, 8, 8, 50)
+    figure = plot_disagreement(predictor, data, dims=(2, 0), margin=0.5, n=5)
+    (mesh,) = [x for x in figure.axes[0].collections if hasattr(x, "get_coordinates")]
+    drawn = mesh.get_array().reshape(5, 5)
+    obs = data["observation"]
+    middle = int(((obs - obs.median(0).values) / obs.std(0)).square().sum(-1).argmin())
+    across, up = (
+        np.linspace(lo - 0.5 * (hi - lo), hi + 0.5 * (hi - lo), 5)
+        for lo, hi in ((float(obs[:, d].min()), float(obs[:, d].max())) for d in (2, 0))
+    )
+    for i, j in ((0, 0), (4, 1), (2, 3)):
+        row = obs[middle].clone()
+        row[2], row[0] = across[j], up[i]
+        mean, *_ = predictor.predict(row, data["action"][middle])
+        spread = mean[:, 0].std(0, correction=0) / predictor.model.scaling.target.scale
+        assert drawn[i, j] == pytest.approx(float(spread.mean()), rel=1e-3)
+
+
+def test_data_of_another_shape_are_refused(drifting):
+    data = episodes(3, 4, 1.0)
+    with pytest.raises(ValueError, match=r"expected one episode \[T\]"):
+        plot_prediction(drifting, data)
+    with pytest.raises(ValueError, match=r"expected \[E, H\]"):
+        plot_error_by_horizon(drifting, data[0])
+    data["next", "done"][0, 1] = True
+    with pytest.raises(ValueError, match="ends at step 1 of 4"):
+        plot_prediction(drifting, data[0])
+    with pytest.raises(KeyError, match="action"):
+        plot_calibration(drifting, data.exclude("action"))
+    with pytest.raises(ValueError, match="names has 1 entries"):
+        plot_calibration(drifting, data, names=["x"])
+    with pytest.raises(TypeError, match="needs a ProbabilisticEnsemble"):
+        plot_disagreement(drifting, data)
+    still = known(
+        lambda state, action: state, lambda s, c, a: s.sum(-1), Bounded(-1.0, 1.0, (1,)), 2
+    )
+    data["next", "observation"] = data["observation"]
+    with pytest.raises(ValueError, match="no change of the state"):
+        plot_error_by_horizon(still, data)

@@ -61,7 +61,7 @@ class Config(runs.RunOptions):
     lr: runs.Positive = 1e-3
     """Learning rate of policy and critics."""
     compile: bool = False
-    """Whether the model is compiled, and on a GPU each update captured as a CUDA graph."""
+    """Whether model and loss are compiled, and on a GPU updates captured as CUDA graphs."""
     steps_per_batch: runs.Count = 250
     """Real steps between two learning phases."""
     steps_per_evaluation: runs.Count = 1000
@@ -107,15 +107,17 @@ class Agent:
         self.take = self.update
         if config.compile:
             self.predictor.compile(cudagraphs=True)
+            self.loss.compile(dynamic=False)
             if on_gpu:
                 self.take = CudaGraphModule(self.update, in_keys=[], out_keys=[])
         store = partial(LazyTensorStorage, device=config.device)
         self.real = TensorDictReplayBuffer(storage=store(max(total, 100_000), ndim=2))
         size = 5 * config.n_episodes * config.episode_steps
         self.imagined = TensorDictReplayBuffer(storage=store(size))
-        self.counts, model_optim = {"steps": 0, "updates": 0}, self.predictor.optim
+        self.counts = {"steps": 0, "updates": 0}
         names = ("loss", "optim", "real", "imagined", "counts", "predictor")
-        self.parts = {name: vars(self)[name] for name in names} | {"model_optim": model_optim}
+        self.parts = {name: vars(self)[name] for name in names}
+        self.parts["model_optim"] = self.predictor.optim
 
     def learn(self, data: TensorDictBase) -> dict[str, float]:
         """Store real experience `[env, T]`; then update the model, the critics and the policy."""
@@ -126,9 +128,8 @@ class Agent:
             return {}
         # The first phase makes up for those in which there was nothing to learn for.
         n_steps = n_steps if counts["updates"] else counts["steps"]
-        n_fits = max(round(config.model_updates_per_step * n_steps), 1)
-        sizes = (config.batch_size, config.batch_size)
-        _, info = self.predictor.learn(self.real, n_fits, *sizes, counts["steps"])
+        n_fits, n = max(round(config.model_updates_per_step * n_steps), 1), config.batch_size
+        _, info = self.predictor.learn(self.real, n_fits, n, n, counts["steps"])
         self.loss.fit_inputs(self.predictor.encoder(self.real[:]))
         self.imagined.empty()  # what the model said before it was fitted
         n_updates = max(round(config.updates_per_step * n_steps), 1)
@@ -190,8 +191,7 @@ def main(config: Config) -> None:
         for data in run.collect(env, agent.policy, init_random_frames=agent.random_steps):
             row = dict.fromkeys(TERMS, float("nan")) | agent.learn(data)
             if run.steps % config.steps_per_evaluation < data.numel():
-                ends = evaluate(config.seed + 20_000, 3)["episode_reward"]
-                row["evaluation"] = ends.mean().item()
+                row["evaluation"] = evaluate(config.seed + 20000, 3)["episode_reward"].mean().item()
             run.log(run.returns(data) | {name: row[name] for name in TERMS})
         run.report(evaluate(config.seed + 10_000, config.eval_episodes), solved_at=task.solved_at)
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
-from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
+from tensordict import TensorDict
+from tensordict.nn import ProbabilisticTensorDictSequential
+from torch import Tensor, nn
+from torchrl.modules.distributions.utils import rsample_and_log_prob
 from torchrl.objectives.utils import hold_out_net
 
+from layeredrl_torchrl._watch import refuse
 from layeredrl_torchrl.imagination._members import step_by_any
 from layeredrl_torchrl.predictors import Predictor
 
-__all__ = ["FollowedPolicy", "follow"]
+__all__ = ["FollowedPolicy", "compile_following", "follow"]
+
+Steps = Callable[..., tuple[Tensor, ...]]
+# What is compiled belongs to one object: copies and pickles of it compile for themselves.
+_COMPILED: WeakKeyDictionary[nn.Module, Steps] = WeakKeyDictionary()
 
 
 class FollowedPolicy(NamedTuple):
@@ -28,10 +37,11 @@ class FollowedPolicy(NamedTuple):
 
 def follow(
     predictor: Predictor,
-    act: Callable[[TensorDictBase], Tensor],
+    actor: ProbabilisticTensorDictSequential,
     start: tuple[Tensor, Tensor],
     horizon: int,
     gamma: float,
+    steps: Steps | None = None,
 ) -> FollowedPolicy:
     """Follow a policy through a predictor, whose parameters get no gradient.
 
@@ -39,27 +49,73 @@ def follow(
 
     Args:
         predictor: What is imagined.
-        act: Writes reparameterised actions to a TensorDict ``[B]`` of state and context, and
-            returns their ``log_prob [B]``.
+        actor: The policy, whose actions are reparameterised.
         start: State ``[B, D]`` and context ``[B, C]``.
         horizon: ``H``, may be 0.
         gamma: Discount.
+        steps: From :func:`compile_following`, to make all steps by one compiled function.
     """
-    state_key, context_key, action_key = predictor.model.in_keys
-    state, context = start
-    n = len(state)
-    step = TensorDict({state_key: state, context_key: context}, [n])
-    rewards, shares = [], [state.new_ones(n)]
+    run = _steps if steps is None else steps
     with hold_out_net(predictor):
-        log_probs = [act(step)]
-        first = step.get(action_key)
-        for _ in range(horizon):
-            taken = step.get(state_key), context, step.get(action_key)
-            following, term_prob = step_by_any(predictor.model, *taken)
-            rewards.append(predictor.reward_of(*taken, following))
-            term_prob = predictor.term_prob_of(*taken, following, term_prob)
-            shares.append(shares[-1] * gamma * (1.0 - term_prob))
-            step = TensorDict({state_key: following, context_key: context}, [n])
-            log_probs.append(act(step))
+        found = run(predictor, actor, *start, horizon, gamma)
+    reward, log_prob, share, first, state, action = found
+    if steps is not None:  # where the check of each step is left out
+        bad = ~(reward.isfinite().all() & log_prob.isfinite().all() & share.isfinite().all())
+        refuse(bad, _not_finite)
+    keys = predictor.model.in_keys
+    last = TensorDict(dict(zip(keys, (state, start[1], action), strict=True)), [len(state)])
+    return FollowedPolicy(reward, log_prob, share, first, last)
+
+
+def _steps(
+    predictor: Predictor,
+    actor: ProbabilisticTensorDictSequential,
+    state: Tensor,
+    context: Tensor,
+    horizon: int,
+    gamma: float,
+) -> tuple[Tensor, ...]:
+    """All but the last field of :class:`FollowedPolicy`, then the last state and action."""
+    state_key, context_key, _ = predictor.model.in_keys
+    n = len(state)
+
+    def act(state: Tensor) -> tuple[Tensor, Tensor]:
+        seen = TensorDict({state_key: state, context_key: context}, [n])
+        action, log_prob = rsample_and_log_prob(actor.get_dist(seen))
+        return action, log_prob
+
+    action, log_prob = act(state)
+    first, log_probs = action, [log_prob]
+    rewards, shares = [], [state.new_ones(n)]
+    for _ in range(horizon):
+        taken = state, context, action
+        following, term_prob = step_by_any(predictor.model, *taken)
+        rewards.append(predictor.reward_of(*taken, following))
+        term_prob = predictor.term_prob_of(*taken, following, term_prob)
+        shares.append(shares[-1] * gamma * (1.0 - term_prob))
+        state = following
+        action, log_prob = act(state)
+        log_probs.append(log_prob)
     reward = torch.stack(rewards) if rewards else state.new_zeros(0, n)
-    return FollowedPolicy(reward, torch.stack(log_probs), torch.stack(shares), first, step)
+    return reward, torch.stack(log_probs), torch.stack(shares), first, state, action
+
+
+def compile_following(owner: nn.Module, options: Mapping[str, Any] | None) -> Steps | None:
+    """Return the steps of ``owner``, compiled once; ``None`` where there are no options.
+
+    Torch counts compilations by code object and falls back to eager beyond a limit; each owner
+    gets a code object of its own, and ``fullgraph`` makes the limit an error.
+    """
+    if options is None:
+        return None
+    if owner not in _COMPILED:
+        own = types.FunctionType(_steps.__code__.replace(), globals(), _steps.__name__)
+        _COMPILED[owner] = torch.compile(own, **({"fullgraph": True} | dict(options)))
+    return _COMPILED[owner]
+
+
+def _not_finite(_: Tensor) -> ValueError:
+    return ValueError(
+        "imagined rewards, terminations or log-probabilities are not finite; without compile() the "
+        "error names the part: shorten the horizon, or train the model on data like these starts"
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
@@ -10,7 +12,7 @@ from torchrl.objectives.utils import distance_loss
 
 from layeredrl_torchrl._checks import check_flag, check_instance, check_positive_int
 from layeredrl_torchrl._watch import watched
-from layeredrl_torchrl.imagination._following import FollowedPolicy, follow
+from layeredrl_torchrl.imagination._following import FollowedPolicy, compile_following, follow
 from layeredrl_torchrl.imagination._soft_actor_critic import SoftActorCritic
 from layeredrl_torchrl.predictors import Predictor
 
@@ -108,6 +110,18 @@ class ValueGradientLoss(SoftActorCritic):
             predictor.need("rew_func")
         # It learns by itself; its parameters are none of this loss's.
         self.__dict__["predictor"] = predictor
+        self._compile_options: dict[str, Any] | None = None
+
+    def compile(self, **options: Any) -> None:
+        """Compile the imagined steps: half the time on a CPU, after a minute or two of compiling.
+
+        That happens at the first batch of each shape, in each process; copies compile, too. Parts
+        that ``torch.compile`` cannot trace raise its error then.
+
+        Args:
+            **options: Of ``torch.compile``, for example ``dynamic=False``.
+        """
+        self._compile_options = options
 
     @property
     def in_keys(self) -> list[NestedKey]:
@@ -227,5 +241,12 @@ class ValueGradientLoss(SoftActorCritic):
         state = self.read(tensordict, state_key).reshape(n, -1)
         context = tensordict.get(context_key, None)
         context = state[..., :0] if context is None else context.reshape(n, -1)
-        with self._acting() as act:
-            return follow(self.predictor, act, (state, context), self.horizon, self.gamma)
+        with self._acting():
+            return follow(
+                self.predictor,
+                self.actor_network,
+                (state, context),
+                self.horizon,
+                self.gamma,
+                compile_following(self, self._compile_options),
+            )

@@ -25,10 +25,17 @@ from layeredrl_torchrl.models._step import (
 from layeredrl_torchrl.nets import MemberOutput
 from layeredrl_torchrl.specs import action_features
 
-__all__ = ["EnsembleStepper", "MixtureStepper", "Moved", "Stepper"]
+__all__ = ["CompileOptions", "EnsembleStepper", "MixtureStepper", "Moved", "Stepper"]
 
 # Next state [M, D, R] and term_prob [M, R].
 Moved: TypeAlias = tuple[Tensor, Tensor]
+
+
+class CompileOptions(dict[str, Any]):
+    """Options of ``torch.compile`` that can be the key of a cache, nested ones included."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(repr(sorted(self.items())))
 
 
 class Stepper(ABC):
@@ -121,7 +128,7 @@ class EnsembleStepper(Stepper):
         n_modes: int,
         *,
         deterministic: bool,
-        options: tuple[tuple[str, Any], ...] | None = None,
+        options: CompileOptions | None = None,
         n_at_once: int = 1,
     ) -> None:
         super().__init__(n_modes, deterministic=deterministic)
@@ -159,7 +166,7 @@ class EnsembleStepper(Stepper):
             tuple((tuple(w.shape), w.dtype) for w in layers.weights),
             *(repr(layers.activation), layers.n_modes, layers.bounds, self.parts.predict_delta),
             *(len(actions), self.parts.inputs is None or self.parts.inputs.low is None),
-            state.shape if dict(self.options).get("dynamic") is False else None,
+            state.shape if self.options.get("dynamic") is False else None,
         )
         run = _compiled(self.options, static)
         # At its first step a rollout repeats one state; other strides would be compiled anew.
@@ -202,7 +209,7 @@ def _several_of_ensemble(
 
 
 @cache
-def _compiled(options: tuple[tuple[str, Any], ...], static: tuple[Any, ...]) -> Callable[..., Any]:
+def _compiled(options: CompileOptions, static: tuple[Any, ...]) -> Callable[..., Any]:
     """Return the compiled function, one for each choice of options and each kind of ensemble.
 
     Torch counts compilations by code object and falls back to eager beyond a limit; each kind gets

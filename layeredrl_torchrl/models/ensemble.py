@@ -18,7 +18,7 @@ from layeredrl_torchrl.models._output_checks import check_parameters
 from layeredrl_torchrl.models._parts import step_parts
 from layeredrl_torchrl.models._scaling import Scaling
 from layeredrl_torchrl.models._step import StepInputs, StepParts, ensemble_mixture
-from layeredrl_torchrl.models._stepping import EnsembleStepper, Stepper
+from layeredrl_torchrl.models._stepping import CompileOptions, EnsembleStepper, Stepper
 from layeredrl_torchrl.models.calibration import Calibration
 from layeredrl_torchrl.models.model import Model
 from layeredrl_torchrl.nets import (
@@ -140,7 +140,7 @@ class ProbabilisticEnsemble(Model):
         # Whether there is an average yet, kept beside the buffer so that predicting does not read
         # it (on a GPU that would wait for all that is under way).
         self._averaging = False
-        self._compile_options: tuple[tuple[str, Any], ...] | None = None
+        self._compile_options: CompileOptions | None = None
         self.register_load_state_dict_post_hook(self._note_average)
         self.calibration = Calibration(n_models, self.state_dim)
 
@@ -249,7 +249,7 @@ class ProbabilisticEnsemble(Model):
         if self._graphs is not None and self._graphs.captures:
             # Each shape has a graph of its own, so it may as well have code of its own.
             options = {"dynamic": False} | options
-        self._compile_options = tuple(sorted(options.items()))
+        self._compile_options = CompileOptions(options)
 
     # -- learning -------------------------------------------------------------------------
 

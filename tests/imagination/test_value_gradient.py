@@ -458,3 +458,22 @@ def test_a_copy_learns_by_itself():
     td = TensorDict({"state": torch.randn(4, 2)}, [4])
     twin(td.clone())["loss_actor"].backward()
     assert all(p.grad is None for p in loss.parameters())
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_it_gives_the_same_losses_and_gradients(backend):
+    loss = make_learned(horizon=1)
+    options = {"fallback_random": True} if backend == "inductor" else None
+    td, found = TensorDict({"state": torch.randn(6, 2)}, [6]), []
+    for compiled in (False, True):
+        if compiled:
+            loss.compile(backend=backend, options=options)
+        torch.manual_seed(0)
+        loss.zero_grad()
+        out = loss(td.clone())
+        (out["loss_actor"] + out["loss_qvalue"]).backward()
+        found.append([*out.values(), *(p.grad for p in loss.parameters() if p.grad is not None)])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    next(loss.predictor.model.members.parameters()).data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        loss(td)

@@ -103,7 +103,7 @@ def test_a_compiled_rollout_is_the_rollout(
     state, context, _ = (x[0] for x in inputs(1, 4))
     actions = inputs(4, horizon, discrete=discrete)[2]
     found = []
-    for options in (None, {}, {"cudagraphs": True}):
+    for options in (None, {"options": {}}, {"cudagraphs": True}):
         if options is not None:
             model.compile(backend="eager", **options)
         torch.manual_seed(3)

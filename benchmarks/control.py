@@ -26,7 +26,7 @@ from layeredrl_torchrl import get_task
 from layeredrl_torchrl.runs import command, find_task
 
 # What differs from the examples' defaults.
-FALLS = "--gamma 0.995 --known-termination"
+FALLS = "--known-termination"
 OPTIONS = {
     "learn_to_control": {
         "InvertedPendulum-v5": "",

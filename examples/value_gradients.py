@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import CudaGraphModule, TensorDictSequential
+from torch.optim.lr_scheduler import LinearLR
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import EnvBase, ExplorationType, RewardSum, set_exploration_type
 from torchrl.objectives import SoftUpdate
@@ -45,9 +46,7 @@ class Config(runs.RunOptions):
     episode_steps: runs.Count = 40
     """Steps of the imagined episodes that the critics learn from."""
     n_episodes: runs.Count = 96
-    """Episodes that are imagined side by side."""
-    updates_per_imagination: runs.Count = 20
-    """Updates until the next are imagined; those of five times are kept."""
+    """Episodes that are imagined after every 20 updates; those of five times are kept."""
     updates_per_step: runs.Positive = 1.0
     """Updates of the policy for every real step; the critics make twice as many."""
     model_updates_per_step: runs.Positive = 1.0
@@ -59,7 +58,7 @@ class Config(runs.RunOptions):
     model_size: runs.Count = 160
     """Width of the three hidden layers of the model's networks."""
     lr: runs.Positive = 1e-3
-    """Learning rate of policy and critics."""
+    """Learning rate of policy and critics, which falls to a tenth over the run."""
     compile: bool = False
     """Whether model and loss are compiled, and on a GPU updates captured as CUDA graphs."""
     steps_per_batch: runs.Count = 250
@@ -94,30 +93,31 @@ class Agent:
         self.predictor = make_predictor(*spaces, device=config.device)
         sizes = len(task.state_dims), len(task.context_dims), spaces[1], (config.hidden_size,) * 2
         self.actor = TanhActor(*sizes).to(config.device)
-        qvalue = QValueOperator(*sizes).to(config.device)
-        options = {"horizon": config.horizon, "mean_qvalue": True}
-        self.loss = lt.ValueGradientLoss(self.actor, qvalue, self.predictor, **options)
+        q = QValueOperator(*sizes).to(config.device)
+        more = {"horizon": config.horizon, "target_entropy": -spaces[1].shape[-1] / 2}
+        self.loss = lt.ValueGradientLoss(self.actor, q, self.predictor, mean_qvalue=True, **more)
         self.loss.make_value_estimator(gamma=config.gamma, lmbda=0.97)
         self.policy = TensorDictSequential(self.predictor.encoder, self.actor)
         self.target = SoftUpdate(self.loss, tau=0.02)
         nets = [p for name, p in self.loss.named_parameters() if name != "log_alpha"]
-        groups = [{"params": nets}, {"params": [self.loss.log_alpha], "lr": 3e-4}]
         on_gpu = torch.device(config.device).type == "cuda"
-        self.optim = torch.optim.Adam(groups, lr=config.lr, fused=True, capturable=on_gpu)
-        self.take = self.update
+        rate = partial(torch.tensor, device=config.device) if on_gpu else float  # as graphs need
+        groups = [{"params": nets, "lr": rate(config.lr)}]
+        groups += [{"params": [self.loss.log_alpha], "lr": rate(3e-4)}]
+        self.optim = torch.optim.Adam(groups, fused=True, capturable=on_gpu)
+        self.schedule = LinearLR(self.optim, 1.0, 0.1, total // config.steps_per_batch or 1)
         if config.compile:
             self.predictor.compile(cudagraphs=True)
             self.loss.compile(dynamic=False)
-            if on_gpu:
-                self.take = CudaGraphModule(self.update, in_keys=[], out_keys=[])
+        graph = config.compile and on_gpu
+        self.take = CudaGraphModule(self.update, in_keys=[], out_keys=[]) if graph else self.update
         store = partial(LazyTensorStorage, device=config.device)
         self.real = TensorDictReplayBuffer(storage=store(max(total, 100_000), ndim=2))
-        size = 5 * config.n_episodes * config.episode_steps
-        self.imagined = TensorDictReplayBuffer(storage=store(size))
-        self.counts = {"steps": 0, "updates": 0}
-        names = ("loss", "optim", "real", "imagined", "counts", "predictor")
-        self.parts = {name: vars(self)[name] for name in names}
-        self.parts["model_optim"] = self.predictor.optim
+        n_imagined = config.n_episodes * config.episode_steps
+        self.imagined = TensorDictReplayBuffer(storage=store(5 * n_imagined))
+        self.counts, self.model_optim = {"steps": 0, "updates": 0}, self.predictor.optim
+        names = "loss optim schedule real imagined counts predictor model_optim"
+        self.parts = {name: vars(self)[name] for name in names.split()}
 
     def learn(self, data: TensorDictBase) -> dict[str, float]:
         """Store real experience `[env, T]`; then update the model, the critics and the policy."""
@@ -132,13 +132,13 @@ class Agent:
         _, info = self.predictor.learn(self.real, n_fits, n, n, counts["steps"])
         self.loss.fit_inputs(self.predictor.encoder(self.real[:]))
         self.imagined.empty()  # what the model said before it was fitted
-        n_updates = max(round(config.updates_per_step * n_steps), 1)
-        found = []
+        found, n_updates = [], max(round(config.updates_per_step * n_steps), 1)
         for i in range(n_updates):
-            if i % config.updates_per_imagination == 0:
+            if i % 20 == 0:
                 self.imagine()
             found.append(self.take(self.imagined.sample(5 * config.batch_size // 2)))
         counts["updates"] += n_updates
+        self.schedule.step()
         terms = torch.stack(found).mean()
         return info | {name: value.item() for name, value in terms.items()}
 

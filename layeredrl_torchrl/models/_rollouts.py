@@ -11,15 +11,12 @@ from tensordict import NestedKey, TensorDict, unravel_key
 from torch import Tensor
 
 from layeredrl_torchrl._watch import refuse
+from layeredrl_torchrl.models._blocks import starts_at_once
 from layeredrl_torchrl.models._step import StepInputs
 from layeredrl_torchrl.models._stepping import Stepper
 from layeredrl_torchrl.models.propagation import Propagation
 
-__all__ = ["ImaginedStep", "imagine", "lay_out", "starts_at_once", "trajectory", "uncertainty"]
-
-# Floats in the widest layer of the rows that a CPU steps together, so that intermediate results
-# stay in the second-level caches.
-_BLOCK = 2**18
+__all__ = ["ImaginedStep", "imagine", "lay_out", "trajectory", "uncertainty"]
 
 
 class ImaginedStep(NamedTuple):
@@ -29,28 +26,6 @@ class ImaginedStep(NamedTuple):
     action: Tensor  # [N, *]
     next_state: Tensor  # [M', D, N, P']
     term_prob: Tensor  # [M', N, P']
-
-
-def starts_at_once(n: int, n_particles: int, floats_per_row: int, device: torch.device) -> int:
-    """Return how many of ``n`` starts with ``n_particles`` in each member to roll out together.
-
-    Args:
-        n: Starts.
-        n_particles: ``P``.
-        floats_per_row: In the widest layers of all members, 0 if unknown.
-        device: Only on a CPU are they fewer than all.
-    """
-    if (
-        device.type != "cpu"
-        or floats_per_row == 0
-        or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-    ):
-        return n
-    rows = max(_BLOCK // floats_per_row, 1)
-    if rows > 64:  # products of whole tiles are faster
-        rows -= rows % 64
-    return max(rows // n_particles, 1)
 
 
 def imagine(

@@ -8,11 +8,13 @@ compiled or in a CUDA graph; its random numbers are drawn outside.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from layeredrl_torchrl.models._blocks import fits_caches
 from layeredrl_torchrl.models._scaling import InputUnits
 from layeredrl_torchrl.nets import hidden_layers, product
 
@@ -206,11 +208,15 @@ def _distance(square: Tensor) -> Tensor:
 
 
 def _evaluate_stacked(layers: StackedLayers, x: Tensor) -> MixtureColumns:
-    *hidden, last = layers.weights
-    *biases, last_bias = layers.biases
     n_modes = layers.n_modes
-    x = hidden_layers(x.to(last.dtype), hidden, biases, layers.activation, columns=True)
-    out = product(last, x, last_bias)
+    x = x.to(layers.weights[-1].dtype)
+    widest = max(weight.shape[1] for weight in layers.weights)
+    if fits_caches(len(x) * widest * x.shape[-1], x.device):
+        out = _outputs(layers, layers.weights, layers.biases, x)
+    else:
+        of_members = zip(*(w.split(1) for w in (*layers.weights, *layers.biases, x)), strict=True)
+        n = len(layers.weights)
+        out = torch.cat([_outputs(layers, m[:n], m[n:-1], m[-1]) for m in of_members])
     size = 2 * n_modes * layers.dim
     pairs, logits, term, _ = out.split([size, n_modes, 1, out.shape[1] - size - n_modes - 1], 1)
     pairs = pairs.unflatten(1, (2, n_modes, layers.dim))
@@ -225,6 +231,13 @@ def _evaluate_members(layers: Networks, x: Tensor, action: Tensor) -> MixtureCol
     (mean, std), weights, term_prob = layers.members(state.mT, context.mT, rows)
     pairs = torch.stack((mean, std.log()), 1).permute(0, 1, 3, 4, 2)
     return MixtureColumns(pairs, weights.mT, term_prob, False)
+
+
+def _outputs(
+    layers: StackedLayers, weights: Sequence[Tensor], biases: Sequence[Tensor], x: Tensor
+) -> Tensor:
+    x = hidden_layers(x, weights[:-1], biases[:-1], layers.activation, columns=True)
+    return product(weights[-1], x, biases[-1])
 
 
 def _std(parts: StepParts, raw: Tensor, extra: Tensor | None) -> Tensor:

@@ -217,7 +217,9 @@ class ProbabilisticEnsemble(Model):
         members = self.predicting_members
         if not isinstance(members, StackedProbFCDynamics):
             return 0
-        return self.n_models * max(bias.shape[-1] for bias in members.biases)
+        widest = max(bias.shape[-1] for bias in members.biases)
+        # Compiled, the members are evaluated together; else one by one where they are many floats.
+        return widest if self._compile_options is None else self.n_models * widest
 
     def compile(self, *, cudagraphs: bool = False, **options: Any) -> None:
         """Compile the steps of rollouts and plans, instead of ``forward`` as other modules do.

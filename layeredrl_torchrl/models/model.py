@@ -326,7 +326,7 @@ class Model(WholeState):
         return MixtureStepper(self.predict_members, self.n_modes, deterministic=deterministic)
 
     def floats_per_row(self) -> int:
-        """Return how many floats the widest layers of all members hold for a row; 0 if unknown.
+        """Return how many floats are at most computed at once for a row of each; 0 if unknown.
 
         On a CPU, rollouts take as many rows at a time as stay in its caches.
         """

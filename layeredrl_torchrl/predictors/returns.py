@@ -19,7 +19,8 @@ from layeredrl_torchrl._checks import (
 )
 from layeredrl_torchrl._watch import refuse
 from layeredrl_torchrl.models import Model, Propagation, TSInfinity
-from layeredrl_torchrl.models._rollouts import ImaginedStep, imagine, starts_at_once
+from layeredrl_torchrl.models._blocks import starts_at_once
+from layeredrl_torchrl.models._rollouts import ImaginedStep, imagine
 from layeredrl_torchrl.models.propagation import propagation_key
 from layeredrl_torchrl.nets import on_step, refuse_next_state
 from layeredrl_torchrl.predictors._functions import StepFunctions

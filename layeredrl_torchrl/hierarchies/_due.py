@@ -38,12 +38,18 @@ class Due:
 
     def pick(self, values: Any) -> Any:
         """Select the instances to process from tensors or TensorDicts ``[*B, ...]``."""
-        return values if self.index is None or values is None else values[self.index]
+        if self.index is None or values is None:
+            return values
+        if len(self.index) == 1 and isinstance(values, Tensor):
+            return values.index_select(0, self.index[0])  # several times faster
+        return values[self.index]
 
     def write(self, whole: Tensor, part: Tensor) -> None:
         """Write ``part``, laid out as by :meth:`pick`, into ``whole [*B, n]`` where it is due."""
         if self.everywhere:
             whole.copy_(part)
+        elif self.index is not None and len(self.index) == 1:
+            whole.index_copy_(0, self.index[0], part.to(whole.dtype))
         elif self.index is not None:
             whole[self.index] = part.to(whole.dtype)
         else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
@@ -13,7 +12,7 @@ from torch import Tensor
 from layeredrl_torchrl._checks import require
 from layeredrl_torchrl.hierarchies._control import ask, hand
 from layeredrl_torchrl.hierarchies._maps import ObservationMap
-from layeredrl_torchrl.hierarchies._memory import MEMORY, Layout
+from layeredrl_torchrl.hierarchies._memory import STATE, Layout
 from layeredrl_torchrl.levels import Level
 from layeredrl_torchrl.levels._rows import collected
 
@@ -21,7 +20,7 @@ __all__ = ["Cut", "EnvKeys"]
 
 _HINT = "transitions are cut from what a collector yields with the hierarchy as its policy"
 # What acted in a row, with the rewards up to its end.
-_HELD = ("next", MEMORY)
+_HELD = ("next", STATE)
 _TRAJECTORIES = ("collector", "traj_ids")
 
 
@@ -65,8 +64,7 @@ class Cut:
             ValueError: Rows that another policy collected.
         """
         rows = collected(data, self.keys.ends).reshape(-1)
-        held: Any = _take(rows, _HELD)
-        strangers = int((self.layout.steps(held)[:, -1] == 0).sum())
+        strangers = int(self.layout.is_reset(_take(rows, _HELD)).sum())
         if strangers:
             raise ValueError(
                 f"{strangers} of {len(rows)} rows were collected by another policy than a "
@@ -126,7 +124,6 @@ class Cut:
         row_start = rows.get(self.keys.observation)
         start = row_start if each_row else self.layout.get(held, i, "observation")
         reached = rows.get(unravel_key(("next", self.keys.observation)))
-        steps = self.layout.steps(held)
         own, see = TensorDict({}, rows.batch_size), self.maps[i]
         own.set(level.observation_key, see(start))
         own.set(unravel_key(("next", level.observation_key)), see(reached))
@@ -141,7 +138,7 @@ class Cut:
             own.set(("next", "input_done"), done | above_done)
         if lowest:
             own.set(level.action_key, rows.get(self.keys.action))
-            own.set("n_actions", steps[:, -1:] - 1)
+            own.set("n_actions", self.layout.n_taken(held, i) - 1)
         else:
             own.set(level.action_key, self.layout.get(held, i, "action"))
             own.set("n_actions", self.layout.get(held, i, "n_actions"))
@@ -149,12 +146,12 @@ class Cut:
             own.set(("next", "interrupted"), cut_short)
         for key in level.record.keys(True, True):
             own.set(key, self.layout.get(held, i, key))
+        earned = rows.get(unravel_key(("next", self.keys.reward)))
         if each_row:
-            elapsed = torch.ones_like(steps[:, :1])
-            earned = rows.get(unravel_key(("next", self.keys.reward)))
+            elapsed = torch.ones(earned.shape, dtype=torch.int64, device=earned.device)
         else:
-            elapsed = steps[:, i : i + 1]
-            earned = held["rewards"][:, i : i + 1]
+            elapsed = self.layout.steps(held, i)
+            earned = self.layout.rewards(held, i).to(earned.dtype)
         terminated = rows.get(("next", "terminated"))
         own.set(("next", "elapsed_steps"), elapsed)
         own.set(unravel_key(("next", level.reward_key)), earned)

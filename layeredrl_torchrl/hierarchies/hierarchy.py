@@ -10,7 +10,7 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from torch import Tensor, nn
 from torchrl.checkpoint import GlobalRNGState
-from torchrl.data import Composite, Unbounded
+from torchrl.data import Composite
 from torchrl.envs import EnvBase, TensorDictPrimer
 
 from layeredrl_torchrl._checks import check_finite, check_width, require
@@ -24,9 +24,9 @@ from layeredrl_torchrl.hierarchies._due import Due
 from layeredrl_torchrl.hierarchies._maps import Choice
 from layeredrl_torchrl.hierarchies._memory import (
     MEMORY,
+    STATE,
     HierarchyPrimer,
     Layout,
-    Store,
     memory_of,
     together,
 )
@@ -54,9 +54,9 @@ class Hierarchy(OnePrimer, WholeState):
     the instances where it is due, with its part of the observation, its input, ``"n_actions"`` (its
     own on this input so far) and its memory.
 
-    The state travels in the TensorDict under ``"hierarchy"``, so the environment needs the
-    transform :meth:`make_tensordict_primer`, and single instances may be reset. No gradients are
-    kept.
+    The state travels in the TensorDict under ``"hierarchy"``, and the memories of those levels that
+    have one under ``"hierarchy_memory"``. So the environment needs the transform
+    :meth:`make_tensordict_primer`, and single instances may be reset. No gradients are kept.
 
     On construction each level gets access to the predictor of the level above it (``attach``) and
     is set up for the level below it (``setup``). :meth:`transitions` cuts collected data into the
@@ -118,24 +118,26 @@ class Hierarchy(OnePrimer, WholeState):
         self.maps, self.levels = nn.ModuleList(maps), nn.ModuleList(levels)
         self.layout = Layout(levels, spec[key])
         memories = [memory_of(level) for level in levels]
-        carried = self.layout.spec | {str(i): m for i, m in enumerate(memories) if m.keys()}
-        if len(levels) > 1:
-            reward = env.full_reward_spec_unbatched[self.reward_key]
-            carried["rewards"] = Unbounded((len(levels) - 1,), dtype=reward.dtype)
-        self._carried = Composite({MEMORY: carried})
+        own = {str(i): m for i, m in enumerate(memories) if m.keys()}
+        carried = {STATE: self.layout.spec}
+        self._carried = Composite(carried | ({MEMORY: Composite(own)} if own else {}))
         # Keys below MEMORY, of levels that have none "".
         self._memories = [str(i) if m.keys() else "" for i, m in enumerate(memories)]
         self._records = [tuple(level.record.keys(True, True)) for level in levels]
+        # Looked up at every step, which takes modules long.
+        self.__dict__["_ordered"] = levels
+        self._sees_all = [see.is_identity for see in maps]
         leaves = list(self._carried.keys(True, True))
         self.in_keys = [key, *leaves]
-        self.out_keys = [self.action_key, *(("next", *leaf) for leaf in leaves)]
+        self.out_keys = [self.action_key, *(unravel_key(("next", leaf)) for leaf in leaves)]
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
         """Return the transform that carries the state, and clears it where instances are reset."""
-        return HierarchyPrimer(self._carried.clone(), self.reward_key)
+        return HierarchyPrimer(self._carried.clone(), self.layout, self.reward_key)
 
     def _in_order(self) -> list[Any]:
-        return list(self.levels)
+        ordered: list[Any] = self.__dict__["_ordered"]
+        return ordered
 
     # -- acting -----------------------------------------------------------------------------
 
@@ -148,28 +150,35 @@ class Hierarchy(OnePrimer, WholeState):
             KeyError: The observation or the state is missing.
             ValueError: An observation of another width, or one that is not finite.
         """
-        carried: Any = require(tensordict, MEMORY, reader="Hierarchy", hint=_NEEDS)
+        held = require(tensordict, STATE, reader="Hierarchy", hint=_NEEDS)
+        memories: dict[str, Any] = {}
+        if any(self._memories):
+            carried: Any = require(tensordict, MEMORY, reader="Hierarchy", hint=_NEEDS)
+            memories.update(carried.items())
         hint = "the environment gives none; name it by observation_key="
         observation = require(tensordict, self.observation_key, reader="Hierarchy", hint=hint)
         check_width("observation", observation, self.observation_dim, hint="give what env observes")
         check_finite("observation", observation, hint="repair it in the environment")
         layout, levels = self.layout, self._in_order()
-        held = {key: carried.get(key) for key in carried.keys()}
-        seen = [observation if see.is_identity else see(observation) for see in self.maps]
-        new, given = layout.steps(held)[..., -1:] == 0, None
+        seen = [
+            observation if whole else self.maps[i](observation)
+            for i, whole in enumerate(self._sees_all)
+        ]
+        new, given = layout.is_reset(held), None
         due = self._due(levels, seen, held, new)
         # The state that acts now and is carried on; the input is not changed.
-        now, memories = layout.copy(held), {key: held[key] for key in self._memories if key}
+        now = held.clone()
         for i, acts in enumerate(due):
             if not acts.nowhere:
-                n_actions = torch.where(new, 0, layout.get(held, i, "n_actions") + 1)
+                n_actions = layout.n_taken(held, i).masked_fill(new, 0)
                 start, n_actions = acts.pick(observation), acts.pick(n_actions)
-                saw = start if self.maps[i].is_identity else acts.pick(seen[i])
+                saw = start if self._sees_all[i] else acts.pick(seen[i])
                 part = hand(levels[i], saw, acts.pick(given), n_actions)
                 written = self._call(i, part, memories, acts)
                 layout.begin(now, i, written | {"observation": start}, acts)
             given, new = layout.get(now, i, "action"), acts.mask
-        handed = hand(levels[-1], seen[-1], given, layout.steps(now)[..., -1:])
+        n_actions = layout.steps(now, max(len(levels) - 2, 0))
+        handed = hand(levels[-1], seen[-1], given, n_actions)
         written = self._call(len(levels) - 1, handed, memories, None)
         tensordict.set(self.action_key, written.pop("action"))
         if written:
@@ -178,11 +187,16 @@ class Hierarchy(OnePrimer, WholeState):
         layout.step(now)
         # Under "next" alone: of what it knows already, a collector whose policy is on another
         # device takes back only what one step changed everywhere.
-        following = together(now | memories, tensordict.batch_size, tensordict.device)
-        return tensordict.set(("next", MEMORY), following)
+        following: dict[str, Any] = {STATE: now}
+        if memories:
+            following[MEMORY] = together(memories, tensordict.batch_size, tensordict.device)
+        if "next" in tensordict.keys():
+            return tensordict.update({"next": following})
+        following = together(following, tensordict.batch_size, tensordict.device)
+        return tensordict.set("next", following)
 
     def _due(
-        self, levels: list[Level], seen: list[Tensor], held: Store, reset: Tensor
+        self, levels: list[Level], seen: list[Tensor], held: Tensor, reset: Tensor
     ) -> list[Due]:
         """Return where each level but the lowest has to act, highest first."""
         due: list[Due] = []
@@ -190,7 +204,7 @@ class Hierarchy(OnePrimer, WholeState):
         for i in range(len(levels) - 1, 0, -1):
             duration = levels[i].duration
             if duration is not None and levels[i].ends_by_duration:
-                asked = asked & (self.layout.n_taken(held, i) >= duration)
+                asked = asked & self.layout.has_taken(held, i, duration)
             elif not (some := Due(asked)).nowhere:
                 given = some.pick(self.layout.get(held, i - 1, "action"))
                 taken = some.pick(self.layout.n_taken(held, i))
@@ -219,7 +233,7 @@ class Hierarchy(OnePrimer, WholeState):
             memories[key] = following if due is None else due.merge(memory, following)
         written = {k: require(handed, k, reader=reader, hint=hint) for k in self._records[i]}
         written["action"] = require(handed, level.action_key, reader=reader, hint=hint)
-        if i < len(self.levels) - 1:
+        if i < len(self._memories) - 1:
             written["n_actions"] = handed.get("n_actions")
         return written
 

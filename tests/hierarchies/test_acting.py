@@ -100,7 +100,7 @@ def test_on_an_accelerator_all_are_called_and_those_that_are_due_count(three, mo
 def test_torchrl_finds_one_primer(three):
     env, hierarchy = three()
     primer = get_primers_from_module(hierarchy)
-    assert set(primer.primers.keys()) == {"hierarchy"}
+    assert set(primer.primers.keys()) == {"hierarchy", "hierarchy_memory"}
     # Other functions reach all modules.
     names = []
     hierarchy.apply(lambda module: names.append(type(module).__name__))

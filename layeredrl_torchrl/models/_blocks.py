@@ -16,10 +16,10 @@ def fits_caches(n_floats: int, device: torch.device) -> bool:
     They always are on other devices, with gradients, which keep everything anyway, and compiled.
     """
     return (
-        n_floats <= _CACHED
-        or device.type != "cpu"
+        device.type != "cpu"
         or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
+        or torch.compiler.is_compiling()  # before the size, which it would compile for
+        or n_floats <= _CACHED
     )
 
 

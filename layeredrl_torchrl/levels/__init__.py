@@ -13,6 +13,7 @@ from layeredrl_torchrl.levels.planner_level import PlannerLevel
 from layeredrl_torchrl.levels.sac import SACLearner
 from layeredrl_torchrl.levels.skills import SkillLevel
 from layeredrl_torchrl.levels.skills_rewards import DADSReward, SkillReward, SPlaTESReward
+from layeredrl_torchrl.levels.trainer_hook import LevelHook
 
 __all__ = [
     "ActionSequenceLevel",
@@ -22,6 +23,7 @@ __all__ = [
     "Learner",
     "LearningLevel",
     "Level",
+    "LevelHook",
     "LossLearner",
     "ModelFreeLevel",
     "Planner",

@@ -11,6 +11,8 @@ from layeredrl_torchrl.predictors.reward import RewardPredictor
 from layeredrl_torchrl.predictors.standardizer import DeltaStandardizer
 from layeredrl_torchrl.predictors.static import StaticPredictor
 from layeredrl_torchrl.predictors.training import ModelTraining
+from layeredrl_torchrl.predictors.value_operator import value_operator
+from layeredrl_torchrl.predictors.world_model import from_world_model
 
 __all__ = [
     "DeltaStandardizer",
@@ -21,5 +23,7 @@ __all__ = [
     "ReturnOptions",
     "RewardPredictor",
     "StaticPredictor",
+    "from_world_model",
     "get_default_predictor_factory",
+    "value_operator",
 ]

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 from gymnasium.error import UnregisteredEnv
 
-from layeredrl_torchrl.runs.options import RunError, RunOptions, read_settings
+from layeredrl_torchrl.runs.options import RunError, RunOptions, check_ranges, read_settings
 
 __all__ = ["command"]
 
@@ -54,6 +54,8 @@ def command(
         for module in ("tyro", *needs):
             importlib.import_module(module)
         given = _read(options, description)
+        if not isinstance(given, RunOptions):  # which a run checks
+            check_ranges(given)
         main(given)
     except RunError as error:
         _end(str(error))

@@ -127,17 +127,7 @@ class RunOptions:
         Raises:
             RunError: An option out of range; the message names it, its value and its range.
         """
-        # Scripts that are run from strings, as notebooks do, have no module to look names up in.
-        for name, hint in type_hints(type(self), None, _KINDS, include_extras=True).items():
-            bounds = _range_of(hint)
-            value = getattr(self, name, None)
-            if bounds is None or value is None:
-                continue
-            option = "--" + name.replace("_", "-")
-            try:
-                check_number(option, value, bounds.low, bounds.high, open_low=bounds.open_low)
-            except (TypeError, ValueError) as error:
-                raise RunError(str(error)) from None
+        check_ranges(self)
         if self.steps_per_batch % self.n_envs:
             raise RunError(
                 f"--steps-per-batch is {self.steps_per_batch}, expected a multiple of the "
@@ -150,6 +140,25 @@ class RunOptions:
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise RunError(f"--device {self.device} cannot be used: {reason}") from None
+
+
+def check_ranges(options: object) -> None:
+    """Check the numbers of a dataclass of options whose types give their ranges.
+
+    Raises:
+        RunError: An option out of range; the message names it, its value and its range.
+    """
+    # Scripts that are run from strings, as notebooks do, have no module to look names up in.
+    for name, hint in type_hints(type(options), None, _KINDS, include_extras=True).items():
+        bounds = _range_of(hint)
+        value = getattr(options, name, None)
+        if bounds is None or value is None:
+            continue
+        option = "--" + name.replace("_", "-")
+        try:
+            check_number(option, value, bounds.low, bounds.high, open_low=bounds.open_low)
+        except (TypeError, ValueError) as error:
+            raise RunError(str(error)) from None
 
 
 def find_task(name: str) -> Task:

@@ -11,7 +11,8 @@ from layeredrl_torchrl.runs import RunError
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 NAMES = [path.stem for path in EXAMPLES]
-LEARNS = [name for name in NAMES if name != "train_with_trainer"]
+RUNS = [name for name in NAMES if name != "offline"]  # which takes no real steps to go on from
+LEARNS = [name for name in RUNS if name != "train_with_trainer"]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=NAMES)
@@ -51,8 +52,16 @@ def test_leaves_a_curve_and_goes_on(name, run, curve, capsys, tmp_path):
     assert not math.isnan(curve(folder)[-1]["nll"])  # no second random phase
 
 
+@pytest.mark.slow
+def test_learns_from_stored_data(run, capsys, tmp_path):
+    run("offline", f"--output={tmp_path}")
+    rows = [line.rsplit(",", 1) for line in (tmp_path / "results.csv").read_text().splitlines()]
+    assert [name for name, _ in rows[1:]] == ["data", "cloned", "planned", "imagined SAC"]
+    assert all(-100 < float(value) < 0 for _, value in rows[1:])
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RUNS)
 def test_learns_on_a_gpu(name, run, capsys, tmp_path):
     """With the environments on the CPU; what was saved there goes on here."""
     if name == "skill_hierarchy":
@@ -86,10 +95,10 @@ def test_flat_agents_of_the_maze(agent, run, curve, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        *((name, "--task=Pendulum", "no task is called 'Pendulum'") for name in NAMES),
-        *((name, "--eval-episodes=0", "--eval-episodes must be") for name in NAMES),
-        *((name, "--steps-per-batch=0", "--steps-per-batch must be") for name in NAMES),
-        *((name, "--resume", "holds no run") for name in NAMES),
+        *((name, "--task=Pendulum", "no task is called 'Pendulum'") for name in RUNS),
+        *((name, "--eval-episodes=0", "--eval-episodes must be") for name in RUNS),
+        *((name, "--steps-per-batch=0", "--steps-per-batch must be") for name in RUNS),
+        *((name, "--resume", "holds no run") for name in RUNS),
         *((name, "--horizon=0", "--horizon must be") for name in LEARNS),
         *((name, "--random-steps=500", "--random-steps is 500 of 80") for name in LEARNS[:3]),
         ("dyna_sac", "--imagined-share=1.5", "--imagined-share must be"),

@@ -12,17 +12,20 @@ from helpers import (
     SMALL_PLANNER,
     learn,
     make_buffer,
+    make_point,
     make_predictor,
     make_transitions,
     parameters,
     parts_moved,
+    planner_level,
 )
 from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequential
 from torchrl.collectors import Collector
 from torchrl.data import Bounded, HERReplayBuffer, LazyTensorStorage, TensorDictReplayBuffer
-from torchrl.envs import DoubleToFloat, GymWrapper, InitTracker, TransformedEnv
+from torchrl.envs import DoubleToFloat, GymEnv, GymWrapper, InitTracker, TransformedEnv
 from torchrl.modules import MLP, LSTMModule, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import SACLoss, SoftUpdate
+from torchrl.objectives.value import TDLambdaEstimator
 from torchrl.record import CSVLogger, VideoRecorder
 from torchrl.record.loggers import get_logger
 from torchrl.trainers import (
@@ -33,6 +36,9 @@ from torchrl.trainers import (
     TargetNetUpdaterHook,
     Trainer,
 )
+
+from layeredrl_torchrl.levels import LevelHook
+from layeredrl_torchrl.predictors import value_operator
 
 STATE = ["state", "context"]
 
@@ -100,6 +106,73 @@ def test_learning_is_logged_by_any_of_torchrls_loggers(tmp_path):
         (row,) = found.Scalars(f"RewardPredictor/{term}")
         assert row.step == LEARN["n_total_env_steps"]
         assert row.value == pytest.approx(value, rel=1e-4)
+
+
+def test_a_level_learns_as_a_hook_of_a_trainer(tmp_path):
+    def make(level_options):
+        torch.manual_seed(0)
+        env = GymEnv("Pendulum-v1")
+        env.set_seed(0)
+        level = planner_level(env=env, n_initial_random_steps=20, **level_options)
+        options = {"frames_per_batch": 20, "total_frames": 60}
+        collector = Collector(env, level, auto_register_policy_transforms=True, **options)
+        return level, collector
+
+    level, collector = make({})
+    trainer = Trainer(
+        collector=collector,
+        total_frames=60,
+        frame_skip=1,
+        optim_steps_per_batch=0,
+        loss_module=lambda td: td,
+        progress_bar=False,
+        logger=CSVLogger("run", log_dir=str(tmp_path)),
+        log_interval=1,
+    )
+    hook = LevelHook(level)
+    hook.register(trainer)
+    trainer.train()
+
+    by_hand, collector = make({})
+    for data in collector:
+        info = by_hand.learn(data)
+    collector.shutdown()
+    for a, b in zip(level.parameters(), by_hand.parameters(), strict=True):
+        assert torch.equal(a, b)
+    (logged,) = tmp_path.rglob("PlannerLevel/nll.csv")
+    assert float(logged.read_text().split(",")[-1]) == pytest.approx(info["nll"], rel=1e-5)
+
+    other, collector = make({})
+    collector.shutdown()
+    LevelHook(other).load_state_dict(hook.state_dict())
+    assert int(other.n_env_steps) == len(other.buffer) == 60
+    for a, b in zip(level.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(TypeError, match="level must be a"):
+        LevelHook(level.planner)
+
+
+def test_the_value_function_serves_torchrls_estimators(imagined):
+    """Lambda-returns of imagined episodes, against the recursion by hand."""
+    env = imagined()
+    predictor = env.predictor
+    values = value_operator(predictor)
+    data = env.rollout(5, break_when_any_done=False)
+    with torch.no_grad():
+        TDLambdaEstimator(gamma=0.9, lmbda=0.8, value_network=values)(data)
+        later = values(data["next"].clone())["state_value"]
+        target = later[:, -1]
+        for t in reversed(range(5)):
+            alive = (~data["next", "terminated"][:, t]).float()
+            over = data["next", "done"][:, t] | torch.tensor(t == 4)
+            mixed = torch.where(over, later[:, t], 0.2 * later[:, t] + 0.8 * target)
+            target = data["next", "reward"][:, t] + 0.9 * alive * mixed
+            torch.testing.assert_close(data["value_target"][:, t], target)
+    state, context = data["state"], data["context"]
+    expected = predictor.terminal_value(state, context, None).unsqueeze(-1)
+    torch.testing.assert_close(values(data)["state_value"], expected)
+    with pytest.raises(ValueError, match="val_func=None"):
+        value_operator(make_point())
 
 
 def hindsight(td):

@@ -127,15 +127,20 @@ def test_what_a_user_can_mend_is_one_line(error, status, line, monkeypatch, caps
         assert line in said
 
 
-def test_a_command_without_a_run(monkeypatch):
+def test_a_command_without_a_run(monkeypatch, capsys):
     """Any dataclass can be the options."""
 
     @dataclass
     class Plain:
-        count: int = 1
+        count: Count = 1
 
     pytest.importorskip("tyro")
     monkeypatch.setattr("sys.argv", ["script", "--count", "3"])
     given = []
     command(given.append, Plain, "A script.")
     assert given == [Plain(3)]
+    monkeypatch.setattr("sys.argv", ["script", "--count", "0"])
+    with pytest.raises(SystemExit):
+        command(given.append, Plain, "A script.")
+    assert capsys.readouterr().err.startswith("--count must be")
+    assert len(given) == 1

@@ -292,8 +292,8 @@ class PredictorEnv(ModelBasedEnvBase):
                     out.set(key, check_start(key, given, widths[key]).to(out.get(key)))
             return out
         if self.initial_states is None:
-            given = chosen is None or tensordict.get(self._keys[0], None) is not None
-            if self.batch_size and not given:
+            left = () if tensordict is None else tensordict.keys(True)
+            if self.batch_size and chosen is not None and self._keys[0] not in left:
                 # Transformed environments take the state away and then ask for a reset. Where there
                 # is no batch size, it is TorchRL's planners, which do not count what follows.
                 raise ValueError(

@@ -101,8 +101,7 @@ class PredictorEnv(ModelBasedEnvBase):
         initial_states: Called with a number ``n`` at resets, returns a TensorDict ``[n]`` with
             state ``[n, D]`` and context ``[n, C]``; for example
             :class:`~layeredrl_torchrl.FromBuffer`. Without it, resets give zeros, and instances
-            that have ended go on instead of starting over (behind transforms, which cannot do
-            that, it is an error with a ``batch_size``, and without one zeros follow).
+            that have ended go on instead of starting over.
         batch_size: Batch size of the environment; by default it has none of its own, which
             TorchRL's planners need.
         use_value_func: Whether rewards are shaped as above; needs a value function.
@@ -292,15 +291,6 @@ class PredictorEnv(ModelBasedEnvBase):
                     out.set(key, check_start(key, given, widths[key]).to(out.get(key)))
             return out
         if self.initial_states is None:
-            left = () if tensordict is None else tensordict.keys(True)
-            if self.batch_size and chosen is not None and self._keys[0] not in left:
-                # Transformed environments take the state away and then ask for a reset. Where there
-                # is no batch size, it is TorchRL's planners, which do not count what follows.
-                raise ValueError(
-                    "an imagined episode has ended, and there is nowhere to start anew: with "
-                    "transforms it would go on at zeros; give initial_states= (FromBuffer, say), "
-                    "stop at the first end (break_when_any_done=True), or leave transforms out"
-                )
             return out
         if chosen is None:
             chosen = torch.ones(batch, dtype=torch.bool, device=self.device)

@@ -160,13 +160,12 @@ def test_exploration_modules_change_what_a_policy_does(name, policy):
     torch.testing.assert_close(*plain)
 
 
-def test_what_has_ended_does_not_start_over_at_zeros():
-    """Without a transform it goes on (``tests/imagination``); with one TorchRL takes its state."""
+def test_what_has_ended_starts_over_at_zeros_where_the_environment_is_transformed():
+    """As the manual says; without a transform it goes on (``tests/imagination``)."""
     predictor = make_point(lambda after: (after > 0.6).float())
-    env = TransformedEnv(PredictorEnv(predictor, batch_size=[2]), RewardScaling(0.0, 1.0))
+    env = TransformedEnv(PredictorEnv(predictor), RewardScaling(0.0, 1.0))
     act = lambda td: td.set("action", torch.ones(2, 1))  # noqa: E731
     start = predictor.encode(TensorDict({"observation": torch.zeros(2, 2)}, [2]))
     options = {"auto_reset": False, "break_when_any_done": False}
-    assert env.rollout(4, act, tensordict=env.reset(start), auto_reset=False).shape == (2, 2)
-    with pytest.raises(ValueError, match="nowhere to start anew"):
-        env.rollout(4, act, tensordict=env.reset(start), **options)
+    data = env.rollout(4, act, tensordict=env.reset(start), **options)
+    assert data["next", "state"][0, :, 0].tolist() == [0.5, 1.0, 0.5, 1.0]

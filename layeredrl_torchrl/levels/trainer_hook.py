@@ -22,7 +22,7 @@ class LevelHook(TrainerHookBase):
     trainer's logger, each term as ``"<level>/<term>"``.
 
     >>> from layeredrl_torchrl.levels import LevelHook
-    >>> level = RandomLevel(Unbounded((3,)), Bounded(-1.0, 1.0, (1,)))
+    >>> level = RandomLevel()
     >>> LevelHook(level).name
     'RandomLevel'
 

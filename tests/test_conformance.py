@@ -444,7 +444,7 @@ class TestPlannerLevel(TestConstantLevel):
 class TestHierarchy(Conformance):
     kind = lrl.Hierarchy
     checked = ["observation"]
-    doubles = False
+    converts = doubles = False  # its state is float64, whatever comes in
     batches = TestConstantLevel.batches
 
     def make(self):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torchrl.modules.distributions.utils import rsample_and_log_prob
 from torchrl.objectives.utils import hold_out_net
 
+from layeredrl_torchrl._compiling import compile_apart
 from layeredrl_torchrl._watch import refuse
 from layeredrl_torchrl.imagination._members import step_by_any
 from layeredrl_torchrl.predictors import Predictor
@@ -101,16 +101,11 @@ def _steps(
 
 
 def compile_following(owner: nn.Module, options: Mapping[str, Any] | None) -> Steps | None:
-    """Return the steps of ``owner``, compiled once; ``None`` where there are no options.
-
-    Torch counts compilations by code object and falls back to eager beyond a limit; each owner
-    gets a code object of its own, and ``fullgraph`` makes the limit an error.
-    """
+    """Return the steps of ``owner``, compiled once; ``None`` where there are no options."""
     if options is None:
         return None
     if owner not in _COMPILED:
-        own = types.FunctionType(_steps.__code__.replace(), globals(), _steps.__name__)
-        _COMPILED[owner] = torch.compile(own, **({"fullgraph": True} | dict(options)))
+        _COMPILED[owner] = compile_apart(_steps, options)
     return _COMPILED[owner]
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
+from layeredrl_torchrl._compiling import compile_apart
 from layeredrl_torchrl._precision import full_precision
 from layeredrl_torchrl.models._output_checks import check_output
 from layeredrl_torchrl.models._step import (
@@ -210,11 +209,5 @@ def _several_of_ensemble(
 
 @cache
 def _compiled(options: CompileOptions, static: tuple[Any, ...]) -> Callable[..., Any]:
-    """Return the compiled function, one for each choice of options and each kind of ensemble.
-
-    Torch counts compilations by code object and falls back to eager beyond a limit; each kind gets
-    a code object of its own, and ``fullgraph`` makes the limit an error.
-    """
-    code = _several_of_ensemble.__code__.replace()
-    own = types.FunctionType(code, globals(), _several_of_ensemble.__name__)
-    return torch.compile(own, **({"fullgraph": True} | dict(options)))
+    """Return the compiled function, one for each choice of options and each kind of ensemble."""
+    return compile_apart(_several_of_ensemble, options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layeredrl_torchrl._checks import check_callable, check_flag, check_positive_int, check_sizes
+from layeredrl_torchrl._compiling import compile_apart
 from layeredrl_torchrl._precision import worthwhile_autocast
 from layeredrl_torchrl.nets._fully_connected import fully_connected
 from layeredrl_torchrl.nets.normalizer import Normalizer
@@ -131,15 +131,10 @@ class ScalarHead(nn.Module, ABC):
 
 
 class _Compiled:
-    """Calls a head, compiled.
-
-    Torch counts compilations by code object and falls back to eager beyond a limit; each head, and
-    with ``dynamic=False`` each shape, gets a code object of its own, and ``fullgraph`` makes the
-    limit an error.
-    """
+    """Calls a head, compiled; each head, and with ``dynamic=False`` each shape, apart."""
 
     def __init__(self, head: ScalarHead, options: dict[str, Any]) -> None:
-        self.head, self.options = head, {"fullgraph": True} | options
+        self.head, self.options = head, options
         self.by_shape: dict[Hashable, Callable[..., Tensor]] = {}
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -147,8 +142,7 @@ class _Compiled:
         if self.options.get("dynamic") is False:
             shapes = tuple(getattr(x, "shape", None) for x in inputs)
         if shapes not in self.by_shape:
-            own = types.FunctionType(_forward.__code__.replace(), globals(), "_forward")
-            self.by_shape[shapes] = torch.compile(own, **self.options)
+            self.by_shape[shapes] = compile_apart(_forward, self.options)
         return self.by_shape[shapes](self.head, *inputs)
 
 

@@ -212,6 +212,32 @@ def model_free_level(*spaces, **options):
     return ModelFreeLevel(*spaces, **small | {"learner_factory": SMALL_SAC} | options)
 
 
+def learned_from_inputs(factory, spec, reward, observe, *, n, reach, **options):
+    """Inputs ``[40, 1]`` up to ``reach``, and what a level does on them after ``n`` skills.
+
+    Each skill is one random action, paid ``reward(action, input)``; ``observe(n)`` makes the
+    observations, which say nothing.
+    """
+    z, action = 2 * torch.rand(n, 1) - 1, spec.rand((n,))
+    no = torch.zeros(n, 1, dtype=torch.bool)
+    after = {"observation": observe(n), "reward": reward(action, z)}
+    after |= {"terminated": no, "done": no, "input_done": ~no}
+    now = {"observation": observe(n), "input": z, "n_actions": no.long()}
+    level = model_free_level(
+        Unbounded(after["observation"].shape[1:]),
+        spec,
+        learner_factory=factory,
+        input_spec=Bounded(-1.0, 1.0, (1,)),
+        duration=1,
+        **options,
+    )
+    level.learn(TensorDict({**now, "action": action, "next": after}, [n]))
+    given = torch.linspace(-reach, reach, 40).unsqueeze(-1)
+    td = TensorDict({"observation": observe(40), "input": given}, [40])
+    td["n_actions"] = torch.zeros(40, 1, dtype=torch.int64)
+    return given, level.eval()(td)["action"]
+
+
 # Of a level that plans in the point's known world, and that is set up for it.
 known_level = partial(planner_level, predictor_factory=lambda *_: make_point())
 point_level = partial(known_level, *SPACES)

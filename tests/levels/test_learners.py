@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import model_free_level, unchanged
+from helpers import learned_from_inputs, unchanged
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -192,24 +192,9 @@ def test_a_copy_shares_nothing_and_does_not_learn():
 
 def learned(kind, spec, reward, **options):
     """What a level does that learned from 2500 skills of one step, paid by input and action."""
-    n, z, action = 2500, 2 * torch.rand(2500, 1) - 1, spec.rand((2500,))
-    no = torch.zeros(n, 1, dtype=torch.bool)
-    after = {"observation": torch.randn(n, 2), "reward": reward(action, z)}
-    after |= {"terminated": no, "done": no, "input_done": ~no}
-    now = {"observation": torch.randn(n, 2), "input": z, "n_actions": no.long()}
-    level = model_free_level(
-        Unbounded((2,)),
-        spec,
-        learner_factory=partial(kind, hidden_sizes=(32, 32), lr=1e-2, tau=0.1, **options),
-        input_spec=Bounded(-1.0, 1.0, (1,)),
-        duration=1,
-        batch_size=128,
-    )
-    level.learn(TensorDict({**now, "action": action, "next": after}, [n]))
-    given = torch.linspace(-0.95, 0.95, 40).unsqueeze(-1)
-    td = TensorDict({"observation": torch.randn(40, 2), "input": given}, [40])
-    td["n_actions"] = torch.zeros(40, 1, dtype=torch.int64)
-    return given, level.eval()(td)["action"]
+    factory = partial(kind, hidden_sizes=(32, 32), lr=1e-2, tau=0.1, **options)
+    size = {"n": 2500, "reach": 0.95, "batch_size": 128}
+    return learned_from_inputs(factory, spec, reward, lambda n: torch.randn(n, 2), **size)
 
 
 def test_sac_finds_the_action_that_the_input_asks_for():

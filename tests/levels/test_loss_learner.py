@@ -8,7 +8,13 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import SPACES, make_transitions, model_free_level, unchanged
+from helpers import (
+    SPACES,
+    learned_from_inputs,
+    make_transitions,
+    model_free_level,
+    unchanged,
+)
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
@@ -88,26 +94,9 @@ def learner_of(make, lr=1e-2, **options):
 
 
 def learned(factory, spec, reward):
-    """What a level does that learned from skills of one step, paid by input and action."""
-    n, z, action = 1500, 2 * torch.rand(1500, 1) - 1, spec.rand((1500,))
-    no = torch.zeros(n, 1, dtype=torch.bool)
-    after = {"observation": torch.zeros(n, 1), "reward": reward(action, z)}
-    after |= {"terminated": no, "done": no, "input_done": ~no}
-    now = {"observation": torch.zeros(n, 1), "input": z, "n_actions": no.long()}
-    level = model_free_level(
-        Unbounded((1,)),
-        spec,
-        learner_factory=factory,
-        input_spec=Bounded(-1.0, 1.0, (1,)),
-        duration=1,
-        batch_size=128,
-        updates_per_step=0.2,
-    )
-    level.learn(TensorDict({**now, "action": action, "next": after}, [n]))
-    given = torch.linspace(-0.9, 0.9, 40).unsqueeze(-1)
-    td = TensorDict({"observation": torch.zeros(40, 1), "input": given}, [40])
-    td["n_actions"] = torch.zeros(40, 1, dtype=torch.int64)
-    return given, level.eval()(td)["action"]
+    """What a level does that learned from 1500 skills of one step, paid by input and action."""
+    options = {"n": 1500, "reach": 0.9, "batch_size": 128, "updates_per_step": 0.2}
+    return learned_from_inputs(factory, spec, reward, lambda n: torch.zeros(n, 1), **options)
 
 
 @pytest.mark.parametrize("name", ["TD3", "CrossQ"])

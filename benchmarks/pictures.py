@@ -48,6 +48,7 @@ EXAMPLES = (
     "learn_to_control",
     "dyna_sac",
     "value_gradients",
+    "hindsight",
     "skill_hierarchy",
 )
 
@@ -94,6 +95,8 @@ def draw_curve(folder: Path, config: RunOptions) -> None:
     rows, final = read_csv(folder / "curve.csv"), folder / "evaluation.csv"
     mean = np.mean([row["return"] for row in read_csv(final)]) if final.exists() else np.nan
     how = "planned in a model learned from scratch"
+    if hasattr(config, "hindsight_share"):
+        how = "SAC with goals in hindsight" if config.hindsight_share else "SAC"
     if hasattr(config, "imagined_share"):
         how = f"SAC on {'imagined' if config.imagined_share else 'real'} experience"
     if hasattr(config, "episode_steps"):

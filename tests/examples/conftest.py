@@ -27,6 +27,9 @@ SMALL = {
     "skill_hierarchy": PLANS + "--total-env-steps=400 --skill-steps=200 --n-envs=2 "
     "--steps-per-batch=100 --steps-per-checkpoint=200 --symmetry-breaking-steps=300 --duration=25 "
     "--sac-updates-per-step=0.1 --model-updates-per-action=0.2 --hidden-size=8 --eval-episodes=2",
+    "hindsight": "--task=PointMaze-Open-Sparse --total-env-steps=400 --n-envs=2 "
+    "--steps-per-batch=100 --steps-per-checkpoint=200 --updates-per-step=0.1 --hidden-size=8 "
+    "--eval-episodes=2",
     "offline": "--n-transitions=500 --n-updates=60 --eval-episodes=2 --hidden-size=16",
     "train_with_trainer": "--total-env-steps=600 --steps-per-batch=200 --steps-per-checkpoint=200 "
     "--held-out-steps=200 --updates-per-batch=80 --batch-size=64 --n-models=2 --hidden-size=32",

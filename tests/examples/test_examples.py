@@ -12,7 +12,8 @@ from layeredrl_torchrl.runs import RunError
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 NAMES = [path.stem for path in EXAMPLES]
 RUNS = [name for name in NAMES if name != "offline"]  # which takes no real steps to go on from
-LEARNS = [name for name in RUNS if name != "train_with_trainer"]
+LEARNS = [name for name in RUNS if name not in ("hindsight", "train_with_trainer")]
+MAZES = ("hindsight", "skill_hierarchy")
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=NAMES)
@@ -64,10 +65,10 @@ def test_learns_from_stored_data(run, capsys, tmp_path):
 @pytest.mark.parametrize("name", RUNS)
 def test_learns_on_a_gpu(name, run, capsys, tmp_path):
     """With the environments on the CPU; what was saved there goes on here."""
-    if name == "skill_hierarchy":
+    if name in MAZES:
         pytest.importorskip("gymnasium_robotics")
     run(name, "--device=cuda", f"--output={tmp_path}")
-    more = {"skill_hierarchy": 500, "train_with_trainer": 800}.get(name, 180)
+    more = {"hindsight": 500, "skill_hierarchy": 500, "train_with_trainer": 800}.get(name, 180)
     run(name, "--device=cpu", f"--output={tmp_path}", "--resume", f"--total-env-steps={more}")
 
 
@@ -92,6 +93,23 @@ def test_flat_agents_of_the_maze(agent, run, curve, capsys, tmp_path):
     assert math.isnan(rows[-1]["nll"]) == (agent == "sac")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.0, 0.8])
+def test_learns_in_hindsight_and_goes_on(share, run, curve, capsys, tmp_path):
+    """What is stored for relabelling, and which goals are drawn, is resumed with all else."""
+    pytest.importorskip("gymnasium_robotics")
+    agent, share = "her" if share else "sac", f"--hindsight-share={share}"
+    run("hindsight", share, f"--output={tmp_path}/whole")
+    assert "success rate" in capsys.readouterr().out
+    run("hindsight", share, f"--output={tmp_path}/parts", "--total-env-steps=200")
+    run("hindsight", share, f"--output={tmp_path}/parts", "--total-env-steps=400", "--resume")
+    whole, parts = (curve(tmp_path / name / agent) for name in ("whole", "parts"))
+    for row in (*whole, *parts):
+        del row["seconds"]
+    assert str(whole) == str(parts)  # there are NaNs in it
+    assert not math.isnan(whole[-1]["loss_qvalue"])
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -103,7 +121,8 @@ def test_flat_agents_of_the_maze(agent, run, curve, capsys, tmp_path):
         *((name, "--random-steps=500", "--random-steps is 500 of 80") for name in LEARNS[:3]),
         ("dyna_sac", "--imagined-share=1.5", "--imagined-share must be"),
         ("skill_hierarchy", "--duration=999", "--duration is 999, episodes have 300 steps"),
-        ("skill_hierarchy", "--task=Reacher-v5", "choose a point maze"),
+        ("hindsight", "--hindsight-share=1.5", "--hindsight-share must be"),
+        *((name, "--task=Reacher-v5", "choose a point maze") for name in MAZES),
     ],
 )
 def test_bad_options_end_it_before_anything_is_done(name, options, message, run, tmp_path):

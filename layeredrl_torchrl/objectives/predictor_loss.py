@@ -163,7 +163,6 @@ class PredictorLoss(TermsLoss):
         check_callable("val_func", val_func, optional=True)
         refuse_next_state("val_func", val_func)
         check_number("gamma", gamma, 0.0, 1.0)
-        check_flag("learn_encoder", learn_encoder)
         self.encoder = encoder
         self.rew_func = rew_func
         self.val_func = val_func

@@ -149,6 +149,16 @@ def test_mask_and_weights_may_keep_a_last_axis(make_ensemble):
     torch.testing.assert_close(loss(batch).to_dict(), expected.to_dict())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_terminations_may_be_zeros_and_ones_of_any_dtype(make_ensemble, dtype):
+    loss = ModelLoss(make_ensemble())
+    batch = make_batch(loss.model, (20,))
+    assert {True, False} == set(batch["next", "terminated"].flatten().tolist())
+    expected = loss(batch)
+    batch["next", "terminated"] = batch["next", "terminated"].to(dtype)
+    assert (loss(batch) == expected).all()
+
+
 def test_it_is_the_loss_of_the_weights_under_training(make_ensemble):
     """Predictions may come from averaged weights; the loss does not."""
     model = make_ensemble(ema_decay=0.9)

@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from torch import nn
 from torchrl.objectives import SoftUpdate
 
-from layeredrl_torchrl import EncoderNet, PredictorLoss, RewardNet, ValueNet
+from layeredrl_torchrl import EncoderNet, PredictorLoss, RewardNet, ValueNet, reads_next_state
 
 # TorchRL warns that nothing updates the target: most of these tests want none that does.
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
@@ -267,3 +267,12 @@ def test_slices_that_do_not_fit_are_refused(with_value, change, message):
 def test_functions_that_cannot_be_called_are_refused(name):
     with pytest.raises(TypeError, match=f"{name} must be"):
         make_loss(**{name: "a value", "target_val_func": None})
+
+
+def test_a_value_of_the_next_state_is_refused():
+    @reads_next_state
+    def value(state, context, action, next_state):
+        return next_state[..., 0]
+
+    with pytest.raises(ValueError, match="val_func was declared to read the next state"):
+        make_loss(val_func=value, target_val_func=None)

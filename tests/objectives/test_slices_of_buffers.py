@@ -159,6 +159,19 @@ def test_either_end_ends_a_slice_whatever_its_width(key):
     assert torch.equal(rows["valid"], expected <= last.unsqueeze(1))
 
 
+@pytest.mark.parametrize("shape", [(12,), (12, 1)])
+def test_padding_neither_starts_nor_continues_a_slice(shape):
+    data = Lane(0, [(12, "goes on")], "done").tensordict(0, 12)
+    data["collector", "mask"] = (torch.arange(12) % 6 < 4).reshape(shape)
+    rows = TransitionSlices(filled_with(data)).sample(200, 3)
+    first = rows["number"][:, :1]
+    assert set(first.flatten().tolist()) == {0, 1, 2, 3, 6, 7, 8, 9}
+    steps = first + torch.arange(3)
+    last = torch.where(first < 4, 3, 9)
+    assert torch.equal(rows["number"], torch.minimum(steps, last))
+    assert torch.equal(rows["valid"], steps <= last)
+
+
 def test_images_and_entries_that_are_no_tensors():
     data = Lane(0, [(4, "terminated"), (6, "truncated")], "observation").tensordict(0, 10)
     data["observation"] = data["number"].view(10, 1, 1, 1).expand(10, 3, 4, 4).byte()

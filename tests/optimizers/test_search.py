@@ -149,6 +149,7 @@ def test_spaces_that_cannot_be_searched_are_refused(space, sigma, error, match):
         (lambda: GaussianSearch(torch.ones(2), torch.ones(3)), "shape"),
         (lambda: CategoricalSearch(0), "n must be"),
         (lambda: CategoricalSearch(2, uniform=0.0), "uniform"),
+        (lambda: CategoricalSearch(2, uniform=1.1), "uniform"),
     ],
 )
 def test_crossed_bounds_and_empty_choices_are_refused(build, message):

@@ -42,7 +42,8 @@ def test_equals_a_plain_loop(toy, options, maps, n, n_batches, n_steps, lengths)
     options[-1]["each_step"] = False
     for one in options[1:]:
         one["input_spec"] = ONE
-    levels = [toy.Level(i + 1, **one) for i, one in enumerate(options)]
+    kinds = [toy.Level if one["until"] else toy.Timed for one in options]
+    levels = [kind(i + 1, **one) for i, (kind, one) in enumerate(zip(kinds, options, strict=True))]
     maps = maps[: len(levels)]
     env = toy.Env(n, lengths)
     hierarchy = Hierarchy(levels, env, observation_maps=[MAPS[m][0] for m in maps])

@@ -60,7 +60,11 @@ OTHERS = [
     "tests/test_bad_values.py",
     "tests/test_accelerator.py",
 ]
-OF_ROOT = {"_state": "tests/predictors", "_precision": "tests/models"}
+OF_ROOT = {
+    "_graphs": ["tests/planners"],
+    "_precision": ["tests/nets", "tests/models"],
+    "_state": ["tests/predictors"],
+}
 
 
 def changes(source):
@@ -132,9 +136,8 @@ def tests_of(path):
     parts = path.with_suffix("").parts
     parts = parts[1:] if parts[0] == "layeredrl_torchrl" else parts
     own = Path("tests", *parts[:-1], f"test_{parts[-1].removeprefix('_')}.py")
-    folder = f"tests/{parts[0]}" if len(parts) > 1 else OF_ROOT.get(parts[0])
-    own = str(own) if (ROOT / own).exists() else None
-    return [test for test in (own, folder, *OTHERS) if test is not None]
+    folders = [f"tests/{parts[0]}"] if len(parts) > 1 else OF_ROOT.get(parts[0], [])
+    return [*([str(own)] if (ROOT / own).exists() else []), *folders, *OTHERS]
 
 
 def noticed(folder, test):

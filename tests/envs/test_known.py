@@ -86,6 +86,24 @@ def test_the_known_termination_is_the_environments(name, play):
     assert bool(ours.any()) == (task.termination is not never and not name.startswith("Ant"))
 
 
+@pytest.mark.parametrize("name", ["Hopper-v5", "Hopper-v5/x", "Walker2d-v5", "Walker2d-v5/x"])
+def test_ranges_end_where_gymnasiums_do(name):
+    """At each bound of height and angle by itself; random actions reach some of them only."""
+    task = TASKS[name]
+    env = task.make_gym()
+    body = env.unwrapped
+    env.reset(seed=0)
+    bounds = [(1, z) for z in body._healthy_z_range] + [(2, a) for a in body._healthy_angle_range]
+    for d, bound in bounds:
+        for off in (-1e-3, 1e-3):
+            qpos = body.init_qpos.copy()
+            qpos[d] = bound + off if math.isfinite(bound) else 50.0
+            body.set_state(qpos, body.init_qvel)
+            state = torch.as_tensor(body._get_obs()).float()
+            assert bool(task.termination(state, state[:0], state[:3], state)) != body.is_healthy
+    env.close()
+
+
 def test_an_ant_out_of_its_heights_has_ended():
     # Random actions do not get the ant there, so it is put there.
     env = TASKS["Ant-v5"].make_gym()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from functools import partial
 
 import gymnasium as gym
@@ -279,6 +280,16 @@ def test_a_member_that_has_diverged_is_named_by_every_call(own, name, value, box
     if not own or value != -1.0:  # a sample does not tell of a sign
         with pytest.raises(ValueError, match=r"member(\(s\) \[1\]| 1 diverged)"):
             rollout()
+
+
+@pytest.mark.parametrize("value", [3e38, math.inf])
+def test_large_values_are_finite_even_if_their_sum_is_not(value, box):
+    nets = [Spoiled(), Spoiled()]
+    model = OwnModel(box, nets)
+    nets[0].name, nets[0].value = "mean", value
+    state, action = torch.zeros(4, D), torch.zeros(4, 1)
+    with pytest.raises(ValueError, match="mean") if value == math.inf else nullcontext():
+        model.predict(state, None, action)
 
 
 # -- statistics ----------------------------------------------------------------------------

@@ -123,6 +123,22 @@ def test_equal_plans_come_out_compiled():
         planner.compile(cudagraphs="yes")
 
 
+@pytest.mark.parametrize("proposes", [False, True])
+def test_without_a_gpu_nothing_is_captured_and_all_of_a_plan_arrives(proposes):
+    """Known physics, which is not compiled either."""
+    options, made = dict(SMALL), make_point()
+    if proposes:
+        actor = TensorDictModule(lambda state: 0.1 * state.tanh(), ["state"], ["action"])
+        options["proposal"] = PolicyProposal(made, actor, 2)
+    planner = CEMPlanner(made, **options, deterministic=True)
+    td = TensorDict({"observation": torch.tensor([[0.5, 0.0], [0.2, 0.9]])}, [2])
+    td.update(planner.forget([2]))
+    noise = planner.optimizer.draw_noise((2,))
+    plain = plans(planner, planner.plan, noise, td)
+    planner.compile(cudagraphs=True)
+    assert (plans(planner, planner.plan, noise, td) == plain).all()
+
+
 # -- on a GPU -------------------------------------------------------------------------------------
 
 

@@ -138,7 +138,7 @@ def _check_shapes(optim: torch.optim.Optimizer, state_dict: dict[str, Any]) -> N
     if problems:
         raise ValueError(
             f"the checkpoint's optimizer does not fit ({len(problems)} differences: "
-            f"{'; '.join(problems[:5])}); build the predictor with the sizes it was saved with"
+            f"{'; '.join(problems[:5])}); build the networks with the sizes they were saved with"
         )
 
 

@@ -207,6 +207,8 @@ def test_rows_that_pad_trajectories_are_neither_stored_nor_counted(make):
     assert_same(everything(level), everything(plain))
     padded["collector", "mask"] = torch.zeros_like(mask)
     assert level.learn(padded)["n_env_steps"] == 48
+    fresh = make(*SPACES, updates_per_step=1.0)
+    assert fresh.learn(padded)["n_env_steps"] == 0  # nothing is learned of nothing
 
 
 def test_actions_of_others_are_random_ones():

@@ -187,6 +187,20 @@ def test_a_copy_shares_nothing_and_does_not_learn():
     assert losses[0] != losses[1]
 
 
+def test_the_optimizer_of_other_networks_is_refused():
+    """A learner takes it as it was, and can go on."""
+    learner, batch = SACLearner(F, BOX, hidden_sizes=(8,)), batch_of(20, BOX.rand((20,)))
+    learner.update(batch)
+    other = SACLearner(F, BOX, hidden_sizes=(9,))
+    other.update(batch)
+    with (
+        unchanged(learner, learner.optim),
+        pytest.raises(ValueError, match=r"has \(9, 3\), this one \(8, 3\)"),
+    ):
+        learner.optim.load_state_dict(other.optim.state_dict())
+    learner.update(batch)
+
+
 # -- known optima ---------------------------------------------------------------------------
 
 

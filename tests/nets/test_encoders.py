@@ -117,6 +117,24 @@ def test_a_module_is_called_with_flat_batches_of_the_entries():
         torch.testing.assert_close(td["state"][..., 0], a.sum((-1, -2, -3)))
         torch.testing.assert_close(td["state"][..., 1], b.prod(-1))
         assert torch.equal(td["context"], b[..., :1])
+
+
+class Halves(nn.Module):
+    """A state, and a context that may be empty."""
+
+    def forward(self, x):
+        return x[:, :2], x[:, 2:]
+
+
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_a_module_may_say_that_there_is_no_context(context_dim):
+    encoder = ModuleEncoder(Halves(), (2 + context_dim,), 2, context_dim)
+    obs = torch.randn(3, 2 + context_dim)
+    for found, expected in zip(encoder(obs), (obs[:, :2], obs[:, 2:]), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_module_of_another_width_is_refused():
     wrong = ModuleEncoder(nn.Linear(4, 3), (4,), latent_state_dim=2)
     with pytest.raises(ValueError, match=r"gave \[\(5, 3\).*expected the state \(5, 2\)"):
         wrong(torch.zeros(5, 4))

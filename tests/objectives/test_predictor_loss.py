@@ -229,6 +229,7 @@ def known(state, context, action):
     [
         ({"rew_func": known, "val_func": known, "target_val_func": None}, set()),
         ({"rew_func": known}, {"loss_value"}),
+        ({"rew_func": None}, {"loss_value"}),
         ({"val_func": None, "target_val_func": None}, {"loss_reward"}),
     ],
 )

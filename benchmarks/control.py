@@ -29,7 +29,7 @@ from layeredrl_torchrl.runs import command, find_task
 FALLS = "--known-termination"
 OPTIONS = {
     "learn_to_control": {
-        "InvertedPendulum-v5": "",
+        "InvertedPendulum-v5": "--n-envs 2",  # so that an episode of full length fits in 2,000
         "CartPoleSwingUp": "--horizon 20",
         "Reacher-v5": "--horizon 15 --n-samples 200 --n-iterations 6 --no-use-value",
         "PointMaze-Open": "--horizon 20 --no-use-value --updates-per-step 1",

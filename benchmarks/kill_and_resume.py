@@ -28,7 +28,10 @@ from layeredrl_torchrl.runs import command
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-PENDULUM = "--task InvertedPendulum-v5 --n-envs 2 --eval-episodes 1"
+PENDULUM = (
+    "--task InvertedPendulum-v5 --n-envs 2 --eval-episodes 1 --steps-per-evaluation 60 "
+    "--episodes-per-evaluation 1"
+)
 PLANS = "--horizon 2 --n-samples 20 --n-models 2 --hidden-size 8"
 OPTIONS = {
     "planning_with_model": f"{PENDULUM} {PLANS} --total-env-steps 300 --random-steps 100 "
@@ -39,10 +42,11 @@ OPTIONS = {
     "--steps-per-checkpoint 20 --updates-per-step 0.3 --batch-size 16 --hidden-size 8 --horizon 3",
     "value_gradients": f"{PENDULUM} --total-env-steps 120 --random-steps 40 --steps-per-batch 20 "
     "--steps-per-checkpoint 20 --updates-per-step 0.3 --batch-size 16 --hidden-size 8 "
-    "--model-size 8 --n-episodes 4 --episode-steps 5 --horizon 3 --steps-per-evaluation 60",
+    "--model-size 8 --n-episodes 4 --episode-steps 5 --horizon 3",
     "skill_hierarchy": f"{PLANS} --n-envs 2 --total-env-steps 500 --skill-steps 300 --duration 5 "
     "--steps-per-batch 100 --steps-per-checkpoint 100 --eval-episodes 2 "
-    "--sac-updates-per-step 0.1 --model-updates-per-action 0.2 --symmetry-breaking-steps 300",
+    "--sac-updates-per-step 0.1 --model-updates-per-action 0.2 --symmetry-breaking-steps 300 "
+    "--steps-per-evaluation 200 --episodes-per-evaluation 1",
     "train_with_trainer": "--task InvertedPendulum-v5 --total-env-steps 600 --steps-per-batch 100 "
     "--steps-per-checkpoint 50 --held-out-steps 100 --updates-per-batch 20 --batch-size 32 "
     "--n-models 2 --hidden-size 8",

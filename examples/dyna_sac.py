@@ -180,8 +180,8 @@ def main(config: Config) -> None:
         raise runs.RunError(f"--random-steps is {config.random_steps} of {total}: too many")
     terms = ("horizon", "nll", "loss_reward", "loss_termination", "loss_qvalue", "alpha")
 
-    def make_env(seed: int, n: int = config.n_envs) -> EnvBase:
-        return lt.make_batched(task, n, seed=seed).append_transform(RewardSum())
+    def make_env(seed: int, n: int = config.n_envs, **kwargs) -> EnvBase:
+        return lt.make_batched(task, n, seed=seed, **kwargs).append_transform(RewardSum())
 
     with runs.Run(config, total) as run:
         env = make_env(config.seed)
@@ -190,10 +190,9 @@ def main(config: Config) -> None:
         n_random = agent.counts["random_steps"]
         for data in run.collect(env, agent.policy, make_env=make_env, init_random_frames=n_random):
             row = dict.fromkeys(terms, math.nan) | agent.learn(data)
-            run.log(run.returns(data) | {name: row[name] for name in terms})
-        env = make_env(config.seed + 10_000, config.eval_episodes)
-        ends = runs.play_episodes(env, agent.policy, config.device)
-        run.report(ends, solved_at=task.solved_at)
+            row = run.returns(data) | {name: row[name] for name in terms}
+            run.log(row | run.evaluation(make_env, agent.policy))
+        run.finish(make_env, agent.policy, solved_at=task.solved_at)
 
 
 if __name__ == "__main__":

@@ -97,8 +97,8 @@ def make_agent(config: Config, task: Task, env: EnvBase) -> Hierarchy:
     return Hierarchy([level], env)
 
 
-def make_env(task: Task, n: int, seed: int) -> EnvBase:
-    env = make_batched(task, n, seed=seed).append_transform(RewardSum())
+def make_env(task: Task, n: int, seed: int, **kwargs) -> EnvBase:
+    env = make_batched(task, n, seed=seed, **kwargs).append_transform(RewardSum())
     return env.append_transform(SuccessRate())
 
 
@@ -116,11 +116,9 @@ def main(config: Config) -> None:
             success = data["next", "episode_success"][data["next", "done"]].float()
             row = {"success": success.mean().item() if len(success) else math.nan}
             row["loss_qvalue"] = info.get("ModelFreeLevel/loss_qvalue", math.nan)
+            row |= run.evaluation(partial(make_env, task), agent)
             run.log(run.returns(data) | row)
-
-        env = make_env(task, config.eval_episodes, config.seed + 100_000)
-        env.append_transform(agent.make_tensordict_primer())
-        run.report(runs.play_episodes(env, agent.eval(), config.device))
+        run.finish(partial(make_env, task), agent, seed=config.seed + 100_000)
 
 
 if __name__ == "__main__":

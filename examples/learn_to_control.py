@@ -38,7 +38,6 @@ from layeredrl_torchrl.runs import (
     WorkerOptions,
     command,
     find_task,
-    play_episodes,
 )
 
 
@@ -127,8 +126,8 @@ def make_level(config: Config, task: Task, env: EnvBase) -> PlannerLevel:
     return level.to(config.device)
 
 
-def make_env(task: Task, n: int, seed: int) -> EnvBase:
-    env = make_batched(task, n, seed=seed).append_transform(RewardSum())
+def make_env(task: Task, n: int, seed: int, **kwargs) -> EnvBase:
+    env = make_batched(task, n, seed=seed, **kwargs).append_transform(RewardSum())
     return env.append_transform(SuccessRate()) if task.reports_success else env
 
 
@@ -155,13 +154,9 @@ def main(config: Config) -> None:
         run.keep(level=level, optim=level.optim, buffer=level.buffer)
         worlds = partial(make_env, task, config.n_envs)
         for data in run.collect(env, level, make_env=worlds):
-            info = level.learn(data)
-            run.log(run.returns(data) | row_of(data, info))
-
-        env = make_env(task, config.eval_episodes, config.seed + 10_000)
-        env.append_transform(level.make_tensordict_primer())
-        ends = play_episodes(env, level.eval(), config.device)
-        run.report(ends, solved_at=task.solved_at)
+            row = run.returns(data) | row_of(data, level.learn(data))
+            run.log(row | run.evaluation(partial(make_env, task), level))
+        run.finish(partial(make_env, task), level, solved_at=task.solved_at)
 
 
 if __name__ == "__main__":

@@ -71,9 +71,9 @@ class Config(runs.RunOptions):
     """Folder of the learning curve, of the evaluation and of the checkpoints."""
 
 
-def make_env(config: Config, n: int, seed: int) -> EnvBase:
+def make_env(config: Config, n: int, seed: int, **kwargs) -> EnvBase:
     """`n` environments side by side, with the returns of their episodes."""
-    return make_batched(config.task, n, seed=seed).append_transform(RewardSum())
+    return make_batched(config.task, n, seed=seed, **kwargs).append_transform(RewardSum())
 
 
 def make_predictor(config: Config, env: EnvBase) -> RewardPredictor:
@@ -142,13 +142,9 @@ def main(config: Config) -> None:
                 n_updates = max(round(config.updates_per_step * n_new), 1)
                 _, info = predictor.learn(buffer, n_updates, 256, 256, run.steps)
             terms = ("nll", "loss_reward", "loss_value", "value_mean")
-            run.log(run.returns(data) | {name: info.get(name, math.nan) for name in terms})
-
-        env = make_env(config, config.eval_episodes, config.seed + 10_000)
-        policy = make_planner(config, predictor.eval())
-        env.append_transform(policy.make_tensordict_primer())
-        ends = runs.play_episodes(env, policy, config.device)
-        run.report(ends, solved_at=task.solved_at)
+            row = run.returns(data) | {name: info.get(name, math.nan) for name in terms}
+            run.log(row | run.evaluation(partial(make_env, config), planner))
+        run.finish(partial(make_env, config), planner, solved_at=task.solved_at)
 
 
 if __name__ == "__main__":

@@ -145,8 +145,8 @@ def make_agent(config: Config, task: Task, env: EnvBase) -> Hierarchy:
     return Hierarchy([planner, skills], env, observation_maps=[None, list(task.state_dims)])
 
 
-def make_env(task: Task, n: int, seed: int) -> EnvBase:
-    env = make_batched(task, n, seed=seed).append_transform(RewardSum())
+def make_env(task: Task, n: int, seed: int, **kwargs) -> EnvBase:
+    env = make_batched(task, n, seed=seed, **kwargs).append_transform(RewardSum())
     return env.append_transform(SuccessRate())
 
 
@@ -184,13 +184,10 @@ def main(config: Config) -> None:
         run.keep(**agent.parts())
         set_phase(config, agent, run.steps)
         for data in run.collect(env, agent):
-            info = agent.learn(data)
-            run.log(run.returns(data) | row_of(agent, data, info))
+            row = run.returns(data) | row_of(agent, data, agent.learn(data))
+            run.log(row | run.evaluation(partial(make_env, task), agent))
             set_phase(config, agent, run.steps)
-
-        env = make_env(task, config.eval_episodes, config.seed + 100_000)
-        env.append_transform(agent.make_tensordict_primer())
-        run.report(runs.play_episodes(env, agent.eval(), config.device))
+        run.finish(partial(make_env, task), agent, seed=config.seed + 100_000)
 
 
 if __name__ == "__main__":

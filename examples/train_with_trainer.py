@@ -69,6 +69,11 @@ class Config(runs.RunOptions):
     output: Path = Path("output/train_with_trainer")
     """Folder of the scores (CSV) and the checkpoints."""
 
+    def check(self) -> None:
+        super().check()
+        if self.steps_per_evaluation or self.video:
+            raise runs.RunError("leave out --steps-per-evaluation and --video: nobody acts here")
+
 
 class AllLosses(LossModule):
     """Both losses of slices `[B, L]`, the ensemble's of their first transitions."""

@@ -63,15 +63,15 @@ class Config(runs.RunOptions):
     """Whether model and loss are compiled, and on a GPU updates captured as CUDA graphs."""
     steps_per_batch: runs.Count = 250
     """Real steps between two learning phases."""
-    steps_per_evaluation: runs.Count = 1000
-    """Real steps between two evaluations, of three episodes each."""
+    steps_per_evaluation: runs.Natural = 1000
+    """Real steps between two evaluations on the way; 0 for none."""
     output: Path = Path("output/value_gradients")
     """Folder of the learning curve, of the evaluation and of the checkpoints."""
 
 
 REAL_KEYS = ("observation", "action", "next", ("collector", "traj_ids"))
 KEYS = ("state", "context", "action", "value_target")
-TERMS = ("nll", "loss_reward", "loss_qvalue", "value", "entropy", "alpha", "evaluation")
+TERMS = ("nll", "loss_reward", "loss_qvalue", "value", "entropy", "alpha")
 
 
 class Agent:
@@ -178,22 +178,18 @@ def main(config: Config) -> None:
     task = runs.find_task(config.task)
     total = config.total_env_steps or task.budget
 
-    def make_env(seed: int, n: int = config.n_envs) -> EnvBase:
-        return lt.make_batched(task, n, seed=seed).append_transform(RewardSum())
-
-    def evaluate(seed: int, n: int) -> TensorDictBase:
-        return runs.play_episodes(make_env(seed, n), agent.policy, config.device)
+    def make_env(seed: int, n: int, **kwargs) -> EnvBase:
+        return lt.make_batched(task, n, seed=seed, **kwargs).append_transform(RewardSum())
 
     with runs.Run(config, total) as run:
-        env = make_env(config.seed)
+        env = make_env(config.seed, config.n_envs)
         agent = Agent(config, task, env, total)
         run.keep(**agent.parts)
         for data in run.collect(env, agent.policy, init_random_frames=agent.random_steps):
             row = dict.fromkeys(TERMS, float("nan")) | agent.learn(data)
-            if run.steps % config.steps_per_evaluation < data.numel():
-                row["evaluation"] = evaluate(config.seed + 20000, 3)["episode_reward"].mean().item()
-            run.log(run.returns(data) | {name: row[name] for name in TERMS})
-        run.report(evaluate(config.seed + 10_000, config.eval_episodes), solved_at=task.solved_at)
+            row = run.returns(data) | {name: row[name] for name in TERMS}
+            run.log(row | run.evaluation(make_env, agent.policy))
+        run.finish(make_env, agent.policy, solved_at=task.solved_at)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@ import pytest
 import torch
 from pretended import is_registered, register
 
+from layeredrl_torchrl import get_task
+from layeredrl_torchrl.runs._video import check_rendering
+
 torch.set_num_threads(1)
 # Processes that tests start inherit it: several threads in each would fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,6 +21,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def pytest_make_parametrize_id(val):
     """No addresses in the names of tests: each of several processes has to find the same ones."""
     return None if hasattr(val, "__name__") or " at 0x" not in repr(val) else type(val).__name__
+
+
+@pytest.fixture(scope="session")
+def renders():
+    """Skip the test where MuJoCo cannot draw."""
+    try:
+        check_rendering(get_task("InvertedPendulum-v5"))
+    except RuntimeError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture

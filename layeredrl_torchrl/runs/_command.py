@@ -23,6 +23,7 @@ _EXTRAS = {
     "ray": "ray",
     "tensorboard": "tensorboard",
     "tyro": "examples",
+    "wandb": "wandb",
 }
 
 Options = TypeVar("Options")

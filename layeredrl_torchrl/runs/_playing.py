@@ -2,13 +2,78 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from torchrl.checkpoint import GlobalRNGState
+from torchrl.collectors import Evaluator
 from torchrl.envs import EnvBase, ExplorationType, set_exploration_type
 from tqdm import tqdm
 
-__all__ = ["play_episodes"]
+__all__ = ["collector_options", "evaluate", "play_episodes"]
+
+
+def collector_options(device: str | torch.device) -> dict[str, Any]:
+    """Return what a collector is told of a policy on ``device``: the environment is on the CPU."""
+    options: dict[str, Any] = {"auto_register_policy_transforms": True}
+    if torch.device(device).type != "cpu":
+        options["policy_device"] = device
+        options |= {"env_device": "cpu", "storing_device": "cpu"}
+    return options
+
+
+def evaluate(
+    env: EnvBase, policy: TensorDictModuleBase, n: int, *, seed: int, device: str | torch.device
+) -> dict[str, float]:
+    """Play ``n`` episodes by TorchRL's ``Evaluator``, one after the other.
+
+    Nothing else notices: random numbers go on where they were, and the policy in its own mode.
+
+    Args:
+        env: One environment, batch size ``[]`` or ``[1]``: of several, those whose episodes are
+            short would end more of the first ``n``. Closed at the end.
+        policy: The policy, whose primers are appended to the environment.
+        n: Number of episodes.
+        seed: Seed of the random numbers that the policy draws.
+        device: Device of the policy.
+
+    Returns:
+        ``"reward"``, the mean return, ``"episode_length"`` and others of the ``Evaluator``, and
+        the share of ``"success"`` where the environment says ``("next", "success")``.
+    """
+    modes = [(module, module.training) for module in policy.modules()]
+    rng = GlobalRNGState()
+    before = rng.state_dict()
+    torch.manual_seed(seed)
+    evaluator = Evaluator(
+        env,
+        policy,
+        num_trajectories=n,
+        frames_per_batch=50,  # what is played in vain at the end
+        collector_kwargs={"traj_format": "cat", **collector_options(device)},
+        metrics_fn=_success,
+        log_prefix="",
+    )
+    try:
+        found = evaluator.evaluate()
+    finally:
+        evaluator.shutdown()
+        rng.load_state_dict(before)
+        for module, training in modes:
+            module.training = training
+    return {name.removeprefix("/"): value for name, value in found.items()}
+
+
+def _success(data: TensorDictBase) -> dict[str, float]:
+    """Return the share of episodes in which the goal was reached at some step."""
+    success = data.get(("next", "success"), None)
+    if success is None:
+        return {}
+    ids = data["collector", "traj_ids"]
+    reached = [success[ids == episode].any() for episode in ids.unique()]
+    return {"success": torch.stack(reached).float().mean().item()}
 
 
 @torch.no_grad()

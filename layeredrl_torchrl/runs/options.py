@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import types
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeAlias, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, Union, get_args, get_origin
 from typing import get_type_hints as type_hints
 
 import torch
 
 from layeredrl_torchrl._checks import check_number
 from layeredrl_torchrl.envs import Task, get_task
+from layeredrl_torchrl.runs._video import check_rendering
 
 __all__ = [
     "Count",
@@ -88,6 +90,14 @@ class RunOptions:
     """Real steps between two learning phases."""
     eval_episodes: Count = 10
     """Episodes of the final evaluation."""
+    steps_per_evaluation: Natural = 0
+    """Real steps between two evaluations on the way; 0 for none."""
+    episodes_per_evaluation: Count = 3
+    """Episodes of each of them."""
+    logger: Literal["csv", "tensorboard", "wandb"] = "csv"
+    """Where the learning curve goes beside `curve.csv`; csv for nowhere."""
+    video: bool = False
+    """Whether an episode is recorded at the end, as `video.gif`."""
     steps_per_checkpoint: Count = 1000
     """Real steps between two checkpoints; the last two are kept."""
     output: Path = Path("output/run")
@@ -104,6 +114,8 @@ class RunOptions:
         {
             "total_env_steps",
             "eval_episodes",
+            "logger",
+            "video",
             "steps_per_checkpoint",
             "output",
             "resume",
@@ -128,6 +140,11 @@ class RunOptions:
             RunError: An option out of range; the message names it, its value and its range.
         """
         check_ranges(self)
+        if self.logger != "csv" and importlib.util.find_spec(self.logger) is None:
+            raise RunError(
+                f"--logger {self.logger} needs a package that is not installed; install the extra "
+                f"`{self.logger}`, as in pip install 'layeredrl-torchrl[{self.logger}]'"
+            )
         if self.steps_per_batch % self.n_envs:
             raise RunError(
                 f"--steps-per-batch is {self.steps_per_batch}, expected a multiple of the "
@@ -140,10 +157,15 @@ class RunOptions:
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise RunError(f"--device {self.device} cannot be used: {reason}") from None
+        if self.video:
+            try:
+                check_rendering(find_task(self.task))
+            except RuntimeError as error:
+                raise RunError(f"--video: {error}") from error
 
 
 def check_ranges(options: object) -> None:
-    """Check the numbers of a dataclass of options whose types give their ranges.
+    """Check the numbers and choices of a dataclass of options whose types give their ranges.
 
     Raises:
         RunError: An option out of range; the message names it, its value and its range.
@@ -152,9 +174,11 @@ def check_ranges(options: object) -> None:
     for name, hint in type_hints(type(options), None, _KINDS, include_extras=True).items():
         bounds = _range_of(hint)
         value = getattr(options, name, None)
+        option = "--" + name.replace("_", "-")
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise RunError(f"{option} must be one of {', '.join(get_args(hint))}; got {value!r}")
         if bounds is None or value is None:
             continue
-        option = "--" + name.replace("_", "-")
         try:
             check_number(option, value, bounds.low, bounds.high, open_low=bounds.open_low)
         except (TypeError, ValueError) as error:

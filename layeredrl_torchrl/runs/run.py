@@ -19,13 +19,24 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.checkpoint import CheckpointError, GlobalRNGState
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
+from torchrl.modules.utils import get_primers_from_module
+from torchrl.record.loggers import Logger
 from tqdm import tqdm
 
 from layeredrl_torchrl.checkpoints import CollectorState, SafeCheckpoint, SafeRotation
 from layeredrl_torchrl.runs._checkpoints import RunCheckpoints
 from layeredrl_torchrl.runs._files import Curve, lock, write_rows, write_whole
 from layeredrl_torchrl.runs._interrupts import Interrupts
-from layeredrl_torchrl.runs.options import RunError, RunOptions, read_settings, settings_path
+from layeredrl_torchrl.runs._loggers import open_logger
+from layeredrl_torchrl.runs._playing import collector_options, evaluate, play_episodes
+from layeredrl_torchrl.runs._video import record
+from layeredrl_torchrl.runs.options import (
+    RunError,
+    RunOptions,
+    find_task,
+    read_settings,
+    settings_path,
+)
 from layeredrl_torchrl.runs.workers import WorkerDiedError, WorkerOptions, collect_with_workers
 
 __all__ = ["Run"]
@@ -45,6 +56,9 @@ class Run:
     ======================  ================================================================
     ``settings.json``       options that the run was started with
     ``curve.csv``           rows of :meth:`log`, written one by one
+    ``evaluation.csv``      returns of :meth:`finish`
+    ``video.gif``           an episode, with the option ``video``
+    ``tensorboard/``        or ``wandb/``: the rows again, with the option ``logger``
     ``checkpoints/``        the last two, by :class:`SafeRotation`
     ``lock``                locked by the process that writes here
     ======================  ================================================================
@@ -75,6 +89,7 @@ class Run:
         parts = {"run": self._counts, "curve": self.curve, "rng": GlobalRNGState()}
         self._checkpoints = RunCheckpoints(self.folder / "checkpoints", **parts)
         self._start = 0.0
+        self._logger: Logger | None = None
         self._stack = ExitStack()
 
     @property
@@ -132,6 +147,10 @@ class Run:
         if self.resumed is None:
             write_whole(settings_path(self.folder), json.dumps(options.settings(), indent=1))
             self.curve.rewrite()
+        settings = options.settings()
+        self._logger = open_logger(options.logger, self.folder, settings, self.steps)
+        if self._logger is not None:
+            self._stack.callback(self._logger.close)
         if getattr(options, "compile", False):
             tqdm.write("--compile: the first learning phase takes minutes longer, for compiling")
         self._start = time.monotonic() - (self.rows[-1]["seconds"] if self.rows else 0.0)
@@ -179,9 +198,15 @@ class Run:
     # -- the curve --------------------------------------------------------------------------
 
     def log(self, row: Mapping[str, float]) -> None:
-        """Add a row to the learning curve, with ``env_steps`` before and ``seconds`` after it."""
+        """Add a row to the learning curve, with ``env_steps`` before and ``seconds`` after it.
+
+        The numbers in it also go to the ``logger`` of the options.
+        """
         seconds = time.monotonic() - self._start
         self.curve.add({"env_steps": float(self.steps), **row, "seconds": seconds})
+        if self._logger is not None:
+            known = {name: value for name, value in row.items() if math.isfinite(value)}
+            self._logger.log_metrics(known, step=self.steps)
 
     def returns(self, data: TensorDictBase) -> dict[str, float]:
         """Summarize the returns in a batch ``[env, T]`` with ``RewardSum``, for a row of the curve.
@@ -198,6 +223,70 @@ class Run:
             "return": ended.mean().item() if len(ended) else last,
             "return_so_far": so_far[:, -1].mean().item(),
         }
+
+    # -- evaluation -------------------------------------------------------------------------
+
+    def evaluation(
+        self, make_env: Callable[..., EnvBase], policy: TensorDictModuleBase
+    ) -> dict[str, float]:
+        """Evaluate the policy if it is due, for a row of the curve.
+
+        The same episodes each time, played by TorchRL's ``Evaluator``; the run goes on as if there
+        had been none.
+
+        Args:
+            make_env: ``make_env(seed=, n=)`` returns environments ``[n]``.
+            policy: The policy.
+
+        Returns:
+            The mean return, ``"evaluation"``, and for tasks with goals the share that was reached,
+            ``"evaluation_success"``; NaN between two evaluations. Nothing without
+            ``steps_per_evaluation``.
+        """
+        options, every = self.options, self.options.steps_per_evaluation
+        if not every:
+            return {}
+        columns = {"evaluation": "reward"}
+        if find_task(options.task).reports_success:
+            columns["evaluation_success"] = "success"
+        last = int(self.rows[-1]["env_steps"]) if self.rows else 0
+        if self.steps // every == last // every:
+            return dict.fromkeys(columns, math.nan)
+        seed, n = options.seed + 20_000, options.episodes_per_evaluation
+        env = make_env(seed=seed, n=1)
+        found = evaluate(env, policy, n, seed=seed, device=options.device)
+        return {column: found[name] for column, name in columns.items()}
+
+    def finish(
+        self,
+        make_env: Callable[..., EnvBase],
+        policy: TensorDictModuleBase,
+        *,
+        seed: int | None = None,
+        solved_at: float | None = None,
+    ) -> None:
+        """Evaluate the policy at length, report, and with the option ``video`` record an episode.
+
+        Args:
+            make_env: ``make_env(seed=, n=)`` returns environments ``[n]`` with ``RewardSum``; for a
+                video it is also given ``render_mode=``, as ``make_batched`` takes it.
+            policy: The policy; stays in evaluation mode.
+            seed: Seed of the environments; 10,000 above that of the run by default.
+            solved_at: As in :meth:`report`.
+        """
+        options, policy = self.options, policy.eval()
+        seed = options.seed + 10_000 if seed is None else seed
+
+        def make(n: int, **kwargs: Any) -> EnvBase:
+            env, primer = make_env(seed=seed, n=n, **kwargs), get_primers_from_module(policy, False)
+            return env if primer is None else env.append_transform(primer)
+
+        ends = play_episodes(make(options.eval_episodes), policy, options.device)
+        self.report(ends, solved_at=solved_at)
+        if options.video:
+            path = self.folder / "video.gif"
+            record(make(1, render_mode="rgb_array"), policy, path, options.device)
+            tqdm.write(f"{path}: an episode of this policy")
 
     def report(
         self, ends: TensorDictBase, *, how: str = "", solved_at: float | None = None
@@ -292,18 +381,13 @@ class Run:
                 collect_with_workers(options, make_env, policy, **frames, **left)
             )
         else:
-            places: dict[str, Any] = {}
-            if torch.device(options.device).type != "cpu":
-                places = {"policy_device": options.device}
-                places |= {"env_device": "cpu", "storing_device": "cpu"}
             collector = Collector(
                 env,
                 policy,
                 **frames,
                 total_frames=self.total,
                 init_random_frames=init_random_frames,
-                auto_register_policy_transforms=True,
-                **places,
+                **collector_options(options.device),
             )
             self._stack.callback(collector.shutdown)
             try:

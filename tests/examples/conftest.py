@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 PENDULUM = (
     "--task=InvertedPendulum-v5 --total-env-steps=80 --random-steps=40 --n-envs=2 "
     "--steps-per-batch=20 --steps-per-checkpoint=40 --eval-episodes=2 --hidden-size=8 "
+    "--steps-per-evaluation=60 --episodes-per-evaluation=1 "
 )
 PLANS = "--n-models=2 --horizon=2 --n-samples=24 --n-iterations=1 "
 SMALL = {
@@ -23,13 +24,14 @@ SMALL = {
     "learn_to_control": PENDULUM + PLANS + "--updates-per-step=0.2 --batch-size=16",
     "dyna_sac": PENDULUM + "--updates-per-step=0.2 --batch-size=16 --horizon=3",
     "value_gradients": PENDULUM + "--updates-per-step=0.2 --batch-size=16 --model-size=8 "
-    "--n-episodes=4 --episode-steps=5 --horizon=2 --steps-per-evaluation=100",
+    "--n-episodes=4 --episode-steps=5 --horizon=2",
     "skill_hierarchy": PLANS + "--total-env-steps=400 --skill-steps=200 --n-envs=2 "
     "--steps-per-batch=100 --steps-per-checkpoint=200 --symmetry-breaking-steps=300 --duration=25 "
-    "--sac-updates-per-step=0.1 --model-updates-per-action=0.2 --hidden-size=8 --eval-episodes=2",
+    "--sac-updates-per-step=0.1 --model-updates-per-action=0.2 --hidden-size=8 --eval-episodes=2 "
+    "--steps-per-evaluation=300 --episodes-per-evaluation=1",
     "hindsight": "--task=PointMaze-Open-Sparse --total-env-steps=400 --n-envs=2 "
     "--steps-per-batch=100 --steps-per-checkpoint=200 --updates-per-step=0.1 --hidden-size=8 "
-    "--eval-episodes=2",
+    "--eval-episodes=2 --steps-per-evaluation=300 --episodes-per-evaluation=1",
     "offline": "--n-transitions=500 --n-updates=60 --eval-episodes=2 --hidden-size=16",
     "train_with_trainer": "--total-env-steps=600 --steps-per-batch=200 --steps-per-checkpoint=200 "
     "--held-out-steps=200 --updates-per-batch=80 --batch-size=64 --n-models=2 --hidden-size=32",

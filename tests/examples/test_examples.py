@@ -39,6 +39,8 @@ def test_leaves_a_curve_and_goes_on(name, run, curve, capsys, tmp_path):
     assert learned == sorted(learned)
     assert learned[-1]
     assert not learned[0]
+    evaluated = [not math.isnan(row["evaluation"]) for row in rows]
+    assert evaluated == [row["env_steps"] == 3 * every for row in rows]
     assert f"{total} steps" in capsys.readouterr().out
     assert len((folder / "evaluation.csv").read_text().splitlines()) == 3
     assert len(list((folder / "checkpoints").iterdir())) == 2
@@ -51,6 +53,17 @@ def test_leaves_a_curve_and_goes_on(name, run, curve, capsys, tmp_path):
     assert str(curve(folder)[:-1]) == str(rows)  # there are NaNs in it
     assert curve(folder)[-1]["env_steps"] == total + every
     assert not math.isnan(curve(folder)[-1]["nll"])  # no second random phase
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("renders")
+@pytest.mark.parametrize("name", [name for name in LEARNS if name != "skill_hierarchy"])
+def test_logs_and_records(name, run, tmp_path):
+    """Not of the maze, whose episodes have 300 steps."""
+    pytest.importorskip("tensorboard")
+    run(name, f"--output={tmp_path}", "--logger=tensorboard", "--video")
+    assert (tmp_path / "video.gif").exists()
+    assert list((tmp_path / "tensorboard").glob("events*"))
 
 
 @pytest.mark.slow
@@ -108,6 +121,8 @@ def test_learns_in_hindsight_and_goes_on(share, run, curve, capsys, tmp_path):
         del row["seconds"]
     assert str(whole) == str(parts)  # there are NaNs in it
     assert not math.isnan(whole[-1]["loss_qvalue"])
+    evaluated = [not math.isnan(row["evaluation_success"]) for row in whole]
+    assert evaluated == [False, False, True, False]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +134,8 @@ def test_learns_in_hindsight_and_goes_on(share, run, curve, capsys, tmp_path):
         *((name, "--resume", "holds no run") for name in RUNS),
         *((name, "--horizon=0", "--horizon must be") for name in LEARNS),
         *((name, "--random-steps=500", "--random-steps is 500 of 80") for name in LEARNS[:3]),
+        *((name, "--steps-per-evaluation=-1", "--steps-per-evaluation must") for name in RUNS),
+        ("train_with_trainer", "--steps-per-evaluation=9", "leave out --steps-per-evaluation"),
         ("dyna_sac", "--imagined-share=1.5", "--imagined-share must be"),
         ("skill_hierarchy", "--duration=999", "--duration is 999, episodes have 300 steps"),
         ("hindsight", "--hindsight-share=1.5", "--hindsight-share must be"),

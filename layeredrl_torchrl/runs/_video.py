@@ -1,0 +1,104 @@
+"""The video of an episode, by TorchRL's ``VideoRecorder``."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.envs import EnvBase
+from torchrl.record import PixelRenderTransform, VideoRecorder
+
+from layeredrl_torchrl.envs import Task
+from layeredrl_torchrl.runs._playing import play_episodes
+
+__all__ = ["check_rendering", "record"]
+
+_FPS = 25  # at most
+_HEIGHT = 240  # pixels, about
+
+
+def check_rendering(task: Task) -> None:
+    """Render one picture of a task.
+
+    Raises:
+        RuntimeError: The task or this machine cannot; the message is one line.
+    """
+    if sys.platform == "linux" and not {"MUJOCO_GL", "DISPLAY"} & os.environ.keys():
+        # Gymnasium believes that GLFW works without a screen; EGL does.
+        with contextlib.suppress(OSError):
+            ctypes.CDLL("libEGL.so.1")
+            os.environ["MUJOCO_GL"] = "egl"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # GLFW's, of the same that the error says
+            env = task.make_gym(render_mode="rgb_array")
+            env.reset(seed=0)
+            picture = env.render()
+            env.close()
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        backend = os.environ.get("MUJOCO_GL", "not set")
+        raise RuntimeError(
+            f"{task.name} cannot be rendered here ({type(error).__name__}: {reason}); MUJOCO_GL is "
+            f"{backend}, try egl or osmesa"
+        ) from error
+    if np.ndim(picture) != 3:
+        raise RuntimeError(f"{task.name} does not draw pictures (render_mode 'rgb_array')")
+
+
+def record(
+    env: EnvBase, policy: TensorDictModuleBase, path: Path, device: str | torch.device
+) -> None:
+    """Record an episode as an animated GIF, in real time, with at most 25 pictures a second.
+
+    Args:
+        env: One environment, batch size ``[1]``, that renders "rgb_array"; closed at the end.
+        policy: The policy, whose primers are in the environment.
+        path: The file.
+        device: Device of the policy.
+    """
+    fps = env.metadata.get("render_fps", _FPS)
+    skip = max(round(fps / _FPS), 1)
+    env.append_transform(PixelRenderTransform(preproc=_shrink))
+    env.append_transform(
+        VideoRecorder(
+            _GifWriter(path),
+            "video",
+            skip=skip,
+            make_grid=False,
+            fps=fps / skip,
+            dump_on_done=True,  # before the next episode begins
+        )
+    )
+    play_episodes(env, policy, device)
+
+
+class _GifWriter:
+    """What the recorder asks of a logger; TorchRL's own need torchcodec or moviepy."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def log_video(self, name: str, video: Tensor, step: int, *, fps: float) -> None:
+        """Write frames ``[1, T, 3, H, W]``."""
+        import imageio
+
+        frames = video[0].permute(0, 2, 3, 1).numpy()
+        imageio.mimsave(self.path, list(frames), format="GIF", duration=1000 / fps, loop=0)
+
+
+def _shrink(pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
+    """Return ``[n, 3, H, W]`` of pictures ``[height, width, 3]``."""
+    found = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    factor = max(found.shape[-2] // _HEIGHT, 1)
+    return torch.nn.functional.avg_pool2d(found.float(), factor).to(torch.uint8)

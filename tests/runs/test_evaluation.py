@@ -1,0 +1,159 @@
+"""Evaluations on the way, which the run does not notice, and the one at its end."""
+
+from __future__ import annotations
+
+import csv
+import math
+import shutil
+from dataclasses import dataclass
+
+import pytest
+import torch
+from helpers import SMALL_FACTORY, SMALL_PLANNER
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torchrl.envs import ExplorationType, RewardSum, exploration_type, set_exploration_type
+
+from layeredrl_torchrl import make_batched
+from layeredrl_torchrl.runs import Run, RunOptions
+from layeredrl_torchrl.runs._playing import _success, evaluate
+
+TASK = "InvertedPendulum-v5"
+
+
+def make_env(seed, n, **kwargs):
+    return make_batched(TASK, n, seed=seed, **kwargs).append_transform(RewardSum())
+
+
+def swaying():
+    """A poor controller, whose episodes have different lengths."""
+    return TensorDictModule(lambda obs: 2.0 * obs[..., 1:2], ["observation"], ["action"])
+
+
+def make_planner():
+    env = make_env(0, 1)
+    return SMALL_PLANNER(SMALL_FACTORY(env.observation_spec_unbatched, env.action_spec_unbatched))
+
+
+def test_the_mean_of_whole_episodes():
+    """Against a loop over gymnasium's own steps; the collector resets twice before it acts."""
+    policy = swaying()
+    found = evaluate(make_env(7, 1), policy, 4, seed=0, device="cpu")
+    env = make_env(7, 1)
+    gym = env.base_env._env.envs[0]
+    env.reset()
+    returns, lengths = [], []
+    for _ in range(4):
+        obs, rewards, over = gym.reset()[0], [], False
+        while not over:
+            obs, reward, ended, cut, _ = gym.step(2.0 * obs[1:2].astype("float32"))
+            rewards.append(reward)
+            over = ended or cut
+        returns.append(sum(rewards))
+        lengths.append(len(rewards))
+    assert len(set(returns)) > 1
+    assert found["num_episodes"] == 4
+    assert found["reward"] == pytest.approx(sum(returns) / 4)
+    assert found["episode_length"] == pytest.approx(sum(lengths) / 4)
+
+
+def test_nothing_else_notices():
+    planner = make_planner()
+    planner.predictor.eval()
+    planner.predictor.model.train()
+    modes = [module.training for module in planner.modules()]
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    found = [evaluate(make_env(7, 1), planner, 2, seed=5, device="cpu") for _ in range(2)]
+    assert torch.equal(torch.rand(3), expected)
+    assert [module.training for module in planner.modules()] == modes
+    assert found[0]["reward"] == found[1]["reward"]  # whatever was drawn before
+
+
+def test_actions_are_deterministic():
+    seen = []
+
+    def act(obs):
+        seen.append(exploration_type())
+        return obs[..., :1]
+
+    policy = TensorDictModule(act, ["observation"], ["action"])
+    with set_exploration_type(ExplorationType.RANDOM):
+        evaluate(make_env(0, 1), policy, 1, seed=0, device="cpu")
+    assert set(seen[1:]) == {ExplorationType.DETERMINISTIC}  # the first asks for the keys
+
+
+def test_success_is_that_of_episodes():
+    ids = torch.tensor([[3, 3, 3, 8, 8, 9]])
+    reached = torch.tensor([0, 1, 0, 0, 0, 1]).reshape(1, 6, 1)  # in two of three
+    data = {"next": {"success": reached}, "collector": {"traj_ids": ids}}
+    assert _success(TensorDict(data, [1, 6])) == {"success": pytest.approx(2 / 3)}
+    assert _success(TensorDict({"next": {}}, [1, 6])) == {}
+
+
+class StopError(Exception):
+    """As a kill."""
+
+
+@dataclass
+class Options(RunOptions):
+    """A run of 80 steps with evaluations at 45 and 80 or so."""
+
+    total_env_steps: int = 80
+    n_envs: int = 2
+    steps_per_batch: int = 20
+    steps_per_checkpoint: int = 40
+    eval_episodes: int = 3
+
+
+def run_planner(folder, stop_at=0, **options):
+    config = Options(output=folder, seed=3, **options)
+    with Run(config, 80) as run:
+        env = make_env(config.seed, config.n_envs)
+        planner = make_planner()
+        run.keep(planner=planner)
+        for data in run.collect(env, planner):
+            noise = {"noise": torch.rand(1).item(), "act": data["action"].mean().item()}
+            run.log(run.returns(data) | noise | run.evaluation(make_env, planner))
+            if run.steps == stop_at:
+                raise StopError
+        run.finish(make_env, planner)
+    return run
+
+
+def rows(folder):
+    with (folder / "curve.csv").open() as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def test_a_run_goes_on_as_if_it_had_not_been_evaluated(tmp_path):
+    every = {"steps_per_evaluation": 35, "episodes_per_evaluation": 2}
+    torch.manual_seed(0)
+    run_planner(tmp_path / "alone")
+    run_planner(tmp_path / "evaluated", **every)
+    alone, evaluated = rows(tmp_path / "alone"), rows(tmp_path / "evaluated")
+    values = [float(row.pop("evaluation")) for row in evaluated]
+    assert [math.isnan(value) for value in values] == [True, False, True, False]  # at 35 and 70
+    assert evaluated == alone
+    final = [(tmp_path / name / "evaluation.csv").read_text() for name in ("alone", "evaluated")]
+    assert final[0] == final[1]
+    assert len(final[0].splitlines()) == 4
+
+    expected = rows(tmp_path / "evaluated")
+    for stop_at in (20, 40, 80):
+        shutil.rmtree(tmp_path / "evaluated")
+        with pytest.raises(StopError):
+            run_planner(tmp_path / "evaluated", stop_at, **every)
+        torch.rand(7)
+        run_planner(tmp_path / "evaluated", resume=True, **every)
+        assert rows(tmp_path / "evaluated") == expected
+
+
+@pytest.mark.usefixtures("renders")
+def test_a_video_of_a_finished_run(tmp_path):
+    """The policy is a planner, whose memory the environments of the end carry."""
+    run = run_planner(tmp_path / "run", eval_episodes=1)
+    assert not (run.folder / "video.gif").exists()
+    run_planner(tmp_path / "run", resume=True, video=True)
+    assert (run.folder / "video.gif").read_bytes().startswith(b"GIF89a")

@@ -115,6 +115,12 @@ class Experience:
         """Observations and next observations ``[N, obs]`` of stored transitions."""
         return self._get(rows, self._keys.observation), self._get(rows, self._keys.next_observation)
 
+    def goes_on(self, rows: TensorDictBase) -> Tensor:
+        """Which stored transitions are followed by another of their episode, bool ``[N, 1]``."""
+        keys = (self._keys.done, self._keys.terminated)
+        ends = [self._get(rows, key).reshape(len(rows), -1) > 0 for key in keys]
+        return ~torch.cat(ends, 1).any(1, keepdim=True)
+
     def rewards(self, rows: TensorDictBase) -> Tensor:
         """Rewards ``[N, 1]`` of stored transitions.
 

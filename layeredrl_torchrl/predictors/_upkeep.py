@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from layeredrl_torchrl.models import ProbabilisticEnsemble
 from layeredrl_torchrl.nets import Encoder, EncoderNet, ScalarHead, needs_next_state
+from layeredrl_torchrl.predictors._context import ContextWatch
 from layeredrl_torchrl.predictors._experience import Experience
 from layeredrl_torchrl.predictors.standardizer import DeltaStandardizer
 
@@ -30,8 +31,8 @@ class Upkeep(nn.Module):
 
     Args:
         model: Has the normalisers and the calibration.
-        encoder: An :class:`~layeredrl_torchrl.EncoderNet` gets its mask; ``None`` to leave the
-            encoder alone.
+        encoder: Its context is watched.
+        learn_encoder: Whether an :class:`~layeredrl_torchrl.EncoderNet` gets its mask.
         rew_func: Is scaled if it is a :class:`~layeredrl_torchrl.ScalarHead`.
         value_heads: Likewise.
         delta_standardizer: Is fitted to changes of the state.
@@ -46,7 +47,8 @@ class Upkeep(nn.Module):
     def __init__(
         self,
         model: ProbabilisticEnsemble,
-        encoder: Encoder | None,
+        encoder: Encoder,
+        learn_encoder: bool,
         rew_func: Callable[..., Tensor] | None,
         value_heads: tuple[object, ...],
         delta_standardizer: DeltaStandardizer | None,
@@ -55,7 +57,8 @@ class Upkeep(nn.Module):
         super().__init__()
         self._gamma = gamma
         # The parts belong to the predictor: a tuple keeps them from being registered twice.
-        self._parts = model, encoder, rew_func, delta_standardizer
+        self._parts = model, encoder if learn_encoder else None, rew_func, delta_standardizer
+        self._context_watch = ContextWatch(encoder)
         self._value_heads = value_heads
         for name in ("n_since_calibration", "n_written_at_statistics", "n_stored_at_statistics"):
             self.register_buffer(name, torch.zeros((), dtype=torch.long))
@@ -79,6 +82,7 @@ class Upkeep(nn.Module):
             experience.encode(rows)  # raises for bad data before anything is changed
             encoder.update_mask(*experience.observations(rows))
         data = experience.encode(rows)
+        self._context_watch.look(*experience.observations(rows), experience.goes_on(rows))
         state, context, action = (data.get(key) for key in ("state", "context", "action"))
         next_state = data.get(("next", "state"))
         model.fit_statistics(state, context, action, next_state)

@@ -62,15 +62,18 @@ class PredictorFactory:
         gamma: Discount over one step.
         rew_func: A known reward; by default a :class:`~layeredrl_torchrl.RewardNet` learns it.
         term_func: A known termination, as of :class:`~layeredrl_torchrl.Predictor`.
-        context_dims: Dimensions of the observation that are the context; the others are the
-            state. Goal-based spaces have theirs.
+        context_dims: Dimensions of the observation that are the context: what stays the same within
+            an episode, such as a goal. Plans hold it fixed, so what moves, a target too, belongs to
+            the state, like all the other dimensions. Of several entries, dimensions of the joined
+            observation. Goal-based spaces have theirs.
         partial_encoder: Builds another encoder from the shape ``(obs,)`` of an observation, for
             example ``partial(EncoderNet, latent_state_dim=8, context_dim=2)``; with a list of keys
             from a mapping of their shapes.
         observation_key: Key of the observation, nested ones too: what the encoder reads and
             :meth:`RewardPredictor.learn` looks for in the buffer. A ``partial_encoder`` names its
             own (``in_keys``). A list of keys is an observation of several entries, of any shapes,
-            which the encoder joins in this order; ``"desired_goal"`` is then the context.
+            which the encoder joins in this order; one named ``"desired_goal"`` is then the context,
+            by its name: if it moves within an episode, give it another.
         action_key: Likewise of the action.
         ignore_context: Whether the dynamics networks are not given the context, as physics does
             not depend on a goal. Where an episode ends at its goal, the termination does:

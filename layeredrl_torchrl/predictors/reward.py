@@ -183,7 +183,8 @@ class RewardPredictor(Predictor):
         )
         self.upkeep = Upkeep(
             model,
-            encoder if learn_encoder else None,
+            encoder,
+            learn_encoder,
             rew_func,
             (val_func, self.target_val_func),
             self.delta_standardizer,

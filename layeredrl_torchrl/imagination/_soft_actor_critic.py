@@ -258,7 +258,8 @@ class SoftActorCritic(LossModule):
         """Set the critics' scale, and the bounds of targets, from the rewards of ``episodes``.
 
         The bounds are the 1 % and 99 % quantiles of rewards and entropy bonus, for ever:
-        divided by ``1 - gamma``. The scale is half of the larger one. The critics' functions stay
+        divided by ``1 - gamma``. The scale is half of the larger one. Until the first call targets
+        are not bounded, and the scale is 1. The critics' functions stay
         what they are (PopArt, arXiv 1602.07714), as far as they are
         :class:`~layeredrl_torchrl.nets.ScalarHead`.
 

@@ -183,6 +183,7 @@ def main(config: Config) -> None:
 
     torch.set_num_threads(1)
     agents: dict[str, Path] = {}
+    skill_steps = 0
     for folder in config.folders:
         found = example_of(folder)
         if found is None:
@@ -193,9 +194,10 @@ def main(config: Config) -> None:
         draw_curve(folder, options)
         if example.__name__ == "planning_with_model":
             draw_prediction(folder, example, options)
-        if example.__name__ == "skill_hierarchy":
+        if example.__name__ in ("skill_hierarchy", "hindsight"):
             draw_maze(folder, example, options)
             agents[options.agent] = folder
+            skill_steps = max(skill_steps, getattr(options, "skill_steps", 0))
         print(f"Pictures: {folder}")
     if agents:
         final = {
@@ -205,7 +207,7 @@ def main(config: Config) -> None:
         }
         curves = {name: read_csv(folder / "curve.csv") for name, folder in agents.items()}
         path = options.output / "success.png"
-        success_curves(curves, final, options.skill_steps, path, options.task)
+        success_curves(curves, final, skill_steps, path, options.task)
 
 
 if __name__ == "__main__":

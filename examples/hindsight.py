@@ -104,9 +104,7 @@ def make_env(task: Task, n: int, seed: int, **kwargs) -> EnvBase:
 
 def main(config: Config) -> None:
     """Learn, saving on the way; then reach new goals."""
-    task = runs.find_task(config.task)
-    if not task.reports_success:
-        raise runs.RunError(f"--task: {task.name} has no goals to reach; choose a point maze")
+    task = runs.find_task(config.task, with_goals=True)
     with runs.Run(config, config.total_env_steps) as run:
         env = make_env(task, config.n_envs, config.seed)
         agent = make_agent(config, task, env).to(config.device)

@@ -2,11 +2,11 @@
 
 Two levels in a point maze: the lower one learns, from nothing but what the upper one's model can
 tell apart, skills of a fixed duration; the upper one plans in that model which skills lead to the
-goal. `--agent` runs two flat agents on the same task for comparison.
+goal. What comes after a plan is learned, or known from ways between landmarks: for far goals.
 
     python examples/skill_hierarchy.py
-    python examples/skill_hierarchy.py --agent planner
-    python examples/skill_hierarchy.py --agent sac
+    python examples/skill_hierarchy.py --task PointMaze-Large-Sparse --landmarks 0.3 --horizon 5
+    python examples/skill_hierarchy.py --agent planner    # over forces, for comparison
     python benchmarks/pictures.py output/skill_hierarchy/*
 """
 
@@ -20,13 +20,12 @@ from typing import Literal
 
 from tensordict import TensorDictBase
 from torchrl.data import Bounded
-from torchrl.envs import EnvBase, RewardSum
+from torchrl.envs import Compose, EnvBase, RewardSum
 
 from layeredrl_torchrl import (
     FixedEncoderNet,
     Hierarchy,
     ICEMPlanner,
-    ModelFreeLevel,
     PlannerLevel,
     PredictorFactory,
     SACLearner,
@@ -37,14 +36,15 @@ from layeredrl_torchrl import (
     make_batched,
     runs,
 )
+from layeredrl_torchrl.nets import Landmarks
 
 
 @dataclass
 class Config(runs.RunOptions):
     """Reach goals in a maze."""
 
-    agent: Literal["hierarchy", "planner", "sac"] = "hierarchy"
-    """A planner over skills, a planner over forces, or SAC on forces."""
+    agent: Literal["hierarchy", "planner"] = "hierarchy"
+    """A planner over skills, or a planner over forces."""
     task: str = "PointMaze-U"
     """Name of the task, a point maze."""
     skill_steps: runs.Natural = 30_000
@@ -73,6 +73,8 @@ class Config(runs.RunOptions):
     """Discount of a real step."""
     horizon: runs.Count = 10
     """Skills that are planned ahead."""
+    landmarks: runs.Number = 0.0
+    """Radius of landmarks in m; 0 for a reward and a value that are learned instead of known."""
     n_samples: runs.Count = 128
     """Candidate plans in the first iteration."""
     n_iterations: runs.Count = 3
@@ -92,14 +94,19 @@ class Config(runs.RunOptions):
 
 def make_planner(config: Config, task: Task, step: int) -> PlannerLevel:
     """A level that plans with actions of `step` real steps each."""
+    ways, known = None, {}
+    if config.landmarks:
+        ways = Landmarks(2, radius=config.landmarks, scale=5.0, top=1 / (1 - config.gamma**step))
+        known = {"rew_func": task.rew_func(), "val_func": ways.value, "term_func": ways.is_strange}
     dims = {"latent_state_dims": list(task.state_dims), "context_dims": list(task.context_dims)}
-    return PlannerLevel(
+    level = PlannerLevel(
         predictor_factory=PredictorFactory(
-            hidden_sizes=(config.hidden_size, config.hidden_size),
+            hidden_sizes=2 * (config.hidden_size,),
             n_models=config.n_models,
             gamma=config.gamma,
             partial_encoder=partial(FixedEncoderNet, **dims),
             predictor_options={"tau": 0.01},
+            **known,
         ),
         planner_factory=partial(
             ICEMPlanner,
@@ -108,28 +115,23 @@ def make_planner(config: Config, task: Task, step: int) -> PlannerLevel:
             n_iterations=config.n_iterations,
             discount=config.gamma**step,
             use_value_func=True,
+            deterministic=bool(known),
             deterministic_mode="best",  # in evaluation as in training
         ),
         n_initial_random_steps=config.steps_per_batch,
         random_duration=1,
         updates_per_step=config.model_updates_per_action,
     )
+    level.landmarks = ways  # a part of it: saved with the level
+    return level
 
 
 def make_agent(config: Config, task: Task, env: EnvBase) -> Hierarchy:
     """A hierarchy of one or two levels."""
-    hidden = (config.hidden_size, config.hidden_size)
-    sac = partial(SACLearner, hidden_sizes=hidden, gamma=config.gamma, lr=1e-3, tau=0.01)
-    learning = {
-        "learner_factory": partial(sac, alpha_init=0.1),
-        "n_initial_random_steps": config.steps_per_batch,
-        "updates_per_step": config.sac_updates_per_step,
-    }
-    if config.agent == "sac":
-        return Hierarchy([ModelFreeLevel(**learning)], env)
     if config.agent == "planner":
         return Hierarchy([make_planner(config, task, 1)], env)
     planner = make_planner(config, task, config.duration)
+    sac = partial(SACLearner, hidden_sizes=2 * (config.hidden_size,), gamma=config.gamma, tau=0.01)
     skills = SkillLevel(
         input_spec=Bounded(-1.0, 1.0, (2,)),
         duration=config.duration,
@@ -139,15 +141,17 @@ def make_agent(config: Config, task: Task, env: EnvBase) -> Hierarchy:
             state_dims=[0, 1],
             n_symmetry_breaking_steps=config.symmetry_breaking_steps,
         ),
-        **learning,
+        learner_factory=partial(sac, lr=1e-3, alpha_init=0.1),
+        n_initial_random_steps=config.steps_per_batch,
+        updates_per_step=config.sac_updates_per_step,
     )
     # The planner sees all; a skill sees place and velocity, and not the goal.
     return Hierarchy([planner, skills], env, observation_maps=[None, list(task.state_dims)])
 
 
 def make_env(task: Task, n: int, seed: int, **kwargs) -> EnvBase:
-    env = make_batched(task, n, seed=seed, **kwargs).append_transform(RewardSum())
-    return env.append_transform(SuccessRate())
+    env = make_batched(task, n, seed=seed, **kwargs)
+    return env.append_transform(Compose(RewardSum(), SuccessRate()))
 
 
 def set_phase(config: Config, agent: Hierarchy, steps: int) -> None:
@@ -163,19 +167,17 @@ def row_of(agent: Hierarchy, data: TensorDictBase, info: dict[str, float]) -> di
     """What the learning curve says of a batch: also the mean pay of the skills that ended in it."""
     success = data["next", "episode_success"][data["next", "done"]].float()
     row = {"success": success.mean().item() if len(success) else math.nan, "skill_reward": math.nan}
-    own = agent.transitions(data)[0]
-    own = own[~own["next", "interrupted"].squeeze(-1)] if len(agent.levels) > 1 else own[:0]
-    if len(own):
+    if len(agent.levels) > 1:
+        own = agent.transitions(data)[0]
+        own = own[~own["next", "interrupted"].squeeze(-1)]
         read = own["observation"], own["action"], own["next", "observation"]
-        row["skill_reward"] = agent.levels[1].rate(*read).mean().item()
+        row["skill_reward"] = agent.levels[1].rate(*read).mean().item() if len(own) else math.nan
     return row | {"nll": info.get("PlannerLevel/nll", math.nan)}
 
 
 def main(config: Config) -> None:
     """Discover, plan and learn, saving on the way; then reach new goals."""
-    task = runs.find_task(config.task)
-    if not task.reports_success:
-        raise runs.RunError(f"--task: {task.name} has no goals to reach; choose a point maze")
+    task = runs.find_task(config.task, with_goals=True)
     if config.duration > task.horizon:
         raise runs.RunError(f"--duration is {config.duration}, episodes have {task.horizon} steps")
     with runs.Run(config, config.total_env_steps) as run:
@@ -185,6 +187,8 @@ def main(config: Config) -> None:
         set_phase(config, agent, run.steps)
         for data in run.collect(env, agent):
             row = run.returns(data) | row_of(agent, data, agent.learn(data))
+            if config.landmarks:
+                agent.levels[0].landmarks.extend(data["observation"][..., task.state_dims[:2]])
             run.log(row | run.evaluation(partial(make_env, task), agent))
             set_phase(config, agent, run.steps)
         run.finish(partial(make_env, task), agent, seed=config.seed + 100_000)

@@ -20,6 +20,7 @@ from layeredrl_torchrl.nets.functions import (
     refuse_next_state,
 )
 from layeredrl_torchrl.nets.heads import RewardNet, ScalarHead, ValueNet
+from layeredrl_torchrl.nets.landmarks import Landmarks
 from layeredrl_torchrl.nets.module_encoder import ModuleEncoder, SimNorm
 from layeredrl_torchrl.nets.normalizer import Normalizer
 from layeredrl_torchrl.nets.squashed_normal import Bounds, SquashedNormal
@@ -30,6 +31,7 @@ __all__ = [
     "EncoderNet",
     "FixedEncoderNet",
     "IdentityEncoder",
+    "Landmarks",
     "LogStdBounds",
     "MemberOutput",
     "ModuleEncoder",

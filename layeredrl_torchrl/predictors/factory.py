@@ -61,6 +61,7 @@ class PredictorFactory:
         n_particles_per_model: ``P``.
         gamma: Discount over one step.
         rew_func: A known reward; by default a :class:`~layeredrl_torchrl.RewardNet` learns it.
+        val_func: A known value; by default a :class:`~layeredrl_torchrl.ValueNet` learns it.
         term_func: A known termination, as of :class:`~layeredrl_torchrl.Predictor`.
         context_dims: Dimensions of the observation that are the context: what stays the same within
             an episode, such as a goal. Plans hold it fixed, so what moves, a target too, belongs to
@@ -83,7 +84,7 @@ class PredictorFactory:
 
     Raises:
         ValueError: Both ``context_dims`` and ``partial_encoder``.
-        TypeError: A ``rew_func`` or ``term_func`` that cannot be called.
+        TypeError: A ``rew_func``, ``val_func`` or ``term_func`` that cannot be called.
     """
 
     hidden_sizes: Sequence[int] = (128, 128)
@@ -92,6 +93,7 @@ class PredictorFactory:
     n_particles_per_model: int = 1
     gamma: float = 0.99
     rew_func: StepFunction | None = None
+    val_func: StepFunction | None = None
     term_func: StepFunction | None = None
     context_dims: Sequence[int] = ()
     partial_encoder: Callable[[Any], Encoder] | None = None
@@ -103,6 +105,7 @@ class PredictorFactory:
 
     def __post_init__(self) -> None:
         check_callable("rew_func", self.rew_func, optional=True)
+        check_callable("val_func", self.val_func, optional=True)
         check_callable("term_func", self.term_func, optional=True)
         dims = tuple(check_indices("context_dims", self.context_dims))
         object.__setattr__(self, "context_dims", dims)
@@ -161,9 +164,12 @@ class PredictorFactory:
         rew_func = self.rew_func
         if rew_func is None:
             rew_func = RewardNet(state_dim, context_dim, model.action_spec, self.hidden_sizes)
+        val_func = self.val_func
+        if val_func is None:
+            val_func = ValueNet(state_dim, context_dim, self.hidden_sizes)
         predictor = RewardPredictor(
             model,
-            ValueNet(state_dim, context_dim, self.hidden_sizes),
+            val_func,
             rew_func,
             encoder,
             state_dim,

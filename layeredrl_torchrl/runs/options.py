@@ -185,12 +185,20 @@ def check_ranges(options: object) -> None:
             raise RunError(str(error)) from None
 
 
-def find_task(name: str) -> Task:
-    """Return the task of that name; :class:`RunError` with similar names if there is none."""
+def find_task(name: str, *, with_goals: bool = False) -> Task:
+    """Return the task of that name; :class:`RunError` with similar names if there is none.
+
+    Args:
+        name: Name in the registry.
+        with_goals: Whether a task that does not report success is an error, too.
+    """
     try:
-        return get_task(name)
+        task = get_task(name)
     except KeyError as error:
         raise RunError(f"--task: {error.args[0]}") from None
+    if with_goals and not task.reports_success:
+        raise RunError(f"--task: {task.name} has no goals to reach; choose a point maze")
+    return task
 
 
 def settings_path(folder: Path) -> Path:

@@ -304,3 +304,16 @@ def test_other_observations_are_refused(name):
 def test_what_does_not_fit_is_refused(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_known_value_is_asked_and_not_trained():
+    def far(state, context, action):
+        return -state.square().sum(-1)
+
+    space, action = Unbounded((3,)), Bounded(-1.0, 1.0, (1,))
+    predictor = PredictorFactory(hidden_sizes=(8,), n_models=2, val_func=far)(space, action)
+    obs = torch.randn(5, 3)
+    torch.testing.assert_close(predictor.value(obs), -obs.square().sum(-1))
+    assert predictor.target_val_func is None
+    with pytest.raises(TypeError, match="val_func"):
+        PredictorFactory(val_func=1.0)

@@ -1,0 +1,129 @@
+"""Distances between places along the ways that were gone."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from layeredrl_torchrl._checks import check_number, check_positive_int
+from layeredrl_torchrl.nets.functions import reads_next_state
+
+__all__ = ["Landmarks"]
+
+_ROWS = 20_000  # asked about at once, so that a table [rows, landmarks] stays small
+
+
+class Landmarks(nn.Module):
+    """A far-sighted value of states and goals: by the shortest way over places seen before.
+
+    Some of the places that were seen become landmarks, more than ``radius`` apart, so that one is
+    near each of them. Neighbours, at most two radii apart, are joined, and the way from place to
+    place is the shortest over such joints: along corridors, and not through walls. (Search on a
+    replay buffer, arXiv 1906.05253, with known distances between neighbours.) Nothing is trained.
+    Give a predictor :meth:`value`, and :meth:`is_strange` for plans that stay where somebody was:
+
+    >>> landmarks = Landmarks(2, radius=0.5)
+    >>> landmarks.extend(torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [1.0, 2.0], [0.0, 2.0]]))
+    >>> landmarks.distance(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 2.0]]))
+    tensor([4.])
+    >>> factory = PredictorFactory(val_func=landmarks.value, term_func=landmarks.is_strange)
+
+    Args:
+        dim: Number of dimensions of a place, ``P``: the first of the state, and all of the context.
+        radius: How near a landmark is to all that it stands for, in the units of places; less than
+            half of what walls are thick, or ways lead through them.
+        scale: Distance over which the value falls to ``1 / e``.
+        top: Value at the goal.
+        capacity: Most landmarks; what is seen when all are taken makes no new ones.
+
+    Raises:
+        TypeError, ValueError: Numbers of other kinds, or outside their range.
+    """
+
+    places: Tensor  # [capacity, P]
+    ways: Tensor  # [capacity, capacity], the shortest
+    count: Tensor  # [] int64
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        radius: float,
+        scale: float = 1.0,
+        top: float = 1.0,
+        capacity: int = 1000,
+    ) -> None:
+        super().__init__()
+        check_positive_int("dim", dim)
+        check_positive_int("capacity", capacity)
+        self.radius = check_number("radius", radius, 0.0, open_low=True)
+        self.scale = check_number("scale", scale, 0.0, open_low=True)
+        self.top = check_number("top", top)
+        self.register_buffer("places", torch.full((capacity, dim), math.inf))
+        self.register_buffer("ways", torch.full((capacity, capacity), math.inf))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def extend(self, places: Tensor) -> None:
+        """Learn from places ``[*B, P]`` that were seen."""
+        before, seen = int(self.count), places.reshape(-1, places.shape[-1])
+        while len(seen) and self.count < len(self.places):
+            seen = seen[self._off(seen) > self.radius]
+            if len(seen):
+                self.places[self.count] = seen[0]
+                self.count += 1
+        if self.count > before:
+            known = self.places[: self.count]
+            ways = torch.cdist(known, known)
+            # Of neighbours, two radii apart but for rounding.
+            ways = ways.where(ways <= 2.001 * self.radius, math.inf).fill_diagonal_(0.0)
+            for middle in range(len(known)):  # Floyd and Warshall
+                torch.minimum(ways, ways[:, middle : middle + 1] + ways[middle], out=ways)
+            self.ways[: self.count, : self.count] = ways
+
+    def _off(self, places: Tensor) -> Tensor:
+        """How far places ``[N, P]`` are from the nearest landmark, ``[N]``."""
+        if not self.count:
+            return torch.full_like(places[:, 0], math.inf)
+        known = self.places[: self.count]
+        return torch.cat([torch.cdist(some, known).amin(-1) for some in places.split(_ROWS)])
+
+    def distance(self, place: Tensor, goal: Tensor) -> Tensor:
+        """Length of the shortest way ``[*B]`` from places to goals, ``[*B, P]`` both.
+
+        From strange places, and where no way is known, it is infinite. The goal counts as the
+        landmark that is nearest to it.
+        """
+        rows = zip(
+            place.reshape(-1, place.shape[-1]).split(_ROWS),
+            goal.reshape(-1, goal.shape[-1]).split(_ROWS),
+            strict=True,
+        )
+        known, ways = self.places[: self.count], self.ways[: self.count, : self.count].mT
+        found = []
+        for some, aims in rows:
+            first = torch.cdist(some, known)
+            last = torch.cdist(aims, known).argmin(-1)
+            found.append((first.where(first <= self.radius, math.inf) + ways[last]).amin(-1))
+        return torch.cat(found).reshape(place.shape[:-1])
+
+    def value(self, state: Tensor, context: Tensor, action: Tensor | None = None) -> Tensor:
+        """``top * exp(-distance / scale)`` from states ``[*B, D]`` to goals ``[*B, P]``, ``[*B]``.
+
+        0 where no way is known.
+        """
+        if not self.count:
+            return torch.zeros_like(state[..., 0])
+        place = state[..., : self.places.shape[-1]]
+        return self.top * torch.exp(-self.distance(place, context) / self.scale)
+
+    @reads_next_state
+    def is_strange(
+        self, state: Tensor, context: Tensor, action: Tensor, next_state: Tensor
+    ) -> Tensor:
+        """Whether a step leads to where no landmark is near, bool ``[*B]``: into a wall, say."""
+        place = next_state[..., : self.places.shape[-1]]
+        off = self._off(place.reshape(-1, place.shape[-1])).reshape(place.shape[:-1])
+        return (off > self.radius) & (self.count > 0)

@@ -1,0 +1,110 @@
+"""Landmarks against ways that are known, and a slow search."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+
+import pytest
+import torch
+
+from layeredrl_torchrl.nets import Landmarks, needs_next_state
+
+
+def walks(n: int = 12, steps: int = 80) -> torch.Tensor:
+    """Random walks ``[n, steps, 2]`` in the plane."""
+    torch.manual_seed(0)
+    return torch.randn(n, steps, 2).mul(0.3).cumsum(1)
+
+
+def slow_distance(landmarks: Landmarks, place, goal) -> float:
+    """The same distance by Dijkstra's search from one place, edge by edge."""
+    known = landmarks.places[: landmarks.count]
+    aim = int((known - goal).norm(dim=-1).argmin())
+    start = (known - place).norm(dim=-1)
+    queue = [(float(d), i) for i, d in enumerate(start) if d <= landmarks.radius]
+    heapq.heapify(queue)
+    closed = set()
+    while queue:
+        length, i = heapq.heappop(queue)
+        if i == aim:
+            return length
+        if i not in closed:
+            closed.add(i)
+            for j, step in enumerate((known - known[i]).norm(dim=-1).tolist()):
+                if step <= 2 * landmarks.radius:
+                    heapq.heappush(queue, (length + step, j))
+    return math.inf
+
+
+def test_agrees_with_a_slow_search():
+    paths = walks()
+    landmarks = Landmarks(2, radius=0.4)
+    landmarks.extend(paths)
+    places, goals = torch.randn(50, 2) * 2, paths.reshape(-1, 2)[torch.randperm(960)[:50]]
+    found = landmarks.distance(places, goals)
+    expected = [slow_distance(landmarks, *pair) for pair in zip(places, goals, strict=True)]
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-4)
+    assert found.isinf().any()
+    assert found.isfinite().sum() > 20
+    # In any shape, and one by one.
+    both = landmarks.distance(places.reshape(5, 10, 2), goals.reshape(5, 10, 2))
+    assert torch.equal(both.flatten(), found)
+    torch.testing.assert_close(landmarks.distance(places[3], goals[3]), found[3])
+
+
+def test_ways_lead_along_a_corridor_and_not_through_its_wall():
+    corner = torch.tensor([[0.0, 0.0], [3.0, 0.0], [3.0, 2.0], [0.0, 2.0]])
+    path = torch.cat(
+        [a + (b - a) * torch.linspace(0, 1, 31)[:, None] for a, b in itertools.pairwise(corner)]
+    )
+    landmarks = Landmarks(2, radius=0.25, scale=4.0, top=10.0)
+    landmarks.extend(path)
+    start, goal = corner[:1], corner[-1:]
+    assert 7.6 < landmarks.distance(start, goal).item() < 8.4  # 3 + 2 + 3
+    state = torch.cat([start, torch.randn(1, 2)], -1)
+    value = landmarks.value(state, goal)
+    torch.testing.assert_close(value, 10 * torch.exp(-landmarks.distance(start, goal) / 4))
+    assert landmarks.value(torch.tensor([[1.0, 1.0]]), goal) == 0.0
+    inside = torch.tensor([[1.0, 1.0], [1.0, 0.2], [1.0, 2.2], [5.0, 0.0]])
+    assert landmarks.is_strange(state, goal, state, inside).tolist() == [True, False, False, True]
+    assert needs_next_state(landmarks.is_strange)
+
+
+def test_each_place_that_was_seen_has_a_landmark():
+    paths = walks()
+    landmarks = Landmarks(2, radius=0.4)
+    landmarks.extend(paths[:6])
+    landmarks.extend(paths[6:])
+    known = landmarks.places[: landmarks.count]
+    assert torch.cdist(paths.reshape(-1, 2), known).amin(1).max() <= 0.4
+    apart = torch.cdist(known, known).fill_diagonal_(math.inf)
+    assert apart.min() > 0.4
+
+
+def test_what_is_seen_later_joins_what_is_known():
+    line = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0], [3.0, 0.0]])
+    landmarks = Landmarks(2, radius=0.5)
+    landmarks.extend(line[[0, 1, 3]])
+    assert landmarks.distance(line[:2], line[1:3]).tolist() == [1.0, 0.0]  # 2 counts as 1
+    assert landmarks.distance(line[:1], line[3:]).isinf()
+    landmarks.extend(line[2])
+    assert landmarks.distance(line[:1], line[3:]).item() == pytest.approx(3.0)
+
+
+def test_saved_landmarks_and_no_landmarks():
+    landmarks, other = (Landmarks(2, radius=0.4, capacity=20) for _ in range(2))
+    state = torch.randn(7, 4)
+    assert not landmarks.value(state, state[:, :2]).any()
+    assert not landmarks.is_strange(state, state, state, state).any()
+    landmarks.extend(walks())
+    assert landmarks.count == 20  # as many as there is room for
+    other.load_state_dict(landmarks.state_dict())
+    assert torch.equal(other.value(state, state[:, :2]), landmarks.value(state, state[:, :2]))
+
+
+@pytest.mark.parametrize("bad", [{"radius": 0.0}, {"scale": 0.0}, {"capacity": 0}])
+def test_numbers_out_of_range(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Landmarks(2, **{"radius": 0.5} | bad)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from layeredrl_torchrl._checks import check_number, check_positive_int
-from layeredrl_torchrl.nets.functions import reads_next_state
+from layeredrl_torchrl._checks import check_callable, check_number, check_positive_int
+from layeredrl_torchrl.nets.functions import StepFunction, on_step, reads_next_state
 
 __all__ = ["Landmarks"]
 
@@ -68,7 +69,7 @@ class Landmarks(nn.Module):
     @torch.no_grad()
     def extend(self, places: Tensor) -> None:
         """Learn from places ``[*B, P]`` that were seen."""
-        before, seen = int(self.count), places.reshape(-1, places.shape[-1])
+        before, seen = int(self.count), places.reshape(-1, places.shape[-1]).to(self.places)
         while len(seen) and self.count < len(self.places):
             seen = seen[self._off(seen) > self.radius]
             if len(seen):
@@ -118,6 +119,62 @@ class Landmarks(nn.Module):
             return torch.zeros_like(state[..., 0])
         place = state[..., : self.places.shape[-1]]
         return self.top * torch.exp(-self.distance(place, context) / self.scale)
+
+    def value_of(self, reward: StepFunction, *, speed: float, discount: float) -> StepFunction:
+        """Return the value function of a reward, for one who goes from landmark to landmark.
+
+        It is found by value iteration for each context that it is asked about. On the way to a
+        landmark each action is paid as at its end. Strange places have the least of all values.
+
+        Args:
+            reward: ``(state, context, action) -> [*B]`` or of the next state, too; only the place
+                in a state may matter, and the action is empty, ``[*B, 0]``.
+            speed: Distance that an action covers.
+            discount: Over one action, below 1.
+        """
+        check_callable("reward", reward)
+        check_number("speed", speed, 0.0, open_low=True)
+        check_number("discount", discount, 0.0, 1.0, open_low=True, open_high=True)
+        return partial(self._value_of, reward, speed, discount)
+
+    def _value_of(
+        self,
+        reward: StepFunction,
+        speed: float,
+        discount: float,
+        state: Tensor,
+        context: Tensor,
+        action: Tensor | None = None,
+    ) -> Tensor:
+        if not self.count:
+            return torch.zeros_like(state[..., 0])
+        known = self.places[: self.count]
+        contexts, which = context.reshape(-1, context.shape[-1]).unique(dim=0, return_inverse=True)
+        rows = (len(contexts), len(known))
+        at = state.new_zeros(*rows, state.shape[-1])
+        at[..., : known.shape[-1]] = known
+        paid = on_step(reward, at, contexts.unsqueeze(1).expand(*rows, -1), at[..., :0], at)
+        forever = 1.0 / (1.0 - discount)  # what a reward of 1 is worth that is paid again and again
+
+        def going(distance: Tensor, far: float, paid: Tensor, value: Tensor) -> Tensor:
+            """Worth of going to the best of landmarks, of ``distance`` in the last axis."""
+            left = discount ** (distance / speed)
+            worth = (1.0 - left) * forever * paid + left * value
+            return worth.where(distance <= far, -math.inf).amax(-1)
+
+        value, gaps = paid * forever, torch.cdist(known, known)
+        for _ in range(len(known)):
+            before = value
+            value = going(gaps, 2.001 * self.radius, paid.unsqueeze(1), value.unsqueeze(1))
+            value = value.maximum(paid * forever)
+            if torch.allclose(value, before):
+                break
+        found = []
+        place = state[..., : known.shape[-1]].reshape(-1, known.shape[-1])
+        for some, of in zip(place.split(_ROWS), which.split(_ROWS), strict=True):
+            worth = going(torch.cdist(some, known), self.radius, paid[of], value[of])
+            found.append(worth.maximum(value.amin(-1)[of]))
+        return torch.cat(found).reshape(state.shape[:-1])
 
     @reads_next_state
     def is_strange(

@@ -32,6 +32,8 @@ SMALL = {
     "hindsight": "--task=PointMaze-Open-Sparse --total-env-steps=400 --n-envs=2 "
     "--steps-per-batch=100 --steps-per-checkpoint=200 --updates-per-step=0.1 --hidden-size=8 "
     "--eval-episodes=2 --steps-per-evaluation=300 --episodes-per-evaluation=1",
+    "many_tasks": "--total-env-steps=600 --skill-steps=400 --n-envs=2 --steps-per-batch=200 "
+    "--steps-per-checkpoint=200 --horizon=2 --eval-episodes=2",
     "offline": "--n-transitions=500 --n-updates=60 --eval-episodes=2 --hidden-size=16",
     "train_with_trainer": "--total-env-steps=600 --steps-per-batch=200 --steps-per-checkpoint=200 "
     "--held-out-steps=200 --updates-per-batch=80 --batch-size=64 --n-models=2 --hidden-size=32",

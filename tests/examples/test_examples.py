@@ -6,14 +6,16 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from layeredrl_torchrl.runs import RunError
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 NAMES = [path.stem for path in EXAMPLES]
 RUNS = [name for name in NAMES if name != "offline"]  # which takes no real steps to go on from
-LEARNS = [name for name in RUNS if name not in ("hindsight", "train_with_trainer")]
-MAZES = ("hindsight", "skill_hierarchy")
+OF_A_TASK = [name for name in RUNS if name != "many_tasks"]
+LEARNS = [name for name in OF_A_TASK if name not in ("hindsight", "train_with_trainer")]
+MAZES = ("hindsight", "many_tasks", "skill_hierarchy")
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=NAMES)
@@ -81,7 +83,8 @@ def test_learns_on_a_gpu(name, run, capsys, tmp_path):
     if name in MAZES:
         pytest.importorskip("gymnasium_robotics")
     run(name, "--device=cuda", f"--output={tmp_path}")
-    more = {"hindsight": 500, "skill_hierarchy": 500, "train_with_trainer": 800}.get(name, 180)
+    more = {"many_tasks": 800, "train_with_trainer": 800} | dict.fromkeys(MAZES[::2], 500)
+    more = more.get(name, 180)
     run(name, "--device=cpu", f"--output={tmp_path}", "--resume", f"--total-env-steps={more}")
 
 
@@ -138,10 +141,51 @@ def test_learns_in_hindsight_and_goes_on(share, run, curve, capsys, tmp_path):
     assert evaluated == [False, False, True, False]
 
 
+@pytest.mark.slow
+def test_jobs_are_done_after_one_phase_without_a_reward(run, curve, capsys, tmp_path):
+    pytest.importorskip("gymnasium_robotics")
+    run("many_tasks", f"--output={tmp_path}")
+    said = [line for line in capsys.readouterr().out.splitlines() if "mean return" in line]
+    names = ["reach", "in_order", "stay_away", "follow"]
+    assert [name in line for name, line in zip(names, said, strict=True)] == [True] * 4
+    returns = [path.read_text() for path in sorted(tmp_path.glob("evaluation_*.csv"))]
+    assert not math.isnan(curve(tmp_path)[-1]["nll"])
+    # All has been learned before: the jobs can be done again, and take no more steps.
+    run("many_tasks", f"--output={tmp_path}", "--resume")
+    assert len(curve(tmp_path)) == 3
+    assert len(returns) == len(list(tmp_path.glob("evaluation_*.csv"))) == 4
+
+
+def test_a_job_pays_and_shows_what_it_says(example):
+    pytest.importorskip("gymnasium_robotics")
+    module = example("many_tasks")
+    for name, job in module.JOBS.items():
+        env = module.make_env(job, 3, seed=0)
+        data = env.rollout(60, break_when_any_done=False)
+        now, after = data["observation"], data["next", "observation"]
+        target, stage = now[..., 4:6], now[..., 6]
+        assert torch.equal(target[:, 0], job.places[:1].expand(3, 2))
+        away = (after[..., :2] - target).norm(dim=-1)
+        paid = torch.exp(-away)
+        if name == "in_order":
+            paid = (paid + stage) / 4
+        if name == "stay_away":
+            paid = paid - 10.0 * ((after[..., :2] - module.DOOR).norm(dim=-1) < 0.7)
+        torch.testing.assert_close(data["next", "reward"].squeeze(-1), paid)
+        gone = after[..., 6] - stage
+        if name == "follow":
+            torch.testing.assert_close(gone, torch.full_like(gone, 0.004))
+            torch.testing.assert_close((after[..., 4:6] - target).norm(dim=-1), 4.0 * gone)
+        else:
+            n = len(job.places)
+            assert torch.equal(gone, ((away <= 0.45) & (stage < n)).float())
+            assert torch.equal(after[..., 4:6], job.places[after[..., 6].long().clamp(max=n - 1)])
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        *((name, "--task=Pendulum", "no task is called 'Pendulum'") for name in RUNS),
+        *((name, "--task=Pendulum", "no task is called 'Pendulum'") for name in OF_A_TASK),
         *((name, "--eval-episodes=0", "--eval-episodes must be") for name in RUNS),
         *((name, "--steps-per-batch=0", "--steps-per-batch must be") for name in RUNS),
         *((name, "--resume", "holds no run") for name in RUNS),
@@ -152,7 +196,7 @@ def test_learns_in_hindsight_and_goes_on(share, run, curve, capsys, tmp_path):
         ("dyna_sac", "--imagined-share=1.5", "--imagined-share must be"),
         ("skill_hierarchy", "--duration=999", "--duration is 999, episodes have 300 steps"),
         ("hindsight", "--hindsight-share=1.5", "--hindsight-share must be"),
-        *((name, "--task=Reacher-v5", "choose a point maze") for name in MAZES),
+        *((name, "--task=Reacher-v5", "choose a point maze") for name in MAZES[::2]),
     ],
 )
 def test_bad_options_end_it_before_anything_is_done(name, options, message, run, tmp_path):

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from layeredrl_torchrl.nets import Landmarks, needs_next_state
+from layeredrl_torchrl.nets import Landmarks, needs_next_state, reads_next_state
 
 
 def walks(n: int = 12, steps: int = 80) -> torch.Tensor:
@@ -93,6 +93,44 @@ def test_what_is_seen_later_joins_what_is_known():
     assert landmarks.distance(line[:1], line[3:]).item() == pytest.approx(3.0)
 
 
+@reads_next_state
+def at_goal(state, context, action, next_state):
+    return ((next_state[..., :2] - context).norm(dim=-1) < 0.1).float()
+
+
+def test_the_value_of_a_goal_falls_along_a_line():
+    line = torch.stack([torch.arange(6.0), torch.zeros(6)], -1)
+    landmarks = Landmarks(2, radius=0.5)
+    landmarks.extend(line)
+    value = landmarks.value_of(at_goal, speed=0.5, discount=0.9)
+    goals = line[[5, 2]].unsqueeze(1).expand(2, 6, 2)
+    found = value(torch.cat([line, torch.randn(6, 2)], -1).expand(2, 6, 4), goals)
+    # Two actions a landmark, of which those of the last pay already.
+    hops = torch.tensor([[5, 4, 3, 2, 1, 0], [2, 1, 0, 1, 2, 3]])
+    expected = 0.9 ** (2.0 * (hops - 1).clamp_min(0)) / 0.1
+    torch.testing.assert_close(found, expected)
+    nowhere = value(torch.full((1, 4), 9.0), line[5:])
+    torch.testing.assert_close(nowhere, expected[0, :1])  # as little as from the far end
+
+
+def test_a_bad_place_is_passed_by_on_the_other_side():
+    angle = torch.arange(12.0) * math.pi / 6
+    ring = torch.stack([angle.cos(), angle.sin()], -1)
+    side = 2 * math.sin(math.pi / 12)
+    landmarks = Landmarks(2, radius=0.9 * side)
+
+    @reads_next_state
+    def reward(state, context, action, next_state):
+        bad = (next_state[..., :2] - ring[2]).norm(dim=-1) < 0.1
+        return at_goal(state, context, action, next_state) - 100.0 * bad
+
+    landmarks.extend(ring)
+    value = landmarks.value_of(reward, speed=side, discount=0.9)
+    found = value(torch.cat([ring[[0, 3, 2]], torch.zeros(3, 2)], -1), ring[4].expand(3, 2))
+    # From 0 it is four hops through 2, and eight the other way; who is at 2 leaves it.
+    torch.testing.assert_close(found, 10 * 0.9 ** torch.tensor([7.0, 0.0, 1.0]))
+
+
 def test_saved_landmarks_and_no_landmarks():
     landmarks, other = (Landmarks(2, radius=0.4, capacity=20) for _ in range(2))
     state = torch.randn(7, 4)
@@ -108,3 +146,9 @@ def test_saved_landmarks_and_no_landmarks():
 def test_numbers_out_of_range(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Landmarks(2, **{"radius": 0.5} | bad)
+
+
+@pytest.mark.parametrize("bad", [{"speed": 0.0}, {"discount": 1.0}, {"discount": 0.0}])
+def test_values_of_numbers_out_of_range(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Landmarks(2, radius=0.5).value_of(at_goal, **{"speed": 1.0, "discount": 0.9} | bad)

@@ -153,7 +153,8 @@ def maze_plans(
     """
     n_columns = min(4, len(paths))
     n_rows = -(-len(paths) // n_columns)
-    size = (max(2.7 * n_columns, 6.5), 2.9 * n_rows + 0.7)
+    shape = len(maze.maze_map) / len(maze.maze_map[0])
+    size = (max(2.7 * n_columns, 6.5), (2.6 * shape + 0.3) * n_rows + 0.7)
     figure, axes = plt.subplots(
         n_rows, n_columns, figsize=size, squeeze=False, layout="constrained"
     )
@@ -162,16 +163,16 @@ def maze_plans(
     for i, (axis, walk) in enumerate(zip(axes.flat, paths, strict=False)):
         _draw_maze(axis, maze)
         axis.add_patch(plt.Circle(goals[i], 0.45, color=ORANGE, alpha=0.25, lw=0))
-        axis.plot(*goals[i], "*", color=ORANGE, markersize=11, label="goal")
+        axis.plot(*goals[i], "*", color=ORANGE, markersize=11, zorder=5, label="goal")
         if plans is not None:
             for j, imagined in enumerate(plans[i]):
                 label = "plan at the start, each member" if not j else None
                 axis.plot(*imagined.T, ".--", color=GREY, lw=0.8, markersize=3, label=label)
-        axis.plot(*walk.T, color=BLUE, lw=1.5, label="what happened")
+        axis.plot(*walk.T, color=BLUE, lw=1.5, label="what happened, until the goal")
         if step > 1:
             ends = walk[::step]
             axis.plot(*ends.T, "o", color=BLUE, markersize=3.5, label="a skill ends")
-        axis.plot(*walk[0], "s", color="black", markersize=5, label="start")
+        axis.plot(*walk[0], "s", color="black", markersize=5, zorder=5, label="start")
         axis.set_title("reached" if reached[i] else "not reached", fontsize=9)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.suptitle(title, fontsize=11)

@@ -21,6 +21,7 @@ from statistics import fmean
 from layeredrl_torchrl.runs import command, find_task
 
 LANDMARKS = "skill_hierarchy --landmarks 0.3"
+SKILL_STEPS = 30_000  # the default of the example
 # How an agent is called, its color, and what differs from the defaults of its example.
 AGENTS = {
     "hierarchy": ("planner over skills", "#2a6fbb", f"{LANDMARKS} --horizon 5"),
@@ -109,21 +110,25 @@ def picture(config: Config) -> None:
         ends = []
         for seed in config.seeds:
             folder = config.output / f"{config.task}-{seed}" / agent
-            success = success_of(folder)
-            if math.isnan(success):
+            if not (folder / "curve.csv").exists():
                 continue
-            rows = read(folder / "curve.csv")
+            rows, success = read(folder / "curve.csv"), 100 * success_of(folder)
             points = [(0.0, 0.0)]
-            points += [(row["env_steps"], row["success"]) for row in rows if row["episodes"]]
-            points.append((rows[-1]["env_steps"], success))
-            x, y = zip(*points, strict=True)
-            axis.plot(x[:-1], [100 * one for one in y[:-1]], color=color, lw=1.3, alpha=0.7)
-            axis.plot(x[-2:], [100 * one for one in y[-2:]], ":", color=color, lw=1.0)
-            axis.plot(x[-1], 100 * y[-1], "*", color=color, markersize=13, clip_on=False)
-            ends.append((x[-1], 100 * y[-1]))
+            points += [(row["env_steps"], 100 * row["success"]) for row in rows if row["episodes"]]
+            axis.plot(*zip(*points, strict=True), color=color, lw=1.5, alpha=0.8)
+            if not math.isnan(success):
+                end = (rows[-1]["env_steps"], success)
+                axis.plot(*zip(points[-1], end, strict=True), ":", color=color, lw=1.0)
+                axis.plot(*end, "*", color=color, markersize=13, clip_on=False)
+                ends.append(end)
         if ends:
-            at, height = ends[0][0], fmean(end[1] for end in ends)
-            axis.annotate(f"  {label}: {height:.0f} %", (at, height), color=color, va="center")
+            at = (ends[0][0], fmean(end[1] for end in ends))
+            text = f"   {label}\n   {at[1]:.0f} %"
+            axis.annotate(text, at, color=color, va="center", annotation_clip=False)
+    if "hierarchy" in config.agents:
+        axis.axvspan(0, SKILL_STEPS, color="#2a6fbb", alpha=0.06, lw=0)
+        text = "skills are discovered, without a reward"
+        axis.text(SKILL_STEPS / 2, 96, text, color="#2a6fbb", ha="center", fontsize=8)
     axis.set_ylim(0, 100)
     axis.set_xlim(0, config.total_env_steps)
     axis.set_xlabel("real environment steps")
@@ -131,9 +136,8 @@ def picture(config: Config) -> None:
     axis.set_title(f"{config.task}: only the goal pays")
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
     path = config.output / "mazes.png"
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     print(f"\nPicture: {path}")
 
 

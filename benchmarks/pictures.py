@@ -145,8 +145,10 @@ def draw_maze(folder: Path, example: object, config: RunOptions) -> None:
         begin = first["observation"][:, None, None, :2].expand(-1, reached.shape[1], 1, 2)
         plans = torch.cat([begin, reached], 2).numpy()
     skills = len(agent.levels) > 1
+    places = played["observation"][..., :2].clone()
+    places[played["episode_success"].squeeze(-1)] = torch.nan  # the way to the goal is enough
     maze_plans(
-        played["observation"][..., :2].numpy(),
+        places.numpy(),
         first["observation"][:, list(task.context_dims)].numpy(),
         played["next", "episode_success"][:, -1, 0].numpy(),
         plans,

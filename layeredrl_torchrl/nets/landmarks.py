@@ -78,11 +78,19 @@ class Landmarks(nn.Module):
         if self.count > before:
             known = self.places[: self.count]
             ways = torch.cdist(known, known)
-            # Of neighbours, two radii apart but for rounding.
-            ways = ways.where(ways <= 2.001 * self.radius, math.inf).fill_diagonal_(0.0)
+            ways = ways.where(ways <= self._reach, math.inf).fill_diagonal_(0.0)
             for middle in range(len(known)):  # Floyd and Warshall
                 torch.minimum(ways, ways[:, middle : middle + 1] + ways[middle], out=ways)
             self.ways[: self.count, : self.count] = ways
+
+    @property
+    def _reach(self) -> float:
+        """How far a neighbour may be: two radii, but for rounding.
+
+        From a place, too: of the nearest landmark alone, the way would grow longer at first where
+        one leaves it for the next, and short plans would stay.
+        """
+        return 2.001 * self.radius
 
     def _off(self, places: Tensor) -> Tensor:
         """How far places ``[N, P]`` are from the nearest landmark, ``[N]``."""
@@ -94,7 +102,7 @@ class Landmarks(nn.Module):
     def distance(self, place: Tensor, goal: Tensor) -> Tensor:
         """Length of the shortest way ``[*B]`` from places to goals, ``[*B, P]`` both.
 
-        From strange places, and where no way is known, it is infinite. The goal counts as the
+        Infinite where no way is known, or no landmark within two radii. The goal counts as the
         landmark that is nearest to it.
         """
         rows = zip(
@@ -107,7 +115,7 @@ class Landmarks(nn.Module):
         for some, aims in rows:
             first = torch.cdist(some, known)
             last = torch.cdist(aims, known).argmin(-1)
-            found.append((first.where(first <= self.radius, math.inf) + ways[last]).amin(-1))
+            found.append((first.where(first <= self._reach, math.inf) + ways[last]).amin(-1))
         return torch.cat(found).reshape(place.shape[:-1])
 
     def value(self, state: Tensor, context: Tensor, action: Tensor | None = None) -> Tensor:
@@ -156,23 +164,23 @@ class Landmarks(nn.Module):
         paid = on_step(reward, at, contexts.unsqueeze(1).expand(*rows, -1), at[..., :0], at)
         forever = 1.0 / (1.0 - discount)  # what a reward of 1 is worth that is paid again and again
 
-        def going(distance: Tensor, far: float, paid: Tensor, value: Tensor) -> Tensor:
+        def going(distance: Tensor, paid: Tensor, value: Tensor) -> Tensor:
             """Worth of going to the best of landmarks, of ``distance`` in the last axis."""
             left = discount ** (distance / speed)
             worth = (1.0 - left) * forever * paid + left * value
-            return worth.where(distance <= far, -math.inf).amax(-1)
+            return worth.where(distance <= self._reach, -math.inf).amax(-1)
 
         value, gaps = paid * forever, torch.cdist(known, known)
         for _ in range(len(known)):
             before = value
-            value = going(gaps, 2.001 * self.radius, paid.unsqueeze(1), value.unsqueeze(1))
+            value = going(gaps, paid.unsqueeze(1), value.unsqueeze(1))
             value = value.maximum(paid * forever)
             if torch.allclose(value, before):
                 break
         found = []
         place = state[..., : known.shape[-1]].reshape(-1, known.shape[-1])
         for some, of in zip(place.split(_ROWS), which.split(_ROWS), strict=True):
-            worth = going(torch.cdist(some, known), self.radius, paid[of], value[of])
+            worth = going(torch.cdist(some, known), paid[of], value[of])
             found.append(worth.maximum(value.amin(-1)[of]))
         return torch.cat(found).reshape(state.shape[:-1])
 

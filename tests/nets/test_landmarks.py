@@ -23,7 +23,7 @@ def slow_distance(landmarks: Landmarks, place, goal) -> float:
     known = landmarks.places[: landmarks.count]
     aim = int((known - goal).norm(dim=-1).argmin())
     start = (known - place).norm(dim=-1)
-    queue = [(float(d), i) for i, d in enumerate(start) if d <= landmarks.radius]
+    queue = [(float(d), i) for i, d in enumerate(start) if d <= 2 * landmarks.radius]
     heapq.heapify(queue)
     closed = set()
     while queue:
@@ -70,6 +70,9 @@ def test_ways_lead_along_a_corridor_and_not_through_its_wall():
     inside = torch.tensor([[1.0, 1.0], [1.0, 0.2], [1.0, 2.2], [5.0, 0.0]])
     assert landmarks.is_strange(state, goal, state, inside).tolist() == [True, False, False, True]
     assert needs_next_state(landmarks.is_strange)
+    # Each step of the way is worth it: there is nowhere to get stuck.
+    along = landmarks.distance(path, goal.expand_as(path))
+    assert (along.diff() < 1e-5).all()
 
 
 def test_each_place_that_was_seen_has_a_landmark():

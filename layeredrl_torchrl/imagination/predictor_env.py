@@ -21,6 +21,7 @@ from layeredrl_torchrl._checks import (
     check_positive_int,
     require,
 )
+from layeredrl_torchrl._signatures import SignatureOfInit
 from layeredrl_torchrl._watch import watched
 from layeredrl_torchrl.imagination._members import (
     draw_members,
@@ -115,6 +116,8 @@ class PredictorEnv(ModelBasedEnvBase):
             not finite (the message names the member); a reward, termination, bonus, members or
             initial states of another shape.
     """
+
+    __signature__ = SignatureOfInit()
 
     def __init__(
         self,

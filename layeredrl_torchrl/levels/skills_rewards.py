@@ -18,6 +18,7 @@ from layeredrl_torchrl._checks import (
     check_number,
     check_positive_int,
 )
+from layeredrl_torchrl._signatures import passes_on
 from layeredrl_torchrl.levels._outcomes import (
     RunningMoments,
     identifiability,
@@ -280,6 +281,7 @@ class SPlaTESReward(SkillReward):
         **options: Those of :class:`~layeredrl_torchrl.levels.SkillReward`.
     """
 
+    @passes_on(SkillReward.__init__)
     def __init__(self, *, potential_difference: bool = False, **options: Any) -> None:
         super().__init__(**options)
         self.difference = check_flag("potential_difference", potential_difference)

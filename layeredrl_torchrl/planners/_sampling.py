@@ -9,6 +9,7 @@ from torch import Tensor
 from torchrl.data import TensorSpec
 
 from layeredrl_torchrl._checks import check_instance
+from layeredrl_torchrl._signatures import passes_on
 from layeredrl_torchrl.optimizers import CEM, ICEM, MPPI, Optimizer, make_search
 from layeredrl_torchrl.planners.planner import PredictorPlanner
 from layeredrl_torchrl.planners.return_modes import ReturnMode, best_plan, mean_plan
@@ -21,6 +22,7 @@ __all__ = ["CEMPlanner", "ICEMPlanner", "MPPIPlanner"]
 class _SamplingPlanner(PredictorPlanner):
     """Builds an optimizer of class ``kind`` for the actions, with options ``own`` of that class."""
 
+    @passes_on(PredictorPlanner.__init__)
     def __init__(
         self,
         predictor: Predictor,
@@ -77,6 +79,7 @@ class CEMPlanner(_SamplingPlanner):
         TypeError, ValueError: As the optimizer, its search and the base class raise.
     """
 
+    @passes_on(_SamplingPlanner.__init__)
     def __init__(self, predictor: Predictor, **options: Any) -> None:
         super().__init__(predictor, CEM, {}, **options)
 
@@ -97,6 +100,7 @@ class ICEMPlanner(_SamplingPlanner):
         **options: Those of :class:`CEMPlanner`.
     """
 
+    @passes_on(_SamplingPlanner.__init__)
     def __init__(
         self,
         predictor: Predictor,
@@ -126,5 +130,6 @@ class MPPIPlanner(_SamplingPlanner):
         **options: Those of :class:`CEMPlanner`.
     """
 
+    @passes_on(_SamplingPlanner.__init__)
     def __init__(self, predictor: Predictor, *, temperature: float = 1.0, **options: Any) -> None:
         super().__init__(predictor, MPPI, {"temperature": temperature}, **options)

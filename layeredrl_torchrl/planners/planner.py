@@ -16,6 +16,7 @@ from torchrl.modules.planners.common import MPCPlannerBase
 from layeredrl_torchrl._checks import check_callable, check_flag, check_instance, require
 from layeredrl_torchrl._dispatch import dispatched
 from layeredrl_torchrl._graphs import Graphs
+from layeredrl_torchrl._signatures import passes_on
 from layeredrl_torchrl._watch import watched
 from layeredrl_torchrl.imagination import PredictorEnv
 from layeredrl_torchrl.nets import StackedProbFCDynamics
@@ -90,6 +91,7 @@ class PredictorPlanner(MPCPlannerBase):
             return that is not finite.
     """
 
+    @passes_on(ReturnOptions)
     def __init__(
         self,
         predictor: Predictor,

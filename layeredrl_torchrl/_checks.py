@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, SupportsIndex
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
+from torchrl.data import Composite
 
 from layeredrl_torchrl._watch import is_traced, refuse
+
+# What planners, levels, hierarchies, InitTracker and StepCounter add to observations.
+_CARRIED = {
+    *("planner", "random_steps_left", "hierarchy", "hierarchy_memory"),
+    *("is_init", "step_count"),
+}
 
 
 def require(tensordict: TensorDictBase, key: NestedKey, *, reader: str, hint: str) -> Tensor:
@@ -29,6 +36,16 @@ def require(tensordict: TensorDictBase, key: NestedKey, *, reader: str, hint: st
         found = sorted(tensordict.keys(True, True), key=str)
         raise KeyError(f"{reader} reads {key!r}, which is missing among {found}; {hint}")
     return value
+
+
+def own_entries(space: Mapping[Any, Any]) -> list[str]:
+    """Name the entries of an observation space, without those that policies and transforms carry.
+
+    These are known by their usual names.
+    """
+    keys = space.keys(True, True) if isinstance(space, Composite) else space.keys()
+    tops = {key: key if isinstance(key, str) else key[0] for key in keys}
+    return sorted(str(key) for key, top in tops.items() if top not in _CARRIED)
 
 
 def check_width(name: str, tensor: Tensor, width: int, *, hint: str) -> None:

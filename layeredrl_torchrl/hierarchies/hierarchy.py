@@ -13,7 +13,7 @@ from torchrl.checkpoint import GlobalRNGState
 from torchrl.data import Composite
 from torchrl.envs import EnvBase, TensorDictPrimer
 
-from layeredrl_torchrl._checks import check_finite, check_width, require
+from layeredrl_torchrl._checks import check_finite, check_width, own_entries, require
 from layeredrl_torchrl._primers import OnePrimer
 from layeredrl_torchrl._state import WholeState
 from layeredrl_torchrl._watch import watched
@@ -103,7 +103,7 @@ class Hierarchy(OnePrimer, WholeState):
         spec, key = env.observation_spec_unbatched, unravel_key(observation_key)
         if key not in spec.keys(True, True) or len(spec[key].shape) != 1:
             raise ValueError(
-                f"the environment observes {spec}, expected one flat {key!r}; pass "
+                f"the environment observes {own_entries(spec)}, expected one flat {key!r}; pass "
                 "observation_key=, or join or flatten its entries by TorchRL's CatTensors or "
                 "FlattenObservation"
             )

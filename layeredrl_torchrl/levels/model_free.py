@@ -25,6 +25,7 @@ from layeredrl_torchrl._checks import (
     check_flag,
     check_instance,
     check_width,
+    own_entries,
     require,
 )
 from layeredrl_torchrl._reporting import log_terms, updates
@@ -143,10 +144,10 @@ class ModelFreeLevel(LearningLevel):
     def _build(self, observation_space: ObservationSpace, action_spec: TensorSpec) -> None:
         if isinstance(observation_space, Composite):
             if self.observation_key not in observation_space.keys(True):
-                names = sorted(map(str, observation_space.keys(True, True)))
                 raise KeyError(
                     f"{self.name} reads {self.observation_key!r}, but the environment observes "
-                    f"{names}; pass observation_key=, or join them by TorchRL's CatTensors"
+                    f"{own_entries(observation_space)}; pass observation_key=, or join them by "
+                    "TorchRL's CatTensors"
                 )
             observation_space = observation_space[self.observation_key]
         spec = to_spec(observation_space, name="observation_space")

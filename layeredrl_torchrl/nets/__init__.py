@@ -14,6 +14,7 @@ from layeredrl_torchrl.nets.encoders import (
 )
 from layeredrl_torchrl.nets.functions import (
     StepFunction,
+    check_step_function,
     needs_next_state,
     on_step,
     reads_next_state,
@@ -48,6 +49,7 @@ __all__ = [
     "StepFunction",
     "TanhActor",
     "ValueNet",
+    "check_step_function",
     "hidden_layers",
     "move_towards",
     "needs_next_state",

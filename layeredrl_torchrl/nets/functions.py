@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
@@ -9,7 +10,14 @@ from torch import Tensor
 
 from layeredrl_torchrl._checks import check_callable
 
-__all__ = ["StepFunction", "needs_next_state", "on_step", "reads_next_state", "refuse_next_state"]
+__all__ = [
+    "StepFunction",
+    "check_step_function",
+    "needs_next_state",
+    "on_step",
+    "reads_next_state",
+    "refuse_next_state",
+]
 
 StepFunction: TypeAlias = Callable[..., Tensor]
 """``(state [*B, D], context [*B, C], action [*B, A]) -> [*B]``, or declared to read the next state
@@ -23,8 +31,8 @@ def reads_next_state(func: F) -> F:
     """Declare that a reward or termination reads the next state, and return it.
 
     It is then called with the next state as a fourth argument. To declare this for all objects of a
-    class, set ``reads_next_state = True`` in the class, or use this function as its decorator. The
-    signature is not inspected.
+    class, set ``reads_next_state = True`` in the class, or use this function as its decorator. It
+    is not guessed from the signature.
 
     >>> @reads_next_state
     ... def progress(state, context, action, next_state):
@@ -60,6 +68,35 @@ def on_step(
     if needs_next_state(func):
         return func(state, context, action, next_state)
     return func(state, context, action)
+
+
+def check_step_function(name: str, func: StepFunction | None) -> None:
+    """Raise ``TypeError`` unless ``func`` is ``None``, or can be called as it was declared.
+
+    What it is declared to read is never guessed from its signature. But a function that three
+    arguments do not suffice, and four would, is refused before it is called.
+    """
+    check_callable(name, func, optional=True)
+    if func is None or needs_next_state(func):
+        return
+    try:
+        signature = inspect.signature(func)
+    except (TypeError, ValueError):  # it does not say
+        return
+
+    def takes(n: int) -> bool:
+        try:
+            signature.bind(*range(n))
+        except TypeError:
+            return False
+        return True
+
+    if takes(4) and not takes(3):
+        raise TypeError(
+            f"{name} takes four arguments {signature}, but only state, context and action are "
+            "given to a function that does not say that it reads the next state; write "
+            "@reads_next_state above it, or reads_next_state = True in its class"
+        )
 
 
 def refuse_next_state(name: str, func: StepFunction | None) -> None:

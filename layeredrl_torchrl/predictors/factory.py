@@ -15,7 +15,7 @@ from tensordict import NestedKey, unravel_key
 from torchrl.data import Composite, TensorSpec, Unbounded
 from torchrl.envs import CatTensors, EnvBase, Transform, TransformedEnv
 
-from layeredrl_torchrl._checks import check_callable, check_indices
+from layeredrl_torchrl._checks import check_callable, check_indices, own_entries
 from layeredrl_torchrl.models import ProbabilisticEnsemble
 from layeredrl_torchrl.nets import (
     Encoder,
@@ -26,6 +26,7 @@ from layeredrl_torchrl.nets import (
     RewardNet,
     StepFunction,
     ValueNet,
+    check_step_function,
 )
 from layeredrl_torchrl.predictors.reward import RewardPredictor
 from layeredrl_torchrl.specs import ObservationSpace, Space, to_spec, width
@@ -84,7 +85,9 @@ class PredictorFactory:
 
     Raises:
         ValueError: Both ``context_dims`` and ``partial_encoder``.
-        TypeError: A ``rew_func``, ``val_func`` or ``term_func`` that cannot be called.
+        TypeError: A ``rew_func``, ``val_func`` or ``term_func`` that cannot be called, or that
+            takes a next state and is not declared to
+            (:func:`~layeredrl_torchrl.reads_next_state`).
     """
 
     hidden_sizes: Sequence[int] = (128, 128)
@@ -104,9 +107,9 @@ class PredictorFactory:
     predictor_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_callable("rew_func", self.rew_func, optional=True)
+        check_step_function("rew_func", self.rew_func)
         check_callable("val_func", self.val_func, optional=True)
-        check_callable("term_func", self.term_func, optional=True)
+        check_step_function("term_func", self.term_func)
         dims = tuple(check_indices("context_dims", self.context_dims))
         object.__setattr__(self, "context_dims", dims)
         if self.context_dims and self.partial_encoder is not None:
@@ -240,7 +243,6 @@ def _layout(space: ObservationSpace, key: NestedKey) -> tuple[int, list[int]]:
     """The width of (joined) observations, and the dimensions of the desired goal in them."""
     if isinstance(space, gym.spaces.Dict | Composite):
         parts = dict(space.items())
-        names = sorted(map(str, parts))
         if all(key in parts for key in _GOAL_KEYS) and (
             isinstance(space, Composite) or len(parts) == len(_GOAL_KEYS)
         ):
@@ -250,8 +252,9 @@ def _layout(space: ObservationSpace, key: NestedKey) -> tuple[int, list[int]]:
         if isinstance(space, Composite) and key in space.keys(True, True):
             return _width(str(key), space[key]), []
         raise ValueError(
-            f"the observation space has the entries {names}, expected {key!r}, one flat "
-            f"observation, or {list(_GOAL_KEYS)}; name it with observation_key=, or join them by "
+            f"the observation space has the entries {own_entries(space)}, expected {key!r}, one "
+            f"flat observation, or {list(_GOAL_KEYS)}; name it, or a list of several, with "
+            "observation_key=, or join them by "
             'TorchRL\'s CatTensors(in_keys=..., out_key="observation", sort=False), or by '
             "gymnasium's FlattenObservation (which sorts the keys)"
         )
@@ -267,11 +270,13 @@ def _entries(
         parts = {key: space[key] for key in space.keys(True, True)}
     elif isinstance(space, gym.spaces.Dict):
         parts = dict(space.spaces)
-    if not keys or not all(unravel_key(key) in parts for key in keys):
+    missing = [key for key in keys if unravel_key(key) not in parts]
+    if missing or not keys:
         raise ValueError(
-            f"the observation space has the entries {sorted(map(str, parts))}, expected those of "
-            f"observation_key={keys}, a list of at least one; in TorchRL pass "
-            "env.observation_spec_unbatched"
+            f"the observation space has the entries {own_entries(parts)}, expected those of "
+            f"observation_key={keys}, a list of at least one"
+            + (f": {', '.join(map(repr, missing))} is not among them" if missing else "")
+            + "; in TorchRL pass env.observation_spec_unbatched"
         )
     shapes = {unravel_key(key): tuple(parts[unravel_key(key)].shape) for key in keys}
     goal_dims: list[int] = []

@@ -21,6 +21,7 @@ from layeredrl_torchrl.nets import (
     Encoder,
     ScalarHead,
     StepFunction,
+    check_step_function,
     needs_next_state,
     refuse_next_state,
 )
@@ -87,9 +88,9 @@ class Predictor(WholeState):
                 f"encoder must be a layeredrl_torchrl Encoder, got {type(encoder).__name__}; "
                 "subclass Encoder and implement split(observation)"
             )
-        functions = {"val_func": val_func, "rew_func": rew_func, "term_func": term_func}
-        for name, func in functions.items():
-            check_callable(name, func, optional=True)
+        check_callable("val_func", val_func, optional=True)
+        check_step_function("rew_func", rew_func)
+        check_step_function("term_func", term_func)
         refuse_next_state("val_func", val_func)
         for name, given, of_encoder, of_model in (
             ("latent_state_dim", latent_state_dim, encoder.latent_state_dim, model.state_dim),

@@ -86,9 +86,9 @@ MISTAKES = {
     "rew_func gave shape": lambda: StaticPredictor(
         predictor().model, None, lambda s, c, a: s[..., :1], IdentityEncoder((3,)), 3
     ).predict(OBS, ACT),
-    "missing 1 required positional argument: 'next_state'": lambda: StaticPredictor(
+    "write @reads_next_state above it": lambda: StaticPredictor(
         predictor().model, None, lambda s, c, a, next_state: s[..., 0], IdentityEncoder((3,)), 3
-    ).predict(OBS, ACT),
+    ),
     "NaN or outside [0, 1]": lambda: StaticPredictor(
         *(predictor().model, None, lambda s, c, a: s[..., 0], IdentityEncoder((3,)), 3),
         term_func=lambda s, c, a: s[..., 0] - 3.0,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import SMALL_FACTORY, known, known_level, planner_level
 from torchrl.data import Bounded, OneHot, Unbounded
+from torchrl.envs import InitTracker, StepCounter
 
 from layeredrl_torchrl import Hierarchy
 
@@ -210,8 +211,9 @@ def test_an_environment_without_flat_observation(toy):
             self.observation_spec["picture"] = self.observation_spec["observation"]
             del self.observation_spec["observation"]
 
-    with pytest.raises(ValueError, match="expected one flat 'observation'"):
-        Hierarchy([toy.Level(1)], Other())
+    carrying = Other().append_transform(InitTracker()).append_transform(StepCounter())
+    with pytest.raises(ValueError, match=r"observes \['picture'\], expected one flat 'obs"):
+        Hierarchy([toy.Level(1)], carrying)
     with pytest.raises(ValueError, match="2 entries for 1 levels"):
         Hierarchy([toy.Level(1)], toy.Env(), observation_maps=[None, None])
 

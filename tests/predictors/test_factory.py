@@ -33,8 +33,10 @@ from layeredrl_torchrl import (
     EncoderNet,
     FixedEncoderNet,
     IdentityEncoder,
+    ModelFreeLevel,
     PredictorFactory,
     RewardPredictor,
+    SACLearner,
     get_default_predictor_factory,
 )
 
@@ -317,3 +319,17 @@ def test_a_known_value_is_asked_and_not_trained():
     assert predictor.target_val_func is None
     with pytest.raises(TypeError, match="val_func"):
         PredictorFactory(val_func=1.0)
+
+
+def test_messages_name_the_entries_of_the_environment_and_what_is_missing():
+    memory = Composite(mean=Unbounded((4,)), warm=Unbounded((1,)))
+    space = Composite(
+        place=Unbounded((2,)), speed=Unbounded((2,)), planner=memory, is_init=Unbounded((1,))
+    )
+    named = r"entries \['place', 'speed'\]"
+    with pytest.raises(ValueError, match=rf"{named}.*: 'goal' is not among them"):
+        PredictorFactory(observation_key=["place", "goal"])(space, Bounded(-1.0, 1.0, (1,)))
+    with pytest.raises(ValueError, match=named):
+        PredictorFactory()(space, Bounded(-1.0, 1.0, (1,)))
+    with pytest.raises(KeyError, match=r"observes \['place', 'speed'\]"):
+        ModelFreeLevel(space, Bounded(-1.0, 1.0, (1,)), learner_factory=SACLearner)

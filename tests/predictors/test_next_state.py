@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from layeredrl_torchrl import (
     FixedEncoderNet,
     IdentityEncoder,
     PredictorEnv,
+    PredictorFactory,
     PredictorLoss,
     RewardPredictor,
     ScalarHead,
@@ -387,3 +389,22 @@ def test_the_density_comes_with_the_known_end():
     obs, following = torch.randn(8, 2), torch.randn(8, 2)
     _, term_prob, _ = predictor.get_standardized_log_prob(obs, torch.zeros(8, 1), following)
     assert torch.equal(term_prob, (following[:, 0] > 0).float())
+
+
+@pytest.mark.parametrize("name", ["rew_func", "term_func"])
+def test_a_function_that_does_not_say_what_it_reads_is_refused(name):
+    undeclared = {name: lambda s, c, a, ns: ns[..., 0]}
+    with pytest.raises(TypeError, match=rf"{name} takes four .*\(s, c, a, ns\).*@reads_next_state"):
+        PredictorFactory(**undeclared)
+    with pytest.raises(TypeError, match=name):
+        make_predictor(**undeclared)
+
+
+def test_whatever_three_arguments_suffice_is_taken():
+    for func in (
+        lambda s, c, a, scale=2.0: scale * s[..., 0],
+        lambda *taken: taken[0][..., 0],
+        partial(lambda scale, s, c, a: scale * s[..., 0], 2.0),
+        torch.nn.Bilinear(1, 1, 1),  # its signature says nothing
+    ):
+        PredictorFactory(rew_func=func, term_func=func)

@@ -290,7 +290,7 @@ class Hierarchy(OnePrimer, WholeState):
         Returns:
             The results of the levels' ``learn``, under ``"<name of the level>/"``, or under
             ``"<name>_<position>/"`` for levels that share a name. ``"reward"`` is the mean one of a
-            level with a ``reward_func``.
+            level with a ``reward_func``, and of the updates of a ``SkillLevel``.
 
         Raises:
             As :meth:`transitions` and the levels' ``learn``. After any error all levels are as they

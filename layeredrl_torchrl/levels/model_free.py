@@ -259,6 +259,10 @@ class ModelFreeLevel(LearningLevel):
         """Prepare sampled transitions ``[N]`` for learning; a hook, by default nothing is done."""
         return data
 
+    def _sampled_terms(self) -> dict[str, float]:
+        """Return terms about what updates were given; a hook, by default there are none."""
+        return {}
+
     def _arguments(self, data: TensorDictBase) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the entries of transitions ``[N]`` that the features are computed from."""
         observation: Tensor = data.get(self.observation_key)
@@ -286,6 +290,7 @@ class ModelFreeLevel(LearningLevel):
             counts.update(terms.keys())
         flush()
         info = {name: float(total) / counts[name] for name, total in totals.items()}
+        info |= self._sampled_terms()
         log_terms(self.logger, self.name, info, int(self.n_env_steps))
         return info | {"n_updates": float(n_updates)}
 

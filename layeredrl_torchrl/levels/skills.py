@@ -8,7 +8,7 @@ from typing import Unpack
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
-from torchrl.data import Binary, Bounded, Composite, TensorSpec
+from torchrl.data import Binary, Bounded, Composite, ReplayBuffer, TensorSpec
 
 from layeredrl_torchrl._checks import check_instance, check_number
 from layeredrl_torchrl.levels._learning import LearningOptions
@@ -28,6 +28,9 @@ class SkillLevel(ModelFreeLevel):
     above, for outcomes that other skills would not have had. That reward changes as the predictor
     learns, so it is computed anew whenever transitions are sampled. Use the hierarchy's observation
     map to hide what a skill must not depend on, such as the goal of the task.
+
+    Among the terms of :meth:`learn` is ``reward``: the mean of what its updates learned from, in
+    nats, over the actions that are rewarded, before it is normalised and offset.
 
     >>> skills = SkillLevel(
     ...     input_spec=Bounded(-1.0, 1.0, (2,)),
@@ -91,6 +94,7 @@ class SkillLevel(ModelFreeLevel):
         if self._end_prob:
             self.out_keys = [*self.out_keys, self.ended_key]
         self.skill_reward = skill_reward
+        self._rated: list[Tensor] = []  # by the updates of a call
         self.parent_each_step = skill_reward.each_step
 
     def attach(self, parent_predictor: Predictor | None) -> None:
@@ -174,6 +178,14 @@ class SkillLevel(ModelFreeLevel):
             required.append("parent_sees")
         return required, optional
 
+    def _update(self, buffer: ReplayBuffer, n_updates: int) -> dict[str, float]:
+        self._rated = []
+        return super()._update(buffer, n_updates)
+
+    def _sampled_terms(self) -> dict[str, float]:
+        rated, self._rated = self._rated, []
+        return {"reward": torch.cat(rated).mean().item()} if rated else {}
+
     def _sampled(self, data: TensorDictBase) -> TensorDictBase:
         """Replace the reward of sampled transitions ``[N]``."""
         key, reward_of = self.next_reward_key, self.skill_reward
@@ -187,6 +199,7 @@ class SkillLevel(ModelFreeLevel):
             if reward_of.difference:
                 read.append("parent_sees")
             value = self.rate(*(data.get(k)[paid] for k in read))
+            self._rated.append(value)
             if reward_of.moments is not None:
                 reward_of.moments.observe(value)
                 value = reward_of.moments(value)

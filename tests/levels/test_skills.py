@@ -264,3 +264,24 @@ def test_saved_and_resumed_bit_for_bit(tmp_path):
 def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+class Told(SPlaTESReward):
+    """Pays 2.5 nats where the first coordinate ends above 0, else half a nat."""
+
+    def forward(self, predictor, spec, observation, skill, following, n_env_steps, since=None):
+        return 0.5 + 2.0 * (following[:, 0] > 0)
+
+
+def test_the_mean_reward_of_skills_is_reported():
+    torch.manual_seed(0)
+    env = Plane(2)
+    reward = Told(normalize=True, offset=7.0)
+    hierarchy = make_agent(env, reward=reward, n_initial_random_steps=100)
+    infos = [hierarchy.learn(data) for data in collected(env, hierarchy, 6, n_steps=40)]
+    assert "SkillLevel/reward" not in infos[1]  # no update yet
+    info = infos[-1]
+    stored = hierarchy.levels[1].buffer[:]
+    last = stored[(stored["n_actions"] == DURATION - 1).squeeze(-1)]
+    up = (last["next", "parent_observation"][:, 0] > 0).float().mean()
+    assert abs(info["SkillLevel/reward"] - (0.5 + 2.0 * up)) < 0.1

@@ -125,7 +125,7 @@ def test_an_optimizer_of_another_architecture_is_not_loaded(tmp_path):
     first, second, buffer = make_predictor(), make_predictor(hidden=(9,)), make_buffer()
     learn(first, buffer)
     path = Checkpoint(predictor=first, optim=first.optim).save(tmp_path / "checkpoint")
-    message = r"optim.*model.*\(8,.*\(9,.*sizes it was saved with"
+    message = r"optim.*model.*\(8,.*\(9,.*sizes they were saved with"
     for other in (second, copy.deepcopy(second)):
         checkpoint = Checkpoint(predictor=other, optim=other.optim)
         with unchanged(other, other.optim), pytest.raises(CheckpointError, match=message):

@@ -50,6 +50,7 @@ nitpick_ignore_regex = [
     (r"py:exc", r"CheckpointError"),  # of TorchRL
     # In the fields of tuples and in the types of options.
     (r"py:(class|data)", r"Count|HOST|Natural|Number|Path|Positive|Share|Tensor|inf"),
+    (r"py:class", r"Figure|TensorDictBase"),  # where the figure's type is not imported
     (r"py:attr", r".*"),
     (r"py:class", r"inf|pathlib\.Path"),
     (r"py:exc", r"CheckpointError"),  # TorchRL's
@@ -113,7 +114,8 @@ def _signature(app: Any, what: str, name: str, found: Any, *_: Any) -> tuple[str
     init = getattr(found, "__init__", None)
     if what != "class" or not inspect.isfunction(init):
         return None
-    update_defvalue(app, init, bound_method=True)
+    if not hasattr(init, "__signature__"):  # else its defaults are written elsewhere
+        update_defvalue(app, init, bound_method=True)
     signature = sphinx_inspect.signature(init, bound_method=True)
     text = stringify_signature(signature, show_return_annotation=False, unqualified_typehints=True)
     return text, None

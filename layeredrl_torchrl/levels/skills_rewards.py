@@ -18,7 +18,7 @@ from layeredrl_torchrl._checks import (
     check_number,
     check_positive_int,
 )
-from layeredrl_torchrl._signatures import passes_on
+from layeredrl_torchrl._signatures import SignatureOfInit, passes_on
 from layeredrl_torchrl.levels._outcomes import (
     RunningMoments,
     identifiability,
@@ -280,6 +280,8 @@ class SPlaTESReward(SkillReward):
         potential_difference: See above.
         **options: Those of :class:`~layeredrl_torchrl.levels.SkillReward`.
     """
+
+    __signature__ = SignatureOfInit()
 
     @passes_on(SkillReward.__init__)
     def __init__(self, *, potential_difference: bool = False, **options: Any) -> None:

@@ -10,13 +10,14 @@ Prints a table and draws success against real steps, both from the files in the 
 
 from __future__ import annotations
 
-import csv
 import math
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+
+from pictures import read_csv
 
 from layeredrl_torchrl.runs import command, find_task
 
@@ -69,16 +70,10 @@ def run(config: Config, agent: str, seed: int) -> None:
     subprocess.run(line, check=True)
 
 
-def read(path: Path) -> list[dict[str, float]]:
-    """The rows of a CSV file."""
-    with path.open(newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-
-
 def success_of(folder: Path) -> float:
     """Share of evaluation episodes that reached their goal; NaN before the evaluation."""
     path = folder / "evaluation.csv"
-    return fmean(row["success"] for row in read(path)) if path.exists() else math.nan
+    return fmean(row["success"] for row in read_csv(path)) if path.exists() else math.nan
 
 
 def table(config: Config) -> None:
@@ -90,7 +85,7 @@ def table(config: Config) -> None:
             folder = config.output / f"{config.task}-{seed}" / agent
             success = success_of(folder)
             if not math.isnan(success):
-                last = read(folder / "curve.csv")[-1]
+                last = read_csv(folder / "curve.csv")[-1]
                 print(
                     f"| {AGENTS[agent][0]} | {seed} | {last['env_steps']:,.0f} | "
                     f"{100 * success:.0f} % | {last['seconds'] / 60:.0f} |"
@@ -112,7 +107,7 @@ def picture(config: Config) -> None:
             folder = config.output / f"{config.task}-{seed}" / agent
             if not (folder / "curve.csv").exists():
                 continue
-            rows, success = read(folder / "curve.csv"), 100 * success_of(folder)
+            rows, success = read_csv(folder / "curve.csv"), 100 * success_of(folder)
             points = [(0.0, 0.0)]
             points += [(row["env_steps"], 100 * row["success"]) for row in rows if row["episodes"]]
             axis.plot(*zip(*points, strict=True), color=color, lw=1.5, alpha=0.8)

@@ -9,7 +9,9 @@ that came, whether the model sees the falls coming, and the entropy that the pol
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from pictures import example_of, restore
 from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.envs import ExplorationType, set_exploration_type
+from torchrl.objectives.value.functional import reward2go
 
 import layeredrl_torchrl as lt
 from layeredrl_torchrl.runs import command, find_task
@@ -69,19 +72,15 @@ def values(agent, episode: TensorDictBase, gamma: float) -> tuple[Tensor, Tensor
     """
     td = agent.predictor.encoder(episode.clone())
     td["action"] = episode["action"]
-    with agent.loss.qvalue_network_params[0].to_module(agent.loss.qvalue_network):
-        first = agent.loss.qvalue_network(td.clone())["state_action_value"]
-    with agent.loss.qvalue_network_params[1].to_module(agent.loss.qvalue_network):
-        second = agent.loss.qvalue_network(td.clone())["state_action_value"]
-    said, came = ((first + second) / 2).squeeze(-1), torch.zeros(len(episode))
-    so_far = torch.zeros(())
-    for t in reversed(range(len(episode))):
-        so_far = episode["next", "reward"][t, 0] + gamma * so_far
-        came[t] = so_far
+    said = []
+    for params in agent.loss.qvalue_network_params.unbind(0):
+        with params.to_module(agent.loss.qvalue_network):
+            said.append(agent.loss.qvalue_network(td)["state_action_value"].squeeze(-1))
+    came = reward2go(episode["next", "reward"], episode["next", "done"], gamma).squeeze(-1)
     known = len(episode)
     if not episode["next", "terminated"][-1]:
-        known = max(known - round(torch.log(torch.tensor(0.05)).item() / -(1 - gamma)), 0)
-    return said[:known], came[:known]
+        known = max(known - round(math.log(0.05) / -(1 - gamma)), 0)
+    return torch.stack(said).mean(0)[:known], came[:known]
 
 
 def foreseen(agent, episode: TensorDictBase, n: int = 64) -> dict[int, float]:
@@ -126,7 +125,8 @@ def main(config: Config) -> None:
             env.rollout(1000, agent.policy, break_when_any_done=True)[0]
             for _ in range(config.eval_episodes)
         ]
-    fallen = [ep for ep in episodes if ep["next", "terminated"][-1]]
+    falls = [bool(ep["next", "terminated"][-1]) for ep in episodes]
+    fallen = list(compress(episodes, falls))
     returns = torch.stack([ep["next", "reward"].sum() for ep in episodes])
     print(
         f"{task.name}: return {returns.mean():.0f} ({returns.min():.0f} to {returns.max():.0f}), "
@@ -144,12 +144,11 @@ def main(config: Config) -> None:
     said, came = (torch.cat(part) for part in zip(*pairs, strict=True))
     if len(said):
         print(f"\nThe critics say {said.mean():.1f} where {came.mean():.1f} came.")
-    pairs = [values(agent, ep, options.gamma) for ep in fallen]
     seen = [foreseen(agent, ep) for ep in fallen]
     for before in BEFORE:
         rows = [
             (said[-before], came[-before], shares[before])
-            for (said, came), shares in zip(pairs, seen, strict=True)
+            for (said, came), shares in zip(compress(pairs, falls), seen, strict=True)
             if before in shares
         ]
         if rows:
@@ -159,9 +158,8 @@ def main(config: Config) -> None:
                 f"{100 * share:.0f} % of imagined episodes fall there."
             )
     states = torch.cat([agent.predictor.encoder(ep.clone()) for ep in episodes])
-    entropy = -agent.loss.actor_network.get_dist(states).log_prob(
-        agent.loss.actor_network.get_dist(states).rsample()
-    )
+    dist = agent.loss.actor_network.get_dist(states)
+    entropy = -dist.log_prob(dist.rsample())
     print(
         f"\nEntropy {entropy.mean():.2f} nats of {env.action_spec.shape[-1]} dimensions, "
         f"its weight {agent.loss.alpha:.4f}."

@@ -27,6 +27,9 @@ from layeredrl_torchrl.specs import canonical_action, is_discrete
 __all__ = ["ModelInputs", "ModelLoss"]
 
 _LOG_2PI = math.log(2 * math.pi)
+# A mode below exp(-60) of the likeliest does not change the sum, but its gradient would hold
+# subnormal numbers, which processors multiply ten times as slowly.
+_UNLIKELY = -60.0
 
 
 class ModelInputs(NamedTuple):
@@ -196,9 +199,7 @@ class ModelLoss(TermsLoss):
         if self.model.n_modes > 1:
             log_weights = weights.clamp_min(torch.finfo(weights.dtype).tiny).log()
             joint = log_prob + log_weights
-            # A mode below exp(-60) of the likeliest does not change the sum, but its gradient would
-            # hold subnormal numbers, which processors multiply ten times as slowly.
-            joint = joint.clamp_min(joint.detach().amax(-1, keepdim=True) - 60.0)
+            joint = joint.clamp_min(joint.detach().amax(-1, keepdim=True) + _UNLIKELY)
             log_prob = joint.logsumexp(-1, keepdim=True)
         nll = -(log_prob.squeeze(-1) * weight).sum(-1)  # [M]
         dynamics = nll
@@ -243,7 +244,8 @@ class ModelLoss(TermsLoss):
         if weighted.shape[-1] == 1:
             return weighted.squeeze(-1)
         log_r = (densities.detach().sum(-1) + log_weights.detach()).log_softmax(-1)
-        return (log_r.exp() * (log_weights - log_r + weighted)).sum(-1)
+        r = log_r.exp().masked_fill(log_r < _UNLIKELY, 0.0)
+        return (r * (log_weights - log_r + weighted)).sum(-1)
 
     def _weights(self, tensordict: TensorDictBase, state: Tensor) -> tuple[Tensor, bool]:
         """Return the weight of each transition, ``[M, N]``, and whether some may be 0."""

@@ -272,3 +272,34 @@ def test_each_mode_is_weighted_by_its_own_std(make_ensemble):
         p.grad if p.grad is not None else torch.zeros_like(p) for p in model.members.parameters()
     ]
     torch.testing.assert_close(grads, expected, rtol=1e-3, atol=1e-5)
+
+
+class TwoModes(nn.Module):
+    """Two equally likely modes of std 1: one where the target is, the other far from it."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor([[0.0] * D, [13.8 / D**0.5] * D]))
+
+    def forward(self, state, context, action):
+        mean = self.mean.expand(*state.shape[:-1], 2, D)
+        weights = torch.full(mean.shape[:-1], 0.5)
+        return (mean, torch.ones_like(mean)), weights, weights[..., 0].clone()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_an_impossible_mode_gives_no_subnormal_gradients(make_ensemble, beta):
+    """Its likelihood is exp(-95) of the other's, a subnormal number: these are slow to multiply."""
+    model = make_ensemble(
+        n_modes=2,
+        partial_net=lambda *spaces: TwoModes(),
+        predict_delta=False,
+        normalize_targets=False,
+    )
+    batch = make_batch(model)
+    batch["next", "state"] = torch.zeros_like(batch["state"])
+
+    _, grads = gradients(model, batch, beta)
+
+    for grad in grads:
+        assert not ((grad != 0) & (grad.abs() < torch.finfo(grad.dtype).tiny)).any()

@@ -1,11 +1,14 @@
 """Would the tests notice? Changes one place of the package at random, and runs the tests for it.
 
+    pip install pytest-cov
     python benchmarks/mutations.py --n 150 --seed 0 --output output/mutations.jsonl
 
 Each change is made in a copy of the working tree's tracked files: another operator, constant,
-condition, or a statement left out. The tests of the changed file's folder run until one fails, then
-those of all classes (``tests/test_conformance.py``, ``tests/test_bad_values.py``). What no test
-notices is printed with its line, to be judged by hand: some changes change nothing that matters.
+condition, or a statement left out. First all tests but the slow ones run once, to learn which of
+them run which lines (``--tests`` keeps that for other seeds of the same commit). Then those that
+run the changed line are run until one fails: those of the changed file's own test first, then the
+quickest, up to a minute's worth. What no test notices is printed with its line, to be judged by
+hand: some changes change nothing that matters.
 """
 
 from __future__ import annotations
@@ -15,12 +18,12 @@ import ast
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import coverage
 import hypothesis  # noqa: F401 - so that the tests' processes find it imported
 import mujoco  # noqa: F401
 import pytest
@@ -55,16 +58,7 @@ ARITHMETIC = {
     ast.BitOr: "&",
     ast.MatMult: "*",
 }
-OTHERS = [
-    "tests/test_conformance.py",
-    "tests/test_bad_values.py",
-    "tests/test_accelerator.py",
-]
-OF_ROOT = {
-    "_graphs": ["tests/planners"],
-    "_precision": ["tests/nets", "tests/models"],
-    "_state": ["tests/predictors"],
-}
+SECONDS = 60.0  # of tests for one change, by the times that they took at first
 
 
 def changes(source):
@@ -131,29 +125,82 @@ def changes(source):
     return [change for change in found if is_code(change)]
 
 
-def tests_of(path):
-    """Folders and files of tests, the nearest first."""
-    parts = path.with_suffix("").parts
-    parts = parts[1:] if parts[0] == "layeredrl_torchrl" else parts
-    own = Path("tests", *parts[:-1], f"test_{parts[-1].removeprefix('_')}.py")
-    folders = [f"tests/{parts[0]}"] if len(parts) > 1 else OF_ROOT.get(parts[0], [])
-    return [*([str(own)] if (ROOT / own).exists() else []), *folders, *OTHERS]
+class Durations:
+    """A plugin of pytest that adds up how long each test takes, and knows which fail."""
+
+    def __init__(self):
+        self.seconds = {}
+        self.failed = []
+
+    def pytest_runtest_logreport(self, report):
+        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
+        if report.failed:
+            self.failed.append(report.nodeid)
 
 
-def noticed(folder, test):
-    """Whether a test fails, in a process that has imported all but the package."""
+def run_tests(folder, options, plugins=()):
+    """Run pytest on the copy, in a process that has imported all but the package."""
     child = os.fork()
     if child:
         _, status = os.waitpid(child, 0)
-        return os.waitstatus_to_exitcode(status) not in (0, pytest.ExitCode.NO_TESTS_COLLECTED)
+        return os.waitstatus_to_exitcode(status)
     os.chdir(folder)
     sys.path[:] = [str(folder), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
+    os.environ["PYTHONPATH"] = str(folder)  # for the processes that tests start
     sys.dont_write_bytecode = True
-    signal.alarm(600)  # a change that makes a loop endless is noticed, too
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1), os.dup2(nothing, 2)
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", "--timeout", "120"]
-    os._exit(pytest.main([*options, test]))
+    fixed = ["-q", "-p", "no:cacheprovider", "-m", "not slow"]
+    code = pytest.main([*fixed, *options], plugins=list(plugins))
+    for plugin in plugins:
+        (folder / "durations.json").write_text(json.dumps(vars(plugin)))
+    os._exit(code)
+
+
+def observe(folder, kept):
+    """Run all tests; keep which of them run which lines, and how long each of them takes."""
+    options = ["--cov=layeredrl_torchrl", "--cov=envs", "--cov-context=test", "--cov-report="]
+    code = run_tests(folder, options, [Durations()])
+    observed = json.loads((folder / "durations.json").read_text())
+    if code != pytest.ExitCode.OK:
+        sys.exit(f"tests fail without any change: {observed['failed'] or code}")
+    data = coverage.CoverageData(folder / ".coverage")
+    data.read()
+    lines = {}
+    for name in data.measured_files():
+        by_line = data.contexts_by_lineno(name)
+        lines[str(Path(name).resolve().relative_to(folder.resolve()))] = {
+            line: sorted({context.partition("|")[0] for context in contexts if context})
+            for line, contexts in by_line.items()
+        }
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps({"lines": lines, "seconds": observed["seconds"]}))
+
+
+def tests_of(path, first, last, kept):
+    """The tests that run one of the lines, as many as fit in the time.
+
+    A line that runs when the package is imported belongs to no test, as far as coverage can tell.
+    """
+    by_line, seconds = kept["lines"].get(str(path), {}), kept["seconds"]
+    found = {test for line in range(first, last + 1) for test in by_line.get(str(line), ())}
+    at_import = any(by_line.get(str(line)) == [] for line in range(first, last + 1))
+    if not found and at_import:
+        found = {test for tests in by_line.values() for test in tests}
+    own = path.stem.removeprefix("_")
+
+    def order(test):
+        place = Path(test.partition("::")[0])
+        near = place.stem != f"test_{own}", path.parts[-2] not in place.parts
+        return (*near, seconds.get(test, 0.0), test)
+
+    chosen, total = [], 0.0
+    for test in sorted(found, key=order):
+        total += seconds.get(test, 0.0)
+        if chosen and total > SECONDS:
+            break
+        chosen.append(test)
+    return chosen
 
 
 def main():
@@ -161,6 +208,9 @@ def main():
     parser.add_argument("--n", type=int, default=150, help="number of changes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="files whose path contains this")
+    parser.add_argument(
+        "--tests", type=Path, default=Path("output/mutations_tests.json"), help="which runs what"
+    )
     parser.add_argument("--output", type=Path, default=Path("mutations.jsonl"))
     args = parser.parse_args()
     tracked = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
@@ -176,18 +226,32 @@ def main():
         for name in tracked:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes((ROOT / name).read_bytes())
+        if not args.tests.exists():
+            observe(folder, args.tests)
+        kept = json.loads(args.tests.read_text())
         for i, (path, start, end, text) in enumerate(random.sample(places, args.n)):
             before = (folder / path).read_bytes()
-            (folder / path).write_bytes(before[:start] + text.encode() + before[end:])
-            by = next((test for test in tests_of(path) if noticed(folder, test)), None)
-            (folder / path).write_bytes(before)
             line = before.count(b"\n", 0, start) + 1
+            tests = tests_of(path, line, line + before.count(b"\n", start, end), kept)
+            (folder / path).write_bytes(before[:start] + text.encode() + before[end:])
+            # A change that makes a loop endless is noticed, too.
+            options = ["-x", "--timeout", "120", "--timeout-method", "signal", *tests]
+            by = bool(tests) and run_tests(folder, options) != pytest.ExitCode.OK
+            (folder / path).write_bytes(before)
             was = before[start:end].decode()
-            row = {"file": str(path), "line": line, "was": was, "is": text, "noticed": by}
+            row = {"file": str(path), "line": line, "was": was, "is": text}
+            row |= {"tests": len(tests), "noticed": by}
             with args.output.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(
-                i + 1, path, line, repr(was), "->", repr(text), by or "NOBODY NOTICED", flush=True
+                i + 1,
+                path,
+                line,
+                repr(was),
+                "->",
+                repr(text),
+                "noticed" if by else f"NOBODY NOTICED of {len(tests)} tests",
+                flush=True,
             )
 
 

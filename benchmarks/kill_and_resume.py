@@ -47,6 +47,11 @@ OPTIONS = {
     "--steps-per-batch 100 --steps-per-checkpoint 100 --eval-episodes 2 "
     "--sac-updates-per-step 0.1 --model-updates-per-action 0.2 --symmetry-breaking-steps 300 "
     "--steps-per-evaluation 200 --episodes-per-evaluation 1",
+    "hindsight": "--task PointMaze-Open-Sparse --n-envs 2 --total-env-steps 500 "
+    "--steps-per-batch 100 --steps-per-checkpoint 100 --updates-per-step 0.1 --hidden-size 8 "
+    "--eval-episodes 2 --steps-per-evaluation 200 --episodes-per-evaluation 1",
+    "many_tasks": "--n-envs 2 --total-env-steps 600 --skill-steps 400 --steps-per-batch 100 "
+    "--steps-per-checkpoint 100 --horizon 2 --eval-episodes 2",
     "train_with_trainer": "--task InvertedPendulum-v5 --total-env-steps 600 --steps-per-batch 100 "
     "--steps-per-checkpoint 50 --held-out-steps 100 --updates-per-batch 20 --batch-size 32 "
     "--n-models 2 --hidden-size 8",
@@ -96,7 +101,7 @@ def wait(pid: int) -> int:
 
 def saves(folder: Path) -> bool:
     """Whether a run is writing a checkpoint."""
-    for place in (folder / "checkpoints", folder / "hierarchy" / "checkpoints"):
+    for place in (folder / "checkpoints", *folder.glob("*/checkpoints")):
         with contextlib.suppress(FileNotFoundError):
             return any(".stage-" in name for name in os.listdir(place))
     return False

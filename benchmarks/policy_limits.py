@@ -72,15 +72,11 @@ def values(agent, episode: TensorDictBase, gamma: float) -> tuple[Tensor, Tensor
     """
     td = agent.predictor.encoder(episode.clone())
     td["action"] = episode["action"]
-    said = []
-    for params in agent.loss.qvalue_network_params.unbind(0):
-        with params.to_module(agent.loss.qvalue_network):
-            said.append(agent.loss.qvalue_network(td)["state_action_value"].squeeze(-1))
     came = reward2go(episode["next", "reward"], episode["next", "done"], gamma).squeeze(-1)
     known = len(episode)
     if not episode["next", "terminated"][-1]:
         known = max(known - round(math.log(0.05) / -(1 - gamma)), 0)
-    return torch.stack(said).mean(0)[:known], came[:known]
+    return agent.loss.qvalues(td).mean(0)[:known], came[:known]
 
 
 def foreseen(agent, episode: TensorDictBase, n: int = 64) -> dict[int, float]:

@@ -197,8 +197,17 @@ class SoftActorCritic(LossModule):
         """The scale of the critics' outputs; 1 of networks that have none."""
         return 1.0 if self._head is None else self.qvalue_network_params.get(self._head)[0]
 
-    def _values(self, tensordict: TensorDictBase, params: Any) -> Tensor:
-        """What each critic says, ``[critics, *B]``."""
+    def qvalues(self, tensordict: TensorDictBase, params: Any = None) -> Tensor:
+        """What each critic says of states and actions ``[*B]``.
+
+        Args:
+            tensordict: What the critics read, ``[*B]``.
+            params: Their weights; those under training by default, which keep their gradient.
+
+        Returns:
+            ``[num_qvalue_nets, *B]``.
+        """
+        params = self.qvalue_network_params if params is None else params
         td = tensordict.select(*self.qvalue_network.in_keys)
         return self._critics(td, params).get(self.tensor_keys.state_action_value).squeeze(-1)
 
@@ -216,7 +225,7 @@ class SoftActorCritic(LossModule):
             following.set(context, tensordict.get(context))
         with self._acting() as act:
             entropy = -self.alpha * act(following).unsqueeze(-1)
-        value = self._values(following, self._targets()).amin(0).unsqueeze(-1)
+        value = self.qvalues(following, self._targets()).amin(0).unsqueeze(-1)
         return value, reward + self.gamma * ~terminated * entropy
 
     def _bounded(self, target: Tensor) -> Tensor:

@@ -185,7 +185,7 @@ class ValueGradientLoss(SoftActorCritic):
     def _actor_loss(
         self, tensordict: TensorDictBase, episode: FollowedPolicy
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        values = self._values(episode.last, self.qvalue_network_params.detach())
+        values = self.qvalues(episode.last, self.qvalue_network_params.detach())
         value = values.mean(0) if self.mean_qvalue else values.amin(0)
         soft = value - self.alpha * episode.log_prob[-1]
         gains = episode.reward - self.alpha * episode.log_prob[:-1]
@@ -214,7 +214,7 @@ class ValueGradientLoss(SoftActorCritic):
             else:
                 target = self.read(tensordict, self.tensor_keys.value_target).detach().reshape(n)
         scale = self._scale()
-        said = self._values(rows, self.qvalue_network_params)
+        said = self.qvalues(rows)
         target = target.expand_as(said)
         loss = distance_loss(said / scale, target / scale, self.loss_function).sum(0)
         error = (said.detach() - target).square().mean(0)
@@ -225,7 +225,7 @@ class ValueGradientLoss(SoftActorCritic):
     def _return_of(self, episode: FollowedPolicy) -> Tensor:
         """The soft return of the first action, ``[B]``, by the target critics."""
         with torch.no_grad():
-            last = self._values(episode.last.detach(), self._targets()).amin(0)
+            last = self.qvalues(episode.last.detach(), self._targets()).amin(0)
             entropy = -self.alpha * episode.log_prob
             total = (episode.share[:-1] * episode.reward).sum(0)
             total = total + (episode.share[1:] * entropy[1:]).sum(0) + episode.share[-1] * last

@@ -294,6 +294,16 @@ def test_reductions_and_names():
         torch.testing.assert_close(rows[key].mean(), mean[key])
 
 
+def test_each_critic_says_what_its_own_weights_say():
+    loss, steps = make_learned(num_qvalue_nets=3), make_steps(5, 4)
+    found = loss.qvalues(steps)
+    assert found.shape == (3, 5, 4)
+    for params, said in zip(loss.qvalue_network_params.unbind(0), found, strict=True):
+        with params.to_module(loss.qvalue_network):
+            expected = loss.qvalue_network(steps.clone())["state_action_value"].squeeze(-1)
+        torch.testing.assert_close(said, expected)
+
+
 def test_units_of_the_rewards_do_not_matter():
     """Rewards times 1e6, after the scale was fitted: the same losses."""
     found = []
@@ -308,10 +318,10 @@ def test_units_of_the_rewards_do_not_matter():
         steps = make_steps(50, dtype=torch.float64)
         steps["action"] = steps["action"].double()
         steps["next", "reward"] *= scale
-        before = loss._values(steps, loss.qvalue_network_params)
+        before = loss.qvalues(steps)
         torch.manual_seed(1)
         loss.fit_scale(steps)
-        after = loss._values(steps, loss.qvalue_network_params)
+        after = loss.qvalues(steps)
         torch.testing.assert_close(before, after)
         assert loss._scale().item() == pytest.approx(loss.bounds.abs().max().item() / 2)
         torch.manual_seed(2)

@@ -75,6 +75,9 @@ class Config(runs.RunOptions):
     """Skills that are planned ahead."""
     landmarks: runs.Number = 0.0
     """Radius of landmarks in m; 0 for a reward and a value that are learned instead of known."""
+    random_prob: runs.Share = 1.0
+    """With landmarks, after the symmetry is broken and before there is a task: chance that ten
+    random skills begin; until then the planner goes where few were."""
     n_samples: runs.Count = 128
     """Candidate plans in the first iteration."""
     n_iterations: runs.Count = 3
@@ -94,32 +97,24 @@ class Config(runs.RunOptions):
 
 def make_planner(config: Config, task: Task, step: int) -> PlannerLevel:
     """A level that plans with actions of `step` real steps each."""
-    ways, known = None, {}
+    ways, known = None, {"n_models": config.n_models, "predictor_options": {"tau": 0.01}}
     if config.landmarks:
         ways = Landmarks(2, radius=config.landmarks, scale=5.0, top=1 / (1 - config.gamma**step))
-        known = {"rew_func": task.rew_func(), "val_func": ways.value, "term_func": ways.is_strange}
+        known |= {"rew_func": task.rew_func(), "val_func": ways.value, "term_func": ways.is_strange}
     dims = {"latent_state_dims": list(task.state_dims), "context_dims": list(task.context_dims)}
+    search = {name: getattr(config, name) for name in ("horizon", "n_samples", "n_iterations")}
+    best = {"use_value_func": True, "deterministic_mode": "best"}  # in evaluation as in training
     level = PlannerLevel(
         predictor_factory=PredictorFactory(
             hidden_sizes=2 * (config.hidden_size,),
-            n_models=config.n_models,
             gamma=config.gamma,
             partial_encoder=partial(FixedEncoderNet, **dims),
-            predictor_options={"tau": 0.01},
             **known,
         ),
         planner_factory=partial(
-            ICEMPlanner,
-            horizon=config.horizon,
-            n_samples=config.n_samples,
-            n_iterations=config.n_iterations,
-            discount=config.gamma**step,
-            use_value_func=True,
-            deterministic=bool(known),
-            deterministic_mode="best",  # in evaluation as in training
+            ICEMPlanner, discount=config.gamma**step, deterministic=bool(ways), **search, **best
         ),
         n_initial_random_steps=config.steps_per_batch,
-        random_duration=1,
         updates_per_step=config.model_updates_per_action,
     )
     level.landmarks = ways  # a part of it: saved with the level
@@ -132,15 +127,11 @@ def make_agent(config: Config, task: Task, env: EnvBase) -> Hierarchy:
         return Hierarchy([make_planner(config, task, 1)], env)
     planner = make_planner(config, task, config.duration)
     sac = partial(SACLearner, hidden_sizes=2 * (config.hidden_size,), gamma=config.gamma, tau=0.01)
+    told = {"std": config.skill_std, "n_symmetry_breaking_steps": config.symmetry_breaking_steps}
     skills = SkillLevel(
         input_spec=Bounded(-1.0, 1.0, (2,)),
         duration=config.duration,
-        # Skills are told apart by the place they lead to.
-        skill_reward=SPlaTESReward(
-            std=config.skill_std,
-            state_dims=[0, 1],
-            n_symmetry_breaking_steps=config.symmetry_breaking_steps,
-        ),
+        skill_reward=SPlaTESReward(state_dims=[0, 1], **told),  # by the place they lead to
         learner_factory=partial(sac, lr=1e-3, alpha_init=0.1),
         n_initial_random_steps=config.steps_per_batch,
         updates_per_step=config.sac_updates_per_step,
@@ -150,17 +141,25 @@ def make_agent(config: Config, task: Task, env: EnvBase) -> Hierarchy:
 
 
 def make_env(task: Task, n: int, seed: int, **kwargs) -> EnvBase:
-    env = make_batched(task, n, seed=seed, **kwargs)
-    return env.append_transform(Compose(RewardSum(), SuccessRate()))
+    transforms = Compose(RewardSum(), SuccessRate())
+    return make_batched(task, n, seed=seed, **kwargs).append_transform(transforms)
 
 
-def set_phase(config: Config, agent: Hierarchy, steps: int) -> None:
-    """First random skills, which are learned; then plans over skills that stay as they are."""
+def no_reward(state, context, action):
+    return 0.0 * state[..., 0]
+
+
+def set_phase(config: Config, task: Task, agent: Hierarchy, steps: float) -> None:
+    """Skills are learned, at first random ones; then plans over skills that stay as they are."""
     if config.agent == "hierarchy":
         planner, skills = agent.levels
-        discovers = steps < config.skill_steps
-        planner.random_prob = 1.0 if discovers else 0.0
+        discovers = steps < min(config.skill_steps, config.total_env_steps)
+        explores = discovers and steps >= config.symmetry_breaking_steps and config.landmarks
         skills.updates_per_step = config.sac_updates_per_step if discovers else 0.0
+        planner.random_prob = config.random_prob if explores else float(discovers)
+        if ways := planner.landmarks:
+            planner.predictor.rew_func = no_reward if explores else task.rew_func()
+            planner.predictor.val_func = ways.novelty if explores else ways.value
 
 
 def row_of(agent: Hierarchy, data: TensorDictBase, info: dict[str, float]) -> dict[str, float]:
@@ -184,13 +183,14 @@ def main(config: Config) -> None:
         env = make_env(task, config.n_envs, config.seed)
         agent = make_agent(config, task, env).to(config.device)
         run.keep(**agent.parts())
-        set_phase(config, agent, run.steps)
+        set_phase(config, task, agent, run.steps)
         for data in run.collect(env, agent):
             row = run.returns(data) | row_of(agent, data, agent.learn(data))
             if config.landmarks:
                 agent.levels[0].landmarks.extend(data["observation"][..., task.state_dims[:2]])
+            set_phase(config, task, agent, math.inf)  # evaluations are of the task
             run.log(row | run.evaluation(partial(make_env, task), agent))
-            set_phase(config, agent, run.steps)
+            set_phase(config, task, agent, run.steps)
         run.finish(partial(make_env, task), agent, seed=config.seed + 100_000)
 
 

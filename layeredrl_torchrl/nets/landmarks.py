@@ -23,7 +23,8 @@ class Landmarks(nn.Module):
     near each of them. Neighbours, at most two radii apart, are joined, and the way from place to
     place is the shortest over such joints: along corridors, and not through walls. (Search on a
     replay buffer, arXiv 1906.05253, with known distances between neighbours.) Nothing is trained.
-    Give a predictor :meth:`value`, and :meth:`is_strange` for plans that stay where somebody was:
+    Give a predictor :meth:`value`, and :meth:`is_strange` for plans that stay where somebody was;
+    or :meth:`novelty`, to see more before there is a task:
 
     >>> landmarks = Landmarks(2, radius=0.5)
     >>> landmarks.extend(torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [1.0, 2.0], [0.0, 2.0]]))
@@ -45,6 +46,7 @@ class Landmarks(nn.Module):
 
     places: Tensor  # [capacity, P]
     ways: Tensor  # [capacity, capacity], the shortest
+    visits: Tensor  # [capacity], places that were seen within two radii
     count: Tensor  # [] int64
 
     def __init__(
@@ -64,12 +66,14 @@ class Landmarks(nn.Module):
         self.top = check_number("top", top)
         self.register_buffer("places", torch.full((capacity, dim), math.inf))
         self.register_buffer("ways", torch.full((capacity, capacity), math.inf))
+        self.register_buffer("visits", torch.zeros(capacity))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def extend(self, places: Tensor) -> None:
         """Learn from places ``[*B, P]`` that were seen."""
-        before, seen = int(self.count), places.reshape(-1, places.shape[-1]).to(self.places)
+        before, all_seen = int(self.count), places.reshape(-1, places.shape[-1]).to(self.places)
+        seen = all_seen
         while len(seen) and self.count < len(self.places):
             seen = seen[self._off(seen) > self.radius]
             if len(seen):
@@ -82,6 +86,9 @@ class Landmarks(nn.Module):
             for middle in range(len(known)):  # Floyd and Warshall
                 torch.minimum(ways, ways[:, middle : middle + 1] + ways[middle], out=ways)
             self.ways[: self.count, : self.count] = ways
+        for some in all_seen.split(_ROWS):
+            near = torch.cdist(some, self.places[: self.count]) <= self._reach
+            self.visits[: self.count] += near.sum(0)
 
     @property
     def _reach(self) -> float:
@@ -127,6 +134,28 @@ class Landmarks(nn.Module):
             return torch.zeros_like(state[..., 0])
         place = state[..., : self.places.shape[-1]]
         return self.top * torch.exp(-self.distance(place, context) / self.scale)
+
+    def novelty(self, state: Tensor, context: Tensor, action: Tensor | None = None) -> Tensor:
+        """What it is worth to be where few were, or on the way there, from ``[*B, D]``: ``[*B]``.
+
+        ``top * exp(-distance / scale) / sqrt(visits)``, for the landmark of which that is most.
+        Visits are the places that were seen within two radii of it. A planner for this value goes
+        to the edge of what is known, and random phases go on from there (first return, then
+        explore: Go-Explore, arXiv 2004.12919; counts as in arXiv 1606.01868). 0 far from all
+        landmarks.
+        """
+        if not self.count:
+            return torch.zeros_like(state[..., 0])
+        known, ways = self.places[: self.count], self.ways[: self.count, : self.count]
+        new = self.visits[: self.count].rsqrt()
+        worth = (new * torch.exp(-ways / self.scale)).amax(-1)
+        place = state[..., : known.shape[-1]].reshape(-1, known.shape[-1])
+        found = []
+        for some in place.split(_ROWS):
+            first = torch.cdist(some, known)
+            near = torch.exp(-first.where(first <= self._reach, math.inf) / self.scale)
+            found.append((near * worth).amax(-1))
+        return self.top * torch.cat(found).reshape(state.shape[:-1])
 
     def value_of(self, reward: StepFunction, *, speed: float, discount: float) -> StepFunction:
         """Return the value function of a reward, for one who goes from landmark to landmark.

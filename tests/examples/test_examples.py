@@ -113,6 +113,7 @@ def test_a_flat_planner_of_the_maze(run, curve, capsys, tmp_path):
 def test_landmarks_are_saved_with_the_run(agent, example, run, curve, tmp_path):
     pytest.importorskip("gymnasium_robotics")
     options = (f"--agent={agent}", "--landmarks=0.3", "--task=PointMaze-U-Sparse")
+    options += ("--random-prob=0.1", "--symmetry-breaking-steps=100")
     run("skill_hierarchy", *options, f"--output={tmp_path}/whole")
     run("skill_hierarchy", *options, f"--output={tmp_path}/parts", "--total-env-steps=200")
     run("skill_hierarchy", *options, f"--output={tmp_path}/parts", "--resume")
@@ -120,6 +121,29 @@ def test_landmarks_are_saved_with_the_run(agent, example, run, curve, tmp_path):
     for row in (*whole, *parts):
         del row["seconds"]
     assert str(whole) == str(parts)  # there are NaNs in it
+
+
+def test_new_places_are_planned_for_once_there_are_skills_and_until_there_is_a_task(example):
+    pytest.importorskip("gymnasium_robotics")
+    module = example("skill_hierarchy")
+    config = module.Config(landmarks=0.3, random_prob=0.1, hidden_size=8, n_models=2)
+    task = module.runs.find_task("PointMaze-U-Sparse", with_goals=True)
+    agent = module.make_agent(config, task, module.make_env(task, 2, 0))
+    planner, skills = agent.levels
+    known, ways = planner.predictor, planner.landmarks
+    at_goal = torch.zeros(1, 4), torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 4)
+    for steps, prob, value, paid in (
+        (0, 1.0, ways.value, 1.0),
+        (14_999, 1.0, ways.value, 1.0),
+        (15_000, 0.1, ways.novelty, 0.0),
+        (29_999, 0.1, ways.novelty, 0.0),
+        (30_000, 0.0, ways.value, 1.0),
+    ):
+        module.set_phase(config, task, agent, steps)
+        assert planner.random_prob == prob
+        assert known.val_func == value
+        assert known.reward_of(*at_goal) == paid
+        assert (skills.updates_per_step > 0) == (steps < 30_000)
 
 
 @pytest.mark.slow

@@ -96,6 +96,33 @@ def test_what_is_seen_later_joins_what_is_known():
     assert landmarks.distance(line[:1], line[3:]).item() == pytest.approx(3.0)
 
 
+def test_few_visits_are_worth_more_than_many_and_near_ones_more_than_far_ones():
+    paths = walks()
+    landmarks = Landmarks(2, radius=0.4, scale=3.0, top=2.0)
+    state = torch.cat([torch.randn(20, 2) * 2, torch.randn(20, 2)], -1)
+    assert not landmarks.novelty(state, state).any()
+    batches, visits = (paths[:6], paths[6:]), []
+    for batch in batches:
+        landmarks.extend(batch)
+        visits += [0] * (int(landmarks.count) - len(visits))
+        for i, mark in enumerate(landmarks.places[: landmarks.count]):
+            visits[i] += int(((batch - mark).norm(dim=-1) <= 0.8).sum())
+    assert min(visits) < 5
+    assert max(visits) > 50
+    marks = landmarks.places[: landmarks.count]
+    expected = [
+        max(
+            2.0 * math.exp(-slow_distance(landmarks, place, mark) / 3.0) / math.sqrt(n)
+            for mark, n in zip(marks, visits, strict=True)
+        )
+        for place in state[:, :2]
+    ]
+    found = landmarks.novelty(state.reshape(5, 4, 4), state)
+    torch.testing.assert_close(found.flatten(), torch.tensor(expected), rtol=1e-3, atol=1e-6)
+    assert (found == 0).any()
+    assert (found > 0).any()
+
+
 @reads_next_state
 def at_goal(state, context, action, next_state):
     return ((next_state[..., :2] - context).norm(dim=-1) < 0.1).float()

@@ -8,6 +8,12 @@ from layeredrl_torchrl.envs.known import never
 from layeredrl_torchrl.envs.registry import TASKS
 from layeredrl_torchrl.envs.task import Task
 
+_LEGEND = """
+state, context, action: their dimensions. horizon: steps of an episode. budget: real steps in which
+the benchmarks learn the task. solved at: return of an episode. known reward, known end: what
+`get_task(name).reward` and `.termination` tell without learning. Point mazes need the extra
+robotics: in the clone, python -m pip install -e '.[robotics]'
+"""
 _HEAD = (
     *("task", "state", "context", "action", "horizon", "budget", "solved at"),
     *("known reward", "known end"),
@@ -42,4 +48,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(table())
+    sys.stdout.write(table() + _LEGEND)

@@ -39,7 +39,7 @@ from layeredrl_torchrl.levels._undo import all_or_nothing
 __all__ = ["Hierarchy"]
 
 _NEEDS = (
-    "append hierarchy.make_tensordict_primer() to the environment (collectors do so with "
+    "env = env.append_transform(hierarchy.make_tensordict_primer()) adds it (collectors do so with "
     "auto_register_policy_transforms=True)"
 )
 

@@ -171,7 +171,10 @@ class ActionSequenceLevel(_FixedLevel):
             KeyError: The observation or the position in the sequence is missing.
         """
         self._batch(tensordict)
-        hint = "append its make_tensordict_primer() to the environment, or put it into a Hierarchy"
+        hint = (
+            "env = env.append_transform(level.make_tensordict_primer()) adds it; or put the level "
+            "into a Hierarchy"
+        )
         position = require(tensordict, self.position_key, reader=self.name, hint=hint)
         at = position.squeeze(-1).clamp_max(len(self.actions) - 1)
         tensordict.set(self.action_key, self.actions[at].to(self.action_spec.dtype))

@@ -240,8 +240,8 @@ class PlannerLevel(LearningLevel):
             KeyError: The observation or the memory is missing.
         """
         hint = (
-            "append its make_tensordict_primer() to the environment (collectors do so with "
-            "auto_register_policy_transforms=True)"
+            "env = env.append_transform(level.make_tensordict_primer()) adds it (collectors do so "
+            "with auto_register_policy_transforms=True)"
         )
         carried = require(tensordict, self.state_key, reader=self.name, hint=hint)
         warming_up = self.explores and self.warming_up

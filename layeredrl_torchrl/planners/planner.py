@@ -364,8 +364,8 @@ class PredictorPlanner(MPCPlannerBase):
             self.plan_key,
             reader="the planner",
             hint=(
-                "append its make_tensordict_primer() to the environment (collectors do so with "
-                "auto_register_policy_transforms=True); where there is no environment, "
+                "env = env.append_transform(planner.make_tensordict_primer()) adds it (collectors "
+                "do so with auto_register_policy_transforms=True); where there is no environment, "
                 "td.update(planner.forget(td.batch_size))"
             ),
         )

@@ -143,7 +143,7 @@ class RunOptions:
         if self.logger != "csv" and importlib.util.find_spec(self.logger) is None:
             raise RunError(
                 f"--logger {self.logger} needs a package that is not installed; install the extra "
-                f"`{self.logger}`, as in pip install 'layeredrl-torchrl[{self.logger}]'"
+                f"`{self.logger}`, as in pip install -e '.[{self.logger}]'"
             )
         if self.steps_per_batch % self.n_envs:
             raise RunError(

@@ -39,11 +39,13 @@ def test_check_env_specs(name):
 
 def test_the_table_lists_every_task(capsys):
     runpy.run_module("layeredrl_torchrl.envs", run_name="__main__")  # python -m
-    shown = capsys.readouterr().out
+    shown, _, legend = capsys.readouterr().out.partition("\n\n")
     head, rule, *rows = shown.splitlines()
     assert len(rows) == len(TASKS)
     assert set(rule) == {"|", "-"}
     assert {len(line) for line in shown.splitlines()} == {len(head)}
+    named = [column.strip() for column in head.strip("|").split("|")[1:]]
+    assert all(column in legend for column in named)
     cells = [cell.strip() for cell in rows[list(TASKS).index("Reacher-v5")].strip("|").split("|")]
     assert cells == ["Reacher-v5", "8", "2", "2", "50", "5,000", "-5", "of next state", "never"]
     known = {row.split("|")[1].strip(): [x.strip() for x in row.split("|")[-3:-1]] for row in rows}

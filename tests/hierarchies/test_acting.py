@@ -202,7 +202,7 @@ def test_discrete_inputs(toy, n):
 
 def test_needs_observation_and_memory(three):
     env, hierarchy = three()
-    with pytest.raises(KeyError, match=r"append hierarchy\.make_tensordict_primer"):
+    with pytest.raises(KeyError, match=r"append_transform\(hierarchy\.make_tensordict_primer"):
         hierarchy(env.reset())
     held = set_up(env, hierarchy).reset()
     with pytest.raises(KeyError, match=r"reads 'observation', which is missing"):

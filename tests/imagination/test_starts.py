@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import known
 from tensordict import TensorDict
-from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import StepCounter, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
@@ -126,6 +127,14 @@ def test_an_instance_that_ends_is_reset_alone(make_point, point_buffer, propagat
         member = data["imagined_member"]
         new, old = member[:, 1:][ended], member[:, :-1][ended]
         assert 0.5 < (new != old).float().mean() < 0.95  # drawn anew: 3/4 are others
+
+
+def test_a_state_alone_is_a_start_where_there_is_no_context():
+    actions = Bounded(-1.0, 1.0, (1,))
+    predictor = known(lambda state, action: state, lambda *step: step[0][..., 0], actions, 2)
+    env = PredictorEnv(predictor, batch_size=[3])
+    state = torch.arange(6.0).reshape(3, 2)
+    assert torch.equal(env.reset(TensorDict({"state": state}, [3]))["state"], state)
 
 
 def zeros(n, **widths):

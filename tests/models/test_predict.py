@@ -232,13 +232,23 @@ def test_each_member_trains_its_own_parameters_only_and_the_termination_all(net,
 # -- statistics ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("n_broken", [1, 2])
 @pytest.mark.parametrize("offset", [0.0, 1e4])
-def test_a_broken_reading_is_named(offset, fc, recorded, transitions):
+def test_a_broken_reading_is_named(offset, n_broken, fc, recorded, transitions):
     state, context, action, next_state = transitions(n=2000)
     ensemble, _ = recorded(fc)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ensemble.fit_statistics(offset + state, context, action, offset + next_state)
-    state[7, 1] = 1e6
+    state[7 : 7 + n_broken, 1] = 1e6
     with pytest.warns(UserWarning, match=r"state: a few of 2000 rows .* dimension\(s\) \[1\]"):
         ensemble.fit_statistics(offset + state, context, action, offset + next_state)
+
+
+def test_a_tail_that_falls_off_is_no_broken_reading(fc, recorded, transitions):
+    state, context, action, next_state = transitions(n=2000)
+    ensemble, _ = recorded(fc)
+    state[7:10, 1] = torch.tensor([1e6, 6e4, 1e4])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ensemble.fit_statistics(state, context, action, next_state)

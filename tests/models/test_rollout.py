@@ -245,6 +245,28 @@ def test_a_noiseless_linear_model_has_a_closed_form_and_can_be_trained_through(b
     assert (model.w.grad != 0).all()
 
 
+class Fork(Model):
+    """Steps to one of two places, exactly, the first three times as often."""
+
+    def __init__(self, box):
+        super().__init__(box(2), None, box(2), n_models=1, n_modes=2)
+
+    def predict_members(self, state, context, action):
+        mean = torch.stack((state + action, state - action), -2)
+        weights = torch.tensor([0.75, 0.25]).expand(mean.shape[:-1])
+        return (mean, torch.zeros_like(mean)), weights, torch.zeros_like(weights[..., 0])
+
+
+def test_each_mode_of_somebody_s_own_model_is_taken_as_often_as_it_says(box):
+    state, _, actions = start((400,), 1, d=2)
+    after = Fork(box).rollout(state, None, actions)["next", "state"].flatten(0, -2)
+    first, second = ((after - (state + s * actions[:, 0])).abs().amax(-1) < 1e-6 for s in (1, -1))
+    assert (first | second).all()
+    assert 0.65 < first.float().mean() < 0.85
+    mean = Fork(box).rollout(state, None, actions, True)["next", "state"].flatten(0, -2)
+    torch.testing.assert_close(mean, state + 0.5 * actions[:, 0])
+
+
 # -- members that diverge ------------------------------------------------------------------
 
 

@@ -51,6 +51,12 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(steps, small, tmp_path):
     assert seconds == sorted(seconds)
 
 
+def test_the_bar_says_what_is_being_done(small, capsys):
+    small(seed=3)
+    shown = capsys.readouterr().err
+    assert all(f": {what}:" in shown for what in ("acting", "learning", "saving"))
+
+
 @pytest.fixture
 def listens():
     """Ctrl-C interrupts, also where the tests themselves were started in the background."""

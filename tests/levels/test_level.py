@@ -107,6 +107,7 @@ def test_a_sequence_starts_at_each_input_and_then_hands_back():
     assert level.hands_back(td).squeeze(-1).tolist() == [False, False, False, True, True]
     assert torch.equal(level(td)["action"], actions[[0, 1, 2, 2, 2]])
     assert not level.make_tensordict_primer().primers.keys()
+    assert level.out_keys == ["action"]
     # A duration of its own cuts it, or makes it hold the last action.
     for duration in (2, 5):
         other = ActionSequenceLevel(actions, input_spec=OneHot(4), duration=duration)
@@ -118,6 +119,7 @@ def test_alone_a_sequence_starts_at_each_reset_and_holds_its_end():
     actions = torch.tensor([[0.5], [-0.5], [1.0], [0.0]])
     level = ActionSequenceLevel(actions)
     level.setup(env.observation_spec_unbatched["observation"], env.action_spec_unbatched)
+    assert level.out_keys == ["action", ("next", "n_played")]
     env = TransformedEnv(env, level.make_tensordict_primer())
     torch.manual_seed(0)
     data = env.rollout(60, level, break_when_any_done=False)

@@ -138,6 +138,15 @@ def test_equals_a_loop_over_single_steps(k_steps, n_steps, elapsed, random):
     torch.testing.assert_close(target[counts], targets[counts])
 
 
+def test_the_only_valid_step_counts_in_full():
+    loss, batch = make_loss(1, 1), make_slices(2)[:1]
+    batch["valid"] = torch.tensor([[True, False]])
+    state, context = loss.encoder(batch["observation"][0, 0])
+    error = loss.rew_func(state, context, batch["action"][0, 0]) - batch["next", "reward"][0, 0]
+    expected = (error.item() / 3.0) ** 2
+    assert loss(batch)["loss_reward"].item() == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("mask", ["valid", ("collector", "mask")])
 def test_steps_that_are_not_valid_have_no_influence(mask):
     loss, batch = make_loss(), make_slices(5)

@@ -141,6 +141,15 @@ def test_tensordicts_get_what_tensors_get(predictor, call):
     assert predictor.in_keys == ["observation", "action"]
 
 
+def test_observations_are_decoded_from_either_form():
+    predictor = make_predictor(IdentityEncoder({"b": (2,), "a": (1,)}), 3)
+    td = TensorDict({"state": torch.randn(*BATCH, 3)}, BATCH)
+    whole = predictor.decode(td.clone())
+    assert torch.equal(whole["b"], td["state"][..., :2])
+    assert torch.equal(whole["a"], td["state"][..., 2:])
+    assert torch.equal(predictor.decode(td["state"]), td["state"])
+
+
 def test_termination_is_a_probability_above_one_half():
     predictor = make_point(term_prob=lambda after: after.clamp(0, 1))
     obs = torch.tensor([[0.4, 0.0], [0.5, 0.0], [0.6, 0.0]])

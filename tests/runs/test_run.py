@@ -51,6 +51,12 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(steps, small, tmp_path):
     assert seconds == sorted(seconds)
 
 
+def test_it_saves_when_that_is_due_and_at_its_end(small):
+    run = small(steps_per_checkpoint=60)
+    saved = [path.parent.name for path in run.folder.glob("checkpoints/*/checksums.json")]
+    assert sorted(int(name.split("-")[-1]) for name in saved) == [60, 80]
+
+
 def test_the_bar_says_what_is_being_done(small, capsys):
     small(seed=3)
     shown = capsys.readouterr().err

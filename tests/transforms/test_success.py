@@ -155,3 +155,9 @@ def test_keys_that_do_not_fit_are_named():
 def test_sampled_data_has_no_episodes():
     with pytest.raises(RuntimeError, match="in an environment only"):
         SuccessRate()(TensorDict({"success": torch.ones(1, dtype=torch.bool)}, []))
+
+
+def test_the_inputs_of_other_transforms_stay():
+    env = make_batched("PointMaze-Open", 2, seed=0).append_transform(StepCounter())
+    env.append_transform(SuccessRate())
+    assert {"step_count", "episode_success"} <= set(env.full_state_spec.keys())

@@ -31,7 +31,7 @@ def test_no_block_is_overlooked(name):
     """Fences that the test above does not run are of a kind that is not Python."""
     fences = re.findall(r"^ *(?:`{3,}|~{3,}|:{3,})(.*)$", PAGES[name].read_text(), re.MULTILINE)
     opened = set(fences) - {"", "python"}
-    assert all(kind in ("bash", "text") or kind.startswith("{") for kind in opened), opened
+    assert all(kind in ("bash", "diff", "text") or kind.startswith("{") for kind in opened), opened
     assert not any("python" in kind for kind in opened)
 
 

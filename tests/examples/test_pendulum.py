@@ -64,8 +64,9 @@ def test_runs(name, monkeypatch, capsys):
         imagined = used["imagined"][:]
         apart = (imagined["observation"][:50, None] - stored["observation"]).abs().sum(-1)
         assert (apart.min(-1).values == 0).all()
-        starts = imagined["observation"].unique(dim=0)
-        assert len(starts) <= 100 < len(imagined["action"].unique())  # drawn, not the mean
+        first = imagined[:5000]  # of one policy
+        assert len(first["observation"].unique(dim=0)) <= 50
+        assert len(first["action"].unique()) > 1000  # drawn, not the mean
         assert (imagined["next", "observation"] != imagined["observation"]).any(-1).all()
     if name == "planner":
         assert used["level"].n_env_steps == 100

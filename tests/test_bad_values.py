@@ -170,7 +170,7 @@ TABLE = {
     lrl.EnsembleDisagreement: (partial(lrl.EnsembleDisagreement, ensemble()), {"scale": NUMBER}),
     lrl.ModelLoss: (
         partial(lrl.ModelLoss, ensemble()),
-        {"per_member": FLAG, "beta": SHARE},
+        {"per_member": FLAG, "beta": SHARE, "huber_std": POSITIVE},
     ),
     lrl.PredictorLoss: (
         lambda **options: lrl.PredictorLoss(
@@ -208,6 +208,7 @@ TABLE = {
         {
             "member_batches": [*OBJECT, lrl.SharedBatch],
             "annealing": SHARE,
+            "huber_std": POSITIVE,
             "weight_decay": NOT_NEGATIVE,
             "early_stopping": OBJECT,
         },

@@ -78,6 +78,10 @@ class ModelLoss(TermsLoss):
             weighted by its own std, with the responsibilities of the unweighted likelihood (the
             gradient of a mixture's likelihood is that of its modes' log-densities, averaged with
             these).
+        huber_std: From so many predicted stds on, squared errors go on linearly (Huber, 1964), so
+            that single readings that nothing foretells (an impact, a broken sensor) do not drown
+            all others in the gradient. Normal errors never get there; ``None`` is the plain
+            likelihood.
 
     Reads (``set_keys`` renames): ``state``, ``context``, ``action``, ``next_state``
     (``("next", "state")``), ``terminated`` (``("next", "terminated")``), and where present
@@ -86,12 +90,12 @@ class ModelLoss(TermsLoss):
     padding).
 
     Writes ``loss_dynamics`` and ``loss_termination`` (sums over members), and for the log
-    ``nll`` (nats per dimension, averaged over members, whatever ``beta`` is) and
+    ``nll`` (nats per dimension, averaged over members, of the plain likelihood) and
     ``termination_bce``.
 
     Raises:
-        KeyError: A missing entry. ValueError: no valid transition in the batch; ``beta`` outside
-            its range.
+        KeyError: A missing entry. ValueError: no valid transition in the batch; ``beta`` or
+            ``huber_std`` outside its range.
     """
 
     @dataclass
@@ -110,11 +114,19 @@ class ModelLoss(TermsLoss):
     out_keys = ["loss_dynamics", "loss_termination", "nll", "termination_bce"]
 
     def __init__(
-        self, model: ProbabilisticEnsemble, *, per_member: bool = False, beta: float = 0.0
+        self,
+        model: ProbabilisticEnsemble,
+        *,
+        per_member: bool = False,
+        beta: float = 0.0,
+        huber_std: float | None = 10.0,
     ) -> None:
         super().__init__()
         check_instance("model", model, ProbabilisticEnsemble, hint="give the ensemble to train")
         self.beta = check_number("beta", beta, 0.0, 1.0)
+        if huber_std is not None:
+            check_number("huber_std", huber_std, 0.0, open_low=True)
+        self.huber_std = huber_std
         self.model = model
         self.per_member = check_flag("per_member", per_member)
 
@@ -192,28 +204,40 @@ class ModelLoss(TermsLoss):
         # [M, N, K, D]: minus the log-density of each dimension under each mode, without its
         # constant, so that few operations run over the largest tensors of an update.
         log_std = std.log()
-        surprise = torch.add(log_std, ((target - mean) / std).square(), alpha=0.5)
+        z = (target - mean) / std
+        limit = math.inf if self.huber_std is None else self.huber_std
+        near = z.clamp(-limit, limit)
+        surprise = torch.addcmul(log_std, near, torch.add(z, near, alpha=-0.5))
         constant = 0.5 * _LOG_2PI
-        log_prob = -surprise.sum(-1) - constant * self.model.state_dim
         log_weights = torch.zeros_like(weights)
         if self.model.n_modes > 1:
             log_weights = weights.clamp_min(torch.finfo(weights.dtype).tiny).log()
-            joint = log_prob + log_weights
-            joint = joint.clamp_min(joint.detach().amax(-1, keepdim=True) + _UNLIKELY)
-            log_prob = joint.logsumexp(-1, keepdim=True)
-        nll = -(log_prob.squeeze(-1) * weight).sum(-1)  # [M]
-        dynamics = nll
+        with torch.no_grad():
+            plain = torch.addcmul(surprise, z - near, z - near, value=0.5)
+            nll = self._mixture(plain, log_weights, weight)  # [M]
         if isinstance(beta, Tensor) or beta:
             densities = -surprise - constant
             weighted = self._beta_weighted(densities, log_std, log_weights, beta, weight)
             dynamics = -(weighted * weight).sum(-1)
+        else:
+            dynamics = self._mixture(surprise, log_weights, weight)
         bce = (_termination_bce(term_prob, terminated) * weight).sum(-1)  # [M]
         return {
             "loss_dynamics": dynamics.sum(),
             "loss_termination": bce.sum(),
-            "nll": nll.detach().mean() / self.model.state_dim,
+            "nll": nll.mean() / self.model.state_dim,
             "termination_bce": bce.detach().mean(),
         }
+
+    @staticmethod
+    def _mixture(surprise: Tensor, log_weights: Tensor, weight: Tensor) -> Tensor:
+        """Return the negative log-likelihood ``[M]``; for the arguments see :meth:`terms`."""
+        log_prob = -surprise.sum(-1) - 0.5 * _LOG_2PI * surprise.shape[-1]
+        if log_prob.shape[-1] > 1:
+            joint = log_prob + log_weights
+            joint = joint.clamp_min(joint.detach().amax(-1, keepdim=True) + _UNLIKELY)
+            log_prob = joint.logsumexp(-1, keepdim=True)
+        return -(log_prob.squeeze(-1) * weight).sum(-1)
 
     @staticmethod
     def _beta_weighted(

@@ -173,7 +173,10 @@ class RewardPredictor(Predictor):
             action=model.in_keys[2],
         )
         self.__dict__["predictor_loss"] = predictor_loss
-        self.__dict__["model_loss"] = ModelLoss(model, per_member=True, beta=beta_nll)
+        huber_std = model_training.huber_std
+        self.__dict__["model_loss"] = ModelLoss(
+            model, per_member=True, beta=beta_nll, huber_std=huber_std
+        )
         trains_value = isinstance(val_func, nn.Module)
         self.target_val_func = predictor_loss.target_val_func if trains_value else None
         self.delta_standardizer = (

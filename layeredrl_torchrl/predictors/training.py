@@ -25,6 +25,7 @@ class ModelTraining:
             falls linearly to a tenth: the weights settle, and the predicted variance becomes that
             of the settled weights. ``beta_nll`` falls to 0 over as many updates, and reaches it
             a quarter as many before the end. 0 for none of both.
+        huber_std: See :class:`~layeredrl_torchrl.ModelLoss`.
         weight_decay: Decoupled weight decay (arXiv 1711.05101) of all the model's parameters: each
             update shrinks them by this share of the learning rate.
         early_stopping: When the model stops learning within a call; ``None`` for never. Needs
@@ -36,6 +37,7 @@ class ModelTraining:
 
     member_batches: MemberBatches = field(default_factory=OwnBatches)
     annealing: float = 0.4
+    huber_std: float | None = 10.0
     weight_decay: float = 0.0
     early_stopping: EarlyStopping | None = None
 
@@ -44,6 +46,8 @@ class ModelTraining:
         check_instance("member_batches", self.member_batches, MemberBatches, hint=hint)
         check_number("annealing", self.annealing, 0.0, 1.0)
         check_number("weight_decay", self.weight_decay, 0.0)
+        if self.huber_std is not None:
+            check_number("huber_std", self.huber_std, 0.0, open_low=True)
         if self.early_stopping is not None:
             hint = "pass EarlyStopping() or None"
             check_instance("early_stopping", self.early_stopping, EarlyStopping, hint=hint)

@@ -91,7 +91,7 @@ def test_equals_a_loop_over_members_and_rows(make_ensemble, options, per_member,
     model = fit(make_ensemble(context_dim=1, n_models=3, **options))
     batch = make_batch(model, (3, N) if per_member else (N,), valid, weight)
 
-    out = ModelLoss(model, per_member=per_member)(batch)
+    out = ModelLoss(model, per_member=per_member, huber_std=None)(batch)
 
     dynamics, termination = naive_loss(model, batch, per_member)
     assert out["loss_dynamics"].item() == pytest.approx(dynamics, rel=1e-4)
@@ -222,7 +222,7 @@ def test_beta_weights_each_row_by_its_variance_and_no_dimension_by_its_unit(make
     )
     batch = make_batch(model, weight=True)
 
-    out = ModelLoss(model, beta=beta)(batch)
+    out = ModelLoss(model, beta=beta, huber_std=None)(batch)
     out["loss_dynamics"].backward()
 
     share = (batch["weight"] / batch["weight"].sum()).unsqueeze(-1)
@@ -303,3 +303,44 @@ def test_an_impossible_mode_gives_no_subnormal_gradients(make_ensemble, beta):
 
     for grad in grads:
         assert not ((grad != 0) & (grad.abs() < torch.finfo(grad.dtype).tiny)).any()
+
+
+# -- single readings ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_errors_go_on_linearly_where_normal_ones_never_are(make_ensemble, beta):
+    """Against torch's own Huber loss; what is logged stays the likelihood."""
+    model = make_ensemble(
+        n_models=1,
+        partial_net=lambda *spaces: Constant(torch.zeros(D), torch.full((D,), 0.5), 0.5),
+        predict_delta=False,
+        normalize_targets=False,
+    )
+    batch = make_batch(model)
+    batch["next", "state"][0] = 1e3
+    target = batch["next", "state"]
+
+    out, _ = gradients(model, batch, beta)
+
+    error = torch.nn.functional.huber_loss(target / 0.5, torch.zeros(N, D), "none", delta=10.0)
+    expected = (error + math.log(0.5) + 0.5 * math.log(2 * math.pi)).sum(-1).mean()
+    assert out["loss_dynamics"].item() == pytest.approx(expected.item(), rel=1e-5)
+    plain = -torch.distributions.Normal(0.0, 0.5).log_prob(target).mean()
+    assert out["nll"].item() == pytest.approx(plain.item(), rel=1e-5)
+
+
+def test_single_readings_leave_the_gradient_to_the_others(make_ensemble):
+    """One in N of a thousand stds: with the plain likelihood its gradient is most of the norm."""
+    shares = []
+    for huber_std in (10.0, None):
+        model = fit(make_ensemble(n_models=1))
+        batch = make_batch(model)
+        grads = []
+        for reading in (0.0, 1e4):
+            batch["next", "state"][0, 1] = reading
+            model.zero_grad()
+            ModelLoss(model, huber_std=huber_std)(batch)["loss_dynamics"].backward()
+            grads.append(torch.cat([p.grad.flatten() for p in model.members.parameters()]).norm())
+        shares.append((grads[1] / grads[0]).item())
+    assert shares[0] < 0.01 * shares[1]

@@ -28,6 +28,7 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 html_theme = "furo"
+pygments_style = "default"  # furo's own does not tell removed lines from added ones
 html_title = f"{project} {release}"
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]

@@ -146,7 +146,8 @@ def main(config: Config) -> None:
     total = config.total_env_steps or task.budget
     if config.random_steps >= total:
         raise RunError(
-            f"--random-steps is {config.random_steps} of {total} steps: nothing would be planned"
+            f"--random-steps is {config.random_steps} of {total} steps: nothing would be planned; "
+            "give fewer, or more --total-env-steps"
         )
     with Run(config, total) as run:
         env = make_env(task, config.n_envs, config.seed)

@@ -3,39 +3,70 @@
     python benchmarks/mazes.py                            # every agent, seeds 0 1 2
     python benchmarks/mazes.py --agents her --seeds 0
     python benchmarks/mazes.py --no-run                   # table and picture of what is there
+    python benchmarks/mazes.py --no-run --curves benchmarks/curves/mazes.csv --output docs
 
 A run that was cut off goes on from its last checkpoint, one that is complete is not run again.
-Prints a table and draws success against real steps, both from the files in the output folder.
+Prints a table and draws success against real steps, both from a small file of curves, to which the
+runs in the output folder are added.
 """
 
 from __future__ import annotations
 
-import math
+import csv
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 from pictures import read_csv
 
 from layeredrl_torchrl.runs import command, find_task
 
-LANDMARKS = "skill_hierarchy --landmarks 0.3"
-SKILL_STEPS = 30_000  # the default of the example
-# How an agent is called, its color, and what differs from the defaults of its example.
+FORCES = "skill_hierarchy --agent planner --horizon 15 --n-samples 64 --n-iterations 2"
+
+
+class Agent(NamedTuple):
+    """One line of the table: how it is called and drawn, and what it runs."""
+
+    label: str
+    color: str
+    example: str  # and what differs from its defaults
+    folder: str  # that the example writes to
+
+
 AGENTS = {
-    "hierarchy": ("planner over skills", "#2a6fbb", f"{LANDMARKS} --horizon 5"),
-    "planner": (
-        "planner over forces",
-        "#3a9a5c",
-        f"{LANDMARKS} --agent planner --horizon 15 --n-samples 64 --n-iterations 2 "
-        "--model-updates-per-action 0.1",
+    "hierarchy": Agent(
+        "planner over skills,\n   learned on the way to new places",
+        "#2a6fbb",
+        "skill_hierarchy --landmarks 0.3 --horizon 5 --random-prob 0.1",
+        "hierarchy",
     ),
-    "her": ("SAC in hindsight", "#d9722b", "hindsight --hidden-size 128"),
-    "sac": ("SAC", "#888888", "hindsight --hidden-size 128 --hindsight-share 0"),
+    "hierarchy_random": Agent(
+        "planner over skills,\n   random while they are learned",
+        "#79aadd",
+        "skill_hierarchy --landmarks 0.3 --horizon 5",
+        "random/hierarchy",
+    ),
+    "planner": Agent(
+        "planner over forces,\n   landmarks",
+        "#3a9a5c",
+        f"{FORCES} --landmarks 0.3 --model-updates-per-action 0.1",
+        "planner",
+    ),
+    "planner_alone": Agent(
+        "planner over forces",
+        "#8e5ea2",
+        f"{FORCES} --model-updates-per-action 0.1",
+        "alone/planner",
+    ),
+    "her": Agent("SAC in hindsight", "#d9722b", "hindsight --hidden-size 128", "her"),
+    "sac": Agent("SAC", "#888888", "hindsight --hidden-size 128 --hindsight-share 0", "sac"),
 }
+SKILL_STEPS = 30_000  # the default of the example
 EXAMPLES = Path(__file__).parents[1] / "examples"
+COLUMNS = ("agent", "seed", "what", "env_steps", "success", "minutes")
 
 
 @dataclass
@@ -54,45 +85,82 @@ class Config:
     """Whether what is missing is run."""
     output: Path = Path("output/mazes")
     """Folder with a folder for each task and seed, for its runs and the picture."""
+    curves: Path | None = None
+    """File of the curves of one task; by default one in the output folder."""
+
+
+def folder_of(config: Config, agent: str, seed: int) -> Path:
+    return config.output / f"{config.task}-{seed}" / AGENTS[agent].folder
 
 
 def run(config: Config, agent: str, seed: int) -> None:
     """Let one agent learn, unless that is done; goes on where an earlier run was cut off."""
-    parent = config.output / f"{config.task}-{seed}"
-    if (parent / agent / "evaluation.csv").exists():
+    folder = folder_of(config, agent, seed)
+    if (folder / "evaluation.csv").exists():
         return
-    name, *options = AGENTS[agent][2].split()
+    name, *options = AGENTS[agent].example.split()
     line = [sys.executable, str(EXAMPLES / f"{name}.py"), *options, "--task", config.task]
     line += ["--total-env-steps", str(config.total_env_steps), "--seed", str(seed)]
-    line += ["--output", str(parent)]
-    if any((parent / agent / "checkpoints").glob("checkpoint-*")):
+    line += ["--output", str(folder.parent)]
+    if any((folder / "checkpoints").glob("checkpoint-*")):
         line.append("--resume")
     subprocess.run(line, check=True)
 
 
-def success_of(folder: Path) -> float:
-    """Share of evaluation episodes that reached their goal; NaN before the evaluation."""
-    path = folder / "evaluation.csv"
-    return fmean(row["success"] for row in read_csv(path)) if path.exists() else math.nan
+def rows_of(config: Config, agent: str, seed: int) -> list[dict[str, str]]:
+    """A complete run: training episodes where they ended, then the evaluation; or nothing."""
+    folder = folder_of(config, agent, seed)
+    if not (folder / "evaluation.csv").exists():
+        return []
+    rows = read_csv(folder / "curve.csv")
+    found = [("training", row, row["success"]) for row in rows if row["episodes"]]
+    success = fmean(row["success"] for row in read_csv(folder / "evaluation.csv"))
+    return [
+        {
+            "agent": agent,
+            "seed": str(seed),
+            "what": what,
+            "env_steps": f"{row['env_steps']:.0f}",
+            "success": f"{share:.4g}",
+            "minutes": f"{row['seconds'] / 60:.0f}",
+        }
+        for what, row, share in [*found, ("evaluation", rows[-1], success)]
+    ]
 
 
-def table(config: Config) -> None:
+def curves(config: Config) -> dict[tuple[str, int], list[dict[str, str]]]:
+    """Add the runs that are there to the file of curves, and return all of it."""
+    path = config.curves or config.output / f"{config.task}.csv"
+    runs: dict[tuple[str, int], list[dict[str, str]]] = {}
+    if path.exists():
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                runs.setdefault((row["agent"], int(row["seed"])), []).append(row)
+    new = {(a, s): rows_of(config, a, s) for a in config.agents for s in config.seeds}
+    runs |= {key: rows for key, rows in new.items() if rows}
+    if any(new.values()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            for agent, seed in sorted(runs):
+                writer.writerows(runs[agent, seed])
+    return {(a, s): runs[a, s] for a in config.agents for s in config.seeds if (a, s) in runs}
+
+
+def table(runs: dict[tuple[str, int], list[dict[str, str]]]) -> None:
     """Print what the complete runs reached, as Markdown."""
     print("| agent | seed | real steps | success | minutes |")
     print("|---|---|---|---|---|")
-    for agent in config.agents:
-        for seed in config.seeds:
-            folder = config.output / f"{config.task}-{seed}" / agent
-            success = success_of(folder)
-            if not math.isnan(success):
-                last = read_csv(folder / "curve.csv")[-1]
-                print(
-                    f"| {AGENTS[agent][0]} | {seed} | {last['env_steps']:,.0f} | "
-                    f"{100 * success:.0f} % | {last['seconds'] / 60:.0f} |"
-                )
+    for (agent, seed), rows in runs.items():
+        end = rows[-1]
+        print(
+            f"| {' '.join(AGENTS[agent].label.split())} | {seed} | {int(end['env_steps']):,} | "
+            f"{100 * float(end['success']):.0f} % | {end['minutes']} |"
+        )
 
 
-def picture(config: Config) -> None:
+def picture(config: Config, runs: dict[tuple[str, int], list[dict[str, str]]]) -> None:
     """Draw the success of training episodes of all seeds, and of the final evaluations."""
     import matplotlib as mpl
 
@@ -100,35 +168,41 @@ def picture(config: Config) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7.5, 4.2))
+    labels = []
     for agent in config.agents:
-        label, color, _ = AGENTS[agent]
-        ends = []
-        for seed in config.seeds:
-            folder = config.output / f"{config.task}-{seed}" / agent
-            if not (folder / "curve.csv").exists():
-                continue
-            rows, success = read_csv(folder / "curve.csv"), 100 * success_of(folder)
-            points = [(0.0, 0.0)]
-            points += [(row["env_steps"], 100 * row["success"]) for row in rows if row["episodes"]]
-            axis.plot(*zip(*points, strict=True), color=color, lw=1.5, alpha=0.8)
-            if not math.isnan(success):
-                end = (rows[-1]["env_steps"], success)
-                axis.plot(*zip(points[-1], end, strict=True), ":", color=color, lw=1.0)
-                axis.plot(*end, "*", color=color, markersize=13, clip_on=False)
-                ends.append(end)
+        label, color = AGENTS[agent][:2]
+        ends = {}
+        for seed, rows in ((seed, rows) for (of, seed), rows in runs.items() if of == agent):
+            points = [(int(row["env_steps"]), 100 * float(row["success"])) for row in rows]
+            if len(points) > 1:
+                trained = zip(*points[:-1], strict=True)
+                axis.plot(*trained, "o-", color=color, lw=1.5, ms=3.5, alpha=0.8)
+                axis.plot(*zip(*points[-2:], strict=True), ":", color=color, lw=1.2)
+            axis.plot(*points[-1], "*", color=color, markersize=13, clip_on=False)
+            ends[seed] = points[-1][1]
         if ends:
-            at = (ends[0][0], fmean(end[1] for end in ends))
-            text = f"   {label}\n   {at[1]:.0f} %"
-            axis.annotate(text, at, color=color, va="center", annotation_clip=False)
-    if "hierarchy" in config.agents:
+            reached = ", ".join(f"{end:.0f}" for end in ends.values())
+            seeds = f"seed{'s' if len(ends) > 1 else ''} {', '.join(map(str, ends))}"
+            text = f"   {label}: {reached} % ({seeds})"
+            labels.append((fmean(ends.values()), text, color))
+    highest = 104.0
+    for mean, text, color in sorted(labels, reverse=True):  # none over another
+        at = (config.total_env_steps, min(mean, highest))
+        axis.annotate(text, at, color=color, va="center", fontsize=9, annotation_clip=False)
+        highest = at[1] - 10.0
+    if any(agent == "hierarchy" for agent, _ in runs):
         axis.axvspan(0, SKILL_STEPS, color="#2a6fbb", alpha=0.06, lw=0)
-        text = "skills are discovered, without a reward"
-        axis.text(SKILL_STEPS / 2, 96, text, color="#2a6fbb", ha="center", fontsize=8)
+        text = "planner over skills: these are discovered,\nwithout a reward"
+        axis.text(SKILL_STEPS / 2, 92, text, color="#2a6fbb", ha="center", fontsize=8)
     axis.set_ylim(0, 100)
     axis.set_xlim(0, config.total_env_steps)
+    axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.set_xlabel("real environment steps")
-    axis.set_ylabel("episodes that reach their goal [%]\n(star: 100 unseen starts and goals)")
-    axis.set_title(f"{config.task}: only the goal pays")
+    axis.set_ylabel("episodes that reach their goal [%]")
+    title = f"{config.task}: only the goal pays\n"
+    axis.set_title(title, fontsize=11)
+    how = "dots: training episodes, where they end; stars: 100 unseen starts and goals, one a seed"
+    axis.text(0.5, 1.02, how, transform=axis.transAxes, ha="center", fontsize=8, color="#555555")
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     path = config.output / "mazes.png"
@@ -142,8 +216,9 @@ def main(config: Config) -> None:
     for seed in config.seeds if config.run else ():
         for agent in config.agents:
             run(config, agent, seed)
-    table(config)
-    picture(config)
+    runs = curves(config)
+    table(runs)
+    picture(config, runs)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from layeredrl_torchrl._checks import (
     check_finite,
@@ -26,10 +27,51 @@ from layeredrl_torchrl.specs import canonical_action, is_discrete
 
 __all__ = ["ModelInputs", "ModelLoss"]
 
-_LOG_2PI = math.log(2 * math.pi)
+_CONSTANT = 0.5 * math.log(2 * math.pi)
 # A mode below exp(-60) of the likeliest does not change the sum, but its gradient would hold
 # subnormal numbers, which processors multiply ten times as slowly.
 _UNLIKELY = -60.0
+
+
+class _Surprise(torch.autograd.Function):
+    """Minus the log-density of each dimension under each mode, without its constant.
+
+    ``log std + huber(z)`` with ``z = (target - mean) / std``. It runs over the largest tensors of
+    an update, so its derivatives are written out: autograd's take three times as many operations.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        mean: Tensor, std: Tensor, target: Tensor, limit: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return it and the log std, and for the derivatives ``z`` and ``z`` within the limit."""
+        # In place where it can be: new memory costs as much as the operations.
+        z = (target - mean).div_(std)
+        near = z.clamp(-limit, limit)
+        log_std = std.log()
+        return torch.add(z, near, alpha=-0.5).mul_(near).add_(log_std), log_std, z, near
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keep what the derivatives read."""
+        _, std, target, _ = inputs
+        _, log_std, z, near = output
+        ctx.mark_non_differentiable(log_std, z, near)
+        ctx.save_for_backward(std, z, near)
+        ctx.target_shape = target.shape
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        """The derivative by ``z`` is ``z`` within the limit."""
+        std, z, near = ctx.saved_tensors
+        of_z = grad * near
+        of_std = torch.addcmul(grad, of_z, z, value=-1.0).div_(std)
+        of_mean = of_z.div_(std).neg_()
+        of_target = -of_mean.sum_to_size(ctx.target_shape) if ctx.needs_input_grad[2] else None
+        return of_mean, of_std, of_target, None
 
 
 class ModelInputs(NamedTuple):
@@ -90,7 +132,7 @@ class ModelLoss(TermsLoss):
     padding).
 
     Writes ``loss_dynamics`` and ``loss_termination`` (sums over members), and for the log
-    ``nll`` (nats per dimension, averaged over members, of the plain likelihood) and
+    ``nll`` (nats per dimension, averaged over members, whatever ``beta`` is) and
     ``termination_bce``.
 
     Raises:
@@ -201,38 +243,29 @@ class ModelLoss(TermsLoss):
         weight = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
         (mean, std), weights, term_prob = self.model.predict_normalized(state, context, action)
         target = self.model.target(state, next_state).unsqueeze(-2)
-        # [M, N, K, D]: minus the log-density of each dimension under each mode, without its
-        # constant, so that few operations run over the largest tensors of an update.
-        log_std = std.log()
-        z = (target - mean) / std
         limit = math.inf if self.huber_std is None else self.huber_std
-        near = z.clamp(-limit, limit)
-        surprise = torch.addcmul(log_std, near, torch.add(z, near, alpha=-0.5))
-        constant = 0.5 * _LOG_2PI
+        surprise, log_std, _, _ = _Surprise.apply(mean, std, target, limit)
         log_weights = torch.zeros_like(weights)
         if self.model.n_modes > 1:
             log_weights = weights.clamp_min(torch.finfo(weights.dtype).tiny).log()
-        with torch.no_grad():
-            plain = torch.addcmul(surprise, z - near, z - near, value=0.5)
-            nll = self._mixture(plain, log_weights, weight)  # [M]
         if isinstance(beta, Tensor) or beta:
-            densities = -surprise - constant
-            weighted = self._beta_weighted(densities, log_std, log_weights, beta, weight)
-            dynamics = -(weighted * weight).sum(-1)
+            dynamics = self._beta_weighted(surprise, log_std, log_weights, beta, weight)
+            with torch.no_grad():
+                nll = self._mixture(surprise, log_weights, weight)
         else:
-            dynamics = self._mixture(surprise, log_weights, weight)
+            dynamics = nll = self._mixture(surprise, log_weights, weight)
         bce = (_termination_bce(term_prob, terminated) * weight).sum(-1)  # [M]
         return {
             "loss_dynamics": dynamics.sum(),
             "loss_termination": bce.sum(),
-            "nll": nll.mean() / self.model.state_dim,
+            "nll": nll.detach().mean() / self.model.state_dim,
             "termination_bce": bce.detach().mean(),
         }
 
     @staticmethod
     def _mixture(surprise: Tensor, log_weights: Tensor, weight: Tensor) -> Tensor:
-        """Return the negative log-likelihood ``[M]``; for the arguments see :meth:`terms`."""
-        log_prob = -surprise.sum(-1) - 0.5 * _LOG_2PI * surprise.shape[-1]
+        """Return the negative log-likelihood ``[M]``; for the arguments see the next method."""
+        log_prob = -surprise.sum(-1) - _CONSTANT * surprise.shape[-1]
         if log_prob.shape[-1] > 1:
             joint = log_prob + log_weights
             joint = joint.clamp_min(joint.detach().amax(-1, keepdim=True) + _UNLIKELY)
@@ -241,35 +274,37 @@ class ModelLoss(TermsLoss):
 
     @staticmethod
     def _beta_weighted(
-        densities: Tensor,
+        surprise: Tensor,
         log_std: Tensor,
         log_weights: Tensor,
         beta: Tensor | float,
         weight: Tensor,
     ) -> Tensor:
-        """Weight the log-likelihood by powers of the std, ``[M, N]``.
+        """Weight the negative log-likelihood by powers of the std, ``[M]``.
 
         With responsibilities ``r`` and weights ``v = std ** (2 beta)``, divided by their mean over
-        rows and modes, both without gradient:
-        ``sum_k r_k (log w_k - log r_k + sum_d v_kd log p_kd)``; with ``beta = 0`` it is the
-        log-likelihood, in value and in gradient.
+        rows and modes, both without gradient, a row counts
+        ``sum_k r_k (log r_k - log w_k - sum_d v_kd log p_kd)`` (the constant of ``log p`` without
+        ``v``); with ``beta = 0`` that is its negative log-likelihood, in value and in gradient.
 
         Args:
-            densities: ``log p [M, N, K, D]``.
+            surprise: ``-log p [M, N, K, D]`` without its constant.
             log_std: ``[M, N, K, D]``.
             log_weights: ``log w [M, N, K]``.
             beta: ``[]``.
             weight: Shares of the rows, ``[M, N]``.
         """
-        v = (2.0 * beta * log_std.detach()).exp()
-        mean = (v * weight[..., None, None]).sum((1, 2), keepdim=True) / v.shape[-2]
-        v = v / mean.clamp_min(torch.finfo(v.dtype).tiny)
-        weighted = (v * densities).sum(-1)
-        if weighted.shape[-1] == 1:
-            return weighted.squeeze(-1)
-        log_r = (densities.detach().sum(-1) + log_weights.detach()).log_softmax(-1)
+        n_modes, dim = surprise.shape[-2:]
+        v = torch.mul(log_std, 2.0 * beta).exp_()
+        shares = weight.repeat_interleave(n_modes, -1).unsqueeze(1) / n_modes
+        mean = torch.bmm(shares, v.flatten(1, 2)).unsqueeze(1)  # [M, 1, 1, D]
+        v.div_(mean.clamp_min(torch.finfo(v.dtype).tiny))
+        weighted = (v * surprise).sum(-1) + _CONSTANT * dim
+        if n_modes == 1:
+            return (weighted.squeeze(-1) * weight).sum(-1)
+        log_r = (log_weights - surprise.sum(-1)).detach().log_softmax(-1)
         r = log_r.exp().masked_fill(log_r < _UNLIKELY, 0.0)
-        return (r * (log_weights - log_r + weighted)).sum(-1)
+        return ((r * (log_r - log_weights + weighted)).sum(-1) * weight).sum(-1)
 
     def _weights(self, tensordict: TensorDictBase, state: Tensor) -> tuple[Tensor, bool]:
         """Return the weight of each transition, ``[M, N]``, and whether some may be 0."""

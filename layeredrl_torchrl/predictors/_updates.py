@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from layeredrl_torchrl import _reporting as reporting
 from layeredrl_torchrl._checks import check_number
@@ -271,14 +272,20 @@ class Updates(nn.Module):
 
     def _clip(self) -> dict[str, Tensor]:
         """Clip the gradients of each part; return their norms before clipping."""
-        norms = {}
+        norms: dict[str, Tensor] = {}
         limit = self.clip_grad_max_norm
-        for group in self.optim.param_groups:
-            grads = [p.grad for p in group["params"] if p.grad is not None]
-            if not grads:
+        grads = [
+            [p.grad for p in group["params"] if p.grad is not None]
+            for group in self.optim.param_groups
+        ]
+        # One call for all parts: torch's get_total_norm looks at every gradient, part by part.
+        every = list(chain(*grads))
+        each = iter(torch._foreach_norm(every) if every else ())
+        for group, own in zip(self.optim.param_groups, grads, strict=True):
+            if not own:
                 continue
-            foreach = grads[0].device.type in ("cpu", "cuda") or None  # spares a look at each
-            norm = norms[group["name"]] = get_total_norm(grads, foreach=foreach)
+            norm = torch.linalg.vector_norm(torch.stack(list(islice(each, len(own)))))
+            norms[group["name"]] = norm
             # On a CPU the norm is compared first, since clipping takes time even without effect.
             if limit is not None and (norm.device.type != "cpu" or float(norm) > limit):
                 clip_grads_with_norm_(group["params"], limit, norm)

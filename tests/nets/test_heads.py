@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from layeredrl_torchrl import RewardNet, ScalarHead, ValueNet
+from layeredrl_torchrl.nets._averaging import move_towards
 
 BATCHES = [(), (1,), (4,), (2, 3)]
 D, C, A = 3, 2, 2
@@ -161,3 +162,20 @@ def test_any_number_of_heads_and_shapes_stays_compiled(dynamic, n_heads, n_shape
         for n in range(2, 2 + n_shapes):
             inputs = torch.randn(n, 3), torch.zeros(n, 0), None
             torch.testing.assert_close(head(*inputs), head.forward(*inputs))
+
+
+@pytest.mark.parametrize("share", [0.25, torch.tensor(0.25)])
+def test_an_average_moves_each_weight_once_also_one_that_layers_share(share):
+    average, source = (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(2))
+    for net in (average, source):
+        net[1].weight = net[0].weight
+        net.register_buffer("seen", torch.rand(1))
+    for _ in range(2):
+        before = {name: x.clone() for name, x in average.named_parameters()}
+        move_towards(average, source, share)
+        for name, x in average.named_parameters():
+            expected = 0.75 * before[name] + 0.25 * source.get_parameter(name)
+            torch.testing.assert_close(x, expected)
+        assert torch.equal(average.seen, source.seen)
+        source.to(torch.float64).to(torch.float32)  # which may replace what it holds
+        average[0].bias = nn.Parameter(torch.zeros(2))

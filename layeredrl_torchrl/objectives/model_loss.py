@@ -296,7 +296,7 @@ class ModelLoss(TermsLoss):
         """
         n_modes, dim = surprise.shape[-2:]
         v = torch.mul(log_std, 2.0 * beta).exp_()
-        shares = weight.repeat_interleave(n_modes, -1).unsqueeze(1) / n_modes
+        shares = weight.to(v.dtype).repeat_interleave(n_modes, -1).unsqueeze(1) / n_modes
         mean = torch.bmm(shares, v.flatten(1, 2)).unsqueeze(1)  # [M, 1, 1, D]
         v.div_(mean.clamp_min(torch.finfo(v.dtype).tiny))
         weighted = (v * surprise).sum(-1) + _CONSTANT * dim

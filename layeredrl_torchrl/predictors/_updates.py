@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from itertools import chain, islice
 from typing import Any
@@ -28,7 +29,7 @@ __all__ = ["Updates"]
 
 # Batches that are drawn and prepared at once, which takes most of the time of small updates. On an
 # accelerator many take as many operations as one, and each draw waits.
-_N_AHEAD = 8
+_N_AHEAD = 32
 _N_AHEAD_ON_ACCELERATOR = 64
 
 
@@ -151,10 +152,10 @@ class Updates(nn.Module):
         """
         self.rates.begin(n_total_env_steps)
         device = self.optim.param_groups[0]["params"][0].device
-        n_ahead = min(
-            _N_AHEAD if device.type == "cpu" else _N_AHEAD_ON_ACCELERATOR,
-            n_updates,
-        )
+        most = _N_AHEAD if device.type == "cpu" else _N_AHEAD_ON_ACCELERATOR
+        most = max(experience.at_most(most * model_batch_size) // model_batch_size, 1)
+        # As even as can be, so that the last batches that are drawn are needed, too.
+        n_ahead = math.ceil(n_updates / max(math.ceil(n_updates / most), 1))
         streams: dict[str, Iterator[Any]] = {}
         for name, weighted in self.losses.items():
             loss = weighted.loss

@@ -12,6 +12,7 @@ from torch import nn
 from torchrl.data import Categorical, OneHot
 
 from layeredrl_torchrl import ModelLoss
+from layeredrl_torchrl.objectives.model_loss import _Surprise
 
 N, D = 7, 2
 
@@ -345,3 +346,21 @@ def test_single_readings_leave_the_gradient_to_the_others(make_ensemble):
             grads.append(torch.cat([p.grad.flatten() for p in model.members.parameters()]).norm())
         shares.append((grads[1] / grads[0]).item())
     assert shares[0] < 0.01 * shares[1]
+
+
+def test_the_derivatives_of_a_density_are_those_of_its_differences():
+    """By finite differences, on both sides of the limit, of the target too; and under vmap."""
+    torch.manual_seed(1)
+    mean, target = torch.randn(2, 3, 2, D).double(), torch.randn(2, 3, 1, D).double()
+    std = 0.3 + torch.rand(2, 3, 2, D).double()
+    z = ((target - mean) / std).abs()
+    assert (z < 1.6).any()
+    assert (z > 1.8).any()
+    assert not ((z > 1.69) & (z < 1.71)).any()  # the second derivative jumps at 1.7
+    inputs = [x.requires_grad_() for x in (mean, std, target)]
+
+    def surprise(*inputs):
+        return _Surprise.apply(*inputs, 1.7)[0]
+
+    assert torch.autograd.gradcheck(surprise, inputs)
+    torch.testing.assert_close(torch.vmap(surprise)(*inputs), surprise(*inputs))

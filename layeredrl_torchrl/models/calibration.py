@@ -84,12 +84,34 @@ class Calibration(nn.Module):
             weights: ``[M, N, K]``.
             target: ``[N, D]``.
         """
+        given, dim = (mean, std, weights, target), target.shape[-1]
+        found = self._minimum(*given)
+        if not bool(torch.isfinite(found).all()) and found.dtype != torch.float64:
+            # With errors of many stds the line search may leave the range of float32.
+            on_host = (x.to("cpu", torch.float64) for x in given)  # some devices have no float64
+            found = self._minimum(*on_host).to(found)
+        if not bool(torch.isfinite(found).all()):
+            raise ValueError(
+                "the calibration did not converge to finite numbers; look at the held-out "
+                "transitions for outliers"
+            )
+        shift, slope, spread, log_share = found.split((dim, dim, 1, 1))
+        self.shift.copy_(shift)
+        self.slope.copy_(slope)
+        self.spread.copy_(spread.squeeze())
+        self.disagreement.copy_(log_share.exp().squeeze())
+
+    def _minimum(self, mean: Tensor, std: Tensor, weights: Tensor, target: Tensor) -> Tensor:
+        """Return shift and slope ``[D]``, spread and the log of the disagreement, in a row.
+
+        They are NaN where the search left the range of the inputs' dtype.
+        """
         n_models, n, _, dim = mean.shape
         apart = _apart(mean, weights)
         residual = target[None, :, None] - mean
         log_std = std.log()
         log_weights = weights.clamp_min(torch.finfo(weights.dtype).tiny).log().unsqueeze(-1)
-        offsets = self.offsets.view(-1, 1, 1, 1)
+        offsets = self.offsets.to(mean).view(-1, 1, 1, 1)
         start = (torch.zeros(dim), torch.ones(dim), torch.zeros(1), torch.zeros(1))
         parameters = torch.cat(start).to(mean)
         with torch.enable_grad():
@@ -116,18 +138,13 @@ class Calibration(nn.Module):
                 loss.backward()
                 return loss
 
-            optim.step(objective)
-        found = parameters.detach()
-        if not bool(torch.isfinite(found).all()):
-            raise ValueError(
-                "the calibration did not converge to finite numbers; look at the held-out "
-                "transitions for outliers"
-            )
-        shift, slope, spread, log_share = found.split((dim, dim, 1, 1))
-        self.shift.copy_(shift)
-        self.slope.copy_(slope)
-        self.spread.copy_(spread.squeeze())
-        self.disagreement.copy_(log_share.exp().squeeze())
+            try:
+                optim.step(objective)
+            except RuntimeError as error:  # of a step that its floats do not hold
+                if "overflow" not in str(error):
+                    raise
+                return torch.full_like(parameters, math.nan)
+        return parameters.detach()
 
 
 def _apart(mean: Tensor, weights: Tensor) -> Tensor:

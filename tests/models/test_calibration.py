@@ -163,3 +163,18 @@ def test_calibrate_makes_held_out_data_likelier_and_changes_nothing_else(
     parts = ("shift", "slope", "spread", "disagreement")
     assert changed == {f"calibration.{part}" for part in parts}
     assert all(p.grad is None for p in ensemble.parameters())
+
+
+def test_where_float32_overflows_it_is_fitted_in_float64():
+    """One error of 1e20 stds, whose square float32 does not hold."""
+    shape = (2, 30, 1, 1)
+    mean, std, weights = torch.zeros(shape), torch.full(shape, 1e-3), torch.ones(shape[:3])
+    target = 1e-3 * torch.randn(30, 1)
+    target[7] = 1e17
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        calibration = Calibration(2, 1).to(dtype)
+        calibration.fit(*(x.to(dtype) for x in (mean, std, weights, target)))
+        found.append([x.double() for x in calibration.state_dict().values()])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
+    assert all(x.isfinite().all() for x in found[0])

@@ -248,12 +248,14 @@ class ModelLoss(TermsLoss):
         log_weights = torch.zeros_like(weights)
         if self.model.n_modes > 1:
             log_weights = weights.clamp_min(torch.finfo(weights.dtype).tiny).log()
-        if isinstance(beta, Tensor) or beta:
-            dynamics = self._beta_weighted(surprise, log_std, log_weights, beta, weight)
-            with torch.no_grad():
-                nll = self._mixture(surprise, log_weights, weight)
-        else:
-            dynamics = nll = self._mixture(surprise, log_weights, weight)
+        weighted = isinstance(beta, Tensor) or beta
+        joint = log_weights - (surprise.detach() if weighted else surprise).sum(-1)  # [M, N, K]
+        log_prob = _log_sum_exp(joint)  # [M, N, 1]
+        nll = -((log_prob.squeeze(-1) - _CONSTANT * surprise.shape[-1]) * weight).sum(-1)
+        dynamics = nll
+        if weighted:
+            log_r = (joint - log_prob).detach()
+            dynamics = self._beta_weighted(surprise, log_std, log_weights, log_r, beta, weight)
         bce = (_termination_bce(term_prob, terminated) * weight).sum(-1)  # [M]
         return {
             "loss_dynamics": dynamics.sum(),
@@ -263,20 +265,11 @@ class ModelLoss(TermsLoss):
         }
 
     @staticmethod
-    def _mixture(surprise: Tensor, log_weights: Tensor, weight: Tensor) -> Tensor:
-        """Return the negative log-likelihood ``[M]``; for the arguments see the next method."""
-        log_prob = -surprise.sum(-1) - _CONSTANT * surprise.shape[-1]
-        if log_prob.shape[-1] > 1:
-            joint = log_prob + log_weights
-            joint = joint.clamp_min(joint.detach().amax(-1, keepdim=True) + _UNLIKELY)
-            log_prob = joint.logsumexp(-1, keepdim=True)
-        return -(log_prob.squeeze(-1) * weight).sum(-1)
-
-    @staticmethod
     def _beta_weighted(
         surprise: Tensor,
         log_std: Tensor,
         log_weights: Tensor,
+        log_r: Tensor,
         beta: Tensor | float,
         weight: Tensor,
     ) -> Tensor:
@@ -291,6 +284,7 @@ class ModelLoss(TermsLoss):
             surprise: ``-log p [M, N, K, D]`` without its constant.
             log_std: ``[M, N, K, D]``.
             log_weights: ``log w [M, N, K]``.
+            log_r: ``log r [M, N, K]``, without gradient.
             beta: ``[]``.
             weight: Shares of the rows, ``[M, N]``.
         """
@@ -302,7 +296,6 @@ class ModelLoss(TermsLoss):
         weighted = (v * surprise).sum(-1) + _CONSTANT * dim
         if n_modes == 1:
             return (weighted.squeeze(-1) * weight).sum(-1)
-        log_r = (log_weights - surprise.sum(-1)).detach().log_softmax(-1)
         r = log_r.exp().masked_fill(log_r < _UNLIKELY, 0.0)
         return ((r * (log_r - log_weights + weighted)).sum(-1) * weight).sum(-1)
 
@@ -334,6 +327,14 @@ class ModelLoss(TermsLoss):
                 ),
             )
         return weight, masked
+
+
+def _log_sum_exp(joint: Tensor) -> Tensor:
+    """Return the logarithm of a mixture's density, ``[M, N, 1]``, from that of its modes."""
+    if joint.shape[-1] == 1:
+        return joint
+    joint = joint.clamp_min(joint.detach().amax(-1, keepdim=True) + _UNLIKELY)
+    return joint.logsumexp(-1, keepdim=True)
 
 
 def _termination_bce(prob: Tensor, terminated: Tensor) -> Tensor:

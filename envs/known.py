@@ -24,6 +24,7 @@ __all__ = [
     "pusher_reward",
     "reacher_reward",
     "swing_up_reward",
+    "tip_reward",
 ]
 
 _POLE = 0.6  # m, each pole of the double pendulum
@@ -125,6 +126,11 @@ def double_pendulum_reward(
 def reacher_reward(state: Tensor, context: Tensor, action: Tensor, next_state: Tensor) -> Tensor:
     """Minus the distance from fingertip to target (m), minus the squared action."""
     return -next_state[..., 6:8].norm(dim=-1) - action.square().sum(-1)
+
+
+def tip_reward(state: Tensor, context: Tensor, action: Tensor, next_state: Tensor) -> Tensor:
+    """``exp(-distance / 0.1 m)`` from fingertip to target, where the tip is first in the state."""
+    return torch.exp(-_goal_distance(context, next_state) / 0.1)
 
 
 def pusher_reward(state: Tensor, context: Tensor, action: Tensor, next_state: Tensor) -> Tensor:

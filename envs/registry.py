@@ -23,6 +23,7 @@ from layeredrl_torchrl.envs.known import (
     pusher_reward,
     reacher_reward,
     swing_up_reward,
+    tip_reward,
 )
 from layeredrl_torchrl.envs.mazes import LARGE, MEDIUM, OPEN, U, point_maze
 from layeredrl_torchrl.envs.task import Task
@@ -49,6 +50,12 @@ _SWING_UP = EnvSpec(
     "CartPoleSwingUp",
     entry_point="layeredrl_torchrl.envs.cartpole:CartPoleSwingUpEnv",
     max_episode_steps=250,
+)
+
+_REACHER_TIP = EnvSpec(
+    "Reacher-Tip",
+    entry_point="layeredrl_torchrl.envs.reacher:ReacherTipEnv",
+    max_episode_steps=200,
 )
 
 # Height and pitch of the trunk where x is not observed; where it is, one further.
@@ -130,6 +137,24 @@ _ALL = (
                 "to target, x [m]",
                 "to target, y [m]",
             ),
+        ),
+    ),
+    Task(
+        name="Reacher-Tip",
+        make_gym=partial(gym.make, _REACHER_TIP, disable_env_checker=True),
+        observation_dim=10,
+        state_dims=tuple(range(8)),
+        context_dims=(8, 9),
+        action_dim=2,
+        horizon=200,
+        budget=20_000,
+        reward=tip_reward,
+        termination=never,
+        reports_success=True,
+        observation_names=(
+            *("tip x [m]", "tip y [m]", "cos(shoulder)", "cos(elbow)", "sin(shoulder)"),
+            *("sin(elbow)", "shoulder speed [rad/s]", "elbow speed [rad/s]"),
+            *("target x [m]", "target y [m]"),
         ),
     ),
     _mujoco(

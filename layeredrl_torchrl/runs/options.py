@@ -197,7 +197,9 @@ def find_task(name: str, *, with_goals: bool = False) -> Task:
     except KeyError as error:
         raise RunError(f"--task: {error.args[0]}") from None
     if with_goals and not task.reports_success:
-        raise RunError(f"--task: {task.name} has no goals to reach; choose a point maze")
+        raise RunError(
+            f"--task: {task.name} has no goals to reach; choose a point maze or Reacher-Tip"
+        )
     return task
 
 

@@ -192,7 +192,7 @@ def test_a_termination_that_is_not_known_is_named():
         task.term_func()
 
 
-@pytest.mark.parametrize("name", ["Reacher-v5", "Pusher-v5", *MAZES[::2]])
+@pytest.mark.parametrize("name", ["Reacher-v5", "Reacher-Tip", "Pusher-v5", *MAZES[::2]])
 def test_the_context_is_constant_in_an_episode_and_the_rest_is_not(name, play):
     task = TASKS[name]
     obs, _, following, *_ = play(task, steps=40)

@@ -33,6 +33,7 @@ from layeredrl_torchrl.imagination.starts import check_start, draw_starts
 from layeredrl_torchrl.models import TS1, Expectation, Propagation, TSInfinity
 from layeredrl_torchrl.nets import refuse_next_state
 from layeredrl_torchrl.predictors import Predictor
+from layeredrl_torchrl.predictors._functions import value_of_state
 from layeredrl_torchrl.specs import ActionForm, Space, is_discrete, to_spec, width
 
 __all__ = ["PredictorEnv"]
@@ -112,7 +113,8 @@ class PredictorEnv(ModelBasedEnvBase):
         TypeError: A propagation of another kind; parts that are not callable.
         ValueError: Missing parts; a discount without ``use_value_func`` or outside ``(0, 1]``;
             ``sample_termination`` with ``use_value_func``; an action spec that does not fit the
-            predictor's. When stepped or reset: an action outside its space; a prediction that is
+            predictor's. When stepped or reset: KeyError for a given state without its context;
+            ValueError for an action outside its space; a prediction that is
             not finite (the message names the member); a reward, termination, bonus, members or
             initial states of another shape.
     """
@@ -237,8 +239,8 @@ class PredictorEnv(ModelBasedEnvBase):
             so_far = tensordict.get(_DISCOUNT, None)
             so_far = torch.ones_like(reward) if so_far is None else so_far.squeeze(-1)
             survival = self.discount * (1.0 - term_prob)
-            gain = survival * value(next_state, context, action)
-            reward = so_far * (reward + gain - value(state, context, action))
+            before, after = (value_of_state(value, x, context) for x in (state, next_state))
+            reward = so_far * (reward + survival * after - before)
             out[_DISCOUNT] = (so_far * survival).unsqueeze(-1)
         if member is not None:
             out[_MEMBER] = member
@@ -287,12 +289,11 @@ class PredictorEnv(ModelBasedEnvBase):
         if isinstance(self.propagation, TSInfinity):
             out.set(_MEMBER, draw_members(self.predictor.model, batch, self.device))
         chosen = None if tensordict is None else tensordict.get("_reset", None)
-        widths = {key: out.get(key).shape[-1] for key in self._keys[:2]}
-        if chosen is None and tensordict is not None and self._keys[0] in tensordict.keys(True):
-            for key in self._keys[:2]:
-                if (given := tensordict.get(key, None)) is not None:
-                    out.set(key, check_start(key, given, widths[key]).to(out.get(key)))
-            return out
+        widths: dict[Any, int] = {key: out.get(key).shape[-1] for key in self._keys[:2]}
+        if chosen is None and tensordict is not None:
+            given = {key: tensordict.get(key, None) for key in widths}
+            if any(value is not None for value in given.values()):
+                return out.update(_checked_starts(given, out))
         if self.initial_states is None:
             return out
         if chosen is None:
@@ -318,6 +319,25 @@ class PredictorEnv(ModelBasedEnvBase):
         if self.initial_states is None:
             return tensordict
         return super().maybe_reset(tensordict)
+
+
+def _checked_starts(given: dict[Any, Tensor | None], like: TensorDictBase) -> dict[Any, Tensor]:
+    """The states and contexts that a reset is given, in the form of ``like``.
+
+    Raises:
+        KeyError: One without the other, where it is not empty: it would be zeros in silence.
+    """
+    found = {}
+    for key, value in given.items():
+        own = like.get(key)
+        if value is not None:
+            found[key] = check_start(key, value, own.shape[-1]).to(own)
+        elif own.shape[-1]:
+            raise KeyError(
+                f"a reset was given {[k for k, v in given.items() if v is not None]} without "
+                f"{key!r}; give both as predictor.encode() returns them, or none"
+            )
+    return found
 
 
 def _action_spec(predictor: Predictor, given: TensorSpec | Space | None) -> TensorSpec:

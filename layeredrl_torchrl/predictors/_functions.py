@@ -10,7 +10,7 @@ from torch import Tensor
 from layeredrl_torchrl._checks import check_finite, check_per_item, check_probability
 from layeredrl_torchrl.nets import StepFunction, needs_next_state, on_step
 
-__all__ = ["StepFunctions", "Taken", "checked"]
+__all__ = ["StepFunctions", "Taken", "checked", "value_of_state"]
 
 # State [*B, D], context [*B, C] and action [*B, *], in the form of the action spec.
 Taken: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -64,6 +64,25 @@ def checked(name: str, value: Tensor, batch: Sequence[int]) -> Tensor:
     check_per_item(name, value, batch)
     check_finite(f"what {name} gave", value, hint=f"repair {name}, or train it on such states")
     return value
+
+
+def value_of_state(value: StepFunction, state: Tensor, context: Tensor) -> Tensor:
+    """What ``value`` says of states ``[*B, D]`` in which no action is chosen yet, unchecked.
+
+    The action is ``None``. The one that led to a state would be another's, and an action-value
+    function would say something else without a word.
+
+    Raises:
+        TypeError: A function that reads the action.
+    """
+    try:
+        return value(state, context, None)
+    except (TypeError, AttributeError) as error:
+        raise TypeError(
+            f"val_func failed where no action is chosen yet, which it is given as None ({error}); "
+            "there give a function of state and context, such as an action-value function of the "
+            "policy's own action"
+        ) from error
 
 
 def _each(taken: Taken, mean: Tensor) -> Taken:

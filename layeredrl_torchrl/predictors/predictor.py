@@ -25,7 +25,7 @@ from layeredrl_torchrl.nets import (
     needs_next_state,
     refuse_next_state,
 )
-from layeredrl_torchrl.predictors._functions import StepFunctions, checked
+from layeredrl_torchrl.predictors._functions import StepFunctions, checked, value_of_state
 from layeredrl_torchrl.predictors.returns import ReturnOptions, imagined_returns
 
 __all__ = ["Predictor"]
@@ -49,7 +49,9 @@ class Predictor(WholeState):
     Args:
         model: The dynamics and termination model.
         val_func: ``(state, context, action) -> [*B]``, a module or a plain callable; a value
-            function ignores the action, an action-value function does not. ``None`` for none.
+            function ignores the action, an action-value function does not. Where no action is
+            chosen yet, as in the last state of a plan, it is ``None``, and an action-value function
+            is refused. ``None`` for none.
         rew_func: ``(state, context, action) -> [*B]``, likewise; or of the next state, too
             (:func:`~layeredrl_torchrl.reads_next_state`).
         encoder: Maps the observation to state and context.
@@ -65,7 +67,8 @@ class Predictor(WholeState):
 
     Raises:
         TypeError: Parts of another kind. ValueError: Parts whose dimensions do not fit; a
-            ``val_func`` that reads the next state. When called, ValueError for a function whose
+            ``val_func`` that reads the next state. When called, TypeError for a ``val_func`` that
+            reads the action where there is none; ValueError for a function whose
             values have another shape or are not finite, and for a probability outside [0, 1].
     """
 
@@ -208,9 +211,11 @@ class Predictor(WholeState):
     def value(self, obs: Tensor | TensorDictBase, act: Tensor | None = None) -> Tensor:
         """Value ``[*B]`` of ``obs [*B, obs]``, given ``act`` where the function depends on it."""
         state, context = self.state_of(obs)
-        if act is not None:
-            act = self.model.action_form(act, state.shape[:-1])
-        value = self.need("val_func")(state, context, act)
+        func = self.need("val_func")
+        if act is None:
+            value = value_of_state(func, state, context)
+        else:
+            value = func(state, context, self.model.action_form(act, state.shape[:-1]))
         return checked("val_func", value, state.shape[:-1])
 
     @property

@@ -23,7 +23,7 @@ from layeredrl_torchrl.models._blocks import starts_at_once
 from layeredrl_torchrl.models._rollouts import ImaginedStep, imagine
 from layeredrl_torchrl.models.propagation import propagation_key
 from layeredrl_torchrl.nets import on_step, refuse_next_state
-from layeredrl_torchrl.predictors._functions import StepFunctions
+from layeredrl_torchrl.predictors._functions import StepFunctions, value_of_state
 
 __all__ = ["ReturnOptions", "imagined_returns"]
 
@@ -139,9 +139,8 @@ def _add_up(
         state = last.next_state.permute(0, 2, 3, 1).contiguous()
         rows = state.shape[:-1]
         ctx = context[:, None].expand(*rows, -1)
-        action = last.action[:, None].expand(*rows, *last.action.shape[1:])
-        value = check_per_item("val_func", functions.value(state, ctx, action), rows)
-        total = total + share * value
+        value = value_of_state(functions.value, state, ctx)
+        total = total + share * check_per_item("val_func", value, rows)
     return total
 
 

@@ -7,7 +7,7 @@ from torchrl.modules import ValueOperator
 
 from layeredrl_torchrl._checks import check_instance
 from layeredrl_torchrl.nets import StepFunction
-from layeredrl_torchrl.predictors._functions import checked
+from layeredrl_torchrl.predictors._functions import checked, value_of_state
 from layeredrl_torchrl.predictors.predictor import Predictor
 
 __all__ = ["value_operator"]
@@ -47,5 +47,5 @@ class _Column(nn.Module):
 
     def forward(self, state: Tensor, context: Tensor | None = None) -> Tensor:
         context = state[..., :0] if context is None else context
-        found = self.value(state, context, None)
+        found = value_of_state(self.value, state, context)
         return checked("val_func", found, state.shape[:-1]).unsqueeze(-1)

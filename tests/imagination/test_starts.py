@@ -137,6 +137,13 @@ def test_a_state_alone_is_a_start_where_there_is_no_context():
     assert torch.equal(env.reset(TensorDict({"state": state}, [3]))["state"], state)
 
 
+@pytest.mark.parametrize(("given", "missing"), [("state", "context"), ("context", "state")])
+def test_a_state_without_its_context_is_no_start(make_point, given, missing):
+    env = PredictorEnv(make_point(), batch_size=[3], initial_states=lambda n: zeros(n, state=1))
+    with pytest.raises(KeyError, match=rf"given \['{given}'\] without '{missing}'"):
+        env.rollout(2, tensordict=zeros(3, **{given: 1}))
+
+
 def zeros(n, **widths):
     return TensorDict({key: torch.zeros(n, width) for key, width in widths.items()}, [n])
 

@@ -17,10 +17,12 @@ from layeredrl_torchrl import (
     FixedEncoderNet,
     PredictorEnv,
     PredictorFactory,
+    RewardNet,
     StaticPredictor,
     get_task,
     reads_next_state,
 )
+from layeredrl_torchrl.predictors import value_operator
 
 
 def test_tasks_go_through_the_factory_and_through_pickle():
@@ -91,6 +93,36 @@ def test_only_rewards_and_terminations_can_read_the_next_state():
         CEMPlanner(make_point(), exploration_bonus=of_next)
     with pytest.raises(ValueError, match=f"exploration_bonus {match}"):
         PredictorEnv(make_point(), exploration_bonus=of_next)
+
+
+ENDS = {
+    "returns": lambda p: p.returns(
+        *torch.zeros(2, 2, 1), torch.zeros(2, 3, 1), use_value_func=True
+    ),
+    "env": lambda p: PredictorEnv(p, use_value_func=True).rollout(2),
+    "planner": lambda p: plan(CEMPlanner(p, use_value_func=True)),
+    "value": lambda p: p.value(torch.zeros(2, 2)),
+    "operator": lambda p: value_operator(p)(
+        TensorDict({"state": [[0.0]], "context": [[0.0]]}, [1])
+    ),
+}
+
+
+def plan(planner):
+    planner(TensorDict({"observation": torch.zeros(2, 2)}, [2]).update(planner.forget([2])))
+
+
+@pytest.mark.parametrize("call", ENDS)
+@pytest.mark.parametrize(
+    "func",
+    [lambda s, c, a: a[..., 0], lambda s, c, a: (s * a).sum(-1), RewardNet(1, 1, 1)],
+    ids=["indexes", "multiplies", "net"],
+)
+def test_a_function_of_the_action_is_not_asked_where_none_is_chosen(call, func):
+    predictor = make_point(val_func=func)
+    assert predictor.value(torch.zeros(2, 2), torch.ones(2, 1)).shape == (2,)
+    with pytest.raises(TypeError, match="val_func failed where no action is chosen yet"):
+        ENDS[call](predictor)
 
 
 CALLS = {

@@ -89,6 +89,34 @@ def check_finite(name: str, tensor: Tensor, *, hint: str) -> None:
     refuse(~torch.isfinite(total), error)
 
 
+def check_resolution(name: str, value: Tensor, dtype: torch.dtype) -> None:
+    """Refuse ``value [*B, n]`` that ``dtype`` rounds to less than it varies by, so far from 0.
+
+    Map coordinates, clocks and counters can be such. A few rows do not show how much they vary.
+    What has no more digits than ``dtype`` loses none.
+    """
+    if not value.is_floating_point() or value.dtype.itemsize <= dtype.itemsize:
+        return
+    rows = value.detach().flatten(0, -2)
+    if len(rows) < 8 or not rows.shape[1]:
+        return
+    error_of = (rows - rows.to(dtype).to(rows.dtype)).abs().amax(0)
+    far = rows.abs().amax(0)
+    spread = rows.std(0)
+    # A constant also varies, by rounding, but by less than a billionth.
+    bad = (far > 1e4) & (spread > 1e-10 * far) & (error_of > 0.1 * spread)
+
+    def error(found: Tensor) -> ValueError:
+        return ValueError(
+            f"dimension(s) {found.nonzero().flatten().tolist()} of {name} vary by less than "
+            f"{dtype} can tell apart so far from 0; subtract a constant in the environment "
+            "(TorchRL's ObservationNorm, or a float64 observation minus its first), or compute in "
+            f"{value.dtype} (.double())"
+        )
+
+    refuse(bad, error)
+
+
 def check_per_item(name: str, value: Tensor, batch: Sequence[int]) -> Tensor:
     """Return what the function ``name`` gave if it is one number for each of ``[*B]`` items.
 

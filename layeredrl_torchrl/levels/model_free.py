@@ -24,6 +24,7 @@ from layeredrl_torchrl._checks import (
     check_finite,
     check_flag,
     check_instance,
+    check_resolution,
     check_width,
     own_entries,
     require,
@@ -238,6 +239,8 @@ class ModelFreeLevel(LearningLevel):
         check_observations(rows, self.observation_key, self.observation_dim, self.name, _HINT)
         rows = with_known_ends(rows, self.observation_key, self.name)
         check_numbers(rows, required, self.name, _HINT)
+        floats = self.features.normalizer.loc.dtype
+        check_resolution(str(self.observation_key), rows.get(self.observation_key), floats)
         check_width(str(self.next_reward_key), rows.get(self.next_reward_key), 1, hint="[*B, 1]")
         action = rows.get(self.action_key)
         check_choice(str(self.action_key), self.action_spec, action, rows.shape)

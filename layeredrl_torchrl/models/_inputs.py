@@ -7,7 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from layeredrl_torchrl._checks import check_finite, check_width
+from layeredrl_torchrl._checks import check_finite, check_resolution, check_width
 from layeredrl_torchrl.specs import ActionForm
 
 __all__ = ["InputRows", "Rows"]
@@ -85,6 +85,8 @@ class InputRows:
                 f"{tuple(batch)}; they must be equal"
             )
         check_finite("context", context, hint="repair it first")
+        for name, value in (("state", state), ("context", context)):
+            check_resolution(name, value, dtype)
         n = batch.numel()
         return (
             batch,

@@ -16,11 +16,11 @@ from layeredrl_torchrl._checks import (
     check_finite,
     check_indices,
     check_positive_int,
+    check_resolution,
     check_width,
     require,
 )
 from layeredrl_torchrl._dispatch import dispatched
-from layeredrl_torchrl._watch import refuse
 
 __all__ = ["Encoder", "EncoderNet", "FixedEncoderNet", "IdentityEncoder", "ObservationShape"]
 
@@ -186,10 +186,7 @@ class Encoder(TensorDictModuleBase):
             hint=f"this {type(self).__name__} was built for observations of {self.obs_dim} values",
         )
         check_finite("observation", observation, hint="repair it before it is encoded")
-        if observation.is_floating_point() and (
-            observation.dtype.itemsize > self._floats.dtype.itemsize
-        ):
-            _check_resolution(observation.detach().reshape(-1, self.obs_dim), self._floats.dtype)
+        check_resolution("the observation", observation, self._floats.dtype)
 
     def encode_checked(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """Map observations that passed :meth:`check`; ``torch.compile`` can trace this."""
@@ -206,30 +203,6 @@ class Encoder(TensorDictModuleBase):
         tensordict.set(self.out_keys[0], state)
         tensordict.set(self.out_keys[1], context)
         return tensordict
-
-
-def _check_resolution(observation: Tensor, dtype: torch.dtype) -> None:
-    """Refuse ``[N, obs]`` that are far from 0 and vary by less than ``dtype`` can resolve.
-
-    Map coordinates, clocks and counters can be such. A few rows do not show how much they vary.
-    """
-    if len(observation) < 8:
-        return
-    error_of = (observation - observation.to(dtype).to(observation.dtype)).abs().amax(0)
-    far = observation.abs().amax(0)
-    spread = observation.std(0)
-    # A constant also varies, by rounding, but by less than a billionth.
-    bad = (far > 1e4) & (spread > 1e-10 * far) & (error_of > 0.1 * spread)
-
-    def error(found: Tensor) -> ValueError:
-        return ValueError(
-            f"dimension(s) {found.nonzero().flatten().tolist()} of the observation vary by less "
-            f"than {dtype} can tell apart so far from 0; subtract a constant in the environment "
-            "(TorchRL's ObservationNorm, or a float64 observation minus its first), or use a "
-            "predictor.double()"
-        )
-
-    refuse(bad, error)
 
 
 class IdentityEncoder(Encoder):

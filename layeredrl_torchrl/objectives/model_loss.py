@@ -17,13 +17,15 @@ from layeredrl_torchrl._checks import (
     check_flag,
     check_instance,
     check_number,
+    check_resolution,
+    check_width,
     require,
 )
 from layeredrl_torchrl._precision import full_precision
 from layeredrl_torchrl._watch import refuse, watched
 from layeredrl_torchrl.models import ProbabilisticEnsemble
 from layeredrl_torchrl.objectives.terms import TermsLoss
-from layeredrl_torchrl.specs import canonical_action, is_discrete
+from layeredrl_torchrl.specs import canonical_action, is_discrete, width
 
 __all__ = ["ModelInputs", "ModelLoss"]
 
@@ -136,8 +138,9 @@ class ModelLoss(TermsLoss):
     ``termination_bce``.
 
     Raises:
-        KeyError: A missing entry. ValueError: no valid transition in the batch; ``beta`` or
-            ``huber_std`` outside its range.
+        KeyError: A missing entry. TypeError: Integers where floats are expected. ValueError: Other
+            shapes; values that its dtype would round off, so far from 0; no valid transition in
+            the batch; ``beta`` or ``huber_std`` outside its range.
     """
 
     @dataclass
@@ -196,25 +199,30 @@ class ModelLoss(TermsLoss):
                 f"ModelLoss(per_member={self.per_member}) takes a batch of shape {shape}, got "
                 f"{tuple(tensordict.shape)}"
             )
-        values = []
-        for key in self.in_keys:
-            value = require(tensordict, key, reader="ModelLoss", hint="rename it with set_keys()")
-            if not self.per_member:
-                value = value.expand(self.model.n_models, *value.shape)
-            values.append(value)
-        state, context, action, next_state, terminated = values
-        action = self._canonical(action)
-        terminated = terminated.squeeze(-1)
+        keys, model = self.tensor_keys, self.model
+        state, context, next_state = (
+            self._rows(tensordict, key, width_of)
+            for key, width_of in (
+                (keys.state, model.state_dim),
+                (keys.context, model.context_dim),
+                (keys.next_state, model.state_dim),
+            )
+        )
+        terminated = self._terminated(tensordict)
         weight, masked = self._weights(tensordict, state)
+        action = self._of_members(tensordict, keys.action)
         if masked:
             # Rows that do not count may hold NaN, which a weight of 0 would not remove.
             keep = (weight > 0).unsqueeze(-1)
             state, context, next_state = (
                 torch.where(keep, x, 0.0) for x in (state, context, next_state)
             )
-            if action.is_floating_point():
-                action = torch.where(keep, action, 0.0)
+            # Zeros are no choice, and may be outside of bounds.
+            counts = weight.argmax(1).reshape(-1, *[1] * (action.ndim - 1))
+            keep = (weight > 0).reshape(weight.shape + (1,) * (action.ndim - 2))
+            action = torch.where(keep, action, action.take_along_dim(counts, 1))
             terminated = torch.where(weight > 0, terminated, torch.zeros_like(terminated))
+        action = self._canonical(action)
         hint = "repair the data, or leave such transitions out by `valid`"
         named = {"state": state, "context": context, "next_state": next_state}
         if action.is_floating_point():
@@ -230,10 +238,44 @@ class ModelLoss(TermsLoss):
             )
         return ModelInputs(state, context, action, next_state, terminated, weight)
 
+    def _rows(self, tensordict: TensorDictBase, key: NestedKey, n: int) -> Tensor:
+        """Return an entry as floats ``[M, N, n]``."""
+        return self._floats(key, self._of_members(tensordict, key), n)
+
     def _canonical(self, action: Tensor) -> Tensor:
         """Bring actions ``[M, N, ...]`` into the form of the spec."""
-        spec = self.model.action_spec
-        return canonical_action(spec, action, action.shape[:2]) if is_discrete(spec) else action
+        key, spec = self.tensor_keys.action, self.model.action_spec
+        if is_discrete(spec):
+            return canonical_action(spec, action, action.shape[:2])
+        return self._floats(key, action, width(spec))
+
+    def _floats(self, key: NestedKey, value: Tensor, n: int) -> Tensor:
+        """Check ``value [M, N, n]``, and bring it to the dtype that the model computes in."""
+        name = f"ModelLoss: {key!r}"
+        check_width(name, value, n, hint="the model was built for this width")
+        if value.ndim != 3:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)} with the members' axis, expected "
+                f"[M, N, {n}]"
+            )
+        check_resolution(name, value, self.model.floats.dtype)
+        return value.to(self.model.floats.dtype)
+
+    def _terminated(self, tensordict: TensorDictBase) -> Tensor:
+        """Return ``[M, N]``."""
+        key, batch = self.tensor_keys.terminated, (self.model.n_models, tensordict.shape[-1])
+        value = self._of_members(tensordict, key)
+        if tuple(value.shape) not in (batch, (*batch, 1)):
+            raise ValueError(
+                f"ModelLoss: {key!r} has shape {tuple(value.shape)} with the members' axis, "
+                f"expected {(*batch, 1)}"
+            )
+        return value.reshape(batch)
+
+    def _of_members(self, tensordict: TensorDictBase, key: NestedKey) -> Tensor:
+        """Return the entry ``[M, N, ...]``."""
+        value = require(tensordict, key, reader="ModelLoss", hint="rename it with set_keys()")
+        return value if self.per_member else value.expand(self.model.n_models, *value.shape)
 
     def terms(self, prepared: ModelInputs) -> dict[str, Tensor]:
         """Compute the losses of a prepared batch, as :meth:`forward` writes them."""

@@ -187,3 +187,13 @@ def test_what_is_missing_is_named():
             level(transitions(3).exclude(key))
     with pytest.raises(RuntimeError, match="knows no spaces yet"):
         ModelFreeLevel(learner_factory=SMALL_SAC)(transitions(3))
+
+
+def test_float64_that_float32_rounds_off_is_refused():
+    level, data = make_skill(), transitions(20)
+    far = {key: 1e9 + data[key].double() for key in ("observation", ("next", "observation"))}
+    for key, value in far.items():
+        data[key] = value
+    with pytest.raises(ValueError, match=r"of observation vary by less than torch.float32"):
+        level.learn(data)
+    assert not len(level.buffer)

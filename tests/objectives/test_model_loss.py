@@ -122,6 +122,61 @@ def test_rows_that_are_not_valid_have_no_influence(make_ensemble, garbage, beta)
     torch.testing.assert_close(gradients(model, batch, beta), gradients(model, kept, beta))
 
 
+@pytest.mark.parametrize("space", [OneHot(3), Categorical(3), Categorical(3, (1,))])
+def test_rows_that_are_not_valid_need_no_choice(make_ensemble, space):
+    """Padding of one-hot actions is zeros, and of numbers often -1."""
+    model = make_ensemble(action_space=space)
+    batch = make_batch(model, valid=True)
+    kept = batch[batch["valid"]].exclude("valid")
+    batch["action"][~batch["valid"]] = 0 if isinstance(space, OneHot) else -1
+    torch.testing.assert_close(gradients(model, batch), gradients(model, kept))
+
+
+def test_float64_is_taken_as_far_as_the_model_can_tell_it_apart(make_ensemble):
+    model = make_ensemble()
+    batch = make_batch(model, (20,))
+    wide = batch.apply(lambda x: x.double() if x.is_floating_point() else x)
+    torch.testing.assert_close(gradients(model, wide), gradients(model, batch))
+    state, action = wide["state"] + 1e9, wide["action"]
+    wide["state"] = state
+    match = r"dimension\(s\) \[0, 1\] of .*state.* vary by less than torch.float32 can tell apart"
+    with pytest.raises(ValueError, match=match):
+        ModelLoss(model)(wide)
+    with pytest.raises(ValueError, match=match):
+        model.predict(state, None, action)
+    with pytest.raises(ValueError, match=match):
+        model.rollout(state, None, action.unsqueeze(1))
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_terminations_may_lack_their_last_axis(make_ensemble, n):
+    model = make_ensemble()
+    batch = make_batch(model, (n,))
+    expected = gradients(model, batch)
+    batch["next", "terminated"] = batch["next", "terminated"].squeeze(-1)
+    torch.testing.assert_close(gradients(model, batch), expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        ("state", (N, D + 1)),
+        ("state", (N, 1, D)),
+        (("next", "state"), (N, 1)),  # which would broadcast
+        ("action", (N, 2)),
+        ("action", (N,)),
+        (("next", "terminated"), (N, 2)),
+    ],
+)
+def test_entries_of_another_shape_are_named(make_ensemble, key, shape):
+    model = make_ensemble()
+    batch = make_batch(model)
+    batch[key] = torch.zeros(shape)
+    name = str(key).replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(ValueError, match=f"ModelLoss: '?{name}'? has shape"):
+        ModelLoss(model)(batch)
+
+
 class Constant(nn.Module):
     """A member that predicts one Gaussian and one termination probability for all inputs."""
 

@@ -156,6 +156,8 @@ def test_steps_that_are_not_valid_have_no_influence(mask):
     if mask != "valid":
         spoiled[mask] = spoiled["valid"].unsqueeze(-1)
         spoiled["valid"] = torch.ones_like(spoiled["valid"])
+    else:
+        spoiled["valid"] = spoiled["valid"].unsqueeze(-1)
     # encoders refuse NaN, so what is encoded is only made large
     for key in ("observation", "action", ("next", "observation")):
         spoiled[key][outside] = 1e3
@@ -262,6 +264,8 @@ def spoil(key, change):
         (lambda batch: torch.cat([batch, batch[:, :1]], 1), "k_steps"),
         (spoil(("next", "reward"), lambda x: x / 0), "reward"),
         (spoil("valid", torch.zeros_like), "valid"),
+        (spoil("valid", torch.Tensor.float), r"'valid' is torch.float32 .*, expected torch.bool"),
+        (spoil("valid", lambda x: x[..., None].expand(*x.shape, 2)), "'valid' is .*, expected"),
         # else [B, 1] - [B] broadcasts to [B, B] and trains on other slices' rewards
         (spoil(("next", "reward"), lambda x: x.squeeze(-1)), "reward"),
     ],

@@ -44,7 +44,7 @@ MAZE = point_maze("Rooms", ROOMS, horizon=400)
 MIDDLES = torch.tensor([[-2.0, 2.0], [2.0, 2.0], [2.0, -2.0], [-2.0, -2.0]])
 DOOR = torch.tensor([0.0, 2.0])
 # What is seen, [7]: place and velocity; the place of a target, and how many were reached.
-STATE, CONTEXT = (0, 1, 2, 3), (4, 5, 6)
+STATE, CONTEXT, DURATION = (0, 1, 2, 3), (4, 5, 6), 20  # and the real steps of a skill
 
 
 @reads_next_state
@@ -151,7 +151,7 @@ FACTORY = PredictorFactory(
 
 
 def make_planner(
-    factory: Callable[..., Any], config: Config, discount: float = 0.99**20, **options: Any
+    factory: Callable[..., Any], config: Config, discount: float = 0.99**DURATION, **options: Any
 ) -> PlannerLevel:
     planner = partial(ICEMPlanner, horizon=config.horizon, n_samples=128, n_iterations=3)
     how = {"deterministic": True, "deterministic_mode": "best", "use_value_func": True}
@@ -160,14 +160,14 @@ def make_planner(
 
 
 def make_skills(config: Config) -> SkillLevel:
-    """Skills of 20 steps that are told apart by the place they lead to."""
+    """Skills that are told apart by the place they lead to."""
     sac = partial(SACLearner, hidden_sizes=(64, 64), lr=1e-3, tau=0.01, alpha_init=0.1)
     reward = SPlaTESReward(state_dims=[0, 1], n_symmetry_breaking_steps=15_000)
-    first = {"n_initial_random_steps": config.steps_per_batch}
-    space = Bounded(-1.0, 1.0, (2,))
-    return SkillLevel(
-        input_spec=space, duration=20, skill_reward=reward, learner_factory=sac, **first
-    )
+    how = {"input_spec": Bounded(-1.0, 1.0, (2,)), "duration": DURATION}
+    how |= {"n_initial_random_steps": config.steps_per_batch, "learner_factory": sac}
+    skills = SkillLevel(skill_reward=reward, **how)
+    skills.interrupt_after = DURATION // 2  # in the jobs: plans are made twice as often
+    return skills
 
 
 def make_env(job: Job, n: int, seed: int) -> EnvBase:
@@ -190,7 +190,7 @@ def main(config: Config) -> None:
         for name, job in JOBS.items():
             known = top.predictor
             known.rew_func, known.term_func = job.reward, ways.is_strange
-            known.val_func = ways.value_of(job.reward, speed=0.5, discount=0.99**20)
+            known.val_func = ways.value_of(job.reward, speed=0.5, discount=0.99**DURATION)
             env = make_env(job, config.eval_episodes, config.seed + 100_000)
             env.append_transform(agent.make_tensordict_primer())
             run.report(runs.play_episodes(env, agent.eval(), config.device), how=name)

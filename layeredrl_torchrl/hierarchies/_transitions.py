@@ -63,7 +63,8 @@ class Cut:
             TypeError: Not a TensorDict. KeyError: A missing entry.
             ValueError: Rows that another policy collected.
         """
-        rows = collected(data, self.keys.ends).reshape(-1)
+        rows = collected(data, self.keys.ends)
+        n_steps, rows = rows.shape[-1], rows.reshape(-1)
         strangers = int(self.layout.is_reset(_take(rows, _HELD)).sum())
         if strangers:
             raise ValueError(
@@ -73,6 +74,7 @@ class Cut:
             )
         rows = self._read(rows)
         handed_back = self._handed_back(rows)
+        self._check_interrupted(rows, handed_back, n_steps)
         return [self._of_level(rows, handed_back, i) for i in range(len(self.levels))]
 
     def _read(self, rows: TensorDictBase) -> TensorDict:
@@ -108,6 +110,25 @@ class Cut:
             answers.insert(1, done)
             asked = done.squeeze(-1).nonzero().squeeze(-1)
         return answers
+
+    def _check_interrupted(self, rows: TensorDict, handed_back: list[Tensor], n_steps: int) -> None:
+        """Refuse rows where the next one of ``n_steps`` has another input, not handed back for."""
+        reached = rows.get(unravel_key(("next", self.keys.observation)))
+        following = reached[:-1] == rows.get(self.keys.observation)[1:]
+        goes_on = following.all(-1, keepdim=True) & ~rows.get(("next", "done"))[:-1]
+        goes_on[n_steps - 1 :: n_steps] = False  # another environment's
+        for i in range(len(self.levels) - 1, 0, -1):
+            # The first row of an input of level i is one of all levels below it, too.
+            goes_on = goes_on & (self.layout.n_taken(rows.get(_HELD), i)[1:] == 1)
+            n = int((goes_on & ~handed_back[i][:-1]).sum())
+            if n:
+                level = self.levels[i]
+                raise ValueError(
+                    f"{level.name} was interrupted {n} times in {len(rows)} rows before it handed "
+                    f"control back (interrupt_after={level.interrupt_after}): such rows show "
+                    "less than the whole of what was chosen; learn from rows that were collected "
+                    "in training mode"
+                )
 
     def _of_level(self, rows: TensorDict, handed_back: list[Tensor], i: int) -> TensorDict:
         """Return the transitions of level ``i``."""

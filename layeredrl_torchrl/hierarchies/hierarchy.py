@@ -202,9 +202,9 @@ class Hierarchy(OnePrimer, WholeState):
         due: list[Due] = []
         asked = ~reset
         for i in range(len(levels) - 1, 0, -1):
-            duration = levels[i].duration
-            if duration is not None and levels[i].ends_by_duration:
-                asked = asked & self.layout.has_taken(held, i, duration)
+            limit = levels[i].limit
+            if limit is not None and levels[i].ends_by_duration:
+                asked = asked & self.layout.has_taken(held, i, limit)
             elif not (some := Due(asked)).nowhere:
                 given = some.pick(self.layout.get(held, i - 1, "action"))
                 taken = some.pick(self.layout.n_taken(held, i))

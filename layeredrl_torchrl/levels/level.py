@@ -91,6 +91,7 @@ class Level(OnePrimer, WholeState):
         super().__init__()
         self.input_spec = None if input_spec is None else to_spec(input_spec, name="input_spec")
         self.duration = None if duration is None else check_positive_int("duration", duration)
+        self._interrupt_after: int | None = None
         check_callable("reward_func", reward_func, optional=True)
         self.reward_func = reward_func
         self.each_step = check_flag("each_step", each_step)
@@ -185,8 +186,40 @@ class Level(OnePrimer, WholeState):
         self.__dict__["_parent_predictor"] = parent_predictor
 
     @property
+    def interrupt_after(self) -> int | None:
+        """In evaluation: own actions after which control goes back, before ``duration``.
+
+        The level above then chooses anew, with all of ``duration`` ahead, instead of following
+        what it chose to the end: interrupting options (Sutton, Precup and Singh, Artificial
+        Intelligence 112, 1999, section 4). That pays as far as its values are right, and costs a
+        choice each time. ``None``, the default, for never; in training it has no effect.
+
+        Raises:
+            TypeError, ValueError: When set: not an int, below 1 or above ``duration``; a level
+                that goes by another rule.
+        """
+        return self._interrupt_after
+
+    @interrupt_after.setter
+    def interrupt_after(self, value: int | None) -> None:
+        if value is not None:
+            check_positive_int("interrupt_after", value)
+            if self.duration is None or value > self.duration:
+                raise ValueError(
+                    f"interrupt_after is {value}, but {self.name} has duration={self.duration}; "
+                    "pass at most that many actions"
+                )
+        self._interrupt_after = value
+
+    @property
+    def limit(self) -> int | None:
+        """Own actions on one input: ``interrupt_after`` in evaluation, else ``duration``."""
+        after = self._interrupt_after
+        return self.duration if after is None or self.training else after
+
+    @property
     def ends_by_duration(self) -> bool:
-        """Whether :meth:`hands_back` goes by :attr:`duration` alone, and need not be called."""
+        """Whether :meth:`hands_back` goes by :attr:`limit` alone, and need not be called."""
         return getattr(self.hands_back, "__func__", None) is Level.hands_back
 
     def hands_back(self, tensordict: TensorDictBase) -> Tensor:
@@ -199,9 +232,9 @@ class Level(OnePrimer, WholeState):
                 actions on this input so far, and its :attr:`record` of the last one.
         """
         n_actions: Tensor = tensordict.get("n_actions")
-        if self.duration is None:
+        if self.limit is None:
             return torch.zeros_like(n_actions, dtype=torch.bool)
-        return n_actions >= self.duration
+        return n_actions >= self.limit
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
         """Return the transform that carries the memory over steps and clears it at resets."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchrl.data import TensorSpec
 
+from layeredrl_torchrl._outliers import warn_of_outliers
 from layeredrl_torchrl.nets import Normalizer
 from layeredrl_torchrl.specs import action_features, width
 
@@ -78,13 +79,19 @@ class InputFeatures(nn.Module):
         """
         x = self._join(observation, given, n_actions).double()
         square, mean = torch.var_mean(x, 0, correction=0)
+        varied = ~self._constant()
         share = len(x) / (self.n_seen + len(x))
         gap = mean - self.mean
         self.n_seen += len(x)
         self.mean += share * gap
         self.square += share * (square - self.square + (1.0 - share) * gap.square())
-        # Features that do not vary, beyond float32 rounding, are centred but not scaled.
-        constant = self.square <= 1e-12 * (self.square + self.mean.square())
-        scale = torch.where(constant, torch.ones_like(self.square), self.square.sqrt())
+        # Features that do not vary are centred but not scaled.
+        scale = torch.where(self._constant(), torch.ones_like(self.square), self.square.sqrt())
         self.normalizer.loc.copy_(self.mean)
         self.normalizer.scale.copy_(scale)
+        n = int(self.n_seen)
+        warn_of_outliers("observation", x, self.mean, scale, n=n, varied=varied)
+
+    def _constant(self) -> Tensor:
+        """Which features have not varied, beyond float32 rounding."""
+        return self.square <= 1e-12 * (self.square + self.mean.square())

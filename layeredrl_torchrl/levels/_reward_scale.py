@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from layeredrl_torchrl._outliers import warn_of_outliers
+
 __all__ = ["RewardScale"]
 
 
@@ -34,6 +36,7 @@ class RewardScale(nn.Module):
     def observe(self, reward: Tensor, ended: Tensor) -> None:
         """Add rewards ``[N, 1]`` to the statistics, and whether a return ends with them."""
         reward = reward.to(self.square)
+        varied = self._std() > 1e-6 * self.mean.abs()
         counts = reward != 0
         n = counts.sum()
         self.count += n
@@ -41,10 +44,19 @@ class RewardScale(nn.Module):
         self.square += (reward.square().sum() - n * self.square) / total
         self.mean += (reward.sum() - n * self.mean) / total
         self.shifts.logical_and_(counts.all() & ~ended.any())
+        std = self._std()
+        std = torch.where(std > 0, std, 1.0)
+        # Those of 0, which do not count, are put where they do not stand out.
+        paid = torch.where(counts, reward, self.mean)
+        warn_of_outliers("reward", paid, self.mean, std, n=int(self.count), varied=varied)
+
+    def _std(self) -> Tensor:
+        """Standard deviation of the rewards that are not 0."""
+        return (self.square - self.mean.square()).clamp_min(0.0).sqrt()
 
     def forward(self, reward: Tensor) -> Tensor:
         """Return rewards in their unit, in their own dtype."""
-        std = (self.square - self.mean.square()).clamp_min(0.0).sqrt()
+        std = self._std()
         share = ((self.mean.abs() / std.clamp_min(1e-300) - 5.0) / 15.0).clamp(0.0, 1.0)
         # Rewards that differ by what float32 rounds off are the same.
         varies = self.shifts & (std > 1e-6 * self.mean.abs())

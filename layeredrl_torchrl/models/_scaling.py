@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layeredrl_torchrl._checks import check_finite, check_flag
+from layeredrl_torchrl._outliers import warn_of_outliers
 from layeredrl_torchrl.nets import Normalizer
 
 __all__ = ["InputUnits", "Scaling"]
@@ -150,32 +151,8 @@ class Scaling(nn.Module):
             normalizer.check(x)
         for name, normalizer, x in fits:
             normalizer.fit(x)
-            _warn_of_outliers(name, x, normalizer)
+            warn_of_outliers(name, x, normalizer.loc, normalizer.scale)
         _warn_of_rounding(state, next_state)
-
-
-def _warn_of_outliers(name: str, x: Tensor, normalizer: Normalizer) -> None:
-    """Warn of dimensions of ``x [N, n]`` whose spread comes from a thousandth of the rows."""
-    n = len(x)
-    if n < 100 or not x.shape[1]:
-        return
-    distance = ((x - normalizer.loc) / normalizer.scale).abs()
-    n_far = max(1, n // 1000)
-    far = distance.topk(n_far + 1, dim=0).values
-    count = torch.arange(1, n_far + 1, device=x.device).unsqueeze(-1)
-    rest = (distance.square().sum(0) - far[:-1].square().cumsum(0)) / (n - count)
-    # Outliers: a gap with nearly all of the variance beyond it.
-    broken = (rest < 1e-2) & (far[:-1] > 20.0 * far[1:]) & (far[0] > 5.0)
-    broken = broken.any(0)
-    found = [d for d, is_broken in enumerate(broken.tolist()) if is_broken]
-    if found:
-        values = [f"{x[:, d][distance[:, d].argmax()].item():.4g}" for d in found]
-        warnings.warn(
-            f"{name}: a few of {n} rows make up the spread of dimension(s) {found} (up to "
-            f"{', '.join(values)}); if these readings are broken, remove them from the data, since "
-            "the networks can hardly tell the others apart on that scale",
-            stacklevel=4,
-        )
 
 
 def _warn_of_rounding(state: Tensor, next_state: Tensor) -> None:

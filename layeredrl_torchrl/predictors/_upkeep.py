@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from layeredrl_torchrl._outliers import warn_of_outliers
 from layeredrl_torchrl.models import ProbabilisticEnsemble
 from layeredrl_torchrl.nets import Encoder, EncoderNet, ScalarHead, needs_next_state
 from layeredrl_torchrl.predictors._context import ContextWatch
@@ -151,6 +152,7 @@ class Upkeep(nn.Module):
         """
         reward = reward.double()
         std, mean = torch.std_mean(reward, correction=0)
+        warn_of_outliers("reward", reward, mean, torch.where(std > 0, std, 1.0))
         # Rewards that differ by what float32 rounds off are the same.
         std = torch.where(std > 1e-6 * reward.abs().amax(), std, 0.0)
         rew_func = self._parts[2]

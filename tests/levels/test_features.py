@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -41,3 +44,21 @@ def test_features_are_observation_input_and_time_left():
         features.observe(sign * obs, *rest)
         out = features(sign * obs + torch.tensor([0.5, 1e6]), *rest)
         assert out[0].tolist() == [0.5, 10, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("size", [1, 7, 500])
+def test_a_broken_reading_is_named_however_the_rows_come(size):
+    x = 3.0 + torch.randn(500, 2)
+    x[:, 1] = 3.0
+    broken = x.clone()
+    broken[400] = 1e6  # beside what is constant it spoils nothing
+    for rows, warns in ((x, False), (broken, True)):
+        features = InputFeatures(2, None, None)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for part in rows.split(size):
+                features.observe(part, None, None)
+        assert [str(one.message).split(";")[0] for one in caught] == warns * [
+            f"observation: a few of {min(500, -(-401 // size) * size)} rows make up the spread of "
+            "dimension(s) [0] (up to 1e+06)"
+        ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -39,3 +41,19 @@ def test_an_offset_that_counts_is_kept(why):
     rest = reward[reward != 0]
     expected = reward / rest.square().mean().sqrt()
     torch.testing.assert_close(observed(reward, ended), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_broken_reading_is_named_and_a_sparse_reward_is_not(zeros):
+    ended = torch.zeros(3000, 1, dtype=torch.bool)
+    reward = torch.randn(3000, 1)
+    if zeros:
+        reward[torch.rand(3000, 1) < 0.5] = 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RewardScale().observe(reward, ended)
+        RewardScale().observe((torch.arange(3000.0) == 77).unsqueeze(-1), ended)
+        RewardScale().observe(1.0 + 50.0 * (torch.arange(3000.0) == 77).unsqueeze(-1), ended)
+    reward[77] = -1e5
+    with pytest.warns(UserWarning, match=r"reward: a few of \d+ rows .* \(up to -1e\+05\)"):
+        RewardScale().observe(reward, ended)

@@ -245,6 +245,16 @@ def test_a_broken_reading_is_named(offset, n_broken, fc, recorded, transitions):
         ensemble.fit_statistics(offset + state, context, action, offset + next_state)
 
 
+def test_a_switch_that_is_seldom_turned_is_no_broken_reading(fc, recorded, transitions):
+    state, context, action, next_state = transitions(n=2000)
+    state[:, 1] = next_state[:, 1] = 0.0
+    next_state[7:9, 1] = state[8, 1] = 1.0
+    ensemble, _ = recorded(fc)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ensemble.fit_statistics(state, context, action, next_state)
+
+
 def test_a_tail_that_falls_off_is_no_broken_reading(fc, recorded, transitions):
     state, context, action, next_state = transitions(n=2000)
     ensemble, _ = recorded(fc)

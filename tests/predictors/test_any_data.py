@@ -5,6 +5,8 @@ The tests of units and of sparse changes learn; the others look at what is drawn
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -61,6 +63,24 @@ def test_changes_that_are_seldom_are_learned():
     predictor.learn(buffer, 400, 8, 128, 0)
     guess = predictor.predict(obs, action)[0].mean((-3, -2)).argmax(-1)
     assert (guess == after).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("reward", ["dense", "sparse"])
+def test_a_broken_reward_is_named_and_a_sparse_one_is_not(reward):
+    data = make_transitions(500)
+    few = (torch.arange(500) % 450 == 7).unsqueeze(-1)
+    data["next", "reward"] = torch.randn(500, 1) * (reward == "dense")
+    data["next", "reward"][few] = 1e5
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_predictor(val_func=None).upkeep._rescale(
+            data["next", "reward"][8:],
+            None,
+            (data["observation"][8:], data["observation"][8:, :0], data["action"][8:]),
+            data["next", "observation"][8:],
+        )
+    found = [str(one.message) for one in caught if "make up the spread" in str(one.message)]
+    assert [one.split(":")[0] for one in found] == ["reward"] * (reward == "dense")
 
 
 # -- what is drawn ----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 
 from layeredrl_torchrl._checks import check_finite, check_width, require
+from layeredrl_torchrl.objectives._stored import padding_mask
 from layeredrl_torchrl.specs import canonical_action
 
 __all__ = [
@@ -89,14 +90,9 @@ def collected(data: object, ends: tuple[NestedKey, NestedKey] = _ENDS) -> Tensor
             hint = f"the environment ends episodes by it; {_NOTHING}"
             value = require(rows, unravel_key(("next", key)), reader="learn", hint=hint)
             rows = rows.copy().set(("next", name), value)
-    mask = rows.get(_MASK, None)
+    mask = padding_mask(rows, _MASK)
     if mask is None:
         return rows
-    if mask.dtype != torch.bool or mask.shape.numel() != rows.shape.numel():
-        raise ValueError(
-            f"{_MASK!r} is {mask.dtype} {tuple(mask.shape)}, expected torch.bool "
-            f"{tuple(rows.shape)}"
-        )
     return rows[mask.reshape(rows.shape)]
 
 

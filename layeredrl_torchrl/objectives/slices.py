@@ -16,6 +16,7 @@ from layeredrl_torchrl.objectives._stored import (
     StoredRows,
     any_in_row,
     check_single_steps,
+    padding_mask,
     rows_at,
     take,
 )
@@ -62,7 +63,8 @@ class TransitionSlices:
         done_key: Key of the end of an episode, bool ``[T, (E,) 1]``.
         terminated_key: Key of termination, laid out like ``done_key``.
         trajectory_key: Key of the trajectory ids, if the buffer has any; None to ignore them.
-        mask_key: Key of the mask that is false for padding, if the buffer has one.
+        mask_key: Key of the mask that is false for padding, if the buffer has one; at the root,
+            where ``split_trajectories`` writes it without a collector, it is found by its name.
         valid_key: Key under which :meth:`sample` writes which steps belong to the slice.
         index_key: Key under which :meth:`sample` writes the place of each step in the flattened
             storage, int64 ``[B, L]``; ``None`` to leave it out.
@@ -137,17 +139,7 @@ class TransitionSlices:
         with self._stored.locked():
             rows, valid, index = self._read(batch_size, length, generator)
         check_single_steps(rows)
-        transform = self._stored.buffer.transform
-        if len(transform):
-            shape = (batch_size * length,)
-            flat = transform(rows.reshape(shape))
-            if flat.batch_size != shape:
-                raise ValueError(
-                    f"The buffer's transform turned a batch of shape {list(shape)} into one of "
-                    f"{list(flat.batch_size)}, expected as many rows as went in; use a buffer "
-                    "without the transform that changes their number."
-                )
-            rows = flat.reshape(batch_size, length)
+        rows = self._transformed(rows.reshape(-1)).reshape(batch_size, length)
         added = {"valid_key": (self._valid_key, valid), "index_key": (self._index_key, index)}
         for name, (key, value) in added.items():
             if key is None:
@@ -160,8 +152,8 @@ class TransitionSlices:
             rows.set(key, value)
         return rows
 
-    def stored(self, index: Tensor) -> TensorDictBase:
-        """Return the rows ``[N]`` at places ``index [N]`` of the flattened storage, as stored.
+    def at(self, index: Tensor) -> TensorDictBase:
+        """Return the rows ``[N]`` at places ``index [N]`` of the flattened storage.
 
         Raises:
             As :meth:`sample`.
@@ -169,7 +161,23 @@ class TransitionSlices:
         with self._stored.locked():
             contents, _ = self._stored.contents(1)
             place = index.to(contents.get(self._end_keys[0]).device)
-            return rows_at(contents, place.unsqueeze(1))[:, 0]
+            rows = rows_at(contents, place.unsqueeze(1))[:, 0]
+        return self._transformed(rows)
+
+    def _transformed(self, rows: TensorDictBase) -> TensorDictBase:
+        """Return stored rows ``[N]`` as the buffer's transforms leave them."""
+        transform = self._stored.buffer.transform
+        if not len(transform):
+            return rows
+        shape = rows.batch_size
+        rows = transform(rows)
+        if rows.batch_size != shape:
+            raise ValueError(
+                f"The buffer's transform turned a batch of shape {list(shape)} into one of "
+                f"{list(rows.batch_size)}, expected as many rows as went in; use a buffer "
+                "without the transform that changes their number."
+            )
+        return rows
 
     def _read(
         self, batch_size: int, length: int, generator: torch.Generator | None
@@ -186,7 +194,7 @@ class TransitionSlices:
         # next row of a lane is ``n_lanes`` rows further on, modulo the ring.
         n_lanes = contents.batch_size[1:].numel()
         n_stored = n_rows * n_lanes
-        mask = None if self._mask_key is None else contents.get(self._mask_key, None)
+        mask = None if self._mask_key is None else padding_mask(contents, self._mask_key)
         start = self._starts(mask, n_stored, batch_size, generator, steps.device)
         index = (start + n_lanes * steps) % n_stored
         if length == 1:  # nothing is continued

@@ -149,9 +149,9 @@ class Experience:
         numbers tell whether those have been overwritten in between.
         """
         places = torch.arange(n_probes).mul(n_first).floor_divide(n_probes)
-        rows = self._joined(self._slices.stored(places))
+        rows = self._joined(self._slices.at(places))
         keys = self._keys
-        read = (keys.observation, keys.action, keys.next_observation, keys.reward)
+        read = (keys.observation, keys.action, keys.next_observation, keys.reward, keys.terminated)
         return fingerprint(*(self._get(rows, key) for key in read)).cpu()
 
     def held_out(self, n_sampled: int) -> TensorDict:

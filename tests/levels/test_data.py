@@ -192,20 +192,21 @@ def test_what_was_stored_before_has_to_be_there_again(make):
 
 
 @both
-def test_rows_that_pad_trajectories_are_neither_stored_nor_counted(make):
+@pytest.mark.parametrize("key", [("collector", "mask"), "mask"])  # with a collector, and without
+def test_rows_that_pad_trajectories_are_neither_stored_nor_counted(make, key):
     data = make_transitions(n_steps=60, episode_length=20)
     lengths = torch.tensor([20, 11, 17])
     mask = torch.arange(20) < lengths.unsqueeze(-1)
     padded = data.reshape(3, 20).clone()
     padded[~mask] = padded[~mask].apply(torch.zeros_like)
-    padded["collector", "mask"] = mask
+    padded[key] = mask
     level, plain = make(*SPACES), make(*SPACES)
     plain.load_state_dict(level.state_dict())
     for one, rows in ((level, padded), (plain, data.reshape(3, 20)[mask])):
         torch.manual_seed(0)
         assert one.learn(rows)["n_env_steps"] == 48
     assert_same(everything(level), everything(plain))
-    padded["collector", "mask"] = torch.zeros_like(mask)
+    padded[key] = torch.zeros_like(mask)
     assert level.learn(padded)["n_env_steps"] == 48
     fresh = make(*SPACES, updates_per_step=1.0)
     assert fresh.learn(padded)["n_env_steps"] == 0  # nothing is learned of nothing

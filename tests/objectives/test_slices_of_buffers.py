@@ -159,10 +159,13 @@ def test_either_end_ends_a_slice_whatever_its_width(key):
     assert torch.equal(rows["valid"], expected <= last.unsqueeze(1))
 
 
-@pytest.mark.parametrize("shape", [(12,), (12, 1)])
-def test_padding_neither_starts_nor_continues_a_slice(shape):
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [(("collector", "mask"), (12,)), (("collector", "mask"), (12, 1)), ("mask", (12,))],
+)
+def test_padding_neither_starts_nor_continues_a_slice(key, shape):
     data = Lane(0, [(12, "goes on")], "done").tensordict(0, 12)
-    data["collector", "mask"] = (torch.arange(12) % 6 < 4).reshape(shape)
+    data[key] = (torch.arange(12) % 6 < 4).reshape(shape)
     rows = TransitionSlices(filled_with(data)).sample(200, 3)
     first = rows["number"][:, :1]
     assert set(first.flatten().tolist()) == {0, 1, 2, 3, 6, 7, 8, 9}
@@ -170,6 +173,13 @@ def test_padding_neither_starts_nor_continues_a_slice(shape):
     last = torch.where(first < 4, 3, 9)
     assert torch.equal(rows["number"], torch.minimum(steps, last))
     assert torch.equal(rows["valid"], steps <= last)
+
+
+@pytest.mark.parametrize("other", [torch.zeros(12), torch.zeros(12, 2).bool()])
+def test_another_entry_of_that_name_masks_nothing(other):
+    data = Lane(0, [(12, "goes on")], "done").tensordict(0, 12).set("mask", other)
+    rows = TransitionSlices(filled_with(data)).sample(200, 1)
+    assert len(rows["number"].unique()) == 12
 
 
 def test_images_and_entries_that_are_no_tensors():
@@ -272,6 +282,11 @@ class Step:
             lambda: filled_with(ten().set(("next", "done"), torch.zeros(10, 1).int())),
             ValueError,
             r"\('next', 'done'\).*int32.*torch\.bool",
+        ),
+        (
+            lambda: filled_with(ten().set(("collector", "mask"), torch.ones(10))),
+            ValueError,
+            r"\('collector', 'mask'\) is torch.float32.*torch\.bool",
         ),
         (
             lambda: filled_with(ten().set("valid", torch.zeros(10))),

@@ -23,6 +23,7 @@ from torchrl.data import (
     TensorStorage,
     Unbounded,
 )
+from torchrl.envs.transforms import ObservationNorm, RenameTransform
 
 from layeredrl_torchrl import BootstrappedBatches, ModelLoss, PredictorFactory, TransitionSlices
 from layeredrl_torchrl.predictors._experience import Experience
@@ -149,6 +150,37 @@ def test_statistics_follow_the_data(how):
     assert predictor.rew_func.out_scale.item() == pytest.approx(scale.item(), rel=0.3)
     loc = other["observation"].mean(0)
     assert (predictor.model.scaling.state.loc - loc).abs().max() < 1.0
+
+
+@pytest.mark.parametrize("how", ["another transform", "terminations"])
+def test_statistics_follow_what_is_read_of_the_same_rows(how):
+    data = make_transitions(60, episode_length=1000)
+    data["next", "reward"] = 50.0 + torch.randn(60, 1)
+    buffer, predictor = make_buffer(data, capacity=60), make_predictor()
+    learn(predictor, buffer)
+    before = predictor.val_func.out_loc.clone()
+    assert before > 1000.0  # an offset of all rewards, where nothing terminates
+    if how == "another transform":
+        both = ["observation", ("next", "observation")]
+        transform = ObservationNorm(7.0, 1.0, in_keys=both, out_keys=both)
+        buffer = TensorDictReplayBuffer(storage=buffer.storage, transform=transform)
+        learn(predictor, buffer)
+        loc = 7.0 + data["observation"].mean(0)
+        assert (predictor.model.scaling.state.loc - loc).abs().max() < 1.0
+        return
+    buffer.empty()
+    data["next", "terminated"][::3] = True
+    buffer.extend(data)
+    learn(predictor, buffer)
+    assert predictor.val_func.out_loc == 0.0
+
+
+def test_a_buffer_may_name_its_entries_by_a_transform():
+    data = make_transitions(60)
+    data["next", "gain"] = data["next"].pop("reward")
+    buffer = make_buffer(data)
+    buffer.append_transform(RenameTransform([("next", "gain")], [("next", "reward")]))
+    assert learn(make_predictor(), buffer)["n_updates"] == 3.0
 
 
 # -- buffers ------------------------------------------------------------------------------------

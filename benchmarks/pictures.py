@@ -31,6 +31,7 @@ if sys.platform == "linux" and not {"MUJOCO_GL", "DISPLAY"} & os.environ.keys():
 import numpy as np
 import torch
 from tensordict import TensorDict
+from torchrl.envs import EnvBase
 
 from layeredrl_torchrl import (
     PlannerLevel,
@@ -160,23 +161,25 @@ def draw_maze(folder: Path, example: object, config: RunOptions) -> None:
     if skills:
         paths, chosen = play_skills(config, task, agent.levels[-1])
         title = f"{config.task}: what {config.duration} steps of each skill do, from rest"
-        skill_fan(paths.numpy(), chosen.numpy(), maze, folder / "skills.png", title)
+        skill_fan(paths[..., :2].numpy(), chosen.numpy(), maze, folder / "skills.png", title)
 
 
-def play_skills(config: RunOptions, task, level) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places `[n, duration + 1, 2]` under skills `[n, 2]` on a circle, each from rest."""
+def play_skills(
+    config: RunOptions, task, level, begin=EnvBase.reset
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """States `[n, duration + 1, D]` under skills `[n, 2]` on a circle, each from `begin(env)`."""
     n = 80
     angle = torch.arange(n) * (2 * torch.pi / n)
     skill = torch.stack([angle.cos(), angle.sin()], -1)
     env = make_batched(task, n, seed=config.seed + 200_000)
-    data, places = env.reset(), []
+    data, states = begin(env), []
     for step in range(config.duration + 1):
         seen = data["observation"][:, list(task.state_dims)]
-        places.append(seen[:, :2])
+        states.append(seen)
         given = {"observation": seen, "input": skill, "n_actions": torch.full((n, 1), step)}
         data = env.step(data.set("action", level(TensorDict(given, [n]))["action"]))["next"]
     env.close()
-    return torch.stack(places, 1), skill
+    return torch.stack(states, 1), skill
 
 
 def main(config: Config) -> None:
@@ -197,7 +200,8 @@ def main(config: Config) -> None:
         if example.__name__ == "planning_with_model":
             draw_prediction(folder, example, options)
         if example.__name__ in ("skill_hierarchy", "hindsight"):
-            draw_maze(folder, example, options)
+            if hasattr(get_task(options.task).make_gym().unwrapped, "maze"):
+                draw_maze(folder, example, options)  # benchmarks/reacher.py draws the arm
             agents[options.agent] = folder
             skill_steps = max(skill_steps, getattr(options, "skill_steps", 0))
         print(f"Pictures: {folder}")

@@ -34,7 +34,7 @@ class Config(runs.RunOptions):
     """Reach goals in a maze by SAC."""
 
     task: str = "PointMaze-U-Sparse"
-    """Name of the task, a point maze."""
+    """Name of the task: a point maze, or Reacher-Tip."""
     hindsight_share: runs.Share = 0.8
     """Share of each batch whose goal is one that was reached later; 0 for SAC as it is."""
     total_env_steps: runs.Count = 80_000

@@ -1,11 +1,12 @@
 """Discover skills without any reward, then plan over them to reach goals never seen before.
 
-Two levels in a point maze: the lower one learns, from nothing but what the upper one's model can
-tell apart, skills of a fixed duration; the upper one plans in that model which skills lead to the
-goal. What comes after a plan is learned, or known from ways between landmarks: for far goals.
+Two levels, in a point maze or on an arm: the lower one learns, from nothing but what the upper
+one's model can tell apart, skills of a fixed duration; the upper one plans in that model which
+skills lead to the goal. What comes after a plan is learned, or known from ways between landmarks.
 
     python examples/skill_hierarchy.py
     python examples/skill_hierarchy.py --task PointMaze-Large-Sparse --landmarks 0.3 --horizon 5
+    python examples/skill_hierarchy.py --task Reacher-Tip --landmarks 0.03 --duration 5 --horizon 5
     python examples/skill_hierarchy.py --agent planner    # over forces, for comparison
     python benchmarks/pictures.py output/skill_hierarchy/*
 """
@@ -41,12 +42,12 @@ from layeredrl_torchrl.nets import Landmarks
 
 @dataclass
 class Config(runs.RunOptions):
-    """Reach goals in a maze."""
+    """Reach goals in a maze, or with an arm."""
 
     agent: Literal["hierarchy", "planner"] = "hierarchy"
     """A planner over skills, or a planner over forces."""
     task: str = "PointMaze-U"
-    """Name of the task, a point maze."""
+    """Name of the task: a point maze, or Reacher-Tip, whose place is that of an arm's tip."""
     skill_steps: runs.Natural = 30_000
     """Real steps in which skills are drawn at random and learned, before the first plan."""
     total_env_steps: runs.Count = 80_000

@@ -109,6 +109,21 @@ def test_a_flat_planner_of_the_maze(run, curve, capsys, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "folder"), [("skill_hierarchy", "hierarchy"), ("hindsight", "her")]
+)
+def test_reaches_with_an_arm(name, folder, run, curve, capsys, tmp_path):
+    """The same code as for mazes, without gymnasium-robotics."""
+    options = ["--landmarks=0.03"] if name == "skill_hierarchy" else []
+    run(name, "--task=Reacher-Tip", *options, f"--output={tmp_path}")
+    assert "success rate" in capsys.readouterr().out
+    rows = curve(tmp_path / folder)
+    assert any(row["success"] >= 0.0 for row in rows)
+    learned = "skill_reward" if name == "skill_hierarchy" else "loss_qvalue"
+    assert not math.isnan(rows[-1][learned])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("agent", ["hierarchy", "planner"])
 def test_landmarks_are_saved_with_the_run(agent, example, run, curve, tmp_path):
     pytest.importorskip("gymnasium_robotics")

@@ -97,8 +97,10 @@ def check_resolution(name: str, value: Tensor, dtype: torch.dtype) -> None:
     """
     if not value.is_floating_point() or value.dtype.itemsize <= dtype.itemsize:
         return
-    rows = value.detach().flatten(0, -2)
-    if len(rows) < 8 or not rows.shape[1]:
+    if not value.shape[-1]:
+        return
+    rows = value.detach().reshape(-1, value.shape[-1])
+    if len(rows) < 8:
         return
     error_of = (rows - rows.to(dtype).to(rows.dtype)).abs().amax(0)
     far = rows.abs().amax(0)

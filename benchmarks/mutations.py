@@ -6,9 +6,9 @@
 Each change is made in a copy of the working tree's tracked files: another operator, constant,
 condition, or a statement left out. First all tests but the slow ones run once, to learn which of
 them run which lines (``--tests`` keeps that for other seeds of the same commit). Then those that
-run the changed line are run until one fails: those of the changed file's own test first, then the
-quickest, up to a minute's worth. What no test notices is printed with its line, to be judged by
-hand: some changes change nothing that matters.
+run the changed line, and the changed file's own, are run until one fails: its own first, then the
+quickest, up to a minute's worth; then all of the file's folder. What no test notices is printed
+with its line, to be judged by hand: some changes change nothing that matters.
 """
 
 from __future__ import annotations
@@ -198,6 +198,8 @@ def tests_of(path, first, last, kept):
         near = place.stem != f"test_{own}", not whole and path.parts[-2] not in place.parts
         return (*near, seconds.get(test, 0.0), test)
 
+    # What is built when tests are collected belongs to no test either: ask the file's own.
+    found |= {test for test in seconds if order(test)[:2] == (False, False)}
     chosen, total = [], 0.0
     for test in sorted(found, key=order):
         total += seconds.get(test, 0.0)
@@ -241,6 +243,10 @@ def main():
             # A change that makes a loop endless is noticed, too.
             options = ["-x", "--timeout", "120", "--timeout-method", "signal", *tests]
             by = bool(tests) and run_tests(folder, options) != pytest.ExitCode.OK
+            if not by and (folder / "tests" / path.parts[-2]).exists():
+                # What runs in a process that a test has started belongs to none: ask the folder's.
+                options[5:] = [f"tests/{path.parts[-2]}"]
+                by = run_tests(folder, options) != pytest.ExitCode.OK
             (folder / path).write_bytes(before)
             was = before[start:end].decode()
             row = {"file": str(path), "line": line, "was": was, "is": text}

@@ -105,8 +105,8 @@ class Encoder(TensorDictModuleBase):
         self.obs_dim = sum(map(prod, shapes))
         # Moves with the module: observations are converted to its dtype.
         self.register_buffer("_floats", torch.empty(0), persistent=False)
-        self.latent_state_dim = latent_state_dim
-        self.context_dim = context_dim
+        self.latent_state_dim = check_positive_int("latent_state_dim", latent_state_dim)
+        self.context_dim = check_positive_int("context_dim", context_dim, minimum=0)
         self.in_keys = list(in_keys)
         self.out_keys = list(out_keys)
 
@@ -218,8 +218,8 @@ class IdentityEncoder(Encoder):
     """
 
     def __init__(self, mapped_env_obs_shape: ObservationShape, **keys: Sequence[NestedKey]) -> None:
-        super().__init__(mapped_env_obs_shape, 0, 0, **keys)
-        self.latent_state_dim = self.obs_dim
+        super().__init__(mapped_env_obs_shape, 1, 0, **keys)
+        self.latent_state_dim = self.obs_dim  # only now known
 
     def split(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """Return the observation, and a context of width 0."""
@@ -259,9 +259,9 @@ class FixedEncoderNet(Encoder):
     ) -> None:
         state_dims = check_indices("latent_state_dims", latent_state_dims)
         ctx_dims = check_indices("context_dims", context_dims)
-        super().__init__(mapped_env_obs_shape, len(state_dims), len(ctx_dims), **keys)
         if not state_dims:
             raise ValueError("latent_state_dims is empty; name at least one dimension")
+        super().__init__(mapped_env_obs_shape, len(state_dims), len(ctx_dims), **keys)
         check_indices("latent_state_dims", state_dims, self.obs_dim)
         check_indices("context_dims", ctx_dims, self.obs_dim)
         shared = sorted(set(state_dims) & set(ctx_dims))
@@ -317,8 +317,6 @@ class EncoderNet(Encoder):
         context_dim: int,
         **keys: Sequence[NestedKey],
     ) -> None:
-        check_positive_int("latent_state_dim", latent_state_dim)
-        check_positive_int("context_dim", context_dim, minimum=0)
         super().__init__(mapped_env_obs_shape, latent_state_dim, context_dim, **keys)
         self.state_net = nn.Linear(self.obs_dim, latent_state_dim, bias=False)
         # torch warns when it initialises an empty layer, so a context of width 0 has none.

@@ -53,8 +53,6 @@ class ModuleEncoder(Encoder):
         in_keys: Sequence[NestedKey] = ("observation",),
         out_keys: Sequence[NestedKey] = ("state", "context"),
     ) -> None:
-        check_positive_int("latent_state_dim", latent_state_dim)
-        check_positive_int("context_dim", context_dim, minimum=0)
         check_instance("module", module, nn.Module, hint="pass a network, not its class")
         shapes = mapped_env_obs_shape
         if not isinstance(shapes, Mapping):

@@ -52,7 +52,7 @@ class Experience:
         action_form: ActionForm,
         keys: PredictorLoss._AcceptedKeys,
         *,
-        holdout_share: float = 0.0,
+        holdout_share: float,
         device: torch.device | None = None,
     ) -> None:
         self.holdout_share = holdout_share

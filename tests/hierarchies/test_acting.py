@@ -97,6 +97,16 @@ def test_on_an_accelerator_all_are_called_and_those_that_are_due_count(three, mo
     assert (runs[0] == runs[1]).all()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_no_level_acts_on_what_is_not_finite(three, bad):
+    env, hierarchy = three(2)
+    td = set_up(env, hierarchy).reset()
+    td["observation"][1, 3] = bad
+    with pytest.raises(ValueError, match=r"observation holds 1 non-finite values.*\[1, 3\]"):
+        hierarchy(td)
+    assert not any(level.calls for level in hierarchy.levels)
+
+
 def test_torchrl_finds_one_primer(three):
     env, hierarchy = three()
     primer = get_primers_from_module(hierarchy)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import SMALL_FACTORY, known, known_level, planner_level
-from torchrl.data import Bounded, OneHot, Unbounded
+from torchrl.data import Binary, Bounded, OneHot, Unbounded
 from torchrl.envs import InitTracker, StepCounter
 
 from layeredrl_torchrl import Hierarchy
@@ -216,6 +216,16 @@ def test_an_environment_without_flat_observation(toy):
         Hierarchy([toy.Level(1)], carrying)
     with pytest.raises(ValueError, match="2 entries for 1 levels"):
         Hierarchy([toy.Level(1)], toy.Env(), observation_maps=[None, None])
+
+
+def test_an_environment_that_masks_actions(toy):
+    class Masked(toy.Env):
+        def __init__(self):
+            super().__init__()
+            self.observation_spec["action_mask"] = Binary(3, dtype=torch.bool)
+
+    with pytest.raises(ValueError, match=r"masks actions.*Let the environment"):
+        Hierarchy([toy.Level(1)], Masked())
 
 
 def test_memory_starts_from_zeros(toy, build):

@@ -30,6 +30,15 @@ def test_an_offset_is_subtracted_where_it_is_large(unit, offset):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(("ratio", "share"), [(4.0, 0.0), (8.0, 0.2), (12.5, 0.5), (21.0, 1.0)])
+def test_between_5_and_20_times_the_spread_part_of_an_offset_is_subtracted(ratio, share):
+    varying = torch.randn(500, 1, dtype=torch.float64)
+    reward = ratio + (varying - varying.mean()) / varying.std(correction=0)
+    rest = reward - share * ratio
+    expected = rest / rest.square().mean().sqrt()
+    torch.testing.assert_close(observed(reward), expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("why", ["an end", "a reward of 0", "no spread"])
 def test_an_offset_that_counts_is_kept(why):
     reward = 1e3 + torch.randn(500, 1, dtype=torch.float64) * (why != "no spread")

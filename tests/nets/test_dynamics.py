@@ -8,6 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from helpers import make_ensemble
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -191,3 +192,12 @@ def test_gradients_of_the_stack_are_those_of_its_networks(nonlinearity, hidden_s
         for layer, weight, bias in zip(net.layers, stacked.weights, stacked.biases, strict=True):
             torch.testing.assert_close(weight.grad[m], layer.weight.grad.T, atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(bias.grad[m, 0], layer.bias.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_an_untrained_network_predicts_almost_no_change():
+    """Weights are drawn by LeCun's rule, the last ones with a tenth of its std; no biases."""
+    stack = make_ensemble(hidden=(300, 200), n_models=3).members
+    for weight, n_in, share in zip(stack.weights, (3, 300, 200), (1.0, 1.0, 0.1), strict=True):
+        assert weight.shape[-2] == n_in
+        assert weight.std().item() == pytest.approx(share * n_in**-0.5, rel=0.1)
+    assert not any(bias.any() for bias in stack.biases)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from tensordict import TensorDict
 from torch import nn
 
-from layeredrl_torchrl import EncoderNet, FixedEncoderNet, IdentityEncoder
+from layeredrl_torchrl import Encoder, EncoderNet, FixedEncoderNet, IdentityEncoder
 from layeredrl_torchrl.nets import ModuleEncoder, SimNorm
 
 BATCHES = [(), (1,), (4,), (2, 3)]
@@ -138,6 +140,30 @@ def test_a_module_of_another_width_is_refused():
     wrong = ModuleEncoder(nn.Linear(4, 3), (4,), latent_state_dim=2)
     with pytest.raises(ValueError, match=r"gave \[\(5, 3\).*expected the state \(5, 2\)"):
         wrong(torch.zeros(5, 4))
+
+
+class Own(Encoder):
+    """What a user writes."""
+
+    def split(self, observation):
+        return observation[..., : self.latent_state_dim], observation[..., self.latent_state_dim :]
+
+
+@pytest.mark.parametrize(
+    "make", [Own, EncoderNet, partial(ModuleEncoder, Halves())], ids=["own", "linear", "module"]
+)
+@pytest.mark.parametrize(
+    ("dims", "error", "message"),
+    [
+        ((0, 1), ValueError, "latent_state_dim must be at least 1, got 0"),
+        ((2, -1), ValueError, "context_dim must be at least 0, got -1"),
+        ((2.0, 1), TypeError, "latent_state_dim must be an int"),
+        ((2, True), TypeError, "context_dim must be an int"),
+    ],
+)
+def test_no_encoder_has_widths_that_cannot_be(make, dims, error, message):
+    with pytest.raises(error, match=message):
+        make((3,), *dims)
 
 
 def test_simnorm_is_a_softmax_of_each_group():

@@ -139,6 +139,9 @@ def test_the_value_of_a_goal_falls_along_a_line():
     hops = torch.tensor([[5, 4, 3, 2, 1, 0], [2, 1, 0, 1, 2, 3]])
     expected = 0.9 ** (2.0 * (hops - 1).clamp_min(0)) / 0.1
     torch.testing.assert_close(found, expected)
+    states = torch.cat([line, torch.randn(6, 2)], -1).reshape(2, 3, 4)  # in any shape
+    shaped = value(states, goals[:1].reshape(2, 3, 2))
+    torch.testing.assert_close(shaped.flatten(), expected[0])
     nowhere = value(torch.full((1, 4), 9.0), line[5:])
     torch.testing.assert_close(nowhere, expected[0, :1])  # as little as from the far end
 

@@ -101,6 +101,19 @@ def test_what_recurs_is_held_out_here_and_there_but_not_everywhere():
     assert len(held_out["state"].unique(dim=0)) == len(trained.unique(dim=0)) == 8
 
 
+def test_a_batch_is_of_use_where_a_row_is_valid_and_has_a_weight():
+    """Four batches of two rows side by side, for two members."""
+    valid = torch.tensor([[1, 0, 0, 1, 0, 0, 1, 1], [0, 0, 0, 1, 0, 0, 0, 0]]).bool()
+    weight = torch.tensor([[0, 1, 1, 0, 0, 0, 1, 1], [1, 1, 1, 2, 0, 0, 0, 0.0]])
+    for keys, expected in (
+        ({"valid": valid, "weight": weight}, [False, True, False, True]),
+        ({"valid": valid}, [True, True, False, True]),
+        ({"weight": weight}, [True, True, False, True]),
+        ({}, [True] * 4),
+    ):
+        assert Experience._useful(TensorDict(keys, [2, 8]), 4) == expected
+
+
 def test_padding_is_never_drawn_and_ends_a_slice():
     """``[trajectory, time]`` as TorchRL pads it, with garbage where nothing happened."""
     mask = torch.arange(6) < torch.tensor([[6], [3], [1], [0], [5]])

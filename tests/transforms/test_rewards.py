@@ -39,6 +39,11 @@ def test_a_number_is_what_the_formula_says(log, scale, offset, reward, floor):
     assert math.isnan(nan)
 
 
+def test_by_default_nothing_is_scaled_or_added():
+    assert apply(AffineReward(), 3.0) == [3.0]
+    assert apply(LogReward(0.1), 3.0) == pytest.approx([math.log(3.0)])
+
+
 def test_torchrls_own_cannot_turn_a_cost_around():
     # Why there is an AffineReward: this fails once RewardScaling can.
     assert apply(RewardScaling(0.0, -1.0), 2.0) == pytest.approx([2e-6])

@@ -11,13 +11,18 @@ from layeredrl_torchrl.nets import MemberOutput
 __all__ = ["check_output", "check_parameters"]
 
 _NAMES = ("mean", "std", "weights", "term_prob")
+_RANGES = (
+    "a term_prob outside [0, 1]; give probabilities, such as the sigmoid of logits",
+    "weights that are negative or do not sum to 1 over the modes; take their softmax",
+)
 
 
-def check_output(out: MemberOutput, *, sign: bool = True) -> None:
-    """Refuse outputs that are not finite, or a negative std.
+def check_output(out: MemberOutput, shape: tuple[int, ...], *, sign: bool = True) -> None:
+    """Refuse outputs of another shape, that are not finite, or outside their range.
 
     Args:
         out: ``(mean [M, N, K, D], std [M, N, K, D]), weights [M, N, K], term_prob [M, N]``.
+        shape: ``(M, N, K, D)``.
         sign: Whether to check mean and std too, not only weights and term_prob.
 
     Raises:
@@ -25,12 +30,23 @@ def check_output(out: MemberOutput, *, sign: bool = True) -> None:
     """
     (mean, std), weights, term_prob = out
     named = dict(zip(_NAMES, (mean, std, weights, term_prob), strict=True))
+    expected = dict(zip(_NAMES, (shape, shape, shape[:3], shape[:2]), strict=True))
+    for name, value in named.items():
+        if tuple(value.shape) != expected[name]:
+            raise ValueError(
+                f"the members predict a {name} of shape {tuple(value.shape)}, expected "
+                f"{expected[name]}: mean and std [M, N, K, D], weights [M, N, K] and term_prob "
+                "[M, N] (a single network without M)"
+            )
     if not sign:
         del named["mean"], named["std"]
-    sums = [value.detach().flatten(1).sum(1) for value in named.values()]
-    bad = ~torch.isfinite(torch.stack(sums))
+    finite = [torch.isfinite(value.detach().flatten(1).sum(1)) for value in named.values()]
+    term_prob, weights = term_prob.detach(), weights.detach()
+    outside = [(term_prob < 0).any(1) | (term_prob > 1).any(1)]
+    outside.append(((weights.sum(-1) - 1.0).abs() > 0.02).any(1) | (weights < 0).flatten(1).any(1))
     if sign:
-        bad = torch.cat((bad, (std.detach().flatten(1).amin(1) < 0)[None]))
+        outside.append(std.detach().flatten(1).amin(1) < 0)
+    bad = torch.stack((*(~one for one in finite), *outside))
     on_host = bad.device.type == "cpu"
 
     def error(found: Tensor) -> ValueError | None:
@@ -47,6 +63,10 @@ def check_output(out: MemberOutput, *, sign: bool = True) -> None:
                     "negative, for std); the model has diverged: lower its learning rate, or check "
                     "the data it was trained on"
                 )
+        for wrong, what in zip(found[len(named) :], _RANGES, strict=False):
+            members = wrong.nonzero().flatten().tolist()
+            if members:
+                return ValueError(f"member(s) {members} of {len(wrong)} predict {what}")
         return None
 
     refuse(bad, error)

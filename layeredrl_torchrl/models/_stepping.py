@@ -101,7 +101,8 @@ class MixtureStepper(Stepper):
         action = action.expand(n_models, *action.shape[1:])
         rows = action.mT if action.ndim == state.ndim else action
         predicted = self.predict_members(state.mT, context.mT, rows)
-        check_output(predicted, sign=False)
+        n_models, dim, n = state.shape
+        check_output(predicted, (n_models, n, self.n_modes, dim), sign=False)
         (mean, std), weights, term_prob = predicted
         following = sample_mixture(
             mean.permute(0, 2, 3, 1), std.permute(0, 2, 3, 1), weights.mT, noise

@@ -404,5 +404,5 @@ class Model(WholeState):
         out = self.predict_members(
             *(x.expand(self.n_models, *x.shape) for x in (state, context, action))
         )
-        check_output(out)
+        check_output(out, (self.n_models, len(state), self.n_modes, self.state_dim))
         return out

@@ -14,7 +14,15 @@ from tensordict import TensorDict
 from torch import nn
 from torchrl.data import Categorical
 
-from layeredrl_torchrl import Model, ProbabilisticEnsemble, ProbFCDynamics
+from layeredrl_torchrl import (
+    Expectation,
+    IdentityEncoder,
+    Model,
+    PredictorEnv,
+    ProbabilisticEnsemble,
+    ProbFCDynamics,
+    StaticPredictor,
+)
 
 N_MODES, D = 2, 3
 
@@ -280,6 +288,52 @@ def test_a_member_that_has_diverged_is_named_by_every_call(own, name, value, box
     if not own or value != -1.0:  # a sample does not tell of a sign
         with pytest.raises(ValueError, match=r"member(\(s\) \[1\]| 1 diverged)"):
             rollout()
+
+
+class Says(Model):
+    """One member that says the same of all rows."""
+
+    def __init__(self, box, **changes):
+        super().__init__(box(D), None, box(1), n_modes=N_MODES)
+        self.changes = changes
+
+    def predict_members(self, state, context, action):
+        n = state.shape[1]
+        out = {name: value.unsqueeze(0) for name, value in outputs(n).items()}
+        out |= {name: change(out[name]) for name, change in self.changes.items()}
+        return (out["mean"], out["std"]), out["weights"], out["term_prob"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mean": lambda x: x[:, :, 0]}, r"mean of shape \(1, 4, 3\), expected \(1, 4, 2, 3\)"),
+        ({"std": lambda x: x[..., :1]}, r"std of shape \(1, 4, 2, 1\), expected \(1, 4, 2, 3\)"),
+        ({"weights": lambda x: x[..., :1]}, r"weights of shape \(1, 4, 1\), expected \(1, 4, 2\)"),
+        ({"term_prob": lambda x: x.unsqueeze(-1)}, r"term_prob of shape \(1, 4, 1\)"),
+        ({"term_prob": lambda x: x - 3.0}, r"member\(s\) \[0\] of 1 predict a term_prob outside"),
+        ({"term_prob": lambda x: x + 1.1}, r"member\(s\) \[0\] of 1 predict a term_prob outside"),
+        ({"weights": lambda x: 2.0 * x}, r"weights that are negative or do not sum to 1"),
+        (
+            {"weights": lambda x: x + torch.tensor([1.0, -1.0])},
+            r"weights that are negative or do not sum to 1",
+        ),
+    ],
+)
+def test_what_an_own_model_says_is_checked(changes, message, box):
+    state, plan = torch.zeros(4, D), torch.zeros(4, 2, 1)
+    assert Says(box).rollout(state, None, plan).shape == (4, 1, 1, 2)
+    model = Says(box, **changes)
+    reward = StaticPredictor(model, None, lambda s, c, a: s[..., 0], IdentityEncoder((D,)), D)
+    for call in (
+        lambda: model.predict(state, None, plan[:, 0]),
+        lambda: model.rollout(state, None, plan),
+        lambda: model.rollout(state, None, plan, propagation=Expectation()),
+        lambda: reward.returns(state, None, plan),
+        lambda: PredictorEnv(reward).rollout(2),
+    ):
+        with pytest.raises(ValueError, match=message.replace("4", "[14]")):
+            call()
 
 
 @pytest.mark.parametrize("value", [3e38, math.inf])

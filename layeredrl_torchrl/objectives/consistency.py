@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch.func import functional_call
 
 from layeredrl_torchrl._checks import check_instance, check_number
+from layeredrl_torchrl._watch import refuse, watched
 from layeredrl_torchrl.models import ProbabilisticEnsemble
 from layeredrl_torchrl.nets import Encoder, move_towards
 from layeredrl_torchrl.objectives.terms import TermsLoss
@@ -45,6 +46,8 @@ class ConsistencyLoss(TermsLoss):
         tau: Share of the encoder that the copy takes over at each update; with 1, the targets are
             the encoder's own.
 
+    Rows that are not ``"valid"``, or that TorchRL's ``loss_mask_key`` masks, do not count.
+
     Writes ``loss_consistency``: in squares of the std of a change, averaged over dimensions and
     members.
 
@@ -63,17 +66,32 @@ class ConsistencyLoss(TermsLoss):
         if tau < 1.0:
             self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
 
+    @watched
     def prepare(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Join and check the observations of slices ``[B, 1]``."""
-        encoder, batch = self.encoder, tensordict.batch_size
+        """Join and check the observations of slices ``[B, 1]``; rows that do not count are none."""
+        encoder = self.encoder
         observation, following = encoder.join(tensordict), encoder.join(tensordict.get("next"))
+        action = tensordict.get(self.model.in_keys[2])
+        counts = self.counted(tensordict).to(observation.device)
+        refuse(~counts.any(), lambda _: ValueError("no row counts; check 'valid' and the mask"))
+        # Rows that do not count may hold anything; one that does stands in for them.
+        at = torch.arange(counts.numel(), device=counts.device)
+        at = torch.where(counts.flatten(), at, counts.flatten().int().argmax())
+        observation, following, action = (
+            x.flatten(0, 1)[at].unflatten(0, counts.shape) for x in (observation, following, action)
+        )
         for one in (observation, following):
             encoder.check(one)
-        action = tensordict.get(self.model.in_keys[2])
         if is_discrete(self.model.action_spec):
-            action = canonical_action(self.model.action_spec, action, batch)
-        return tensordict.empty().update(
-            {"observation": observation, "action": action, "following": following}
+            action = canonical_action(self.model.action_spec, action, counts.shape)
+        return TensorDict(
+            {
+                "observation": observation,
+                "action": action,
+                "following": following,
+                "counts": counts,
+            },
+            counts.shape,
         )
 
     def terms(self, prepared: TensorDictBase) -> dict[str, Tensor]:
@@ -89,8 +107,9 @@ class ConsistencyLoss(TermsLoss):
         frozen = {name: p.detach() for name, p in model.members.named_parameters()}
         (mean, _), weights, _ = functional_call(model.members, frozen, model.scaling.inputs(*given))
         predicted = (weights.unsqueeze(-1) * mean).sum(-2)  # [M, B, D]
-        error = predicted - model.target(state, following)
-        return {"loss_consistency": error.square().mean()}
+        error = (predicted - model.target(state, following)).square().mean((0, 2))
+        counts = rows.get("counts")
+        return {"loss_consistency": (error * counts).sum() / counts.sum().clamp_min(1)}
 
     def after_update(self) -> None:
         """Move the copy towards the encoder."""

@@ -337,19 +337,8 @@ class PredictorLoss(TermsLoss):
 
     def _valid(self, tensordict: TensorDictBase) -> Tensor:
         """Return which steps ``[B, L]`` of slices count."""
-        key = self.tensor_keys.valid
-        valid = self._get(tensordict, key)
-        if valid.dtype != torch.bool or valid.shape.numel() != tensordict.shape.numel():
-            raise ValueError(
-                f"{key!r} is {valid.dtype} {tuple(valid.shape)}, expected torch.bool "
-                f"{tuple(tensordict.shape)}"
-            )
-        valid = valid.reshape(tensordict.shape)
-        for key in self._loss_mask_keys():
-            mask = tensordict.get(key, None)
-            if mask is not None:
-                valid = valid & mask.reshape(valid.shape)
-        return valid
+        self._get(tensordict, self.tensor_keys.valid)  # raises where it is missing
+        return self.counted(tensordict, self.tensor_keys.valid)
 
     def _canonical(self, action: Tensor) -> Tensor:
         """Bring actions ``[B, k, ...]`` into the form of the spec."""

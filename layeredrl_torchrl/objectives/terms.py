@@ -6,7 +6,7 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.objectives import LossModule
 
@@ -54,6 +54,30 @@ class TermsLoss(LossModule):
 
         Terms whose names begin with ``"loss_"`` are minimised; the others are only logged.
         """
+
+    def counted(self, tensordict: TensorDictBase, key: NestedKey = "valid") -> Tensor:
+        """Return which rows ``[*B]`` count, bool: valid ones that no mask of TorchRL leaves out.
+
+        Args:
+            tensordict: Rows, with the masks that ``loss_mask_key`` names (by default
+                ``("collector", "mask")``, which is false for padding) where it has them.
+            key: Which of them are valid; all are where it is missing.
+
+        Raises:
+            ValueError: Masks of another dtype or shape.
+        """
+        counts = torch.ones(tensordict.shape, dtype=torch.bool, device=tensordict.device)
+        for name in (key, *self._loss_mask_keys()):
+            mask = tensordict.get(name, None)
+            if mask is None:
+                continue
+            if mask.dtype != torch.bool or mask.shape.numel() != counts.numel():
+                raise ValueError(
+                    f"{name!r} is {mask.dtype} {tuple(mask.shape)}, expected torch.bool "
+                    f"{tuple(tensordict.shape)}"
+                )
+            counts = counts.to(mask.device) & mask.reshape(counts.shape)
+        return counts
 
     def after_update(self) -> None:
         """Update what is no parameter, such as a target network; called after a gradient step.

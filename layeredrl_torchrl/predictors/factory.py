@@ -77,6 +77,7 @@ class PredictorFactory:
             which the encoder joins in this order; one named ``"desired_goal"`` is then the context,
             by its name: if it moves within an episode, give it another.
         action_key: Likewise of the action.
+        reward_key: Likewise of the reward, which lies below ``"next"`` in data.
         ignore_context: Whether the dynamics networks are not given the context, as physics does
             not depend on a goal. Where an episode ends at its goal, the termination does:
             ``False`` there.
@@ -102,6 +103,7 @@ class PredictorFactory:
     partial_encoder: Callable[[Any], Encoder] | None = None
     observation_key: NestedKey | list[NestedKey] = "observation"
     action_key: NestedKey = "action"
+    reward_key: NestedKey = "reward"
     ignore_context: bool = True
     model_options: Mapping[str, Any] = field(default_factory=dict)
     predictor_options: Mapping[str, Any] = field(default_factory=dict)
@@ -181,6 +183,7 @@ class PredictorFactory:
             gamma=self.gamma,
             **self.predictor_options,
         )
+        predictor.predictor_loss.set_keys(reward=unravel_key(("next", self.reward_key)))
         return predictor if device is None else predictor.to(device)
 
     def _encoder(self, shape: ObservationShape, context_dims: list[int]) -> Encoder:

@@ -278,11 +278,13 @@ def test_learning_after_every_step(make, n):
 OBS, ACTION, PAY = ("agents", "observation"), ("agents", "u"), ("agents", "pay")
 
 
+RENAMED = {"observation_key": OBS, "action_key": ACTION, "reward_key": PAY}
+
+
 def renamed_predictor(observation_space, action_space, **keys):
-    renamed = {"observation_key": OBS, "action_key": ACTION}
-    factory = PredictorFactory(hidden_sizes=(8,), n_models=2, **renamed)
+    factory = PredictorFactory(hidden_sizes=(8,), n_models=2, **RENAMED)
     predictor = factory(observation_space, action_space)
-    predictor.predictor_loss.set_keys(**{"reward": ("next", *PAY)} | keys)
+    predictor.predictor_loss.set_keys(**keys)
     return predictor
 
 

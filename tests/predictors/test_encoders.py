@@ -159,6 +159,15 @@ def test_the_consistency_loss_is_the_error_of_the_next_state_and_moves_the_encod
     for member in range(2):
         total += (mean[member, :, 0] - model.target(state, following)).square().sum() / 20
     torch.testing.assert_close(found, total)
+    for key in ("valid", ("collector", "mask")):
+        padded = torch.cat(
+            [rows.apply(lambda x: x * torch.nan if x.is_floating_point() else x), rows]
+        )
+        padded[key] = (torch.arange(10) >= 5).unsqueeze(1)
+        torch.testing.assert_close(loss(padded)["loss_consistency"], total)
+    padded[key].zero_()
+    with pytest.raises(ValueError, match="no row counts"):
+        loss(padded)
     found.backward()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
     mine = encoder.module.weight.grad.clone()

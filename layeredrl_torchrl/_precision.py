@@ -1,14 +1,42 @@
-"""Whether low-precision products are worth having on a machine."""
+"""Where low precision is worth having, and where it is not."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Self
 
 import torch
+from torch import Tensor, nn
 
-__all__ = ["full_precision", "product_dtype", "uncached_autocast", "worthwhile_autocast"]
+__all__ = [
+    "KeepsDoubles",
+    "full_precision",
+    "product_dtype",
+    "uncached_autocast",
+    "worthwhile_autocast",
+]
+
+
+class KeepsDoubles(nn.Module):
+    """A module whose own float64 buffers stay float64 when it is cast.
+
+    They are counts and squares, which lower precision does not hold: in bfloat16 256 + 1 is 256.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        kept = {
+            name: value
+            for name, value in self._buffers.items()
+            if value is not None and value.dtype == torch.float64
+        }
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            moved = self._buffers[name]
+            self._buffers[name] = value if moved is None else value.to(moved.device)
+        return self
 
 
 def product_dtype(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> torch.dtype:

@@ -12,7 +12,13 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-__all__ = ["Snapshot", "WholeState", "refuse_other_shapes", "undone_on_error"]
+__all__ = [
+    "Snapshot",
+    "WholeState",
+    "follow_parameters",
+    "refuse_other_shapes",
+    "undone_on_error",
+]
 
 
 class WholeState(TensorDictModuleBase):
@@ -140,6 +146,18 @@ def _check_shapes(optim: torch.optim.Optimizer, state_dict: dict[str, Any]) -> N
             f"the checkpoint's optimizer does not fit ({len(problems)} differences: "
             f"{'; '.join(problems[:5])}); build the networks with the sizes they were saved with"
         )
+
+
+def follow_parameters(optim: torch.optim.Optimizer) -> None:
+    """Bring moments to the dtype and device of parameters that were cast or moved since."""
+    moved = any(
+        isinstance(value, Tensor) and value.ndim and (value.dtype, value.device) != kind
+        for p, moments in optim.state.items()
+        for value in moments.values()
+        for kind in [(p.dtype, p.device)]
+    )
+    if moved:
+        optim.load_state_dict(optim.state_dict())  # which casts and moves what it loads
 
 
 @contextmanager

@@ -229,9 +229,10 @@ class ActionForm(nn.Module):
         self.spec = spec
         self._bounded = isinstance(spec, Bounded)
         if self._bounded:
-            # As bits, so that a module in half precision keeps exact bounds.
+            # As bits, so that a module in half precision keeps exact bounds; of a copy, since
+            # torch.save refuses memory that is seen in two dtypes.
             for name, bound in (("low", spec.space.low), ("high", spec.space.high)):
-                bits = bound.to(torch.float32).contiguous().view(torch.int32)
+                bits = bound.to(torch.float32, copy=True).contiguous().view(torch.int32)
                 self.register_buffer(name, bits, persistent=False)
 
     def forward(self, action: Tensor, batch_shape: torch.Size) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchrl.data import TensorSpec
 
 from layeredrl_torchrl._outliers import warn_of_outliers
+from layeredrl_torchrl._precision import KeepsDoubles
 from layeredrl_torchrl.nets import Normalizer
 from layeredrl_torchrl.specs import action_features, width
 
@@ -19,7 +20,7 @@ __all__ = ["InputFeatures"]
 _LIMIT = 10.0
 
 
-class InputFeatures(nn.Module):
+class InputFeatures(KeepsDoubles):
     """Observation, input from above and the remaining share of the duration, in one vector.
 
     Each feature is standardised by mean and standard deviation of everything that :meth:`observe`

@@ -15,6 +15,7 @@ from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.record.loggers import Logger
 
 from layeredrl_torchrl._checks import check_flag, check_number, check_positive_int
+from layeredrl_torchrl._precision import KeepsDoubles
 from layeredrl_torchrl._reporting import check_logger
 from layeredrl_torchrl._watch import is_at_once
 from layeredrl_torchrl.levels._rows import collected, n_env_steps, without_cut
@@ -86,7 +87,7 @@ def _tuples(spec: Composite) -> Iterable[tuple[str, ...]]:
     return (key if isinstance(key, tuple) else (key,) for key in spec.keys(True, True))
 
 
-class LearningLevel(Level):
+class LearningLevel(KeepsDoubles, Level):
     """Stores transitions, and makes the updates that are due on a schedule.
 
     It acts randomly until :attr:`n_env_steps`, which :meth:`learn` counts, has reached
@@ -247,7 +248,11 @@ class LearningLevel(Level):
             required, optional = self.stored_keys
             optional = [*optional, *self.store_keys]
             rows = select_stored(self.buffer, rows, required, optional, adapt=self._lays_out)
-        with all_or_nothing(self, rows.shape.numel()):
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            all_or_nothing(self, rows.shape.numel()),
+        ):
             return self._learn(self.buffer, rows, n_steps)
 
     def _learn(self, buffer: ReplayBuffer, rows: TensorDictBase, n_steps: int) -> dict[str, float]:

@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchrl.data import Bounded, TensorSpec
 
+from layeredrl_torchrl._precision import KeepsDoubles
 from layeredrl_torchrl.predictors import DeltaStandardizer
 from layeredrl_torchrl.specs import action_features, is_discrete, width
 
@@ -77,7 +78,7 @@ def whitening_among(
     return out.to(whitening)
 
 
-class RunningMoments(nn.Module):
+class RunningMoments(KeepsDoubles):
     """Mean and standard deviation of what was seen last.
 
     All values count alike until 20,000 have been seen; from then on older ones are forgotten

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from layeredrl_torchrl._outliers import warn_of_outliers
+from layeredrl_torchrl._precision import KeepsDoubles
 
 __all__ = ["RewardScale"]
 
 
-class RewardScale(nn.Module):
+class RewardScale(KeepsDoubles):
     """Divides rewards by the root mean square of those that are not 0.
 
     So learning rates, the temperature of SAC and the clipping of losses mean the same for rewards

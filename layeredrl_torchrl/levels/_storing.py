@@ -139,6 +139,7 @@ def _names(keys: Iterable[NestedKey]) -> str:
 
 def write(buffer: ReplayBuffer, rows: TensorDictBase) -> None:
     """Store ``rows [T]`` or ``[env, T]``."""
+    rows = rows.detach()  # or the memory would become part of the policy's graph
     device = buffer.storage.device
     if device not in (None, "auto"):
         rows = rows.to(device)
@@ -158,6 +159,7 @@ class Overwritten:
         storage, writer = buffer.storage, buffer.writer
         self.buffer = buffer
         self.writer, self.length = writer.state_dict(), len(storage)
+        self.was_made = storage.initialized
         self.last = storage._last_cursor
         self.index = self.rows = None
         if self.length:
@@ -173,4 +175,8 @@ class Overwritten:
         if self.index is not None and len(self.index):
             storage._storage[self.index] = self.rows
         storage._len, storage._last_cursor = self.length, self.last
+        if storage.initialized and not self.was_made:
+            # The next data may have other entries, axes and dtypes than those that failed.
+            storage._storage, storage.initialized = None, False
+            vars(storage).pop("_total_shape_value", None)
         self.buffer.writer.load_state_dict(self.writer)

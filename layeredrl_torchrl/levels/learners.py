@@ -6,15 +6,16 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from tensordict import TensorDictBase
+from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
 from torchrl.objectives import LossModule, SoftUpdate, ValueEstimators
 
 from layeredrl_torchrl._checks import check_callable, check_number, check_positive_int
-from layeredrl_torchrl._state import refuse_other_shapes
+from layeredrl_torchrl._state import follow_parameters, refuse_other_shapes
 from layeredrl_torchrl._watch import refuse
 from layeredrl_torchrl.predictors._learning_rates import LearningRate
 
@@ -105,6 +106,17 @@ class Learner(nn.Module, ABC):
         """Leave out the parts that only learning needs, which would change the original."""
         return {**self.__dict__, "_targets": None, "optim": None}
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Cast or move everything, also what the loss keeps of its parameters.
+
+        Tensordict keeps detached views, which would stay those of the parameters before.
+        """
+        super()._apply(fn, recurse)
+        for part in self.modules():
+            if isinstance(part, TensorDictParams):
+                part._erase_cache()
+        return self
+
     def _lr(self, n_env_steps: int) -> float:
         if callable(self.lr):
             return float(check_number("lr(n_env_steps)", self.lr(n_env_steps), 0.0))
@@ -116,6 +128,8 @@ class Learner(nn.Module, ABC):
         Args:
             n_env_steps: Environment steps so far.
         """
+        if self.optim is not None:
+            follow_parameters(self.optim)
         if callable(self.lr) and self.optim is not None:
             rate = self._lr(n_env_steps)
             for group in self.optim.param_groups:

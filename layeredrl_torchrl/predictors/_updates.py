@@ -15,7 +15,7 @@ from layeredrl_torchrl import _reporting as reporting
 from layeredrl_torchrl._checks import check_number
 from layeredrl_torchrl._graphs import Graphs
 from layeredrl_torchrl._precision import uncached_autocast
-from layeredrl_torchrl._state import refuse_other_shapes
+from layeredrl_torchrl._state import follow_parameters, refuse_other_shapes
 from layeredrl_torchrl._watch import flush, watched
 from layeredrl_torchrl.objectives import MemberBatches, ModelLoss
 from layeredrl_torchrl.objectives.terms import TermsLoss
@@ -150,6 +150,7 @@ class Updates(nn.Module):
             ValueError: Learning rates that are negative or not finite; a loss or gradient that is
                 not finite; and as :class:`Experience` and the losses raise.
         """
+        follow_parameters(self.optim)
         self.rates.begin(n_total_env_steps)
         device = self.optim.param_groups[0]["params"][0].device
         most = _N_AHEAD if device.type == "cpu" else _N_AHEAD_ON_ACCELERATOR

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -51,6 +52,53 @@ def assert_same(got, expected):
     torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
+# -- gradients and casts ----------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize("how", ["no_grad", "inference", "data", "cast"])
+def test_learning_does_not_depend_on_gradients_or_casts_around_it(make, how):
+    """Gradients that are off, data that have some, a level that was cast: all as ever."""
+    twins = [make(*SPACES) for _ in range(2)]
+    twins[1].load_state_dict(twins[0].state_dict())
+    batches = [make_transitions() for _ in range(3)]
+    contexts = {"no_grad": torch.no_grad, "inference": torch.inference_mode}
+    for i, data in enumerate(batches):
+        torch.manual_seed(i)
+        twins[0].learn(data.clone())
+        torch.manual_seed(i)
+        if how == "data":
+            data = data.clone()
+            for key in ("observation", "action", ("next", "observation"), ("next", "reward")):
+                data.get(key).requires_grad_()
+        if how == "cast":
+            twins[1].double().float()
+        with contexts.get(how, nullcontext)():
+            twins[1].learn(data)
+    assert_same(everything(twins[1]), everything(twins[0]))
+    assert not twins[1].buffer[:]["observation"].requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_of_levels_in_low_precision_are_those_of_the_data(dtype):
+    """Of 4,000 rows, rewards up to 10,000: counts and squares beyond what these types hold."""
+    exact, cast = model_free_level(*SPACES), model_free_level(*SPACES).to(dtype)
+    data = make_transitions(n_steps=4000)
+    data["next", "reward"] *= 3000.0
+    for level in (exact, cast):
+        level.updates_per_step = 1e-5
+        for part in data.split(50):
+            level.learn(part)
+    for part in ("features.mean", "features.square", "reward_scale.square", "updates_due"):
+        found, expected = (level.get_buffer(part) for level in (cast, exact))
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)
+    given = data["next", "reward"][:9]
+    torch.testing.assert_close(
+        cast.reward_scale(given), exact.reward_scale(given), rtol=0.01, atol=0.01
+    )
+
+
 # -- all or nothing -------------------------------------------------------------------------
 
 
@@ -86,6 +134,19 @@ def test_after_an_error_in_an_update_it_is_as_if_nothing_had_been_learned(make, 
         torch.manual_seed(9)
         level.learn(batches[3])
     assert_same(everything(tried), everything(spared))
+
+
+@both
+def test_after_a_first_batch_that_failed_the_next_may_be_of_another_kind(make):
+    level = make(*SPACES, logger=Logger())
+    level.logger.error = OSError("disk full")
+    first = make_transitions().set("weight", torch.ones(60))
+    with pytest.raises(OSError, match="disk full"):
+        level.learn(first)
+    level.logger.error = None
+    level.learn(make_transitions().reshape(2, 30))
+    assert len(level.buffer) == 60
+    assert "weight" not in level.buffer[:].keys()
 
 
 def test_an_error_of_the_lowest_level_undoes_what_the_highest_learned():

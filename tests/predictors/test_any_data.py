@@ -10,7 +10,15 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import learn, make_buffer, make_ensemble, make_predictor, make_transitions
+from helpers import (
+    learn,
+    make_buffer,
+    make_ensemble,
+    make_predictor,
+    make_transitions,
+    parameters,
+    parts_moved,
+)
 from tensordict import TensorDict
 from torchrl.data import (
     Bounded,
@@ -18,6 +26,7 @@ from torchrl.data import (
     Composite,
     ImmutableDatasetWriter,
     LazyTensorStorage,
+    OneHot,
     ReplayBuffer,
     TensorDictReplayBuffer,
     TensorStorage,
@@ -243,6 +252,36 @@ def test_a_predictor_that_was_cast_learns_and_predicts(dtype):
     mean = predictor.predict(torch.randn(4, 2), torch.zeros(4, 1))[0]
     assert mean.dtype == dtype
     assert mean.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_trained_predictor_can_be_cast_and_goes_on(dtype):
+    predictor, buffer = make_predictor(), make_buffer()
+    learn(predictor, buffer)
+    predictor.to(dtype)
+    before = parameters(predictor)
+    learn(predictor, buffer)
+    assert {"model", "rew_func", "val_func"} <= parts_moved(predictor, before)
+    twins = [make_predictor() for _ in range(2)]
+    twins[1].load_state_dict(twins[0].state_dict())
+    for twin in twins:
+        torch.manual_seed(0)
+        learn(twin, buffer)
+    twins[1].double().float()  # which changes no number
+    for twin in twins:
+        torch.manual_seed(1)
+        learn(twin, buffer)
+    torch.testing.assert_close(twins[1].state_dict(), twins[0].state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("space", [Bounded(-1.0, 1.0, (1,)), OneHot(3)])
+def test_torch_saves_whole_predictors(space, tmp_path):
+    predictor = make_predictor(model={"action_space": space})
+    torch.save(predictor, tmp_path / "predictor.pt")
+    other = torch.load(tmp_path / "predictor.pt", weights_only=False)
+    obs, action = torch.randn(4, 2), space.rand((4,))
+    for a, b in zip(predictor.predict(obs, action), other.predict(obs, action), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_the_default_dtype_of_a_script_is_not_that_of_a_predictor():

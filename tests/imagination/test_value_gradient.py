@@ -441,6 +441,14 @@ def test_options_of_the_value_estimator_are_checked():
         loss.fit_scale(make_steps(4))
 
 
+def test_the_weight_of_the_entropy_is_learned_unless_it_is_fixed():
+    for options, learns in (({}, True), ({"fixed_alpha": True}, False)):
+        loss = make_learned(horizon=1, alpha_init=0.3, **options)
+        assert loss.alpha.item() == pytest.approx(0.3)
+        assert ("log_alpha" in dict(loss.named_parameters())) == learns
+        assert "log_alpha" in loss.state_dict()
+
+
 def test_episodes_are_cut_where_the_model_leaves_its_data():
     predictor = make_learned(horizon=1).predictor
     model = predictor.model
@@ -460,6 +468,9 @@ def test_episodes_are_cut_where_the_model_leaves_its_data():
     step = state[:3], state[:3, :0], action[:3], state[:3]
     assert not agreeing(*step).any()
     assert Disagrees(model, limit=1e-9)(*step).all()
+    for kind in (OutOfRange, Disagrees):
+        with pytest.raises(TypeError, match="ProbabilisticEnsemble"):
+            kind(predictor, limit=1.0)
 
 
 def test_a_copy_learns_by_itself():

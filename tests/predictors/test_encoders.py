@@ -74,8 +74,14 @@ def test_a_level_learns_from_an_environment_with_several_entries():
         info = level.learn(data)
     assert info["n_updates"] == 2
     assert level.predictor.latent_state_dim == 6
+    n_stored = len(level.buffer)
     with pytest.raises(KeyError, match="again"):
         level.learn(data.exclude(("next", "again")))
+    for at in ("again", ("next", "again")):
+        wide = data.clone().set(at, torch.zeros(*data.shape, 4))
+        with pytest.raises(ValueError, match=r"again.*\b4\b"):
+            level.learn(wide)
+    assert len(level.buffer) == n_stored
 
 
 def images(n):

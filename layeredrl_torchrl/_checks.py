@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any, SupportsIndex
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDictBase, is_tensor_collection, unravel_key
 from torch import Tensor
 from torchrl.data import Composite
 
@@ -30,7 +30,16 @@ def require(tensordict: TensorDictBase, key: NestedKey, *, reader: str, hint: st
         key: The entry to read.
         reader: Who reads it, for the message.
         hint: What to do where it is missing.
+
+    Raises:
+        KeyError: The entry is missing. TypeError: Not a TensorDict.
     """
+    if not is_tensor_collection(tensordict):
+        raise TypeError(
+            f"{reader} reads {key!r} from a TensorDict, got {type(tensordict).__name__}; wrap "
+            "dictionaries, TensorDict({...}, batch_size), and turn arrays into tensors, "
+            "torch.as_tensor(...)"
+        )
     value = tensordict.get(key, None)
     if value is None:
         found = sorted(tensordict.keys(True, True), key=str)
@@ -249,6 +258,15 @@ def check_flag(name: str, value: bool) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__})")
     return value
+
+
+def check_key(name: str, key: NestedKey) -> NestedKey:
+    """Return ``key`` as tensordict writes it; raise ``TypeError`` if it is no key."""
+    parts = key if isinstance(key, tuple) and key else (key,)
+    if not all(isinstance(part, str | tuple) for part in parts):
+        raise TypeError(f"{name} must be a key, a str or a tuple of str, got {key!r}")
+    found: NestedKey = unravel_key(key)
+    return found
 
 
 def check_callable(

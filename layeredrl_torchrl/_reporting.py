@@ -21,9 +21,11 @@ def check_logger(logger: Logger | None) -> None:
     Loggers that run in another process share no base class with TorchRL's ``Logger``, so the
     method is checked instead of the class.
     """
-    if logger is not None and not callable(getattr(logger, "log_metrics", None)):
+    can_log = callable(getattr(logger, "log_metrics", None)) and not isinstance(logger, type)
+    if logger is not None and not can_log:
+        got = logger if isinstance(logger, type) else type(logger)
         raise TypeError(
-            f"logger must be a torchrl.record.loggers.Logger or None, got {type(logger).__name__}; "
+            f"logger must be a torchrl.record.loggers.Logger or None, got {got.__name__}; "
             'for example CSVLogger("my_experiment")'
         )
 

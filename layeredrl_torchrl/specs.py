@@ -185,7 +185,7 @@ def canonical_action(
         ``[*B, A]``; ``[*B, n]`` (``OneHot``); or ``[*B]`` or ``[*B, 1]`` as the ``Categorical``.
 
     Raises:
-        TypeError: Non-integer choices.
+        TypeError: Non-integer choices; bools and complex numbers that are no choices.
         ValueError: A shape that does not fit, NaN, or values outside the bounds (on an accelerator
             the values are looked at one call later).
     """
@@ -199,6 +199,8 @@ def canonical_action(
             f"action has shape {tuple(action.shape)}, expected {expected} "
             "(the batch shape of the state, then the action space)"
         )
+    if action.dtype == torch.bool or action.is_complex():
+        raise TypeError(f"action has dtype {action.dtype}, expected floats; convert it (.float())")
     if isinstance(spec, Bounded):
         low, high = (spec.space.low, spec.space.high) if bounds is None else bounds
         _check_bounds(action, low.to(action), high.to(action))

@@ -32,7 +32,7 @@ from layeredrl_torchrl.hierarchies._memory import (
 )
 from layeredrl_torchrl.hierarchies._transitions import Cut, EnvKeys
 from layeredrl_torchrl.levels import Level
-from layeredrl_torchrl.levels._learning import refuse_masks
+from layeredrl_torchrl.levels._learning import check_env, refuse_masks
 from layeredrl_torchrl.levels._rows import end_keys
 from layeredrl_torchrl.levels._undo import all_or_nothing
 
@@ -83,9 +83,10 @@ class Hierarchy(OnePrimer, WholeState):
             of episodes are those of ``env``; levels have keys of their own.
 
     Raises:
-        TypeError, ValueError: No levels, or one twice; a highest level with an input, or a lower
-            one without or that never hands control back; a level that was set up for other spaces,
-            or that lacks the predictor it needs above it; ``each_step`` of the lowest level; a map
+        TypeError, ValueError: No environment; no levels, or one twice; a highest level with an
+            input, or a lower one without or that never hands control back; a level that was set up
+            for other spaces, or that lacks the predictor it needs above it; ``each_step`` of the
+            lowest level; a map
             that does not fit. The messages name the levels.
     """
 
@@ -100,6 +101,7 @@ class Hierarchy(OnePrimer, WholeState):
         observation_key: NestedKey = "observation",
     ) -> None:
         super().__init__()
+        check_env(env)
         spec, key = env.observation_spec_unbatched, unravel_key(observation_key)
         if key not in spec.keys(True, True) or len(spec[key].shape) != 1:
             raise ValueError(

@@ -136,6 +136,8 @@ class PredictorEnv(ModelBasedEnvBase):
     ) -> None:
         check_flag("sample_termination", sample_termination)
         check_flag("use_value_func", use_value_func)
+        if not isinstance(batch_size, Sequence):
+            raise TypeError(f"batch_size must be a sequence of int, like [8], got {batch_size!r}")
         batch_size = [check_positive_int(f"batch_size[{i}]", n) for i, n in enumerate(batch_size)]
         propagation = Expectation() if propagation is None else propagation
         if not isinstance(propagation, Expectation | TS1 | TSInfinity):

@@ -14,7 +14,13 @@ from torchrl.envs import ActionMask, EnvBase, TransformedEnv
 from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.record.loggers import Logger
 
-from layeredrl_torchrl._checks import check_flag, check_number, check_positive_int
+from layeredrl_torchrl._checks import (
+    check_flag,
+    check_instance,
+    check_key,
+    check_number,
+    check_positive_int,
+)
 from layeredrl_torchrl._precision import KeepsDoubles
 from layeredrl_torchrl._reporting import check_logger
 from layeredrl_torchrl._watch import is_at_once
@@ -63,8 +69,16 @@ def spaces_of(
         )
     if env is None:
         return observation_space, action_space
+    check_env(env)
     refuse_masks(env)
     return env.observation_spec_unbatched, env.full_action_spec_unbatched[env.action_key]
+
+
+def check_env(env: EnvBase) -> None:
+    """Raise ``TypeError`` unless ``env`` is an environment."""
+    check_instance(
+        "env", env, EnvBase, hint="make one, as by get_task(name).make() or GymEnv(name)"
+    )
 
 
 def refuse_masks(env: EnvBase) -> None:
@@ -158,7 +172,9 @@ class LearningLevel(KeepsDoubles, Level):
         self.batch_size = check_positive_int("batch_size", batch_size)
         self.logger = logger
         self.progress = check_flag("progress", progress)
-        self.store_keys = list(store_keys)
+        if isinstance(store_keys, str) or not isinstance(store_keys, Iterable):
+            raise TypeError(f"store_keys must be a list of keys, got {store_keys!r}")
+        self.store_keys = [check_key("store_keys", key) for key in store_keys]
         self.register_buffer("n_env_steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("updates_due", torch.zeros((), dtype=torch.float64))
         self._lays_out = buffer is None

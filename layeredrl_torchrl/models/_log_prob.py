@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from layeredrl_torchrl._checks import check_finite
+from layeredrl_torchrl._checks import check_finite, check_number
 from layeredrl_torchrl._watch import refuse
 from layeredrl_torchrl.models.mixture import GaussianMixture
 
@@ -55,7 +55,8 @@ def mixture_log_prob(
         if isinstance(std, Tensor):
             fixed = std.to(difference)
         else:
-            fixed = difference.new_full((), float(std))
+            top = torch.finfo(difference.dtype).max
+            fixed = difference.new_full((), check_number("std", std, 0.0, top, open_low=True))
         wrong = ~((fixed > 0) & fixed.isfinite()).all()
         refuse(wrong, lambda _: ValueError(f"std must be positive and finite, got {std}"))
         if fixed.ndim > 1 or fixed.numel() not in (1, difference.shape[-1]):

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layeredrl_torchrl._checks import check_finite, check_flag
+from layeredrl_torchrl._checks import check_finite, check_flag, check_instance
 from layeredrl_torchrl._outliers import warn_of_outliers
+from layeredrl_torchrl._state import undone_on_error
 from layeredrl_torchrl.nets import Normalizer
 
 __all__ = ["InputUnits", "Scaling"]
@@ -113,11 +114,12 @@ class Scaling(nn.Module):
         return InputUnits(loc, factor, column("low", -torch.inf), column("high", torch.inf))
 
     def check(self, state: Tensor, context: Tensor, action: Tensor, next_state: Tensor) -> None:
-        """Raise ``ValueError`` for transitions that :meth:`fit` cannot use."""
+        """Raise ``TypeError`` or ``ValueError`` for what :meth:`fit` cannot use."""
         named = {"state": state, "context": context, "next_state": next_state}
         if self.action.loc.numel():
             named["action"] = action
         for name, value in named.items():
+            check_instance(name, value, Tensor, hint="give transitions [N, n], also where n is 0")
             if not len(value):
                 raise ValueError(
                     f"{name} has shape {tuple(value.shape)}: give at least one transition"
@@ -129,8 +131,8 @@ class Scaling(nn.Module):
         """Set the statistics from transitions ``[N, ...]``.
 
         Raises:
-            ValueError: No transitions, another shape, or values that are not finite; nothing is
-                changed.
+            TypeError: No tensors. ValueError: No transitions, another shape, or values that are not
+                finite. After any error nothing is changed.
 
         Warns:
             UserWarning: Dimensions whose spread comes from a few outliers, and dimensions of the
@@ -149,10 +151,11 @@ class Scaling(nn.Module):
             fits.append((name, self.target, target))
         for _, normalizer, x in fits:
             normalizer.check(x)
-        for name, normalizer, x in fits:
-            normalizer.fit(x)
-            warn_of_outliers(name, x, normalizer.loc, normalizer.scale)
-        _warn_of_rounding(state, next_state)
+        with undone_on_error(self):  # warnings may be errors
+            for name, normalizer, x in fits:
+                normalizer.fit(x)
+                warn_of_outliers(name, x, normalizer.loc, normalizer.scale)
+            _warn_of_rounding(state, next_state)
 
 
 def _warn_of_rounding(state: Tensor, next_state: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -83,10 +84,10 @@ class Encoder(TensorDictModuleBase):
                     f"in_keys={in_keys}; name at least one entry, and leave in_keys out"
                 )
             in_keys = [unravel_key(key) for key in mapped_env_obs_shape]
-            shapes = [tuple(shape) for shape in mapped_env_obs_shape.values()]
+            shapes = [_shape(shape) for shape in mapped_env_obs_shape.values()]
         else:
             in_keys = ("observation",) if in_keys is None else in_keys
-            shapes = [tuple(mapped_env_obs_shape)]
+            shapes = [_shape(mapped_env_obs_shape)]
         shape = shapes[0]
         if not named and len(shape) != 1:
             raise ValueError(
@@ -335,3 +336,16 @@ class EncoderNet(Encoder):
         """Mark the dimensions that differ between steps of one episode, ``[N, obs]`` each."""
         changed = (observation != next_observation).reshape(-1, self.obs_dim).any(0)
         self.mask.logical_or_(changed.to(self.mask.device))
+
+
+def _shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of an entry; raise unless it is a sequence of integers from 1."""
+    try:
+        found = tuple(operator.index(size) for size in shape)
+    except TypeError:
+        found = (0,)
+    if any(size < 1 for size in found):
+        raise ValueError(
+            f"mapped_env_obs_shape has {shape!r}, expected the shape of an observation, like (3,)"
+        )
+    return found

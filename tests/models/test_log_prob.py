@@ -142,8 +142,8 @@ def test_gradients_agree_with_finite_differences(fc, recorded, transitions):
         ({"std": torch.ones(2)}, ValueError, r"std.*\(2,\)"),
         ({"std": 1.0, "transform": torch.ones(2, 4)}, ValueError, r"transform.*\(2, 4\)"),
         ({"std": torch.ones(3), "transform": torch.ones(2, 3)}, ValueError, r"std.*\(3,\)"),
-        ({"std": 0.0}, ValueError, "std must be positive and finite, got"),
-        ({"std": math.inf}, ValueError, "std must be positive and finite, got"),
+        ({"std": 0.0}, ValueError, "std must be finite and lie in"),
+        ({"std": math.inf}, ValueError, "std must be finite and lie in"),
         ({"std": torch.tensor([1.0, -2.0, 1.0])}, ValueError, "std must be positive and finite"),
     ],
 )

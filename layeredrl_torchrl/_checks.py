@@ -47,6 +47,21 @@ def require(tensordict: TensorDictBase, key: NestedKey, *, reader: str, hint: st
     return value
 
 
+#: What is wrong with an environment that masks actions, and what to do.
+MASKED = (
+    "the environment masks actions ('action_mask'), and levels would take illegal ones: neither "
+    "random actions nor plans look at masks. Let the environment carry out a legal action instead, "
+    "or drop the mask (TorchRL's ExcludeTransform) where all are legal"
+)
+
+
+def refuse_mask(tensordict: TensorDictBase, action_key: NestedKey) -> None:
+    """Raise ``ValueError`` if ``tensordict`` has a mask of actions beside ``action_key``."""
+    above = action_key[:-1] if isinstance(action_key, tuple) else ()
+    if tensordict.get((*above, "action_mask"), None) is not None:
+        raise ValueError(MASKED)
+
+
 def own_entries(space: Mapping[Any, Any]) -> list[str]:
     """Name the entries of an observation space, without those that policies and transforms carry.
 

@@ -15,6 +15,7 @@ from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.record.loggers import Logger
 
 from layeredrl_torchrl._checks import (
+    MASKED,
     check_flag,
     check_instance,
     check_key,
@@ -90,11 +91,7 @@ def refuse_masks(env: EnvBase) -> None:
         masked |= any(isinstance(part, ActionMask) for part in parts)
         layer = layer.base_env
     if masked or getattr(env.full_action_spec[env.action_key], "mask", None) is not None:
-        raise ValueError(
-            "the environment masks actions ('action_mask'), and levels would take illegal ones: "
-            "neither random actions nor plans look at masks. Let the environment carry out a legal "
-            "action instead, or drop the mask (TorchRL's ExcludeTransform) where all are legal"
-        )
+        raise ValueError(MASKED)
 
 
 def _tuples(spec: Composite) -> Iterable[tuple[str, ...]]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchrl.data import Composite, TensorSpec, Unbounded
 from torchrl.envs import TensorDictPrimer
 
-from layeredrl_torchrl._checks import require
+from layeredrl_torchrl._checks import refuse_mask, require
 from layeredrl_torchrl.levels._random_actions import RandomActions
 from layeredrl_torchrl.levels.level import Level
 from layeredrl_torchrl.specs import Space, canonical_action
@@ -24,7 +24,8 @@ class _FixedLevel(Level):
         return {}
 
     def _batch(self, tensordict: TensorDictBase) -> tuple[torch.Size, torch.device]:
-        """Return shape ``*B`` and device of the observation."""
+        """Return shape ``*B`` and device of the observation; actions must not be masked."""
+        refuse_mask(tensordict, self.action_key)
         hint = "it acts once for each observation"
         observation = require(tensordict, self.observation_key, reader=self.name, hint=hint)
         return observation.shape[:-1], observation.device

@@ -27,6 +27,7 @@ from layeredrl_torchrl._checks import (
     check_resolution,
     check_width,
     own_entries,
+    refuse_mask,
     require,
 )
 from layeredrl_torchrl._reporting import log_terms, updates
@@ -185,10 +186,12 @@ class ModelFreeLevel(LearningLevel):
 
         Raises:
             KeyError: The observation or the input from above is missing.
-            TypeError, ValueError: Observations or inputs of another width or kind, or not finite.
+            TypeError, ValueError: Observations or inputs of another width or kind, or not finite;
+                masked actions.
             RuntimeError: Before :meth:`setup`.
         """
         self.action_spec  # noqa: B018 - raises
+        refuse_mask(tensordict, self.action_key)
         read = [require(tensordict, k, reader=self.name, hint=_HINT) for k in self.in_keys]
         self._check_read(*read[:2])
         batch, device = read[0].shape[:-1], read[0].device

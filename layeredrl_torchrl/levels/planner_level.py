@@ -17,6 +17,7 @@ from layeredrl_torchrl._checks import (
     check_number,
     check_positive_int,
     check_width,
+    refuse_mask,
     require,
 )
 from layeredrl_torchrl._watch import is_at_once, watched
@@ -237,12 +238,13 @@ class PlannerLevel(LearningLevel):
         """Write the action for ``[*B]``, whether it is random, and the memory for the next step.
 
         Raises:
-            KeyError: The observation or the memory is missing.
+            KeyError: The observation or the memory is missing. ValueError: Masked actions.
         """
         hint = (
             "env = env.append_transform(level.make_tensordict_primer()) adds it (collectors do so "
             "with auto_register_policy_transforms=True)"
         )
+        refuse_mask(tensordict, self.action_key)
         carried = require(tensordict, self.state_key, reader=self.name, hint=hint)
         warming_up = self.explores and self.warming_up
         prob = self.random_prob if self.explores else 0.0

@@ -13,7 +13,13 @@ from torchrl.envs import TensorDictPrimer
 from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.modules.planners.common import MPCPlannerBase
 
-from layeredrl_torchrl._checks import check_callable, check_flag, check_instance, require
+from layeredrl_torchrl._checks import (
+    check_callable,
+    check_flag,
+    check_instance,
+    refuse_mask,
+    require,
+)
 from layeredrl_torchrl._dispatch import dispatched
 from layeredrl_torchrl._graphs import Graphs
 from layeredrl_torchrl._signatures import passes_on
@@ -87,8 +93,8 @@ class PredictorPlanner(MPCPlannerBase):
         TypeError: Parts of another kind, also a class where an object is meant. ValueError: A
             predictor without reward function, or without value function where one is used; an
             optimizer for other actions; numbers outside their range; an unknown return mode. When
-            called: KeyError without the observation or the memory; ValueError for an imagined
-            return that is not finite.
+            called: KeyError without the observation or the memory; ValueError for masked actions,
+            and for an imagined return that is not finite.
     """
 
     @passes_on(ReturnOptions)
@@ -350,6 +356,7 @@ class PredictorPlanner(MPCPlannerBase):
         return candidates.to(self.action_spec.dtype)
 
     def _read(self, tensordict: TensorDictBase) -> tuple[Tensor, TensorDictBase]:
+        refuse_mask(tensordict, self.action_key)
         encoder = self.predictor.encoder
         for key in encoder.in_keys:
             require(

@@ -10,6 +10,7 @@ from helpers import (
     SMALL_FACTORY,
     SPACES,
     make_transitions,
+    model_free_level,
     observed,
     planner_level,
     point_level,
@@ -17,11 +18,11 @@ from helpers import (
 )
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
-from torchrl.data import Bounded, Composite, OneHot, Unbounded
+from torchrl.data import Bounded, Categorical, Composite, OneHot, Unbounded
 from torchrl.envs import TensorDictPrimer
 from torchrl.envs.utils import ExplorationType, set_exploration_type, step_mdp
 
-from layeredrl_torchrl import ICEMPlanner, PlannerLevel
+from layeredrl_torchrl import ConstantLevel, DQNLearner, ICEMPlanner, PlannerLevel, RandomLevel
 
 
 def far_goals(n, seed=0):
@@ -236,3 +237,25 @@ def test_with_a_predictor_that_is_given():
     assert level.updates_due == 0.0
     after = level.predictor.state_dict()
     assert all(torch.equal(after[name], x) for name, x in before.items())
+
+
+@pytest.mark.parametrize(
+    "policy", ["planner", "planner level", "random phase", "model-free", "random", "constant"]
+)
+def test_where_actions_are_masked_nothing_acts(policy):
+    """The spec of an environment says nothing of its mask before the first reset."""
+    if policy in ("planner", "planner level", "random phase"):
+        options = {"n_initial_random_steps": 10 * (policy == "random phase")}
+        level = planner_level(OBS, Categorical(3), **options)
+    elif policy == "model-free":
+        level = model_free_level(OBS, Categorical(3), learner_factory=DQNLearner)
+    else:
+        level = RandomLevel() if policy == "random" else ConstantLevel(torch.tensor(2))
+        level.setup(OBS, Categorical(3))
+    data = TensorDict({"observation": torch.zeros(4, 2)}, [4])
+    data.update(level.make_tensordict_primer().primers.expand(4).zero())
+    acting = level.planner if policy == "planner" else level
+    acting(data.clone())
+    data["action_mask"] = torch.ones(4, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"masks actions.*ExcludeTransform"):
+        acting(data)

@@ -23,6 +23,7 @@ from torchrl.checkpoint import (
 from torchrl.data import ReplayBuffer
 
 from layeredrl_torchrl.checkpoints._buffers import BufferAdapter
+from layeredrl_torchrl.checkpoints._undo import undone_in_part
 
 __all__ = ["SafeCheckpoint"]
 
@@ -125,10 +126,13 @@ class SafeCheckpoint(Checkpoint):
 
         Raises:
             CheckpointError: As :meth:`verify`, before anything is loaded; a component that does not
-                fit.
+                fit. After any error all components are as they were.
         """
         self.verify(path)
-        result: CheckpointLoadResult = super().load(path, **options)
+        names = options.get("components")
+        names = self.components if names is None else names
+        with undone_in_part(self.components[name] for name in names if name in self):
+            result: CheckpointLoadResult = super().load(path, **options)
         return result
 
     @staticmethod
@@ -187,7 +191,8 @@ def _check_kinds(root: Path, what: str) -> None:
 
 
 def _check_types(file: Path) -> None:
-    kind = json.loads(file.read_bytes()).get("_type")
+    found = json.loads(file.read_bytes())
+    kind = found.get("_type") if isinstance(found, dict) else type(found).__name__
     if kind not in _TYPES:
         raise CheckpointError(f"{file} is not loaded: it asks for {kind}, expected a TensorDict")
 

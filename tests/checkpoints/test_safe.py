@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy as copying
 import math
 import os
 import pickle
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensordict import NonTensorData, TensorDict
-from torchrl.checkpoint import Checkpoint, CheckpointError
+from torchrl.checkpoint import Checkpoint, CheckpointError, GlobalRNGState
 from torchrl.data import (
     CompressedListStorage,
     LazyTensorStorage,
@@ -21,6 +22,7 @@ from torchrl.data import (
 from torchrl.envs import VecNormV2
 
 from layeredrl_torchrl import SafeCheckpoint, SafeRotation
+from layeredrl_torchrl._state import refuse_other_shapes
 
 
 def make_buffer(size=40, ndim=1, **kwargs):
@@ -197,6 +199,60 @@ def test_a_disk_without_room_is_noticed_before(tmp_path):
         SafeCheckpoint(net=net).save(path)
     SafeCheckpoint.verify(path)
     assert os.listdir(tmp_path) == ["checkpoint"]
+
+
+def other_net():
+    return torch.nn.Linear(4, 2)
+
+
+DO_NOT_FIT = {
+    "a network": lambda: {"net": other_net()},
+    "the last network": lambda: {"z_net": other_net()},
+    "an optimizer": lambda: {"optim": torch.optim.Adam(other_net().parameters(), lr=0.1)},
+    "a small buffer": lambda: {"z_buffer": make_buffer(10)},
+    "a full small buffer": lambda: {"z_buffer": filled(make_buffer(10), 10)},
+    "another kind": lambda: {"z_net": {"n": 1}},
+}
+
+
+def filled(buffer, n):
+    buffer.extend(steps(n))
+    return buffer
+
+
+@pytest.mark.parametrize("held", [0, 7])
+@pytest.mark.parametrize("name", DO_NOT_FIT)
+def test_what_does_not_fit_leaves_all_components_as_they_were(name, held, tmp_path):
+    """Empty and filled buffers, networks, moments, values and random numbers."""
+    full = make_parts()
+    more = {"z_net": torch.nn.Linear(3, 2), "z_buffer": filled(make_buffer(), 30)}
+    saved = full | more | {"counts": {"n": 3}, "rng": GlobalRNGState()}
+    path = SafeCheckpoint(**saved).save(tmp_path / "checkpoint")
+    parts = make_parts(filled=False) | {"z_net": torch.nn.Linear(3, 2), "z_buffer": make_buffer()}
+    parts |= {"counts": {"n": 0}, "rng": GlobalRNGState()} | DO_NOT_FIT[name]()
+    refuse_other_shapes(parts["optim"])
+    if held:
+        filled(parts["buffer"], held)
+
+    def state():
+        rows = {
+            key: (len(part), part[:].to_dict() if len(part) else None, part.writer.state_dict())
+            for key, part in parts.items()
+            if key.endswith("buffer")
+        }
+        others = {
+            key: part.state_dict() if hasattr(part, "state_dict") else part
+            for key, part in parts.items()
+            if not key.endswith("buffer")
+        }
+        return copying.deepcopy((rows, others))
+
+    before = state()
+    with pytest.raises(CheckpointError):
+        SafeCheckpoint(**parts).load(path)
+    assert str(state()) == str(before)
+    parts["buffer"].extend(steps(2))
+    assert len(parts["buffer"]) == held + 2
 
 
 # -- buffers -------------------------------------------------------------------------------------

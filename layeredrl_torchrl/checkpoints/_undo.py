@@ -1,0 +1,77 @@
+"""Undo a checkpoint that could be loaded only in part."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torchrl.data import ReplayBuffer, TensorStorage
+
+from layeredrl_torchrl._state import Snapshot
+
+__all__ = ["undone_in_part"]
+
+
+@contextmanager
+def undone_in_part(components: Iterable[Any]) -> Iterator[None]:
+    """Put all components back as they were if the block raises anything at all.
+
+    The filled rows of buffers are copied for it.
+    """
+    put_back = [_remember(component) for component in components]
+    try:
+        yield
+    except BaseException:
+        for restore in put_back:
+            restore()
+        raise
+
+
+def _remember(component: Any) -> Callable[[], object]:
+    """Return what puts a component back as it is now."""
+    if isinstance(component, ReplayBuffer):
+        return _remember_buffer(component)
+    if isinstance(component, nn.Module):
+        return Snapshot(component).restore
+    if isinstance(component, dict | list):
+        return _remember_value(component)
+    if hasattr(component, "state_dict") and hasattr(component, "load_state_dict"):
+        state = copy.deepcopy(component.state_dict())
+        return lambda: component.load_state_dict(state)
+    return lambda: None
+
+
+def _remember_value(value: Any) -> Callable[[], object]:
+    held = copy.deepcopy(value)
+
+    def restore() -> None:
+        value.clear()
+        (value.update if isinstance(value, dict) else value.extend)(held)
+
+    return restore
+
+
+def _remember_buffer(buffer: Any) -> Callable[[], object]:
+    storage = buffer.storage
+    if not isinstance(storage, TensorStorage):
+        return lambda: None  # which is refused
+    parts = [part for part in (buffer.writer, buffer.sampler, buffer.transform) if part is not None]
+    states = [copy.deepcopy(part.state_dict()) for part in parts]
+    made, length, last = storage.initialized, storage._len, storage._last_cursor
+    n_rows = storage._len_along_dim0 if made else 0
+    rows = storage._storage[:n_rows].clone() if made else None
+
+    def restore() -> None:
+        for part, state in zip(parts, states, strict=True):
+            part.load_state_dict(state)
+        if rows is not None:
+            storage._storage[:n_rows] = rows
+        elif storage.initialized:
+            storage._storage, storage.initialized = None, False
+            vars(storage).pop("_total_shape_value", None)
+        storage._len, storage._last_cursor = length, last
+
+    return restore

@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 
 from layeredrl_torchrl import get_task
-from layeredrl_torchrl.runs import command, find_task
+from layeredrl_torchrl.runs import Count, Seed, command, find_task
 
 # What differs from the examples' defaults.
 FALLS = "--known-termination"
@@ -64,13 +64,13 @@ class Config:
     """Which example learns."""
     task: tuple[str, ...] = ()
     """Names of the tasks; all that the example has options for by default."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     """Seeds."""
-    eval_episodes: int = 10
+    eval_episodes: Count = 10
     """Episodes of the final evaluation."""
     device: str = "cpu"
     """Where networks learn and act."""
-    threads: int = 1
+    threads: Count = 1
     """Threads that torch may use."""
     run: bool = True
     """Whether what is missing is run."""

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from gpu_rows import Run, Ways, rows_of
 
-from layeredrl_torchrl.runs import command
+from layeredrl_torchrl.runs import Count, Positive, command
 
 
 @dataclass
@@ -32,11 +32,11 @@ class Config:
 
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to run."""
-    minutes: float = 2.9
+    minutes: Positive = 2.9
     """Nothing begins after that time."""
-    repeats: int = 15
+    repeats: Count = 15
     """Runs that a median is taken over, at most."""
-    seconds: float = 1.0
+    seconds: Positive = 1.0
     """Time of the runs of one way, about: slow ones are run less often."""
     rows: tuple[str, ...] = ()
     """Only rows whose names contain one of these."""
@@ -44,7 +44,7 @@ class Config:
     """Only these ways."""
     quick: bool = False
     """Tiny sizes."""
-    threads: int = 1
+    threads: Count = 1
     """Threads that torch may use."""
     output: Path | None = None
     """File that a line of JSON is added to for each time."""

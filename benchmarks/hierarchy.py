@@ -24,7 +24,7 @@ from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase, InitTracker, TransformedEnv
 
 from layeredrl_torchrl import Hierarchy, Level
-from layeredrl_torchrl.runs import command
+from layeredrl_torchrl.runs import Count, command
 
 OBS, ACTION, SKILL, DURATION = 17, 6, 2, 10
 
@@ -33,15 +33,15 @@ OBS, ACTION, SKILL, DURATION = 17, 6, 2, 10
 class Config:
     """Options of the benchmark."""
 
-    n_envs: int = 16
+    n_envs: Count = 16
     """Environments."""
-    steps: int = 100
+    steps: Count = 100
     """Steps of a block."""
-    blocks: int = 20
+    blocks: Count = 20
     """Blocks that a median is taken over."""
     device: str = "cpu"
     """Where it acts; the environments are there, too."""
-    threads: int = 1
+    threads: Count = 1
     """Threads that torch may use."""
 
 

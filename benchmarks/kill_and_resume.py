@@ -24,7 +24,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from layeredrl_torchrl.runs import command
+from layeredrl_torchrl.runs import Count, Seed, command
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -64,9 +64,9 @@ class Config:
 
     examples: tuple[str, ...] = tuple(OPTIONS)
     """Names of the examples."""
-    kills: int = 20
+    kills: Count = 20
     """Runs of each that are killed once."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the moments."""
     output: Path = Path("output/kill_and_resume")
     """Folder of the runs; emptied."""

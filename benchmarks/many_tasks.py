@@ -46,11 +46,11 @@ AGENTS = {
 class Config:
     """Do four jobs."""
 
-    seed: int = 0
+    seed: runs.Seed = 0
     """Seed of everything random."""
-    total_env_steps: int = 40_000
+    total_env_steps: runs.Count = 40_000
     """Real steps of the example, and of SAC for each job."""
-    eval_episodes: int = 20
+    eval_episodes: runs.Count = 20
     """Episodes of each evaluation."""
     run: bool = True
     """Whether what is missing is run."""

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from pictures import read_csv
 
-from layeredrl_torchrl.runs import command, find_task
+from layeredrl_torchrl.runs import Count, Seed, command, find_task
 
 FORCES = "skill_hierarchy --agent planner --horizon 15 --n-samples 64 --n-iterations 2"
 
@@ -77,9 +77,9 @@ class Config:
     """Name of the task, a point maze."""
     agents: tuple[str, ...] = tuple(AGENTS)
     """Which agents."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     """Seeds."""
-    total_env_steps: int = 60_000
+    total_env_steps: Count = 60_000
     """Real steps of each agent."""
     run: bool = True
     """Whether what is missing is run."""

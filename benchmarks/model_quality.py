@@ -40,7 +40,7 @@ from layeredrl_torchrl import (
     RewardPredictor,
     ValueNet,
 )
-from layeredrl_torchrl.runs import command
+from layeredrl_torchrl.runs import Count, Seed, command
 
 LEVELS = torch.arange(1, 20) / 20
 
@@ -51,19 +51,19 @@ class Config:
 
     task: tuple[str, ...] = ("HalfCheetah-v5", "Hopper-v5")
     """Tasks to score."""
-    seeds: tuple[int, ...] = (0, 1)
+    seeds: tuple[Seed, ...] = (0, 1)
     """Seeds of data and training; test data has another."""
     split: Literal["random", "episodes"] = "random"
     """Whether test transitions are drawn from the training episodes or from others."""
-    n_train: int = 10_000
+    n_train: Count = 10_000
     """Training transitions."""
-    n_test: int = 4_000
+    n_test: Count = 4_000
     """Test transitions."""
-    n_updates: int = 3_000
+    n_updates: Count = 3_000
     """Gradient steps."""
     device: str = "cpu"
     """Where it is learned."""
-    threads: int = 1
+    threads: Count = 1
     """Threads that torch may use."""
 
 

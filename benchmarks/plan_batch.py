@@ -20,18 +20,18 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from planning_with_model import Config as DemoConfig
 from planning_with_model import make_env, make_planner, make_predictor
 
-from layeredrl_torchrl.runs import command
+from layeredrl_torchrl.runs import Count, command
 
 
 @dataclass
 class Config:
     """Options of the benchmark."""
 
-    repeats: int = 15
+    repeats: Count = 15
     """Runs that a median is taken over."""
     device: str = "cpu"
     """Where it is planned."""
-    threads: int = 1
+    threads: Count = 1
     """Threads that torch may use."""
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchrl.envs import ExplorationType, RewardSum, set_exploration_type
 
 from layeredrl_torchrl import ICEMPlanner, PolicyProposal, StaticPredictor, make_batched
-from layeredrl_torchrl.runs import command, find_task, play_episodes
+from layeredrl_torchrl.runs import Count, command, find_task, play_episodes
 
 
 @dataclass
@@ -27,15 +27,15 @@ class Config:
 
     folder: Path
     """Folder of the run."""
-    eval_episodes: int = 10
+    eval_episodes: Count = 10
     """Episodes."""
-    horizon: int = 4
+    horizon: Count = 4
     """Steps that are planned ahead."""
-    n_samples: int = 64
+    n_samples: Count = 64
     """Candidate plans in the first iteration, beside the policy's."""
     device: str = "cpu"
     """Where networks act."""
-    threads: int = 1
+    threads: Count = 1
     """Threads that torch may use."""
 
 

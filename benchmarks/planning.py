@@ -43,7 +43,7 @@ from layeredrl_torchrl import (
     get_task,
     make_batched,
 )
-from layeredrl_torchrl.runs import command
+from layeredrl_torchrl.runs import Count, command
 
 STATE, ACTION, HORIZON, SAMPLES, ITERATIONS, HIDDEN = 17, 6, 15, 256, 6, (128, 128)
 ACTIONS = Bounded(-1.0, 1.0, (ACTION,))
@@ -53,9 +53,9 @@ ACTIONS = Bounded(-1.0, 1.0, (ACTION,))
 class Config:
     """Options of the benchmark."""
 
-    repeats: int = 15
+    repeats: Count = 15
     """Runs that a median is taken over."""
-    threads: int = 1
+    threads: Count = 1
     """Threads that torch may use."""
     device: str = "cpu"
     """Where to run."""

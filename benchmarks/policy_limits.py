@@ -22,7 +22,7 @@ from torchrl.envs import ExplorationType, set_exploration_type
 from torchrl.objectives.value.functional import reward2go
 
 import layeredrl_torchrl as lt
-from layeredrl_torchrl.runs import command, find_task
+from layeredrl_torchrl.runs import Count, command, find_task
 
 AHEAD = (1, 5, 10, 20)
 BEFORE = (5, 10, 20, 40)
@@ -34,9 +34,9 @@ class Config:
 
     folder: Path
     """Folder of the run."""
-    eval_episodes: int = 5
+    eval_episodes: Count = 5
     """Episodes."""
-    threads: int = 1
+    threads: Count = 1
     """Threads that torch may use."""
 
 

@@ -41,7 +41,7 @@ from layeredrl_torchrl import (
 from layeredrl_torchrl.predictors import _updates as updates
 from layeredrl_torchrl.predictors._experience import Experience
 from layeredrl_torchrl.predictors._upkeep import Upkeep
-from layeredrl_torchrl.runs import command
+from layeredrl_torchrl.runs import Count, command
 
 STATE, ACTION, BATCH = 17, 6, 256
 # LayeredRL's times on two cores of an Intel Xeon, and what we want to stay below.
@@ -56,15 +56,15 @@ CASES = {
 class Config:
     """Options of the benchmark."""
 
-    repeats: int = 7
+    repeats: Count = 7
     """Calls of `learn` that a median is taken over."""
-    n_updates: int = 200
+    n_updates: Count = 200
     """Updates of a call."""
-    rows: tuple[int, ...] = (20_000, 200_000, 2_000_000)
+    rows: tuple[Count, ...] = (20_000, 200_000, 2_000_000)
     """Stored steps to compare; the first is that of the other tables."""
     device: str = "cpu"
     """Where it is learned."""
-    threads: int = 1
+    threads: Count = 1
     """Threads that torch may use."""
 
 

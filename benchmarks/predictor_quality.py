@@ -33,7 +33,7 @@ from layeredrl_torchrl import (
     RewardPredictor,
     ValueNet,
 )
-from layeredrl_torchrl.runs import command
+from layeredrl_torchrl.runs import Count, Seed, command
 
 GAMMA = 0.99
 
@@ -44,17 +44,17 @@ class Config:
 
     task: str = "HalfCheetah-v5"
     """Task to learn; episodes of 1,000 steps."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     """Seeds of data and training."""
-    n_steps: int = 20_000
+    n_steps: Count = 20_000
     """Transitions, held-out ones included."""
-    n_updates: int = 5_000
+    n_updates: Count = 5_000
     """Gradient steps."""
-    steps_left: int = 300
+    steps_left: Count = 300
     """Steps that must be left in the episode for a return to be compared."""
     device: str = "cpu"
     """Where it is learned."""
-    threads: int = 1
+    threads: Count = 1
     """Threads that torch may use."""
     progress: bool = False
     """Show a bar while learning."""

@@ -24,7 +24,7 @@ from pictures import example_of, play_skills, restore
 from tensordict import TensorDictBase
 
 from layeredrl_torchrl import get_task
-from layeredrl_torchrl.runs import command
+from layeredrl_torchrl.runs import Count, command
 
 BLUE, ORANGE, GREY = "#2a6fbb", "#d9722b", "#888888"
 POSTURES = ((0.4, 1.2), (2.4, -1.6), (-2.2, 1.9), (-0.7, -1.0))  # shoulder, elbow, rad
@@ -37,7 +37,7 @@ class Config:
 
     folders: tuple[Path, ...]
     """Folders of runs."""
-    episodes: int = 100
+    episodes: Count = 100
     """Episodes of each, the first of the run's own evaluation."""
     picture: Path = Path("output/reacher_skills.png")
     """Where the skills and episodes of the last planner over skills are drawn."""

@@ -30,7 +30,7 @@ from layeredrl_torchrl import (
     RewardNet,
     StaticPredictor,
 )
-from layeredrl_torchrl.runs import command
+from layeredrl_torchrl.runs import Count, command
 
 STATE, ACTION = 17, 6
 
@@ -39,9 +39,9 @@ STATE, ACTION = 17, 6
 class Config:
     """Options of the benchmark."""
 
-    repeats: int = 15
+    repeats: Count = 15
     """Runs that a median is taken over."""
-    threads: int = 1
+    threads: Count = 1
     """Threads that torch may use."""
     device: str = "cpu"
     """Where to run."""

@@ -22,7 +22,7 @@ from rollout import ACTION, STATE, Case, medians
 from tensordict import TensorDict
 
 from layeredrl_torchrl import ModelLoss
-from layeredrl_torchrl.runs import command
+from layeredrl_torchrl.runs import Count, command
 
 N_MODELS, BATCH = 5, 256
 # Milliseconds to reach, on a machine where mbrl-lib took 2.4 and 7.8.
@@ -33,9 +33,9 @@ CASES = {"2x128": ((128, 128), 2.0), "4x200": ((200,) * 4, 6.5)}
 class Config:
     """Options of the benchmark."""
 
-    repeats: int = 80
+    repeats: Count = 80
     """Runs that a median is taken over."""
-    threads: int = 1
+    threads: Count = 1
     """Threads that torch may use."""
     device: str = "cpu"
     """Where to run."""

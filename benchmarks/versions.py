@@ -22,7 +22,7 @@ from typing import Literal
 import predictor_learn
 import rollout
 
-from layeredrl_torchrl.runs import command
+from layeredrl_torchrl.runs import Count, command
 
 # Run by either version: a line names a case, the answer is its milliseconds.
 SERVE = """
@@ -67,7 +67,7 @@ class Config:
     """Folder of the other version."""
     what: Literal["rollout", "learn"] = "rollout"
     """What is timed."""
-    repeats: int = 15
+    repeats: Count = 15
     """Turns that count."""
 
 

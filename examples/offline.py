@@ -47,7 +47,7 @@ from layeredrl_torchrl.nets import QValueOperator, TanhActor
 class Config:
     """Learn to control Reacher-v5 from the data of a weak controller."""
 
-    seed: runs.Natural = 0
+    seed: runs.Seed = 0
     """Seed of everything random."""
     n_transitions: runs.Count = 5000
     """Size of the data set."""
@@ -55,7 +55,7 @@ class Config:
     """Std of the noise in the controller's actions, which range from -1 to 1."""
     n_updates: runs.Count = 2000
     """Gradient steps of the model, of cloning and of SAC, each."""
-    pessimism: float = 1.0
+    pessimism: runs.Number = 1.0
     """What a unit of disagreement costs, in rewards; 0 believes the model."""
     episode_steps: runs.Count = 10
     """Steps of SAC's imagined episodes, which branch off from the data."""

@@ -74,11 +74,10 @@ class Config(runs.RunOptions):
     """Discount of a real step."""
     horizon: runs.Count = 10
     """Skills that are planned ahead."""
-    landmarks: runs.Number = 0.0
+    landmarks: runs.NotNegative = 0.0
     """Radius of landmarks in m; 0 for a reward and a value that are learned instead of known."""
     random_prob: runs.Share = 1.0
-    """With landmarks, after the symmetry is broken and before there is a task: chance that ten
-    random skills begin; until then the planner goes where few were."""
+    """With landmarks, before there is a task: chance that ten random skills begin."""
     n_samples: runs.Count = 128
     """Candidate plans in the first iteration."""
     n_iterations: runs.Count = 3
@@ -180,6 +179,8 @@ def main(config: Config) -> None:
     task = runs.find_task(config.task, with_goals=True)
     if config.duration > task.horizon:
         raise runs.RunError(f"--duration is {config.duration}, episodes have {task.horizon} steps")
+    if config.landmarks and config.gamma == 1.0:
+        raise runs.RunError("--gamma is 1, expected less with --landmarks: values are bounded then")
     with runs.Run(config, config.total_env_steps) as run:
         env = make_env(task, config.n_envs, config.seed)
         agent = make_agent(config, task, env).to(config.device)

@@ -5,10 +5,12 @@ from layeredrl_torchrl.runs._playing import play_episodes
 from layeredrl_torchrl.runs.options import (
     Count,
     Natural,
+    NotNegative,
     Number,
     Positive,
     RunError,
     RunOptions,
+    Seed,
     Share,
     find_task,
 )
@@ -18,11 +20,13 @@ from layeredrl_torchrl.runs.workers import WorkerDiedError, WorkerOptions, colle
 __all__ = [
     "Count",
     "Natural",
+    "NotNegative",
     "Number",
     "Positive",
     "Run",
     "RunError",
     "RunOptions",
+    "Seed",
     "Share",
     "WorkerDiedError",
     "WorkerOptions",

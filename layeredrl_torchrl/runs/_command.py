@@ -39,8 +39,9 @@ def command(
 ) -> None:
     """Run ``main`` with the options of the command line.
 
-    The errors that a user can mend end the program with one line: those of a run, an extra that is
-    not installed, an output that cannot be written. So does Ctrl-C. A resumed run takes the options
+    The errors that a user can mend end the program with one line: those of a run, those of the
+    package that begin with the name of an option, an extra that is not installed, an output that
+    cannot be written. So does Ctrl-C. A resumed run takes the options
     that are not given from its folder. Needs tyro, which the extra ``examples`` installs.
 
     Args:
@@ -62,6 +63,11 @@ def command(
         _end(str(error))
     except UnregisteredEnv as error:
         _end(f"--task: {error}")
+    except (TypeError, ValueError) as error:
+        option = str(error).partition(" ")[0]
+        if given is None or option not in {f.name for f in fields(given)}:  # type: ignore[arg-type]
+            raise
+        _end(f"--{option.replace('_', '-')}: {error}")
     except KeyboardInterrupt as error:
         _end(str(error) or "interrupted", 130)  # as shells report what Ctrl-C ended
     except ImportError as error:

@@ -19,10 +19,12 @@ from layeredrl_torchrl.runs._video import check_rendering
 __all__ = [
     "Count",
     "Natural",
+    "NotNegative",
     "Number",
     "Positive",
     "RunError",
     "RunOptions",
+    "Seed",
     "Share",
     "find_task",
 ]
@@ -49,8 +51,12 @@ Count: TypeAlias = Annotated[int, _Range(1)]
 """At least 1."""
 Natural: TypeAlias = Annotated[int, _Range(0)]
 """At least 0."""
+NotNegative: TypeAlias = Annotated[float, _Range(0.0)]
+"""At least 0."""
 Positive: TypeAlias = Annotated[float, _Range(0.0, open_low=True)]
 """Above 0."""
+Seed: TypeAlias = Annotated[int, _Range(0, 2**32 - 1)]
+"""What seeds any random generator."""
 Number: TypeAlias = Annotated[float, _Range(float("-inf"))]
 """Any that is finite."""
 Share: TypeAlias = Annotated[float, _Range(0.0, 1.0)]
@@ -60,8 +66,10 @@ Share: TypeAlias = Annotated[float, _Range(0.0, 1.0)]
 _KINDS = {
     "Count": Count,
     "Natural": Natural,
+    "NotNegative": NotNegative,
     "Number": Number,
     "Positive": Positive,
+    "Seed": Seed,
     "Share": Share,
 }
 
@@ -70,8 +78,8 @@ _KINDS = {
 class RunOptions:
     """Options of every run; a subclass adds its own and may change the defaults.
 
-    Each number has one of the types ``Count``, ``Natural``, ``Number``, ``Positive`` and ``Share``,
-    which give its range to :meth:`check`.
+    Each number has one of the types ``Count``, ``Natural``, ``NotNegative``, ``Number``,
+    ``Positive``, ``Seed`` and ``Share``, which give its range to :meth:`check`.
 
     >>> RunOptions(n_envs=0).check()
     Traceback (most recent call last):
@@ -80,7 +88,7 @@ class RunOptions:
 
     task: str = "InvertedPendulum-v5"
     """Name of the task."""
-    seed: Natural = 0
+    seed: Seed = 0
     """Seed of everything random."""
     total_env_steps: Count | None = None
     """Steps taken in the real environment; the task's budget by default."""
@@ -150,13 +158,6 @@ class RunOptions:
                 f"--steps-per-batch is {self.steps_per_batch}, expected a multiple of the "
                 f"{self.n_envs} environments (--n-envs)"
             )
-        try:
-            kind = torch.device(self.device).type
-            if kind != "cpu":
-                torch.zeros(1, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise RunError(f"--device {self.device} cannot be used: {reason}") from None
         if self.video:
             try:
                 check_rendering(find_task(self.task))
@@ -166,6 +167,8 @@ class RunOptions:
 
 def check_ranges(options: object) -> None:
     """Check the numbers and choices of a dataclass of options whose types give their ranges.
+
+    If it has a ``device``, that has to be one that can be used.
 
     Raises:
         RunError: An option out of range; the message names it, its value and its range.
@@ -180,9 +183,17 @@ def check_ranges(options: object) -> None:
         if bounds is None or value is None:
             continue
         try:
-            check_number(option, value, bounds.low, bounds.high, open_low=bounds.open_low)
+            for one in value if isinstance(value, tuple) else (value,):
+                check_number(option, one, bounds.low, bounds.high, open_low=bounds.open_low)
         except (TypeError, ValueError) as error:
             raise RunError(str(error)) from None
+    device = getattr(options, "device", "cpu")
+    try:
+        if torch.device(device).type != "cpu":
+            torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"--device {device} cannot be used: {reason}") from None
 
 
 def find_task(name: str, *, with_goals: bool = False) -> Task:
@@ -229,9 +240,9 @@ def _plain(value: object) -> object:
 
 
 def _range_of(hint: object) -> _Range | None:
-    """Return the range in ``Annotated[...]``, also of an optional type."""
+    """Return the range in ``Annotated[...]``, also of an optional type or of a tuple's items."""
     if get_origin(hint) is Annotated:
         return next((found for found in get_args(hint)[1:] if isinstance(found, _Range)), None)
-    if get_origin(hint) in (Union, types.UnionType):
+    if get_origin(hint) in (Union, types.UnionType, tuple):
         return next((r for part in get_args(hint) if (r := _range_of(part)) is not None), None)
     return None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from layeredrl_torchrl.runs import RunError
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 NAMES = [path.stem for path in EXAMPLES]
+BENCHMARKS = sorted((Path(__file__).parents[2] / "benchmarks").glob("*.py"))
+SCRIPTS = [path for path in (*EXAMPLES, *BENCHMARKS) if "class Config" in path.read_text()]
 RUNS = [name for name in NAMES if name != "offline"]  # which takes no real steps to go on from
 OF_A_TASK = [name for name in RUNS if name != "many_tasks"]
 LEARNS = [name for name in OF_A_TASK if name not in ("hindsight", "train_with_trainer")]
@@ -235,6 +239,7 @@ def test_a_job_pays_and_shows_what_it_says(example):
         ("train_with_trainer", "--steps-per-evaluation=9", "leave out --steps-per-evaluation"),
         ("dyna_sac", "--imagined-share=1.5", "--imagined-share must be"),
         ("skill_hierarchy", "--duration=999", "--duration is 999, episodes have 300 steps"),
+        ("skill_hierarchy", "--landmarks=-1", "--landmarks must be"),
         ("hindsight", "--hindsight-share=1.5", "--hindsight-share must be"),
         *((name, "--task=Reacher-v5", "choose a point maze") for name in MAZES[::2]),
     ],
@@ -244,6 +249,25 @@ def test_bad_options_end_it_before_anything_is_done(name, options, message, run,
         run(name, options, f"--output={tmp_path / 'run'}")
     assert "\n" not in str(said.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_options_that_exclude_each_other(run, tmp_path):
+    with pytest.raises(RunError, match="--gamma is 1, expected less with --landmarks"):
+        run("skill_hierarchy", "--gamma=1", "--landmarks=0.3", f"--output={tmp_path / 'run'}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_number_among_the_options_of_a_script_has_a_range(path):
+    """The fields of its Config, read as text, since not every machine has what it imports."""
+    (config,) = [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and node.name == "Config"
+    ]
+    found = [ast.unparse(node) for node in config.body if isinstance(node, ast.AnnAssign)]
+    assert found
+    assert not [field for field in found if re.search(r"\b(int|float)\b", field)]
 
 
 @pytest.mark.slow

@@ -12,10 +12,12 @@ import pytest
 from layeredrl_torchrl.runs import (
     Count,
     Natural,
+    NotNegative,
     Number,
     Positive,
     RunError,
     RunOptions,
+    Seed,
     Share,
     WorkerOptions,
     command,
@@ -32,6 +34,7 @@ class Options(RunOptions):
     positive: Positive = 1.0
     share: Share = 0.5
     number: Number = 0.0
+    not_negative: NotNegative = 0.0
     flag: bool = True
 
 
@@ -46,7 +49,8 @@ class Options(RunOptions):
         ("eval_episodes", [1], [0]),
         ("steps_per_batch", [1], [0]),
         ("threads", [1], [0]),
-        ("seed", [0], [-1]),
+        ("seed", [0, 2**32 - 1], [-1, 2**32]),
+        ("not_negative", [0.0, 0.1], [-0.1, math.nan]),
         ("device", ["cpu"], ["gpu", "cuda:77"]),
     ],
 )
@@ -108,6 +112,8 @@ def test_a_resumed_run_takes_its_options_from_the_folder(tmp_path, monkeypatch, 
         (ModuleNotFoundError(name="matplotlib.pyplot"), 1, "pip install -e '.[plots]'"),
         (ImportError("mazes need it", name="gymnasium_robotics"), 1, "mazes need it"),
         (PermissionError(13, "Permission denied", "/there"), 1, "--output /there/it cannot be"),
+        (ValueError("natural must be at least 2, got 1"), 1, "--natural: natural must be at least"),
+        (ValueError("another must be at least 2, got 1"), None, ""),
         (ModuleNotFoundError(name="something"), None, ""),
         (FileNotFoundError(2, "No such file", "/elsewhere"), None, ""),
     ],
@@ -133,6 +139,7 @@ def test_a_command_without_a_run(monkeypatch, capsys):
     @dataclass
     class Plain:
         count: Count = 1
+        seeds: tuple[Seed, ...] = (0,)
 
     pytest.importorskip("tyro")
     monkeypatch.setattr("sys.argv", ["script", "--count", "3"])
@@ -143,4 +150,8 @@ def test_a_command_without_a_run(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         command(given.append, Plain, "A script.")
     assert capsys.readouterr().err.startswith("--count must be")
+    monkeypatch.setattr("sys.argv", ["script", "--seeds", "3", "-1"])
+    with pytest.raises(SystemExit):
+        command(given.append, Plain, "A script.")
+    assert capsys.readouterr().err.startswith("--seeds must be")
     assert len(given) == 1

@@ -305,7 +305,8 @@ class PredictorEnv(ModelBasedEnvBase):
         counted = chosen.device.type == "cpu" and not isinstance(chosen, FakeTensor)
         n = int(chosen.sum()) if counted else batch.numel()
         # TorchRL keeps what the other instances have, whatever stands there.
-        for key, starts in draw_starts(self.initial_states, n, widths).items():
+        dtype = out.get(self._keys[0]).dtype
+        for key, starts in draw_starts(self.initial_states, n, widths, dtype).items():
             value = out.get(key)
             starts = starts.to(value)
             if counted:
@@ -333,7 +334,7 @@ def _checked_starts(given: dict[Any, Tensor | None], like: TensorDictBase) -> di
     for key, value in given.items():
         own = like.get(key)
         if value is not None:
-            found[key] = check_start(key, value, own.shape[-1]).to(own)
+            found[key] = check_start(key, value, own.shape[-1], own.dtype).to(own.device)
         elif own.shape[-1]:
             raise KeyError(
                 f"a reset was given {[k for k, v in given.items() if v is not None]} without "

@@ -10,7 +10,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer
 
-from layeredrl_torchrl._checks import check_finite, check_width
+from layeredrl_torchrl._checks import check_finite, check_resolution, check_width
 from layeredrl_torchrl.objectives import TransitionSlices
 from layeredrl_torchrl.predictors import Predictor
 
@@ -74,7 +74,10 @@ class FromBuffer:
 
 
 def draw_starts(
-    initial_states: Callable[[int], TensorDictBase], n: int, widths: dict[Any, int]
+    initial_states: Callable[[int], TensorDictBase],
+    n: int,
+    widths: dict[Any, int],
+    dtype: torch.dtype,
 ) -> dict[Any, Tensor]:
     """Draw ``n`` starts and check them.
 
@@ -82,6 +85,7 @@ def draw_starts(
         initial_states: As ``PredictorEnv`` has it.
         n: How many; nothing is drawn for 0.
         widths: Dimensions of what is expected; a key of 0 dimensions may be missing.
+        dtype: Of what is returned.
 
     Returns:
         ``[n, width]`` for each key that was given.
@@ -111,13 +115,14 @@ def draw_starts(
             )
         if value is None:
             continue
-        found[key] = check_start(key, value, width)
+        found[key] = check_start(key, value, width, dtype)
     return found
 
 
-def check_start(key: NestedKey, value: Tensor, width: int) -> Tensor:
-    """Return ``value [*B, width]`` of an initial ``key`` if it is finite; raise otherwise."""
+def check_start(key: NestedKey, value: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Return ``value [*B, width]`` of an initial ``key`` as ``dtype``; raise if it does not fit."""
     name = f"initial {key!r}"
     check_width(name, value, width, hint="give what the predictor's encoder returns")
     check_finite(name, value, hint="repair it first")
-    return value
+    check_resolution(name, value, dtype)
+    return value.to(dtype)

@@ -304,6 +304,8 @@ class PredictorLoss(TermsLoss):
         counts = self._valid(tensordict)[:, :length]
         random = tensordict.get(keys.random_action, None)
         if random is not None:
+            if random.dtype != torch.bool:
+                raise ValueError(f"{keys.random_action!r} is {random.dtype}, expected torch.bool")
             counts = counts & ~random[:, :length].reshape(counts.shape)
         targets = n_step_targets(
             self._get(tensordict, keys.reward)[:, :length].squeeze(-1),

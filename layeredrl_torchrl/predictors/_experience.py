@@ -25,6 +25,8 @@ JOINED = "joined_observation"
 # Numbers of the observations that are drawn at once for statistics: less for images.
 _MOST_NUMBERS = 20_000_000
 
+# How much a transition counts for the model.
+_WEIGHT = "weight"
 _HINT = "name the entry to read with predictor_loss.set_keys()"
 
 
@@ -89,7 +91,7 @@ class Experience:
 
     @torch.no_grad()
     def encode(self, rows: TensorDictBase) -> TensorDict:
-        """The model's inputs and targets ``[N]`` of stored transitions ``[N]``.
+        """The model's inputs, targets and weights ``[N]`` of stored transitions ``[N]``.
 
         Raises:
             KeyError: An entry that the buffer does not have.
@@ -100,8 +102,11 @@ class Experience:
         state, context = self._encoder(self._get(rows, keys.observation))
         next_state, _ = self._encoder(self._get(rows, keys.next_observation))
         action = self._get(rows, keys.action)
+        weight = rows.get(_WEIGHT, None)
+        weights = {} if weight is None else {_WEIGHT: weight.reshape(rows.batch_size)}
         return TensorDict(
             {
+                **weights,
                 "state": state,
                 "context": context,
                 "action": self._action_form(action, rows.batch_size),
@@ -134,7 +139,9 @@ class Experience:
                 f"{key!r} has shape {tuple(reward.shape[1:])} in the buffer, expected (1,) for "
                 "each transition (TorchRL's layout); unsqueeze or select it"
             )
-        check_finite(str(key), reward, hint="repair the environment's rewards")
+        # Heads are of float32.
+        hint = "repair the environment's rewards, or their unit"
+        check_finite(str(key), reward.to(torch.float32), hint=hint)
         return reward
 
     def elapsed_steps(self, rows: TensorDictBase) -> Tensor:
@@ -162,7 +169,9 @@ class Experience:
         order = rows.get("storage_index").argsort(stable=True)
         rows = rows[order]
         places = rows.get("storage_index")
-        return self.encode(rows[places.diff(prepend=places.new_full((1,), -1)) > 0])
+        rows = rows[places.diff(prepend=places.new_full((1,), -1)) > 0]
+        weight = rows.get(_WEIGHT, None)
+        return self.encode(rows if weight is None else rows[weight.reshape(len(rows)) > 0])
 
     def model_batches(
         self,

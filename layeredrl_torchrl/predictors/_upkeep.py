@@ -159,14 +159,15 @@ class Upkeep(nn.Module):
         if isinstance(rew_func, ScalarHead):
             rew_func.fit_inputs(*taken, *((next_state,) if needs_next_state(rew_func) else ()))
             rew_func.rescale(mean, torch.where(std > 0, std, _size(reward)))
-        offset = torch.zeros_like(mean)
+        offset = forever = torch.zeros_like(mean)
         if discount is not None and discount < 1.0:
             share = ((mean.abs() - 5.0 * std) / (15.0 * std)).clamp(0.0, 1.0)
             offset = torch.where(std > 0, share * mean, 0.0)
+            forever = offset / (1.0 - discount)
         for head in self._value_heads:
             if isinstance(head, ScalarHead):
                 head.fit_inputs(*taken)
-                head.rescale(offset / (1.0 - (discount or 0.0)), _size(reward - offset))
+                head.rescale(forever, _size(reward - offset))
 
 
 def _size(reward: Tensor) -> Tensor:

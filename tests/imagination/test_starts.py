@@ -144,6 +144,16 @@ def test_a_state_without_its_context_is_no_start(make_point, given, missing):
         env.rollout(2, tensordict=zeros(3, **{given: 1}))
 
 
+def test_a_start_that_float32_rounds_off_is_refused(make_point):
+    far = TensorDict({"state": 1e9 + torch.rand(20, 1, dtype=torch.float64)}, [20])
+    far["context"] = torch.zeros(20, 1)
+    told = "of initial 'state' vary by less than torch.float32"
+    with pytest.raises(ValueError, match=told):
+        PredictorEnv(make_point(), batch_size=[20]).reset(far)
+    with pytest.raises(ValueError, match=told):
+        PredictorEnv(make_point(), batch_size=[20], initial_states=lambda n: far).reset()
+
+
 def zeros(n, **widths):
     return TensorDict({key: torch.zeros(n, width) for key, width in widths.items()}, [n])
 

@@ -277,6 +277,13 @@ def test_slices_that_do_not_fit_are_refused(with_value, change, message):
         loss(change(make_slices(5)))
 
 
+def test_flags_of_random_actions_are_bool():
+    batch = make_slices(5)
+    batch["random_action"] = torch.zeros(*batch.shape, 1)
+    with pytest.raises(ValueError, match=r"'random_action' is torch.float32, expected torch.bool"):
+        make_loss()(batch)
+
+
 @pytest.mark.parametrize("name", ["rew_func", "val_func"])
 def test_functions_that_cannot_be_called_are_refused(name):
     with pytest.raises(TypeError, match=f"{name} must be"):

@@ -34,7 +34,13 @@ from torchrl.data import (
 )
 from torchrl.envs.transforms import ObservationNorm, RenameTransform
 
-from layeredrl_torchrl import BootstrappedBatches, ModelLoss, PredictorFactory, TransitionSlices
+from layeredrl_torchrl import (
+    BootstrappedBatches,
+    ModelLoss,
+    PredictorFactory,
+    TransitionSlices,
+)
+from layeredrl_torchrl.objectives import OwnBatches
 from layeredrl_torchrl.predictors._experience import Experience
 
 # -- units ------------------------------------------------------------------------------------
@@ -146,6 +152,29 @@ def test_padding_is_never_drawn_and_ends_a_slice():
     buffer.extend(data)
     with pytest.raises(ValueError, match="padding"):
         TransitionSlices(buffer).sample(3, 1)
+
+
+@pytest.mark.parametrize("shape", [(60,), (60, 1)])
+def test_weights_of_the_buffer_count_for_the_model(shape):
+    data = make_transitions(60)
+    data["weight"] = (torch.arange(60) % 3).float().reshape(shape)
+    predictor, buffer = make_predictor(), make_buffer(data)
+    keys, form = predictor.predictor_loss.tensor_keys, predictor.model.action_form
+    drawn = Experience(buffer, predictor.encoder, form, keys, holdout_share=0.5)
+    for batches in (OwnBatches(), BootstrappedBatches()):
+        batch = next(drawn.model_batches(predictor.model_loss, batches, n_rows=400, n_ahead=1))
+        row = (batch.state[0].unsqueeze(1) == data["observation"]).all(-1).int().argmax(1)
+        counts = batch.weight[0] > 0
+        assert counts.any()
+        assert (row[counts] % 3 > 0).all()
+        if isinstance(batches, BootstrappedBatches):
+            continue
+        assert torch.equal(batch.weight[0][counts], (row[counts] % 3).float())
+    held_out = (drawn.held_out(500)["state"].unsqueeze(1) == data["observation"]).all(-1)
+    assert (held_out.int().argmax(1) % 3 > 0).all()
+    data["weight"][:20] = -1.0
+    with pytest.raises(ValueError, match="'weight' must be finite and at least 0"):
+        learn(predictor, make_buffer(data), n_updates=50)
 
 
 @pytest.mark.parametrize("how", ["another buffer", "refilled", "overwritten", "rescaled rewards"])

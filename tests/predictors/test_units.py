@@ -41,6 +41,23 @@ def test_where_episodes_terminate_an_offset_is_the_worth_of_staying_alive(
     assert predictor.val_func.out_scale.item() == pytest.approx(1e3, rel=0.01)
 
 
+def test_without_a_discount_there_is_no_worth_of_an_offset(
+    make_predictor, make_transitions, make_buffer
+):
+    data = make_transitions(100)
+    data["next", "reward"] += 1e3
+    predictor = make_predictor(value_lr=0.0, gamma=1.0)
+    predictor.learn(make_buffer(data), 1, **SMALL)
+    assert predictor.value(data["observation"]).tolist() == [0.0] * 100
+
+
+def test_rewards_beyond_float32_are_named(make_predictor, make_transitions, make_buffer):
+    data = make_transitions(100)
+    data["next", "reward"] = 1e300 * data["next", "reward"].double()
+    with pytest.raises(ValueError, match=r"\('next', 'reward'\) holds .* non-finite values"):
+        make_predictor().learn(make_buffer(data), 1, **SMALL)
+
+
 @pytest.mark.parametrize("spec", [Categorical(1), OneHot(1)])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
 def test_one_choice_may_be_stored_one_hot(

@@ -1,8 +1,9 @@
-"""Processes that shared weights with collectors' workers end by themselves.
+"""Processes with collectors' workers end by themselves.
 
-TorchRL 0.14 stops sharing a policy's weights in a ``__del__`` that starts a thread. If that runs
-only when the interpreter is torn down, as it does for a collector that is still referred to then,
-Python 3.11 waits for the thread for ever. So sharing is stopped before.
+TorchRL 0.14 ends the workers of a collector that was not shut down in its ``__del__``, and stops
+sharing a policy's weights in another, which starts a thread. For a collector that is still referred
+to when the interpreter ends, as after an error in the loop over it, Python 3.11 waits for workers
+and thread for ever. So both are ended before.
 """
 
 from __future__ import annotations
@@ -27,16 +28,20 @@ def _forget_callers() -> None:
         error.__traceback__ = None
 
 
-def _stop_sharing() -> None:
-    """Stop all sharing of weights that is still going on."""
-    module = sys.modules.get("torchrl.weight_update.weight_sync_schemes")
-    if module is None:
-        return
-    for thing in gc.get_objects():
-        # By the exact kind: asking whatever else there is for its class may run code.
-        if issubclass(type(thing), module.WeightSyncScheme):
-            thing.shutdown()
+def _stop_workers() -> None:
+    """End all workers, and all sharing of weights, that are still there."""
+    for name, kind, options in (
+        ("torchrl.collectors._multi_base", "MultiCollector", {"raise_on_error": False}),
+        ("torchrl.weight_update.weight_sync_schemes", "WeightSyncScheme", {}),
+    ):
+        module = sys.modules.get(name)
+        if module is None:
+            continue
+        for thing in gc.get_objects():
+            # By the exact kind: asking whatever else there is for its class may run code.
+            if issubclass(type(thing), getattr(module, kind)):
+                thing.shutdown(**options)
 
 
 _forget_callers()
-atexit.register(_stop_sharing)
+atexit.register(_stop_workers)

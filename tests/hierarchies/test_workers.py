@@ -68,3 +68,36 @@ def test_in_two_worker_processes(tmp_path):
     )
     assert "learned from two workers" in done.stdout, done.stderr[-3000:]
     assert done.returncode == 0
+
+
+UNENDED = """
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torchrl.collectors import MultiAsyncCollector, MultiSyncCollector
+
+from layeredrl_torchrl import get_task
+
+
+def main():
+    make = get_task("InvertedPendulum-v5").make
+    policy = TensorDictModule(nn.Linear(4, 1), ["observation"], ["action"])
+    collector = {kind}([make] * 2, policy, frames_per_batch=20, total_frames=100)
+    for data in collector:
+        raise RuntimeError("an error in the loop")
+
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["MultiSyncCollector", "MultiAsyncCollector"])
+def test_after_an_error_the_process_ends_although_nobody_shut_the_workers_down(kind, tmp_path):
+    script = tmp_path / "collect.py"
+    script.write_text(UNENDED.format(kind=kind))
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=150, check=False
+    )
+    assert done.returncode == 1
+    assert "an error in the loop" in done.stderr

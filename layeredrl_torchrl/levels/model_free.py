@@ -253,6 +253,8 @@ class ModelFreeLevel(LearningLevel):
         return rows
 
     def _observe(self, data: TensorDictBase) -> None:
+        if self.buffer is not None and not int(self.features.n_seen):
+            data = self.buffer.storage[:]  # with what was there before, such as demonstrations
         data = data.to(self.features.mean.device)
         self.features.observe(*self._arguments(data))
         if self.scales_rewards:

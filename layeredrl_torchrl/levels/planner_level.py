@@ -313,7 +313,9 @@ class PlannerLevel(LearningLevel):
     def _checked(self, data: TensorDictBase) -> TensorDictBase:
         """Return ``data`` with the actions of other policies marked as random."""
         (observation, following, action, *numbers), _ = self.stored_keys
-        flags = [("next", key) for key in ("done", "terminated")]
+        flags: list[NestedKey] = [("next", key) for key in ("done", "terminated")]
+        if data.get(self.random_action_key, None) is not None:
+            flags.append(self.random_action_key)
         check_flags(data, flags, self.name, _HINT)
         encoder = self.predictor.encoder
         if encoder.joins:

@@ -284,6 +284,35 @@ def test_actions_of_others_are_random_ones():
     assert not random[20:].any()
 
 
+@pytest.mark.parametrize("flags", [torch.zeros(60), torch.zeros(60, 1)])
+def test_flags_of_random_actions_are_bool(flags):
+    level, data = planner_level(*SPACES), make_transitions()
+    data["random_action"] = flags
+    with pytest.raises(
+        ValueError, match=r"'random_action' is torch.float32 .*, expected torch.bool"
+    ):
+        level.learn(data)
+    assert not len(level.buffer)
+
+
+def test_a_model_free_level_knows_the_units_of_what_was_stored_before():
+    before, data = make_transitions(), make_transitions(20)
+    for key in ("observation", ("next", "observation")):
+        before[key] += 50.0
+    before["next", "reward"] *= 30.0
+    stored = model_free_level(*SPACES)
+    required, _ = stored.stored_keys
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(100))
+    buffer.extend(before.select(*required))
+    level = model_free_level(*SPACES, buffer=buffer)
+    both = torch.cat([before, data])
+    for rows in (data[:12], data[12:]):
+        level.learn(rows)
+    torch.testing.assert_close(level.features.normalizer.loc, both["observation"].mean(0))
+    square = both["next", "reward"].double().square().mean()
+    torch.testing.assert_close(level.reward_scale.square, square, rtol=1e-5, atol=0)
+
+
 def test_transitions_of_several_steps_are_refused():
     env = get_task("InvertedPendulum-v5").make(seed=0)
     level = planner_level(env=env)

@@ -118,7 +118,7 @@ class SafeCheckpoint(Checkpoint):
             os.replace(stage, destination)
         finally:
             for path in (stage, old):
-                shutil.rmtree(path, ignore_errors=True)
+                self._remove_path(path)  # a folder, or a file that stood in its place
         return destination
 
     def load(self, path: str | Path, **options: Any) -> CheckpointLoadResult:

@@ -6,6 +6,7 @@ import csv
 import os
 import sys
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,14 @@ class Curve:
         self.rows: list[dict[str, float]] = []
 
     def add(self, row: Mapping[str, float]) -> None:
-        """Write one more row; ``ValueError`` if it has other columns than the first."""
+        """Write one more row.
+
+        Raises:
+            TypeError: What is no number. ValueError: Other columns than those of the first row.
+        """
+        for name, value in row.items():
+            if not isinstance(value, Real):
+                raise TypeError(f"{self.path}: {name} is {value!r}, expected a number (.item())")
         columns = list(row)
         if self.rows and columns != list(self.rows[0]):
             raise ValueError(f"{self.path} has columns {list(self.rows[0])}, got {columns}")

@@ -126,12 +126,12 @@ class Run:
         if self._checkpoints.any_saved and not options.resume:
             raise RunError(f"{self.folder} holds a run; add --resume, or choose another --output")
         if options.resume and saved is None:
+            if self._checkpoints.any_saved:
+                path = settings_path(self.folder)
+                raise RunError(f"--resume: {path} is missing; restore it, or start elsewhere")
             raise RunError(f"--resume: {self.folder} holds no run; leave it out")
         if options.resume and saved is not None:
-            now = options.settings()
-            other = {k: v for k, v in saved.items() if now.get(k) != v and k not in options.free}
-            if other:
-                raise RunError(f"--resume: {self.folder} was made with {other}; use the same")
+            self._refuse_others(saved, self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock()
@@ -143,7 +143,11 @@ class Run:
         np.random.seed(options.seed % 2**32)  # noqa: NPY002 - other packages draw from it
         self.rotation.clear()
         if options.resume:
-            self._resume()
+            try:
+                self._resume()
+            except BaseException:
+                self._stack.close()
+                raise
         if self.resumed is None:
             write_whole(settings_path(self.folder), json.dumps(options.settings(), indent=1))
             self.curve.rewrite()
@@ -192,8 +196,16 @@ class Run:
         if self.resumed is None:
             tqdm.write(f"{self.folder} has no checkpoint yet: starting from the beginning")
             return
+        self._refuse_others(SafeCheckpoint.manifest(self.resumed)["metadata"], self.resumed)
         self._checkpoints.load("run", "curve")
         self._checkpoints.saved_at = self.steps
+
+    def _refuse_others(self, saved: Mapping[str, Any], where: Path) -> None:
+        """Raise ``RunError`` if ``saved`` are not the options of this run."""
+        now, free = self.options.settings(), self.options.free
+        other = {k: v for k, v in saved.items() if now.get(k) != v and k not in free}
+        if other:
+            raise RunError(f"--resume: {where} was made with {other}; use the same")
 
     # -- the curve --------------------------------------------------------------------------
 

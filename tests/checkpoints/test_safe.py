@@ -189,6 +189,12 @@ def test_checkpoints_of_others_are_refused(tmp_path):
         SafeCheckpoint(a=1).save(tmp_path / "a", format="archive")
 
 
+def test_a_file_in_its_place_is_replaced_and_leaves_nothing(tmp_path):
+    (tmp_path / "checkpoint").write_text("something else")
+    SafeCheckpoint.verify(SafeCheckpoint(a=1).save(tmp_path / "checkpoint"))
+    assert os.listdir(tmp_path) == ["checkpoint"]
+
+
 def test_a_disk_without_room_is_noticed_before(tmp_path):
     """More numbers than any disk holds, which take no memory; what was saved before stays."""
     net = torch.nn.Module()

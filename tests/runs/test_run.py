@@ -158,6 +158,31 @@ def test_a_folder_belongs_to_one_run(options, message, small):
     assert not run.folder.exists()
 
 
+def test_checkpoints_of_another_run_are_not_gone_on_from(small, tmp_path):
+    run = small(seed=3)
+    checkpoints = run.folder / "checkpoints"
+    shutil.move(checkpoints, tmp_path / "others")
+    shutil.rmtree(run.folder)
+    small(seed=4)
+    before = numbers(run.folder)
+    shutil.rmtree(checkpoints)
+    shutil.move(tmp_path / "others", checkpoints)
+    for _ in range(2):  # the folder is free again after the error
+        with pytest.raises(RunError, match=r"checkpoint-0\d+ was made with \{'seed': 3\}"):
+            small(seed=4, resume=True)
+    assert numbers(run.folder) == before
+    (run.folder / "settings.json").unlink()
+    with pytest.raises(RunError, match=r"settings.json is missing; restore it"):
+        small(seed=4, resume=True)
+
+
+@pytest.mark.parametrize("value", ["0.5", torch.tensor(0.5), None])
+def test_a_curve_has_numbers_only(value, small):
+    run = small(seed=3)
+    with pytest.raises(TypeError, match=r"curve.csv: reward is .*, expected a number"):
+        run.log({"reward": value})
+
+
 @pytest.mark.parametrize("resume", [True, False])
 def test_killed_in_its_first_checkpoint_a_run_begins_again(resume, small, capsys, tmp_path):
     expected = numbers(small(seed=3).folder)

@@ -89,7 +89,6 @@ def draw_arm(axis: Any, seen: np.ndarray) -> None:
     axis.set_yticks((-20, 0, 20))
     axis.set_aspect("equal")
     axis.tick_params(labelsize=8)
-    axis.set_xlabel("x [cm]", fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
 
 
@@ -97,7 +96,9 @@ def draw(folder: Path, played: TensorDictBase, path: Path) -> None:
     """Above, where each skill leads from four postures; below, episodes with their first plans."""
     _, options, task, agent = restored(folder)
     top, level = agent.levels
-    figure, axes = plt.subplots(2, 4, figsize=(11, 6.3), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        2, 4, figsize=(11, 6.3), sharex=True, sharey=True, layout="constrained"
+    )
     for axis, posture in zip(axes[0], POSTURES, strict=True):
         paths, skills = play_skills(options, task, level, lambda env, at=posture: pose(env, at))
         hue = torch.atan2(skills[:, 1], skills[:, 0]) / (2 * torch.pi) % 1.0
@@ -133,10 +134,12 @@ def draw(folder: Path, played: TensorDictBase, path: Path) -> None:
         away = 100 * (seen[-1, :2] - seen[-1, 8:]).norm()
         there = f"there after {0.02 * last:.2f} s" if reached.any() else "not reached"
         axis.set_title(f"{there}, {away:.1f} cm off at the end", fontsize=8)
-    for row in axes:
-        row[0].set_ylabel("y [cm]", fontsize=8)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("y [cm]", fontsize=8)
+    for axis in axes[1]:
+        axis.set_xlabel("x [cm]", fontsize=8)
     time = 0.02 * options.duration
-    title = f"What {time:.1f} s of each skill do to the tip, from rest in four postures"
+    title = f"Where {time:.1f} s of each skill leads an arm's tip, from rest in four postures"
     figure.suptitle(f"{title}; below, plans over these skills to new targets", fontsize=11)
     handles, labels = axes[1, 0].get_legend_handles_labels()
     figure.legend(handles, labels, ncols=4, fontsize=8, loc="outside lower center", frameon=False)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,14 +15,16 @@ from torch import Tensor, nn
 
 __all__ = [
     "Snapshot",
+    "WholeLoading",
     "WholeState",
     "follow_parameters",
+    "load_whole",
     "refuse_other_shapes",
     "undone_on_error",
 ]
 
 
-class WholeState(TensorDictModuleBase):
+class WholeLoading(nn.Module):
     """A module whose state is loaded as a whole, or not at all."""
 
     def load_state_dict(
@@ -30,20 +33,23 @@ class WholeState(TensorDictModuleBase):
         """Load a state as torch does, but only if everything fits.
 
         Raises:
-            ValueError: Entries that are missing, not known or of another shape; the message lists
-                them, and everything is as it was.
+            ValueError: Entries that are missing, not known or of another shape, weights that are
+                not finite, other numbers that are NaN; the message lists them, and everything is
+                as it was.
         """
-        own = self.state_dict()
-        label = getattr(self, "name", type(self).__name__)
-        _check_parameters(label, {name for name, _ in self.named_parameters()}, state_dict)
-        _check_state(label, own, state_dict, strict=strict)
-        # TorchRL's losses load all of a network or, halfway through, raise: what is not strict
-        # keeps its value by being loaded as well.
-        fitting = {name: state_dict.get(name, value) for name, value in own.items()}
-        result = super().load_state_dict(fitting, strict=True, assign=assign)
-        result.missing_keys.extend(name for name in own if name not in state_dict)
-        result.unexpected_keys.extend(name for name in state_dict if name not in own)
-        return result
+        load = partial(super().load_state_dict, strict=True, assign=assign)
+        return load_whole(self, load, state_dict, strict=strict)
+
+
+class WholeState(TensorDictModuleBase):
+    """Likewise, a module of tensordict."""
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load a state as :class:`WholeLoading` does."""
+        load = partial(super().load_state_dict, strict=True, assign=assign)
+        return load_whole(self, load, state_dict, strict=strict)
 
     def reset_parameters_recursive(
         self, parameters: TensorDictBase | None = None
@@ -56,17 +62,35 @@ class WholeState(TensorDictModuleBase):
         return None
 
 
+def load_whole(
+    module: nn.Module, load: Callable[..., Any], state_dict: Mapping[str, Any], *, strict: bool
+) -> Any:
+    """Let ``load`` load a state, if everything in it fits ``module``."""
+    own = module.state_dict()
+    label = getattr(module, "name", type(module).__name__)
+    _check_parameters(label, {name for name, _ in module.named_parameters()}, state_dict)
+    _check_state(label, own, state_dict, strict=strict)
+    # TorchRL's losses load all of a network or, halfway through, raise: what is not strict keeps
+    # its value by being loaded as well.
+    fitting = {name: state_dict.get(name, value) for name, value in own.items()}
+    result = load(fitting)
+    result.missing_keys.extend(name for name in own if name not in state_dict)
+    result.unexpected_keys.extend(name for name in state_dict if name not in own)
+    return result
+
+
 def _check_parameters(name: str, parameters: set[str], saved: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` if weights that are to be loaded are not finite."""
-    floats = {
-        key: saved[key]
-        for key in sorted(parameters & saved.keys())
-        if isinstance(saved[key], Tensor) and saved[key].is_floating_point()
-    }
-    bad = [key for key, value in floats.items() if not bool(torch.isfinite(value).all())]
+    """Raise ``ValueError`` if weights to be loaded are not finite, or anything else is NaN."""
+    bad = [
+        key
+        for key, value in saved.items()
+        if isinstance(value, Tensor)
+        and value.is_floating_point()
+        and bool((~value.isfinite() if key in parameters else value.isnan()).any())
+    ]
     if bad:
         raise ValueError(
-            f"the saved state of {name} has weights that are not finite ({len(bad)} entries: "
+            f"the saved state of {name} has numbers that are not finite ({len(bad)} entries: "
             f"{'; '.join(bad[:5])}), and nothing was loaded; load an earlier checkpoint"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import numpy as np
@@ -89,3 +90,33 @@ def test_statistics_are_as_they_were_where_a_warning_is_an_error():
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match="make up the spread"):
             model.fit_statistics(**rows | {"next_state": state + 1.0})
+
+
+PARTS = {
+    "encoder": lambda: lrl.EncoderNet((3,), 2, 0),
+    "reward": lambda: lrl.RewardNet(2, 0, SPACES[1], (4,)),
+    "value": lambda: lrl.ValueNet(2, 0, (4,)),
+    "dynamics": lambda: lrl.ProbFCDynamics(SPACES[0], None, SPACES[1], hidden_sizes=(4,)),
+    "model": make_ensemble,
+    "loss of the model": lambda: lrl.ModelLoss(make_ensemble()),
+    "loss of the rest": lambda: make_predictor().predictor_loss,
+    "predictor": make_predictor,
+}
+
+
+@pytest.mark.parametrize("damage", ["shape", "missing", "unknown", "text", "nan"])
+@pytest.mark.parametrize("name", PARTS)
+def test_a_state_that_does_not_fit_is_not_loaded_in_part(name, damage):
+    part = PARTS[name]()
+    state = copy.deepcopy(dict(part.state_dict()))
+    keys = [key for key, value in state.items() if value.is_floating_point() and value.numel()]
+    state[keys[0]] = state[keys[0]] + 1.0  # what would be loaded first
+    if damage == "missing":
+        del state[keys[-1]]
+    elif damage == "unknown":
+        state["more"] = torch.zeros(1)
+    else:
+        kinds = {"shape": torch.zeros(7, 7), "text": "x", "nan": state[keys[-1]] * float("nan")}
+        state[keys[-1]] = kinds[damage]
+    with unchanged(part), pytest.raises(ValueError, match=r"nothing was loaded"):
+        part.load_state_dict(state)

@@ -191,8 +191,8 @@ class ModelFreeLevel(LearningLevel):
             RuntimeError: Before :meth:`setup`.
         """
         self.action_spec  # noqa: B018 - raises
-        refuse_mask(tensordict, self.action_key)
         read = [require(tensordict, k, reader=self.name, hint=_HINT) for k in self.in_keys]
+        refuse_mask(tensordict, self.action_key)
         self._check_read(*read[:2])
         batch, device = read[0].shape[:-1], read[0].device
         random = self.explores and self.warming_up

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchrl.data import TensorSpec
 
 from layeredrl_torchrl._precision import worthwhile_autocast
+from layeredrl_torchrl._state import WholeLoading
 from layeredrl_torchrl.nets._gaussians import MemberOutput, mixture_parameters
 from layeredrl_torchrl.specs import action_features
 
@@ -30,7 +31,7 @@ _IN_PLACE: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
 }
 
 
-class ConcatenatedInputs(nn.Module):
+class ConcatenatedInputs(WholeLoading):
     """A network whose input is the state, the context unless ignored, and the action's features."""
 
     action_spec: TensorSpec

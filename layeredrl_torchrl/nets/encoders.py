@@ -10,7 +10,6 @@ from typing import TypeAlias
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
-from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from layeredrl_torchrl._checks import (
@@ -22,6 +21,7 @@ from layeredrl_torchrl._checks import (
     require,
 )
 from layeredrl_torchrl._dispatch import dispatched
+from layeredrl_torchrl._state import WholeState
 
 __all__ = ["Encoder", "EncoderNet", "FixedEncoderNet", "IdentityEncoder", "ObservationShape"]
 
@@ -29,7 +29,7 @@ __all__ = ["Encoder", "EncoderNet", "FixedEncoderNet", "IdentityEncoder", "Obser
 ObservationShape: TypeAlias = Sequence[int] | Mapping[NestedKey, Sequence[int]]
 
 
-class Encoder(TensorDictModuleBase):
+class Encoder(WholeState):
     """Base of the encoders; called with a tensor or with a TensorDict.
 
     ``encoder(obs)`` returns ``(state, context)``, as ``encoder(observation=obs)`` does;

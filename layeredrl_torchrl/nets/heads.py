@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from layeredrl_torchrl._checks import check_callable, check_flag, check_positive_int, check_sizes
 from layeredrl_torchrl._compiling import compile_apart
 from layeredrl_torchrl._precision import worthwhile_autocast
+from layeredrl_torchrl._state import WholeLoading
 from layeredrl_torchrl.nets._fully_connected import fully_connected
 from layeredrl_torchrl.nets.normalizer import Normalizer
 from layeredrl_torchrl.specs import Space, action_features, to_spec, width
@@ -19,7 +20,7 @@ from layeredrl_torchrl.specs import Space, action_features, to_spec, width
 __all__ = ["RewardNet", "ScalarHead", "ValueNet"]
 
 
-class ScalarHead(nn.Module, ABC):
+class ScalarHead(WholeLoading, ABC):
     """A fully connected network with one output, ``loc + scale * net(normalised inputs)``.
 
     The statistics of its inputs and the scale of its output are buffers that a predictor's

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from torchrl.objectives import LossModule
 
 from layeredrl_torchrl._dispatch import dispatched
+from layeredrl_torchrl._state import load_whole
 
 __all__ = ["TermsLoss"]
 
@@ -39,6 +42,13 @@ class TermsLoss(LossModule):
 
     length: int = 1  # steps of its slices
     _compile_options: dict[str, Any] | None = None
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load a state as a whole, or not at all."""
+        load = partial(super().load_state_dict, strict=True, assign=assign)
+        return load_whole(self, load, state_dict, strict=strict)
 
     def prepare(self, tensordict: TensorDictBase) -> Any:
         """Check slices ``[B, length]`` and precompute what needs no gradient.

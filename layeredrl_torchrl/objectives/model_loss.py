@@ -33,6 +33,8 @@ _CONSTANT = 0.5 * math.log(2 * math.pi)
 # A mode below exp(-60) of the likeliest does not change the sum, but its gradient would hold
 # subnormal numbers, which processors multiply ten times as slowly.
 _UNLIKELY = -60.0
+# Beta of the means when that of the stds is annealed to 0.
+_LEAST_OF_MEANS = 0.5
 
 
 class _Surprise(torch.autograd.Function):
@@ -85,7 +87,7 @@ class ModelInputs(NamedTuple):
     next_state: Tensor  # [M, N, D]
     terminated: Tensor  # [M, N], bool or float
     weight: Tensor  # [M, N]: how much each transition counts
-    beta: Tensor | float | None = None  # []: replaces the beta of the loss
+    beta: Tensor | float | None = None  # []: replaces the beta of the loss, for means down to 0.5
 
     def split(self, size: int) -> list[ModelInputs]:
         """Split into batches of ``size`` transitions for each member."""
@@ -280,24 +282,34 @@ class ModelLoss(TermsLoss):
     def terms(self, prepared: ModelInputs) -> dict[str, Tensor]:
         """Compute the losses of a prepared batch, as :meth:`forward` writes them."""
         state, context, action, next_state, terminated, weight, beta = prepared
+        # By the plain likelihood the means would give up what is uncertain while the stds settle.
+        least = min(self.beta, _LEAST_OF_MEANS)
+        apart = beta is not None and (isinstance(beta, Tensor) or beta < least)
         beta = self.beta if beta is None else beta
+        of_means = beta.clamp(min=least) if isinstance(beta, Tensor) else max(beta, least)
         # Shares in the mean of the member; all 0 for a member of which no transition counts.
         weight = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
         (mean, std), weights, term_prob = self.model.predict_normalized(state, context, action)
         target = self.model.target(state, next_state).unsqueeze(-2)
         limit = math.inf if self.huber_std is None else self.huber_std
-        surprise, log_std, _, _ = _Surprise.apply(mean, std, target, limit)
+        gap = mean - target if apart else None
+        given = (mean.detach(), std, target.detach()) if apart else (mean, std, target)
+        surprise, log_std, _, near = _Surprise.apply(*given, limit)
         log_weights = torch.zeros_like(weights)
         if self.model.n_modes > 1:
             log_weights = weights.clamp_min(torch.finfo(weights.dtype).tiny).log()
-        weighted = isinstance(beta, Tensor) or beta
+        weighted = apart or beta
         joint = log_weights - (surprise.detach() if weighted else surprise).sum(-1)  # [M, N, K]
         log_prob = _log_sum_exp(joint)  # [M, N, 1]
         nll = -((log_prob.squeeze(-1) - _CONSTANT * surprise.shape[-1]) * weight).sum(-1)
         dynamics = nll
         if weighted:
             log_r = (joint - log_prob).detach()
-            dynamics = self._beta_weighted(surprise, log_std, log_weights, log_r, beta, weight)
+            row = (_relative(log_std, beta, weight) * surprise).sum(-1)
+            if gap is not None:  # 0, with the gradient of the means alone
+                pull = _relative(log_std, of_means, weight).mul_(near).div_(std.detach())
+                row = row - (pull * (gap - gap.detach())).sum(-1)
+            dynamics = _of_modes(row + _CONSTANT * surprise.shape[-1], log_weights, log_r, weight)
         bce = (_termination_bce(term_prob, terminated) * weight).sum(-1)  # [M]
         return {
             "loss_dynamics": dynamics.sum(),
@@ -305,41 +317,6 @@ class ModelLoss(TermsLoss):
             "nll": nll.detach().mean() / self.model.state_dim,
             "termination_bce": bce.detach().mean(),
         }
-
-    @staticmethod
-    def _beta_weighted(
-        surprise: Tensor,
-        log_std: Tensor,
-        log_weights: Tensor,
-        log_r: Tensor,
-        beta: Tensor | float,
-        weight: Tensor,
-    ) -> Tensor:
-        """Weight the negative log-likelihood by powers of the std, ``[M]``.
-
-        With responsibilities ``r`` and weights ``v = std ** (2 beta)``, divided by their mean over
-        rows and modes, both without gradient, a row counts
-        ``sum_k r_k (log r_k - log w_k - sum_d v_kd log p_kd)`` (the constant of ``log p`` without
-        ``v``); with ``beta = 0`` that is its negative log-likelihood, in value and in gradient.
-
-        Args:
-            surprise: ``-log p [M, N, K, D]`` without its constant.
-            log_std: ``[M, N, K, D]``.
-            log_weights: ``log w [M, N, K]``.
-            log_r: ``log r [M, N, K]``, without gradient.
-            beta: ``[]``.
-            weight: Shares of the rows, ``[M, N]``.
-        """
-        n_modes, dim = surprise.shape[-2:]
-        v = torch.mul(log_std, 2.0 * beta).exp_()
-        shares = weight.to(v.dtype).repeat_interleave(n_modes, -1).unsqueeze(1) / n_modes
-        mean = torch.bmm(shares, v.flatten(1, 2)).unsqueeze(1)  # [M, 1, 1, D]
-        v.div_(mean.clamp_min(torch.finfo(v.dtype).tiny))
-        weighted = (v * surprise).sum(-1) + _CONSTANT * dim
-        if n_modes == 1:
-            return (weighted.squeeze(-1) * weight).sum(-1)
-        r = log_r.exp().masked_fill(log_r < _UNLIKELY, 0.0)
-        return ((r * (log_r - log_weights + weighted)).sum(-1) * weight).sum(-1)
 
     def _weights(self, tensordict: TensorDictBase, state: Tensor) -> tuple[Tensor, bool]:
         """Return the weight of each transition, ``[M, N]``, and whether some may be 0."""
@@ -369,6 +346,39 @@ class ModelLoss(TermsLoss):
                 ),
             )
         return weight, masked
+
+
+def _relative(log_std: Tensor, beta: Tensor | float, weight: Tensor) -> Tensor:
+    """Return ``std ** (2 beta) [M, N, K, D]``, divided by its mean over rows and modes.
+
+    Args:
+        log_std: ``[M, N, K, D]``, without gradient.
+        beta: ``[]``.
+        weight: Shares of the rows, ``[M, N]``.
+    """
+    n_modes = log_std.shape[-2]
+    v = torch.mul(log_std, 2.0 * beta).exp_()
+    shares = weight.to(v.dtype).repeat_interleave(n_modes, -1).unsqueeze(1) / n_modes
+    mean = torch.bmm(shares, v.flatten(1, 2)).unsqueeze(1)  # [M, 1, 1, D]
+    return v.div_(mean.clamp_min(torch.finfo(v.dtype).tiny))
+
+
+def _of_modes(row: Tensor, log_weights: Tensor, log_r: Tensor, weight: Tensor) -> Tensor:
+    """Return the mean over rows, ``[M]``, of weighted negative log-likelihoods of their modes.
+
+    A row counts ``sum_k r_k (log r_k - log w_k + row_k)``, with responsibilities ``r``: where
+    nothing is weighted, that is its negative log-likelihood, in value and in gradient.
+
+    Args:
+        row: ``[M, N, K]``.
+        log_weights: ``log w [M, N, K]``.
+        log_r: ``log r [M, N, K]``, without gradient.
+        weight: Shares of the rows, ``[M, N]``.
+    """
+    if row.shape[-1] == 1:
+        return (row.squeeze(-1) * weight).sum(-1)
+    r = log_r.exp().masked_fill(log_r < _UNLIKELY, 0.0)
+    return ((r * (log_r - log_weights + row)).sum(-1) * weight).sum(-1)
 
 
 def _log_sum_exp(joint: Tensor) -> Tensor:

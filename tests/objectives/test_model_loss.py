@@ -298,6 +298,34 @@ def test_beta_weights_each_row_by_its_variance_and_no_dimension_by_its_unit(make
     assert out["nll"].item() == pytest.approx(-(share * log_prob).sum().item() / D, rel=1e-4)
 
 
+@pytest.mark.parametrize("n_modes", [1, 3])
+@pytest.mark.parametrize("annealed", [0.0, 0.3, torch.tensor(0.3), 0.6])
+def test_means_keep_a_beta_of_a_half_while_the_stds_settle(make_ensemble, annealed, n_modes):
+    """The plain likelihood would give up the means of what is seldom."""
+    model = fit(make_ensemble(n_modes=n_modes, n_models=2))
+    batch = make_batch(model, weight=True)
+    found = {}
+    for which, beta, of_stds in (
+        ("means", max(float(annealed), 0.5), None),
+        ("stds", float(annealed), None),
+        ("both", 0.75, annealed),
+    ):
+        loss = ModelLoss(model, beta=beta)
+        given = []
+        predict = model.predict_normalized
+
+        def watched(*inputs, predict=predict, given=given):
+            (mean, std), *rest = predict(*inputs)
+            given += [mean.detach().requires_grad_(), std.detach().requires_grad_()]
+            return given, *rest
+
+        model.predict_normalized = watched
+        loss.terms(loss.prepare(batch)._replace(beta=of_stds))["loss_dynamics"].backward()
+        model.predict_normalized = predict
+        found[which] = [x.grad for x in given]
+    torch.testing.assert_close(found["both"], [found["means"][0], found["stds"][1]])
+
+
 def test_each_mode_is_weighted_by_its_own_std(make_ensemble):
     """Against a loop over rows, members and modes."""
     model, beta = fit(make_ensemble(n_modes=3)), 0.5

@@ -24,7 +24,7 @@ from pictures import example_of, play_skills, restore
 from tensordict import TensorDictBase
 
 from layeredrl_torchrl import get_task
-from layeredrl_torchrl.runs import Count, command
+from layeredrl_torchrl.runs import Count, Natural, command
 
 BLUE, ORANGE, GREY = "#2a6fbb", "#d9722b", "#888888"
 POSTURES = ((0.4, 1.2), (2.4, -1.6), (-2.2, 1.9), (-0.7, -1.0))  # shoulder, elbow, rad
@@ -37,6 +37,8 @@ class Config:
 
     folders: tuple[Path, ...]
     """Folders of runs."""
+    interrupt_after: Natural = 0
+    """Real steps of a skill after which the planner chooses anew; 0 for never."""
     episodes: Count = 100
     """Episodes of each, the first of the run's own evaluation."""
     picture: Path = Path("output/reacher_skills.png")
@@ -167,6 +169,8 @@ def main(config: Config) -> None:
     drawn = None
     for folder in config.folders:
         example, options, task, agent = restored(folder)
+        if len(agent.levels) > 1:
+            agent.levels[1].interrupt_after = config.interrupt_after or None
         torch.manual_seed(options.seed)
         played = play(example, options, task, agent, config.episodes)
         print(table_row(options.agent, options.seed, played), flush=True)

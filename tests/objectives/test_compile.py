@@ -42,7 +42,9 @@ def check(loss, batch, backend):
     """Compiled in one graph, so that nothing is left out, and no other than before."""
     before = values_and_gradients(loss, batch)
     counters.clear()
+    assert not loss.is_compiled
     loss.compile(fullgraph=True, backend=backend)
+    assert loss.is_compiled
     after = values_and_gradients(loss, batch)
     assert counters["stats"]["unique_graphs"] > 0
     assert before[1].keys() == after[1].keys()

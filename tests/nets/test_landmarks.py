@@ -125,6 +125,7 @@ def test_few_visits_are_worth_more_than_many_and_near_ones_more_than_far_ones():
 
 @reads_next_state
 def at_goal(state, context, action, next_state):
+    assert state.shape[-1] == next_state.shape[-1] == 4  # of which places are the first two
     return ((next_state[..., :2] - context).norm(dim=-1) < 0.1).float()
 
 

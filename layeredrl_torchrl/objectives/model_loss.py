@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from layeredrl_torchrl._checks import (
     check_finite,
@@ -24,58 +23,14 @@ from layeredrl_torchrl._checks import (
 from layeredrl_torchrl._precision import full_precision
 from layeredrl_torchrl._watch import refuse, watched
 from layeredrl_torchrl.models import ProbabilisticEnsemble
+from layeredrl_torchrl.objectives._likelihood import mixture_loss
 from layeredrl_torchrl.objectives.terms import TermsLoss
 from layeredrl_torchrl.specs import canonical_action, is_discrete, width
 
 __all__ = ["ModelInputs", "ModelLoss"]
 
-_CONSTANT = 0.5 * math.log(2 * math.pi)
-# A mode below exp(-60) of the likeliest does not change the sum, but its gradient would hold
-# subnormal numbers, which processors multiply ten times as slowly.
-_UNLIKELY = -60.0
 # Beta of the means when that of the stds is annealed to 0.
 _LEAST_OF_MEANS = 0.5
-
-
-class _Surprise(torch.autograd.Function):
-    """Minus the log-density of each dimension under each mode, without its constant.
-
-    ``log std + huber(z)`` with ``z = (target - mean) / std``. It runs over the largest tensors of
-    an update, so its derivatives are written out: autograd's take three times as many operations.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        mean: Tensor, std: Tensor, target: Tensor, limit: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return it and the log std, and for the derivatives ``z`` and ``z`` within the limit."""
-        # In place where it can be: new memory costs as much as the operations.
-        z = (target - mean).div_(std)
-        near = z.clamp(-limit, limit)
-        log_std = std.log()
-        return torch.add(z, near, alpha=-0.5).mul_(near).add_(log_std), log_std, z, near
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Keep what the derivatives read."""
-        _, std, target, _ = inputs
-        _, log_std, z, near = output
-        ctx.mark_non_differentiable(log_std, z, near)
-        ctx.save_for_backward(std, z, near)
-        ctx.target_shape = target.shape
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        """The derivative by ``z`` is ``z`` within the limit."""
-        std, z, near = ctx.saved_tensors
-        of_z = grad * near
-        of_std = torch.addcmul(grad, of_z, z, value=-1.0).div_(std)
-        of_mean = of_z.div_(std).neg_()
-        of_target = -of_mean.sum_to_size(ctx.target_shape) if ctx.needs_input_grad[2] else None
-        return of_mean, of_std, of_target, None
 
 
 class ModelInputs(NamedTuple):
@@ -282,34 +237,22 @@ class ModelLoss(TermsLoss):
     def terms(self, prepared: ModelInputs) -> dict[str, Tensor]:
         """Compute the losses of a prepared batch, as :meth:`forward` writes them."""
         state, context, action, next_state, terminated, weight, beta = prepared
-        # By the plain likelihood the means would give up what is uncertain while the stds settle.
-        least = min(self.beta, _LEAST_OF_MEANS)
-        apart = beta is not None and (isinstance(beta, Tensor) or beta < least)
-        beta = self.beta if beta is None else beta
-        of_means = beta.clamp(min=least) if isinstance(beta, Tensor) else max(beta, least)
+        of_means, of_stds = self._betas(beta)
         # Shares in the mean of the member; all 0 for a member of which no transition counts.
         weight = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
         (mean, std), weights, term_prob = self.model.predict_normalized(state, context, action)
         target = self.model.target(state, next_state).unsqueeze(-2)
-        limit = math.inf if self.huber_std is None else self.huber_std
-        gap = mean - target if apart else None
-        given = (mean.detach(), std, target.detach()) if apart else (mean, std, target)
-        surprise, log_std, _, near = _Surprise.apply(*given, limit)
         log_weights = torch.zeros_like(weights)
         if self.model.n_modes > 1:
             log_weights = weights.clamp_min(torch.finfo(weights.dtype).tiny).log()
-        weighted = apart or beta
-        joint = log_weights - (surprise.detach() if weighted else surprise).sum(-1)  # [M, N, K]
-        log_prob = _log_sum_exp(joint)  # [M, N, 1]
-        nll = -((log_prob.squeeze(-1) - _CONSTANT * surprise.shape[-1]) * weight).sum(-1)
-        dynamics = nll
-        if weighted:
-            log_r = (joint - log_prob).detach()
-            row = (_relative(log_std, beta, weight) * surprise).sum(-1)
-            if gap is not None:  # 0, with the gradient of the means alone
-                pull = _relative(log_std, of_means, weight).mul_(near).div_(std.detach())
-                row = row - (pull * (gap - gap.detach())).sum(-1)
-            dynamics = _of_modes(row + _CONSTANT * surprise.shape[-1], log_weights, log_r, weight)
+        dynamics, nll = mixture_loss(
+            (mean, std, log_weights),
+            target,
+            weight,
+            of_means=of_means,
+            of_stds=of_stds,
+            limit=math.inf if self.huber_std is None else self.huber_std,
+        )
         bce = (_termination_bce(term_prob, terminated) * weight).sum(-1)  # [M]
         return {
             "loss_dynamics": dynamics.sum(),
@@ -317,6 +260,16 @@ class ModelLoss(TermsLoss):
             "nll": nll.detach().mean() / self.model.state_dim,
             "termination_bce": bce.detach().mean(),
         }
+
+    def _betas(self, beta: Tensor | float | None) -> tuple[Tensor | float, Tensor | float]:
+        """Return the beta of means and of stds where a batch replaces that of the loss.
+
+        By the plain likelihood the means would give up what is uncertain while the stds settle.
+        """
+        if beta is None:
+            return self.beta, self.beta
+        least = min(self.beta, _LEAST_OF_MEANS)
+        return beta.clamp(min=least) if isinstance(beta, Tensor) else max(beta, least), beta
 
     def _weights(self, tensordict: TensorDictBase, state: Tensor) -> tuple[Tensor, bool]:
         """Return the weight of each transition, ``[M, N]``, and whether some may be 0."""
@@ -346,47 +299,6 @@ class ModelLoss(TermsLoss):
                 ),
             )
         return weight, masked
-
-
-def _relative(log_std: Tensor, beta: Tensor | float, weight: Tensor) -> Tensor:
-    """Return ``std ** (2 beta) [M, N, K, D]``, divided by its mean over rows and modes.
-
-    Args:
-        log_std: ``[M, N, K, D]``, without gradient.
-        beta: ``[]``.
-        weight: Shares of the rows, ``[M, N]``.
-    """
-    n_modes = log_std.shape[-2]
-    v = torch.mul(log_std, 2.0 * beta).exp_()
-    shares = weight.to(v.dtype).repeat_interleave(n_modes, -1).unsqueeze(1) / n_modes
-    mean = torch.bmm(shares, v.flatten(1, 2)).unsqueeze(1)  # [M, 1, 1, D]
-    return v.div_(mean.clamp_min(torch.finfo(v.dtype).tiny))
-
-
-def _of_modes(row: Tensor, log_weights: Tensor, log_r: Tensor, weight: Tensor) -> Tensor:
-    """Return the mean over rows, ``[M]``, of weighted negative log-likelihoods of their modes.
-
-    A row counts ``sum_k r_k (log r_k - log w_k + row_k)``, with responsibilities ``r``: where
-    nothing is weighted, that is its negative log-likelihood, in value and in gradient.
-
-    Args:
-        row: ``[M, N, K]``.
-        log_weights: ``log w [M, N, K]``.
-        log_r: ``log r [M, N, K]``, without gradient.
-        weight: Shares of the rows, ``[M, N]``.
-    """
-    if row.shape[-1] == 1:
-        return (row.squeeze(-1) * weight).sum(-1)
-    r = log_r.exp().masked_fill(log_r < _UNLIKELY, 0.0)
-    return ((r * (log_r - log_weights + row)).sum(-1) * weight).sum(-1)
-
-
-def _log_sum_exp(joint: Tensor) -> Tensor:
-    """Return the logarithm of a mixture's density, ``[M, N, 1]``, from that of its modes."""
-    if joint.shape[-1] == 1:
-        return joint
-    joint = joint.clamp_min(joint.detach().amax(-1, keepdim=True) + _UNLIKELY)
-    return joint.logsumexp(-1, keepdim=True)
 
 
 def _termination_bce(prob: Tensor, terminated: Tensor) -> Tensor:

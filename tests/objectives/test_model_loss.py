@@ -12,7 +12,7 @@ from torch import nn
 from torchrl.data import Categorical, OneHot
 
 from layeredrl_torchrl import ModelLoss
-from layeredrl_torchrl.objectives.model_loss import _Surprise
+from layeredrl_torchrl.objectives._likelihood import _Surprise
 
 N, D = 7, 2
 

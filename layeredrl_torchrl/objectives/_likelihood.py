@@ -1,0 +1,139 @@
+"""The likelihood of mixtures of Gaussians, weighted as dynamics learn by it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = ["mixture_loss"]
+
+_CONSTANT = 0.5 * math.log(2 * math.pi)
+# A mode below exp(-60) of the likeliest does not change the sum, but its gradient would hold
+# subnormal numbers, which processors multiply ten times as slowly.
+_UNLIKELY = -60.0
+
+
+def mixture_loss(
+    mixture: tuple[Tensor, Tensor, Tensor],
+    target: Tensor,
+    weight: Tensor,
+    *,
+    of_means: Tensor | float,
+    of_stds: Tensor | float,
+    limit: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of each member and its negative log-likelihood in nats, ``[M]`` each.
+
+    With ``beta = 0`` both are the same; see :class:`~layeredrl_torchrl.ModelLoss` for others.
+
+    Args:
+        mixture: Mean and std ``[M, N, K, D]``, log weights ``[M, N, K]``.
+        target: ``[M, N, 1, D]``.
+        weight: Shares of the rows, ``[M, N]``.
+        of_means: Beta in the gradient of the means, ``[]``.
+        of_stds: Beta in all else.
+        limit: From so many stds on squared errors go on linearly.
+    """
+    mean, std, log_weights = mixture
+    apart = isinstance(of_stds, Tensor) or of_means != of_stds
+    gap = mean - target if apart else None
+    given = (mean.detach(), std, target.detach()) if apart else (mean, std, target)
+    surprise, log_std, _, near = _Surprise.apply(*given, limit)
+    weighted = apart or of_stds
+    joint = log_weights - (surprise.detach() if weighted else surprise).sum(-1)  # [M, N, K]
+    log_prob = _log_sum_exp(joint)  # [M, N, 1]
+    nll = -((log_prob.squeeze(-1) - _CONSTANT * surprise.shape[-1]) * weight).sum(-1)
+    if not weighted:
+        return nll, nll
+    log_r = (joint - log_prob).detach()
+    row = (_relative(log_std, of_stds, weight) * surprise).sum(-1)
+    if gap is not None:  # 0, with the gradient of the means alone
+        pull = _relative(log_std, of_means, weight).mul_(near).div_(std.detach())
+        row = row - (pull * (gap - gap.detach())).sum(-1)
+    return _of_modes(row + _CONSTANT * surprise.shape[-1], log_weights, log_r, weight), nll
+
+
+class _Surprise(torch.autograd.Function):
+    """Minus the log-density of each dimension under each mode, without its constant.
+
+    ``log std + huber(z)`` with ``z = (target - mean) / std``. It runs over the largest tensors of
+    an update, so its derivatives are written out: autograd's take three times as many operations.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        mean: Tensor, std: Tensor, target: Tensor, limit: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return it and the log std, and for the derivatives ``z`` and ``z`` within the limit."""
+        # In place where it can be: new memory costs as much as the operations.
+        z = (target - mean).div_(std)
+        near = z.clamp(-limit, limit)
+        log_std = std.log()
+        return torch.add(z, near, alpha=-0.5).mul_(near).add_(log_std), log_std, z, near
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keep what the derivatives read."""
+        _, std, target, _ = inputs
+        _, log_std, z, near = output
+        ctx.mark_non_differentiable(log_std, z, near)
+        ctx.save_for_backward(std, z, near)
+        ctx.target_shape = target.shape
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        """The derivative by ``z`` is ``z`` within the limit."""
+        std, z, near = ctx.saved_tensors
+        of_z = grad * near
+        of_std = torch.addcmul(grad, of_z, z, value=-1.0).div_(std)
+        of_mean = of_z.div_(std).neg_()
+        of_target = -of_mean.sum_to_size(ctx.target_shape) if ctx.needs_input_grad[2] else None
+        return of_mean, of_std, of_target, None
+
+
+def _relative(log_std: Tensor, beta: Tensor | float, weight: Tensor) -> Tensor:
+    """Return ``std ** (2 beta) [M, N, K, D]``, divided by its mean over rows and modes.
+
+    Args:
+        log_std: ``[M, N, K, D]``, without gradient.
+        beta: ``[]``.
+        weight: Shares of the rows, ``[M, N]``.
+    """
+    n_modes = log_std.shape[-2]
+    v = torch.mul(log_std, 2.0 * beta).exp_()
+    shares = weight.to(v.dtype).repeat_interleave(n_modes, -1).unsqueeze(1) / n_modes
+    mean = torch.bmm(shares, v.flatten(1, 2)).unsqueeze(1)  # [M, 1, 1, D]
+    return v.div_(mean.clamp_min(torch.finfo(v.dtype).tiny))
+
+
+def _of_modes(row: Tensor, log_weights: Tensor, log_r: Tensor, weight: Tensor) -> Tensor:
+    """Return the mean over rows, ``[M]``, of weighted negative log-likelihoods of their modes.
+
+    A row counts ``sum_k r_k (log r_k - log w_k + row_k)``, with responsibilities ``r``: where
+    nothing is weighted, that is its negative log-likelihood, in value and in gradient.
+
+    Args:
+        row: ``[M, N, K]``.
+        log_weights: ``log w [M, N, K]``.
+        log_r: ``log r [M, N, K]``, without gradient.
+        weight: Shares of the rows, ``[M, N]``.
+    """
+    if row.shape[-1] == 1:
+        return (row.squeeze(-1) * weight).sum(-1)
+    r = log_r.exp().masked_fill(log_r < _UNLIKELY, 0.0)
+    return ((r * (log_r - log_weights + row)).sum(-1) * weight).sum(-1)
+
+
+def _log_sum_exp(joint: Tensor) -> Tensor:
+    """Return the logarithm of a mixture's density, ``[M, N, 1]``, from that of its modes."""
+    if joint.shape[-1] == 1:
+        return joint
+    joint = joint.clamp_min(joint.detach().amax(-1, keepdim=True) + _UNLIKELY)
+    return joint.logsumexp(-1, keepdim=True)

@@ -30,7 +30,7 @@ from layeredrl_torchrl.specs import canonical_action, is_discrete, width
 __all__ = ["ModelInputs", "ModelLoss"]
 
 # Beta of the means when that of the stds is annealed to 0.
-_LEAST_OF_MEANS = 0.5
+_LEAST_OF_MEANS = 0.6
 
 
 class ModelInputs(NamedTuple):
@@ -42,7 +42,7 @@ class ModelInputs(NamedTuple):
     next_state: Tensor  # [M, N, D]
     terminated: Tensor  # [M, N], bool or float
     weight: Tensor  # [M, N]: how much each transition counts
-    beta: Tensor | float | None = None  # []: replaces the beta of the loss, for means down to 0.5
+    beta: Tensor | float | None = None  # []: replaces the beta of the loss, for means down to 0.6
 
     def split(self, size: int) -> list[ModelInputs]:
         """Split into batches of ``size`` transitions for each member."""

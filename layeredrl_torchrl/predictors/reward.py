@@ -87,7 +87,7 @@ class RewardPredictor(Predictor):
             that still moves, and have to forget what they learned of it.
         beta_nll: ``beta`` of :class:`~layeredrl_torchrl.ModelLoss` at the start of each call. It
             falls to 0 towards the end of the call (``ModelTraining.annealing``), for the means to
-            0.5: first these are fitted, also of dimensions that seldom change, and then the
+            0.6: first these are fitted, also of dimensions that seldom change, and then the
             variances.
         model_training: Further options of the model's training.
 

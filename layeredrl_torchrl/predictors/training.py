@@ -24,7 +24,7 @@ class ModelTraining:
         annealing: Share of each call's updates, at its end, over which the model's learning rate
             falls linearly to a tenth: the weights settle, and the predicted variance becomes that
             of the settled weights. ``beta_nll`` falls to 0 over as many updates, and reaches it
-            a quarter as many before the end; that of the means falls to 0.5 at most, so that they
+            a quarter as many before the end; that of the means falls to 0.6 at most, so that they
             are not given up meanwhile. 0 for none of both.
         huber_std: See :class:`~layeredrl_torchrl.ModelLoss`.
         weight_decay: Decoupled weight decay (arXiv 1711.05101) of all the model's parameters: each

@@ -3,13 +3,68 @@
 from __future__ import annotations
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from torch import Tensor
+from torchrl.data import Composite, TensorSpec
 
+from layeredrl_torchrl._checks import require
 from layeredrl_torchrl.hierarchies._memory import together
 from layeredrl_torchrl.levels import Level
 
-__all__ = ["ask", "hand"]
+__all__ = ["Answers", "ask", "hand"]
+
+
+class Answers:
+    """What a level writes when it is called, if it fits the specs.
+
+    Shapes that would broadcast, and floats in place of choices, would go unnoticed otherwise.
+
+    Args:
+        level: A level that is set up.
+        memory: Specs of its memory.
+    """
+
+    def __init__(self, level: Level, memory: Composite) -> None:
+        self.level = level
+        record = level.record
+        #: Specs of its action and its record.
+        self.specs = {level.action_key: level.action_spec}
+        self.specs |= {key: record[key] for key in record.keys(True, True)}
+        self._memory = {key: memory[key] for key in memory.keys(True, True)}
+
+    def read(self, handed: TensorDictBase, key: NestedKey) -> Tensor:
+        """Return an entry of what it was called with, ``[*B]``.
+
+        Raises:
+            KeyError: It is missing. TypeError: Another kind of numbers. ValueError: Another shape.
+        """
+        return self._fitting(handed, key, self.specs[key])
+
+    def memory(self, handed: TensorDictBase) -> TensorDictBase:
+        """Return its memory for the next step; raises as :meth:`read`."""
+        for key, spec in self._memory.items():
+            self._fitting(handed, unravel_key(("next", key)), spec)
+        following: TensorDictBase = handed.get("next")
+        return following.select(*self._memory)
+
+    def _fitting(self, handed: TensorDictBase, key: NestedKey, spec: TensorSpec) -> Tensor:
+        name = self.level.name
+        hint = f"{name} did not write it"
+        value = require(handed, key, reader=f"Hierarchy, after {name},", hint=hint)
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name} wrote {key!r}, a {type(value).__name__}, expected a torch.Tensor"
+            )
+        expected, dtype = (*handed.batch_size, *spec.shape), spec.dtype
+        if value.shape != expected:
+            raise ValueError(
+                f"{name} wrote {key!r} of shape {tuple(value.shape)}, expected {expected}: the "
+                f"batch shape of the TensorDict that it is called with, then {tuple(spec.shape)} "
+                f"of its {type(spec).__name__} spec"
+            )
+        if value.is_complex() or (value.is_floating_point() and not dtype.is_floating_point):
+            raise TypeError(f"{name} wrote {key!r} in {value.dtype}, expected {dtype} of its spec")
+        return value
 
 
 def hand(level: Level, seen: Tensor, given: Tensor | None, n_actions: Tensor) -> TensorDict:

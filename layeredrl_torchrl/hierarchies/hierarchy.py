@@ -19,7 +19,7 @@ from layeredrl_torchrl._state import WholeState
 from layeredrl_torchrl._watch import watched
 from layeredrl_torchrl.checkpoints import SafeCheckpoint
 from layeredrl_torchrl.hierarchies._building import assemble, names
-from layeredrl_torchrl.hierarchies._control import ask, hand
+from layeredrl_torchrl.hierarchies._control import Answers, ask, hand
 from layeredrl_torchrl.hierarchies._due import Due
 from layeredrl_torchrl.hierarchies._maps import Choice
 from layeredrl_torchrl.hierarchies._memory import (
@@ -126,6 +126,7 @@ class Hierarchy(OnePrimer, WholeState):
         # Keys below MEMORY, of levels that have none "".
         self._memories = [str(i) if m.keys() else "" for i, m in enumerate(memories)]
         self._records = [tuple(level.record.keys(True, True)) for level in levels]
+        self._answers = [Answers(level, m) for level, m in zip(levels, memories, strict=True)]
         # Looked up at every step, which takes modules long.
         self.__dict__["_ordered"] = levels
         self._sees_all = [see.is_identity for see in maps]
@@ -149,8 +150,10 @@ class Hierarchy(OnePrimer, WholeState):
         """Write the action for ``[*B]``, and under ``"next"`` the state for the next step.
 
         Raises:
-            KeyError: The observation or the state is missing.
-            ValueError: An observation of another width, or one that is not finite.
+            KeyError: The observation or the state is missing, or what a level has to write.
+            ValueError: An observation of another width, or one that is not finite; an action,
+                record or memory of another shape than the level's spec. TypeError: Likewise, floats
+                where the spec has choices.
         """
         held = require(tensordict, STATE, reader="Hierarchy", hint=_NEEDS)
         memories: dict[str, Any] = {}
@@ -229,12 +232,13 @@ class Hierarchy(OnePrimer, WholeState):
         if memory is not None:
             handed.update(memory if due is None else due.pick(memory))
         level(handed)
-        reader, hint = f"Hierarchy, after {level.name},", f"{level.name} did not write it"
+        answers = self._answers[i]
         if memory is not None:
-            following = require(handed, "next", reader=reader, hint=hint).select(*memory.keys())
+            following = answers.memory(handed)
             memories[key] = following if due is None else due.merge(memory, following)
-        written = {k: require(handed, k, reader=reader, hint=hint) for k in self._records[i]}
-        written["action"] = require(handed, level.action_key, reader=reader, hint=hint)
+        written = {k: answers.read(handed, k) for k in self._records[i]}
+        action = answers.read(handed, level.action_key)
+        written["action"] = action.to(level.action_spec.dtype)
         if i < len(self._memories) - 1:
             written["n_actions"] = handed.get("n_actions")
         return written

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torchrl.envs import RenameTransform, SerialEnv, TransformedEnv
 from torchrl.envs.utils import ExplorationType, check_env_specs, set_exploration_type
 from torchrl.modules.utils import get_primers_from_module
 
-from layeredrl_torchrl import Hierarchy, _watch
+from layeredrl_torchrl import Hierarchy, RandomLevel, _watch
 
 ONE = Unbounded((1,))
 
@@ -238,10 +239,64 @@ def test_answers_of_levels_are_checked(toy):
 
     with pytest.raises(KeyError, match="Silent did not write it"):
         run(Silent(1, remembers=False))
-    with pytest.raises(KeyError, match=r"reads 'next'.*Forgets did not write it"):
+    with pytest.raises(KeyError, match=r"reads \('next', 'own', 'sum'\).*Forgets did not write it"):
         run(Forgets(1))
     with pytest.raises(ValueError, match=r"Mumbles.hands_back gave torch.bool \(3,\), expected"):
         run(toy.Level(1), Mumbles(2, input_spec=ONE, duration=2))
+
+
+@pytest.mark.parametrize("n", [None, 1, 3])
+@pytest.mark.parametrize("place", ["upper", "lower"])
+@pytest.mark.parametrize("key", ["action", ("notes", "double"), ("own", "sum")])
+@pytest.mark.parametrize("change", ["wide", "flat", "complex"])
+def test_what_a_level_writes_has_to_fit_its_specs(toy, n, place, key, change):
+    class Wrong(toy.Level):
+        def forward(self, tensordict):
+            super().forward(tensordict)
+            at = key if key[0] != "own" else ("next", *key)
+            value = tensordict[at]
+            other = {"wide": value.expand(*value.shape[:-1], 2), "flat": value.squeeze(-1)}
+            return tensordict.set(at, other.get(change, value.to(torch.complex64)))
+
+    kinds = {place: Wrong}
+    upper = kinds.get("upper", toy.Level)(1)
+    lower = kinds.get("lower", toy.Level)(2, input_spec=ONE, duration=2)
+    env = toy.Env(n)
+    hierarchy = Hierarchy([upper, lower], env)
+    env = set_up(env, hierarchy)
+    error = TypeError if change == "complex" else ValueError
+    batch = [] if n is None else [n]
+    fits = {"wide": [*batch, 2], "flat": batch}
+    match = "complex64" if change == "complex" else re.escape(f"of shape {tuple(fits[change])}, ")
+    last = key[-1] if isinstance(key, tuple) else key
+    with pytest.raises(error, match=f"Wrong wrote .*{last}'.*{match}"):
+        env.rollout(1, hierarchy)
+
+
+def test_choices_have_to_be_whole_numbers(toy):
+    class Halves(toy.Base):
+        def forward(self, tensordict):
+            return tensordict.set("action", torch.full(tensordict.batch_size, 1.5))
+
+        def learn(self, data):
+            return {}
+
+    lower = RandomLevel(input_spec=Categorical(3), duration=1)
+    env = toy.Env(2)
+    hierarchy = Hierarchy([Halves(), lower], env)
+    with pytest.raises(TypeError, match=r"'action' in torch.float32, expected torch.int64"):
+        set_up(env, hierarchy).rollout(1, hierarchy)
+
+
+def test_the_environment_is_given_the_dtype_of_its_spec(toy):
+    class Double(toy.Level):
+        def forward(self, tensordict):
+            super().forward(tensordict)
+            return tensordict.set("action", tensordict["action"].double())
+
+    env = toy.Env(2)
+    hierarchy = Hierarchy([toy.Level(1), Double(2, input_spec=ONE, duration=2)], env)
+    assert set_up(env, hierarchy).rollout(2, hierarchy)["action"].dtype == torch.float32
 
 
 def test_evaluation_reaches_a_level(toy):

@@ -186,6 +186,16 @@ def check_probability(name: str, value: Tensor, batch: Sequence[int], dtype: tor
     return value.to(dtype)
 
 
+def check_trainable(name: str, loss: Tensor) -> None:
+    """Raise ``RuntimeError`` if no parameter that a loss depends on is to be trained."""
+    if not loss.requires_grad:
+        raise RuntimeError(
+            f"{name} cannot learn: all parameters of its loss are frozen (requires_grad is False); "
+            "to keep a level as it is build it with updates_per_step=0, otherwise call "
+            "requires_grad_(True)"
+        )
+
+
 def check_positive_int(name: str, value: int, *, minimum: int = 1) -> int:
     """Return ``value`` if it is an ``int`` of at least ``minimum``; raise otherwise."""
     if isinstance(value, bool) or not isinstance(value, int):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "KeepsDoubles",
+    "KeepsFloats",
     "full_precision",
     "product_dtype",
     "uncached_autocast",
@@ -37,6 +38,28 @@ class KeepsDoubles(nn.Module):
             moved = self._buffers[name]
             self._buffers[name] = value if moved is None else value.to(moved.device)
         return self
+
+
+class KeepsFloats(nn.Module):
+    """A module whose own buffers stay float32 when it is cast to less.
+
+    They are bounds of actions, which are rounded outwards as often as inwards: in bfloat16 0.3 is
+    0.3008, an action that is not allowed.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, moved in self._buffers.items():
+            value = before[name]
+            if moved is not None and value is not None and _is_lower(moved.dtype):
+                self._buffers[name] = value.to(moved.device, torch.float32)
+        return self
+
+
+def _is_lower(dtype: torch.dtype) -> bool:
+    """Whether ``dtype`` are floats of lower precision than float32."""
+    return dtype.is_floating_point and dtype.itemsize < 4
 
 
 def product_dtype(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> torch.dtype:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchrl.data import Bounded, OneHot, TensorSpec
 
+from layeredrl_torchrl._precision import KeepsFloats
 from layeredrl_torchrl.specs import is_discrete, width
 
 __all__ = ["RandomActions"]
 
 
-class RandomActions(nn.Module):
+class RandomActions(KeepsFloats):
     """Draws actions of a spec: uniform within bounds and among choices, otherwise normal.
 
     TorchRL's ``spec.rand`` draws on the spec's device, so that actions would have to be copied from

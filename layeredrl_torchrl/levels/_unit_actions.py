@@ -33,7 +33,7 @@ def finite_bounds(name: str, action_spec: TensorSpec, *, hint: str) -> tuple[Ten
 
 
 def to_unit(action: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Scale actions ``[*B, A]`` from their bounds to ``[-1, 1]``."""
+    """Scale actions ``[*B, A]`` from their bounds to ``[-1, 1]``, in the precision of these."""
     return 2.0 * (action.to(low.dtype) - low) / (high - low) - 1.0
 
 

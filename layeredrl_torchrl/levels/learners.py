@@ -14,7 +14,12 @@ from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
 from torchrl.objectives import LossModule, SoftUpdate, ValueEstimators
 
-from layeredrl_torchrl._checks import check_callable, check_number, check_positive_int
+from layeredrl_torchrl._checks import (
+    check_callable,
+    check_number,
+    check_positive_int,
+    check_trainable,
+)
 from layeredrl_torchrl._state import follow_parameters, refuse_other_shapes
 from layeredrl_torchrl._watch import refuse
 from layeredrl_torchrl.predictors._learning_rates import LearningRate
@@ -162,7 +167,7 @@ class Learner(nn.Module, ABC):
         Raises:
             ValueError: A loss that is not finite: on a CPU nothing is changed, on an accelerator a
                 later call raises.
-            RuntimeError: This is a copy.
+            RuntimeError: This is a copy, or all parameters are frozen.
         """
         if self.optim is None:
             raise RuntimeError(
@@ -188,6 +193,7 @@ class Learner(nn.Module, ABC):
             )
 
         refuse(~total.detach().isfinite(), error)
+        check_trainable(type(self).__name__, total)
         self.optim.zero_grad()
         total.backward()
         self.optim.step()

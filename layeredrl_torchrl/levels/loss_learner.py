@@ -16,6 +16,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import LossModule
 
 from layeredrl_torchrl._checks import check_instance, check_number
+from layeredrl_torchrl._precision import KeepsFloats
 from layeredrl_torchrl.levels._random_actions import RandomActions
 from layeredrl_torchrl.levels._unit_actions import finite_bounds, from_unit, to_unit
 from layeredrl_torchrl.levels.learners import Learner, has_targets
@@ -28,7 +29,7 @@ _NETWORKS = ("actor_network", "value_network")
 _READ = {"features", "action"}
 
 
-class LossLearner(Learner):
+class LossLearner(KeepsFloats, Learner):
     """Any off-policy loss of TorchRL that has its policy in it: TD3, REDQ, CrossQ, TQC and others.
 
     Build the loss in a function of the number of features and the action spec, which is the

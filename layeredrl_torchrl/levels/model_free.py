@@ -326,10 +326,11 @@ class ModelFreeLevel(LearningLevel):
             "terminated": terminated,
             "done": data.get(("next", "done")) | terminated,
         }
-        now = {
-            "features": self._features(observation, given, n_actions),
-            "action": self.learner.prepare(data.get(self.action_key)),
-        }
+        features = self._features(observation, given, n_actions)
+        action = self.learner.prepare(data.get(self.action_key))
+        if action.is_floating_point():  # networks read both as one
+            action = action.to(features.dtype)
+        now = {"features": features, "action": action}
         return TensorDict({**now, "next": TensorDict(after, data.batch_size)}, data.batch_size)
 
     def _input_ended(

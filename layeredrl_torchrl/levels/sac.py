@@ -15,6 +15,7 @@ from torchrl.modules import TanhNormal
 from torchrl.objectives import SACLoss
 
 from layeredrl_torchrl._checks import check_number, check_positive_int, check_sizes
+from layeredrl_torchrl._precision import KeepsFloats
 from layeredrl_torchrl.levels._mlp import FlatMLP, layers, mlp
 from layeredrl_torchrl.levels._unit_actions import finite_bounds, from_unit, to_unit
 from layeredrl_torchrl.levels.learners import Learner
@@ -27,7 +28,7 @@ __all__ = ["SACLearner"]
 _LOG_STD = (-20.0, 2.0)
 
 
-class SACLearner(Learner):
+class SACLearner(KeepsFloats, Learner):
     """Soft actor-critic (arXiv 1812.05905) for actions within bounds, by TorchRL's ``SACLoss``.
 
     The policy is a squashed Gaussian over actions that are scaled from their bounds to

@@ -63,7 +63,7 @@ class ICEM(Optimizer):
 
     def colour(self, white: Tensor) -> Tensor:
         """Give noise the spectrum ``1 / f^beta`` along the axis of time."""
-        return filter_noise(white, self.time_filter, dim=2)
+        return filter_noise(white, self.time_filter.to(white.dtype), dim=2)
 
     def propose(self, step: int, parameters: Parameters, noise: Tensor, kept: Tensor) -> Tensor:
         """Draw samples; add the kept elites and, in the last iteration, the mean."""

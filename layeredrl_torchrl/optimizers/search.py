@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
 
 from layeredrl_torchrl._checks import check_number, check_positive_int
+from layeredrl_torchrl._precision import KeepsFloats
 from layeredrl_torchrl.specs import Space, is_discrete, to_spec, width
 
 __all__ = ["CategoricalSearch", "GaussianSearch", "Search", "make_search"]
@@ -88,7 +89,7 @@ class Search(nn.Module, ABC):
         """Move candidates to the nearest ones that are allowed."""
 
 
-class GaussianSearch(Search):
+class GaussianSearch(KeepsFloats, Search):
     """Independent Gaussians, clipped to bounds; the mean is remembered.
 
     >>> from layeredrl_torchrl.optimizers import GaussianSearch

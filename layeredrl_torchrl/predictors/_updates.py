@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 
 from layeredrl_torchrl import _reporting as reporting
-from layeredrl_torchrl._checks import check_number
+from layeredrl_torchrl._checks import check_number, check_trainable
 from layeredrl_torchrl._graphs import Graphs
 from layeredrl_torchrl._precision import uncached_autocast
 from layeredrl_torchrl._state import follow_parameters, refuse_other_shapes
@@ -227,6 +227,7 @@ class Updates(nn.Module):
             found = [self.losses[name](prepared) for name, prepared in batch.items()]
             loss = torch.stack([value for weighted, _ in found for value in weighted]).sum()
         terms = {name: value for _, several in found for name, value in several.items()}
+        check_trainable("the predictor", loss)
         self.optim.zero_grad()
         loss.backward()
         self._sums.add(_kind(batch), {"loss": loss, **terms}, self._clip())

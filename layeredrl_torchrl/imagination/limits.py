@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 from torchrl.data import Binary, Composite, TensorSpec
 from torchrl.envs import Transform
 
-from layeredrl_torchrl._checks import check_callable, check_instance, check_number, check_per_item
+from layeredrl_torchrl._checks import (
+    check_callable,
+    check_instance,
+    check_number,
+    check_per_item,
+    require,
+)
 from layeredrl_torchrl.models import EnsembleDisagreement, ProbabilisticEnsemble
 
 __all__ = ["Disagrees", "OutOfRange", "TruncateWhere"]
@@ -83,30 +89,44 @@ class TruncateWhere(Transform):
     Args:
         condition: ``(state, context, action, next_state) -> [*B]`` bool, for example
             :class:`OutOfRange` or :class:`Disagrees`.
-        in_keys: Of state, context and action.
+        in_keys: Of state, context and action; a missing context counts as empty.
 
     Raises:
-        TypeError: A condition that cannot be called.
+        TypeError: A condition that cannot be called. When called, TypeError or ValueError for one
+            that gives no bools, or another shape; KeyError for a step without state or action.
     """
 
     def __init__(
         self,
         condition: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
         *,
-        in_keys: tuple[str, str, str] = ("state", "context", "action"),
+        in_keys: tuple[NestedKey, NestedKey, NestedKey] = ("state", "context", "action"),
     ) -> None:
         check_callable("condition", condition)
         super().__init__()
         self.condition, self.step_keys = condition, in_keys
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        state, context, action = (tensordict.get(key) for key in self.step_keys)
-        leaves = self.condition(state, context, action, next_tensordict.get(self.step_keys[0]))
+        state_key, context_key, action_key = self.step_keys
+
+        def read(key: NestedKey) -> Tensor:
+            hint = "name state, context and action by in_keys="
+            return require(tensordict, key, reader="TruncateWhere", hint=hint)
+
+        state, action = read(state_key), read(action_key)
+        context = tensordict.get(context_key, None)
+        if context is None:  # an empty one may be left out
+            context = state[..., :0]
+        leaves = self.condition(state, context, action, next_tensordict.get(state_key))
         check_per_item("condition", leaves, state.shape[:-1])
+        if leaves.dtype != torch.bool:
+            raise TypeError(f"condition gave {leaves.dtype}, expected bool: compare with a limit")
         leaves = leaves.unsqueeze(-1)
-        done = next_tensordict.get("done")
-        next_tensordict.set("truncated", leaves & ~next_tensordict.get("terminated"))
-        return next_tensordict.set("done", done | leaves)
+        # What came before, such as a StepCounter, may have truncated as well.
+        before = next_tensordict.get("truncated", None)
+        truncated = leaves & ~next_tensordict.get("terminated")
+        next_tensordict.set("truncated", truncated if before is None else before | truncated)
+        return next_tensordict.set("done", next_tensordict.get("done") | leaves)
 
     def _reset(
         self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase

@@ -8,7 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from layeredrl_torchrl._checks import check_callable, check_number, check_positive_int
+from layeredrl_torchrl._checks import (
+    check_callable,
+    check_finite,
+    check_number,
+    check_positive_int,
+    check_width,
+)
 from layeredrl_torchrl.nets.functions import StepFunction, on_step, reads_next_state
 
 __all__ = ["Landmarks"]
@@ -46,7 +52,7 @@ class Landmarks(nn.Module):
 
     places: Tensor  # [capacity, P]
     ways: Tensor  # [capacity, capacity], the shortest
-    visits: Tensor  # [capacity], places that were seen within two radii
+    visits: Tensor  # [capacity], places that were seen within two radii, since it is there
     count: Tensor  # [] int64
 
     def __init__(
@@ -71,7 +77,13 @@ class Landmarks(nn.Module):
 
     @torch.no_grad()
     def extend(self, places: Tensor) -> None:
-        """Learn from places ``[*B, P]`` that were seen."""
+        """Learn from places ``[*B, P]`` that were seen.
+
+        Raises:
+            TypeError, ValueError: No floats; another width; NaN, or infinite places.
+        """
+        check_width("places", places, self.places.shape[-1], hint="give what was seen of places")
+        check_finite("places", places, hint="leave such rows out")
         before, all_seen = int(self.count), places.reshape(-1, places.shape[-1]).to(self.places)
         seen = all_seen
         while len(seen) and self.count < len(self.places):
@@ -81,13 +93,13 @@ class Landmarks(nn.Module):
                 self.count += 1
         if self.count > before:
             known = self.places[: self.count]
-            ways = torch.cdist(known, known)
+            ways = _between(known, known)
             ways = ways.where(ways <= self._reach, math.inf).fill_diagonal_(0.0)
             for middle in range(len(known)):  # Floyd and Warshall
                 torch.minimum(ways, ways[:, middle : middle + 1] + ways[middle], out=ways)
             self.ways[: self.count, : self.count] = ways
         for some in all_seen.split(_ROWS):
-            near = torch.cdist(some, self.places[: self.count]) <= self._reach
+            near = _between(some, self.places[: self.count]) <= self._reach
             self.visits[: self.count] += near.sum(0)
 
     @property
@@ -104,7 +116,7 @@ class Landmarks(nn.Module):
         if not self.count:
             return torch.full_like(places[:, 0], math.inf)
         known = self.places[: self.count]
-        return torch.cat([torch.cdist(some, known).amin(-1) for some in places.split(_ROWS)])
+        return torch.cat([_between(some, known).amin(-1) for some in places.split(_ROWS)])
 
     def distance(self, place: Tensor, goal: Tensor) -> Tensor:
         """Length of the shortest way ``[*B]`` from places to goals, ``[*B, P]`` both.
@@ -112,6 +124,8 @@ class Landmarks(nn.Module):
         Infinite where no way is known, or no landmark within two radii. The goal counts as the
         landmark that is nearest to it.
         """
+        if not self.count:
+            return torch.full_like(place[..., 0], math.inf)
         rows = zip(
             place.reshape(-1, place.shape[-1]).split(_ROWS),
             goal.reshape(-1, goal.shape[-1]).split(_ROWS),
@@ -120,29 +134,34 @@ class Landmarks(nn.Module):
         known, ways = self.places[: self.count], self.ways[: self.count, : self.count].mT
         found = []
         for some, aims in rows:
-            first = torch.cdist(some, known)
-            last = torch.cdist(aims, known).argmin(-1)
+            first = _between(some, known)
+            last = _between(aims, known).argmin(-1)
             found.append((first.where(first <= self._reach, math.inf) + ways[last]).amin(-1))
-        return torch.cat(found).reshape(place.shape[:-1])
+        return torch.cat(found).reshape(place.shape[:-1]).to(place.dtype)
 
     def value(self, state: Tensor, context: Tensor, action: Tensor | None = None) -> Tensor:
         """``top * exp(-distance / scale)`` from states ``[*B, D]`` to goals ``[*B, P]``, ``[*B]``.
 
         0 where no way is known.
+
+        Raises:
+            ValueError: A context that is no goal: of another width.
         """
+        width = self.places.shape[-1]
+        check_width("the context", context, width, hint="Landmarks.value reads the goal from it")
         if not self.count:
             return torch.zeros_like(state[..., 0])
-        place = state[..., : self.places.shape[-1]]
+        place = state[..., :width]
         return self.top * torch.exp(-self.distance(place, context) / self.scale)
 
     def novelty(self, state: Tensor, context: Tensor, action: Tensor | None = None) -> Tensor:
         """What it is worth to be where few were, or on the way there, from ``[*B, D]``: ``[*B]``.
 
         ``top * exp(-distance / scale) / sqrt(visits)``, for the landmark of which that is most.
-        Visits are the places that were seen within two radii of it. A planner for this value goes
-        to the edge of what is known, and random phases go on from there (first return, then
-        explore: Go-Explore, arXiv 2004.12919; counts as in arXiv 1606.01868). 0 far from all
-        landmarks.
+        Visits are the places that were seen within two radii of it, since it is there. A planner
+        for this value goes to the edge of what is known, and random phases go on from there (first
+        return, then explore: Go-Explore, arXiv 2004.12919; counts as in arXiv 1606.01868). 0 far
+        from all landmarks.
         """
         if not self.count:
             return torch.zeros_like(state[..., 0])
@@ -152,10 +171,10 @@ class Landmarks(nn.Module):
         place = state[..., : known.shape[-1]].reshape(-1, known.shape[-1])
         found = []
         for some in place.split(_ROWS):
-            first = torch.cdist(some, known)
+            first = _between(some, known)
             near = torch.exp(-first.where(first <= self._reach, math.inf) / self.scale)
             found.append((near * worth).amax(-1))
-        return self.top * torch.cat(found).reshape(state.shape[:-1])
+        return self.top * torch.cat(found).reshape(state.shape[:-1]).to(state.dtype)
 
     def value_of(self, reward: StepFunction, *, speed: float, discount: float) -> StepFunction:
         """Return the value function of a reward, for one who goes from landmark to landmark.
@@ -199,7 +218,7 @@ class Landmarks(nn.Module):
             worth = (1.0 - left) * forever * paid + left * value
             return worth.where(distance <= self._reach, -math.inf).amax(-1)
 
-        value, gaps = paid * forever, torch.cdist(known, known)
+        value, gaps = paid * forever, _between(known, known)
         for _ in range(len(known)):
             before = value
             value = going(gaps, paid.unsqueeze(1), value.unsqueeze(1))
@@ -209,7 +228,7 @@ class Landmarks(nn.Module):
         found = []
         place = state[..., : known.shape[-1]].reshape(-1, known.shape[-1])
         for some, of in zip(place.split(_ROWS), which.split(_ROWS), strict=True):
-            worth = going(torch.cdist(some, known), paid[of], value[of])
+            worth = going(_between(some, known), paid[of], value[of])
             found.append(worth.maximum(value.amin(-1)[of]))
         return torch.cat(found).reshape(state.shape[:-1])
 
@@ -221,3 +240,13 @@ class Landmarks(nn.Module):
         place = next_state[..., : self.places.shape[-1]]
         off = self._off(place.reshape(-1, place.shape[-1])).reshape(place.shape[:-1])
         return (off > self.radius) & (self.count > 0)
+
+
+def _between(places: Tensor, known: Tensor) -> Tensor:
+    """Distances ``[N, L]`` of places ``[N, P]`` from landmarks ``[L, P]``, in the landmarks' dtype.
+
+    By differences: the products of large matrices, which are the default, lose what is near far
+    from 0, such as in the coordinates of a map.
+    """
+    places = places.to(known.dtype)
+    return torch.cdist(places, known, compute_mode="donot_use_mm_for_euclid_dist")

@@ -11,7 +11,12 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 from torchrl.envs import TerminateTransform
 
-from layeredrl_torchrl._checks import check_callable, check_instance, check_number
+from layeredrl_torchrl._checks import (
+    check_callable,
+    check_instance,
+    check_number,
+    check_positive_int,
+)
 
 __all__ = ["Angle", "FlipTermination", "QuaternionTilt"]
 
@@ -53,7 +58,7 @@ class QuaternionTilt:
     first: int
 
     def __post_init__(self) -> None:
-        check_instance("first", self.first, int, hint="pass where the quaternion begins")
+        check_positive_int("first", self.first, minimum=0)
 
     def __call__(self, observation: Tensor) -> Tensor:
         """Map observations ``[*B, obs]`` to angles ``[*B]`` in rad, from 0 to pi."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from tensordict import NestedKey
 from torch import Tensor
-from torchrl.data import Bounded, Composite, TensorSpec
+from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
 from torchrl.envs import Transform
 
 from layeredrl_torchrl._checks import check_number
@@ -33,14 +33,15 @@ class _MappedReward(Transform):
         return self._map(reward)
 
     def transform_reward_spec(self, reward_spec: Composite) -> Composite:
-        """Map the bounds of bounded rewards; other rewards stay unbounded."""
+        """Map the bounds of bounded rewards; other rewards are unbounded."""
         for in_key, out_key in zip(self.in_keys, self.out_keys, strict=True):
             reward_spec[out_key] = self._map_spec(reward_spec[in_key].clone())
         return reward_spec
 
     def _map_spec(self, spec: TensorSpec) -> TensorSpec:
         if not isinstance(spec, Bounded):
-            return spec
+            # Integers and flags become floats.
+            return Unbounded(spec.shape, dtype=self._map(spec.zero()).dtype, device=spec.device)
         ends = self._map(spec.space.low), self._map(spec.space.high)
         low, high = torch.minimum(*ends), torch.maximum(*ends)
         return Bounded(low, high, spec.shape, dtype=low.dtype, device=spec.device)

@@ -15,6 +15,7 @@ from tensordict.nn import (
 )
 from torch import nn
 from torchrl.data import Bounded, Unbounded
+from torchrl.envs import ExcludeTransform, StepCounter, TransformedEnv
 from torchrl.modules import IndependentNormal, ValueOperator
 from torchrl.objectives import SACLoss, SoftUpdate, ValueEstimators
 
@@ -471,6 +472,35 @@ def test_episodes_are_cut_where_the_model_leaves_its_data():
     for kind in (OutOfRange, Disagrees):
         with pytest.raises(TypeError, match="ProbabilisticEnsemble"):
             kind(predictor, limit=1.0)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_else_truncates_is_heeded(first):
+    def beyond(limit):
+        return TruncateWhere(lambda state, context, action, after: after[..., 0] > limit)
+
+    torch.manual_seed(0)
+    others = [StepCounter(4), beyond(1.5)]
+    env = PredictorEnv(make_line().predictor, batch_size=[8])
+    for transform in [*others, beyond(3.0)] if first else [beyond(3.0), *others]:
+        env = env.append_transform(transform)
+    # The context is empty, and may be left out.
+    env = env.append_transform(ExcludeTransform("context"))
+    after = env.rollout(30, break_when_any_done=False)["next"]
+    expected = (after["state"] > 1.5) | (after["step_count"] == 4)
+    assert torch.equal(after["truncated"], expected)
+    assert torch.equal(after["done"], expected)
+    assert (expected & (after["step_count"] < 4)).any()
+
+
+def test_a_condition_gives_bools_and_finds_what_it_reads():
+    env = PredictorEnv(make_line().predictor, batch_size=[8])
+    soft = TruncateWhere(lambda state, context, action, after: after[..., 0].sigmoid())
+    with pytest.raises(TypeError, match=r"float32, expected bool"):
+        TransformedEnv(env, soft).rollout(2)
+    other = TruncateWhere(OutOfRange(make_learned().predictor.model), in_keys=("z", "c", "a"))
+    with pytest.raises(KeyError, match="in_keys"):
+        TransformedEnv(env, other).rollout(2)
 
 
 def test_a_copy_learns_by_itself():

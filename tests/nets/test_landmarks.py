@@ -176,6 +176,47 @@ def test_saved_landmarks_and_no_landmarks():
     assert torch.equal(other.value(state, state[:, :2]), landmarks.value(state, state[:, :2]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_far_from_the_origin_as_near_it(dtype):
+    torch.manual_seed(0)
+    paths = (walks() * 64).round() / 64  # exact at both places
+    shift, ends = 4096.0, paths[:, [0, -1]]
+    near, far = (Landmarks(2, radius=0.4) for _ in range(2))
+    near.extend(paths)
+    far.extend(paths + shift)
+    n = int(near.count)
+    assert n > 30  # where torch.cdist multiplies matrices by default
+    torch.testing.assert_close(far.places[:n] - shift, near.places[:n])
+    a, b = ends.to(dtype).unbind(1)
+    expected = near.distance(a, b)
+    torch.testing.assert_close(far.distance(a + shift, b + shift), expected)
+    assert expected.dtype == dtype
+    assert expected.isfinite().sum() > 5
+    torch.testing.assert_close(far.novelty(a + shift, b), near.novelty(a, b))
+    torch.testing.assert_close(far.value(a + shift, b + shift), near.value(a, b))
+    values = (
+        marks.value_of(at_goal, speed=0.3, discount=0.9)(torch.cat([a, a], -1) + by, b + by)
+        for marks, by in ((far, shift), (near, 0.0))
+    )
+    torch.testing.assert_close(*values)
+    assert not far.is_strange(*[a + shift] * 4).any()
+
+
+def test_before_anything_was_seen_no_way_is_known():
+    landmarks = Landmarks(2, radius=0.4)
+    assert landmarks.distance(torch.zeros(3, 2), torch.ones(3, 2)).isinf().all()
+
+
+@pytest.mark.parametrize("places", [torch.tensor([[0.0, math.nan]]), torch.zeros(4, 3)])
+def test_bad_places_leave_it_as_it_was(places):
+    landmarks = Landmarks(2, radius=0.4)
+    with pytest.raises(ValueError, match="places"):
+        landmarks.extend(places)
+    assert landmarks.count == 0
+    with pytest.raises(ValueError, match="the context"):
+        landmarks.value(torch.zeros(3, 4), torch.zeros(3, 0))
+
+
 @pytest.mark.parametrize("bad", [{"radius": 0.0}, {"scale": 0.0}, {"capacity": 0}])
 def test_numbers_out_of_range(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):

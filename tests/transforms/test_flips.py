@@ -87,6 +87,11 @@ def test_the_tilt_of_a_quaternion(quaternion):
     assert QuaternionTilt(1)(obs).item() == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_quaternion_does_not_begin_at_the_end():
+    with pytest.raises(ValueError, match="first must be at least 0"):
+        QuaternionTilt(-4)
+
+
 def test_a_quaternions_tilt_is_mujocos():
     env = TASKS["Ant-v5"].make_gym()
     env.reset(seed=0)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 from torchrl.collectors import Collector
-from torchrl.data import Bounded, Composite, Unbounded
+from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import RewardScaling
 from torchrl.envs.utils import check_env_specs
 
@@ -66,6 +66,16 @@ def test_bounds_of_the_spec_are_mapped(make, expected, scale):
     torch.testing.assert_close(spec["reward"].space.high, torch.full((2, 1), high))
     spec = AffineReward(scale).transform_reward_spec(Composite(reward=Unbounded((1,)), shape=[]))
     assert spec["reward"] == Unbounded((1,))
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.float64, torch.bool])
+def test_rewards_of_other_kinds_fit_their_spec(kind):
+    given = Binary(1, (1,), dtype=kind) if kind == torch.bool else Unbounded((1,), dtype=kind)
+    for transform in (AffineReward(-0.5), LogReward(0.1)):
+        if kind == torch.bool and isinstance(transform, LogReward):
+            continue  # a flag has no logarithm
+        spec = transform.transform_reward_spec(Composite(reward=given.clone(), shape=[]))["reward"]
+        assert spec.is_in(transform(TensorDict(reward=given.one()))["reward"])
 
 
 @pytest.mark.parametrize(

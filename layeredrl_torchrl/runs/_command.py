@@ -11,7 +11,13 @@ from typing import Any, NoReturn, TypeVar
 
 from gymnasium.error import UnregisteredEnv
 
-from layeredrl_torchrl.runs.options import RunError, RunOptions, check_ranges, read_settings
+from layeredrl_torchrl.runs.options import (
+    RunError,
+    RunOptions,
+    check_ranges,
+    read_settings,
+    restored,
+)
 
 __all__ = ["command"]
 
@@ -105,13 +111,10 @@ def _read(options: type[Options], description: str) -> Options:
 
 
 def _like(given: AnyRunOptions, saved: dict[str, Any]) -> AnyRunOptions:
-    """Return the ``saved`` options; paths are converted from text."""
-    known = {f.name for f in fields(given)}
-    values = {name: value for name, value in saved.items() if name in known}
-    for name in known & values.keys():
-        if isinstance(getattr(given, name), Path):
-            values[name] = Path(values[name])
-    return replace(given, **values)
+    """Return the ``saved`` options; the others are as ``given``."""
+    names = {f.name for f in fields(given)}
+    values = restored(type(given), saved)
+    return replace(given, **{name: value for name, value in values.items() if name in names})
 
 
 def _concerns(error: OSError, output: Path) -> bool:

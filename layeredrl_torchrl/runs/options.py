@@ -6,7 +6,9 @@ import importlib.util
 import json
 import types
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from enum import Enum
+from numbers import Integral
+from pathlib import Path, PurePath
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, Union, get_args, get_origin
 from typing import get_type_hints as type_hints
 
@@ -41,21 +43,22 @@ class _Range:
     low: float
     high: float = float("inf")
     open_low: bool = False
+    whole: bool = False
 
     def __repr__(self) -> str:
         left = "(" if self.open_low else "["
         return f"'from {left}{self.low:g}, {self.high:g}]'"
 
 
-Count: TypeAlias = Annotated[int, _Range(1)]
+Count: TypeAlias = Annotated[int, _Range(1, whole=True)]
 """At least 1."""
-Natural: TypeAlias = Annotated[int, _Range(0)]
+Natural: TypeAlias = Annotated[int, _Range(0, whole=True)]
 """At least 0."""
 NotNegative: TypeAlias = Annotated[float, _Range(0.0)]
 """At least 0."""
 Positive: TypeAlias = Annotated[float, _Range(0.0, open_low=True)]
 """Above 0."""
-Seed: TypeAlias = Annotated[int, _Range(0, 2**32 - 1)]
+Seed: TypeAlias = Annotated[int, _Range(0, 2**32 - 1, whole=True)]
 """What seeds any random generator."""
 Number: TypeAlias = Annotated[float, _Range(float("-inf"))]
 """Any that is finite."""
@@ -138,8 +141,12 @@ class RunOptions:
         return self.output
 
     def settings(self) -> dict[str, Any]:
-        """Return the options as values of JSON."""
-        return {name: _plain(value) for name, value in asdict(self).items()}
+        """Return the options as JSON gives them back: paths as text, tuples as lists.
+
+        Raises:
+            TypeError: An option that JSON cannot hold.
+        """
+        return {name: _plain(name, value) for name, value in asdict(self).items()}
 
     def check(self) -> None:
         """Check every option; a subclass adds checks that involve several.
@@ -183,8 +190,10 @@ def check_ranges(options: object) -> None:
         if bounds is None or value is None:
             continue
         try:
-            for one in value if isinstance(value, tuple) else (value,):
+            for one in value if isinstance(value, tuple | list) else (value,):
                 check_number(option, one, bounds.low, bounds.high, open_low=bounds.open_low)
+                if bounds.whole and not isinstance(one, Integral):
+                    raise TypeError(f"{option} must be a whole number, got {one!r}")
         except (TypeError, ValueError) as error:
             raise RunError(str(error)) from None
     device = getattr(options, "device", "cpu")
@@ -233,9 +242,36 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def _plain(value: object) -> object:
-    if isinstance(value, Path):
-        return str(value)
+def _plain(name: str, value: object) -> object:
+    def text(part: object) -> object:
+        if isinstance(part, PurePath):
+            return str(part)
+        if isinstance(part, Enum):
+            return part.value
+        raise TypeError(
+            f"the option {name} is {value!r}, but the settings of a run hold numbers, texts, "
+            f"paths, and lists of them, no {type(part).__name__}; make it a name that is looked up"
+        )
+
+    return json.loads(json.dumps(value, default=text))
+
+
+def restored(options: type, saved: dict[str, Any]) -> dict[str, Any]:
+    """Return those of the ``saved`` settings that ``options`` has, as values of their types."""
+    hints = type_hints(options, None, _KINDS)
+    return {name: _typed(value, hints[name]) for name, value in saved.items() if name in hints}
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    """Return what JSON gave back as a value of the type ``hint``."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return next((new for part in parts if (new := _typed(value, part)) is not value), value)
+    if origin in (tuple, list) and isinstance(value, list):
+        kinds = parts if origin is tuple and parts[-1] is not Ellipsis else parts[:1] * len(value)
+        return origin(_typed(one, kind) for one, kind in zip(value, kinds, strict=True))
+    if isinstance(hint, type) and issubclass(hint, PurePath | Enum) and value is not None:
+        return hint(value)
     return value
 
 

@@ -83,7 +83,7 @@ class Run:
 
     def __init__(self, options: RunOptions, total: int) -> None:
         self.options, self.total = options, total
-        self.folder = options.folder
+        self.folder = Path(options.folder)
         self.curve = Curve(self.folder / "curve.csv")
         self._counts = {"env_steps": 0}
         parts = {"run": self._counts, "curve": self.curve, "rng": GlobalRNGState()}
@@ -122,6 +122,7 @@ class Run:
     def __enter__(self) -> Self:
         options = self.options
         options.check()
+        settings = options.settings()
         saved = read_settings(self.folder)
         if self._checkpoints.any_saved and not options.resume:
             raise RunError(f"{self.folder} holds a run; add --resume, or choose another --output")
@@ -149,9 +150,8 @@ class Run:
                 self._stack.close()
                 raise
         if self.resumed is None:
-            write_whole(settings_path(self.folder), json.dumps(options.settings(), indent=1))
+            write_whole(settings_path(self.folder), json.dumps(settings, indent=1))
             self.curve.rewrite()
-        settings = options.settings()
         self._logger = open_logger(options.logger, self.folder, settings, self.steps)
         if self._logger is not None:
             self._stack.callback(self._logger.close)
@@ -203,7 +203,7 @@ class Run:
     def _refuse_others(self, saved: Mapping[str, Any], where: Path) -> None:
         """Raise ``RunError`` if ``saved`` are not the options of this run."""
         now, free = self.options.settings(), self.options.free
-        other = {k: v for k, v in saved.items() if now.get(k) != v and k not in free}
+        other = {k: v for k, v in saved.items() if k not in free and not _same(now.get(k), v)}
         if other:
             raise RunError(f"--resume: {where} was made with {other}; use the same")
 
@@ -451,3 +451,8 @@ class Run:
             f"{error}; all that was learned is in the last checkpoint: when the cluster has room "
             "for the worker again, go on with --resume"
         )
+
+
+def _same(a: object, b: object) -> bool:
+    """Whether two settings are the same, NaN too."""
+    return a == b or json.dumps(a) == json.dumps(b)

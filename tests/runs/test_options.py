@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
+from enum import Enum
 from pathlib import Path
 
 import pytest
+import torch
 
 from layeredrl_torchrl.runs import (
     Count,
@@ -15,6 +17,7 @@ from layeredrl_torchrl.runs import (
     NotNegative,
     Number,
     Positive,
+    Run,
     RunError,
     RunOptions,
     Seed,
@@ -36,12 +39,33 @@ class Options(RunOptions):
     number: Number = 0.0
     not_negative: NotNegative = 0.0
     flag: bool = True
+    counts: tuple[Count, ...] = (4, 4)
+
+
+class Kind(Enum):
+    """An option with names."""
+
+    PLAIN = "plain"
+    FANCY = "fancy"
+
+
+@dataclass
+class Structured(RunOptions):
+    """Options that JSON gives back in another type."""
+
+    sizes: tuple[Count, ...] = (8, 8)
+    pair: tuple[Path, float] = (Path("a"), 1.0)
+    paths: list[Path] = field(default_factory=list)
+    data: Path | None = None
+    more: tuple[int, ...] | None = None
+    kind: Kind = Kind.PLAIN
+    unknown: float = math.nan
 
 
 @pytest.mark.parametrize(
     ("name", "good", "bad"),
     [
-        ("count", [1, 10**9], [0, -1, math.nan]),
+        ("count", [1, 10**9], [0, -1, math.nan, 2.0]),
         ("natural", [None, 0, 3], [-1]),
         ("positive", [1e-300, 5], [0.0, -1e-9, math.inf, math.nan]),
         ("share", [0.0, 1.0], [-0.1, 1.1, math.nan]),
@@ -49,7 +73,8 @@ class Options(RunOptions):
         ("eval_episodes", [1], [0]),
         ("steps_per_batch", [1], [0]),
         ("threads", [1], [0]),
-        ("seed", [0, 2**32 - 1], [-1, 2**32]),
+        ("seed", [0, 2**32 - 1], [-1, 2**32, 1.5]),
+        ("counts", [(), (1, 2), [3]], [(1, 0), [0], (2.0,)]),
         ("not_negative", [0.0, 0.1], [-0.1, math.nan]),
         ("device", ["cpu"], ["gpu", "cuda:77"]),
     ],
@@ -103,6 +128,55 @@ def test_a_resumed_run_takes_its_options_from_the_folder(tmp_path, monkeypatch, 
         call("--share", "2")
     assert end.value.code == 1
     assert capsys.readouterr().err.startswith("--share must be")
+
+
+CHANGES = {
+    "sizes": (3, 4, 5),
+    "pair": (Path("b"), 2.0),
+    "paths": [Path("x")],
+    "data": Path("there"),
+    "more": (1,),
+    "kind": Kind.FANCY,
+    "unknown": 2.0,
+}
+
+
+@pytest.mark.parametrize("changed", [None, *CHANGES])
+def test_options_of_any_type_can_be_resumed(changed, tmp_path):
+    changes = CHANGES if changed is None else {changed: CHANGES[changed]}
+    for resume in (False, True):
+        with Run(Structured(output=tmp_path, resume=resume, **changes), 40) as run:
+            run.save()
+    assert run.resumed is not None
+    with (
+        pytest.raises(RunError, match="was made with"),
+        Run(Structured(output=tmp_path, resume=True), 40),
+    ):
+        pass
+
+
+def test_a_command_restores_the_types_of_options(tmp_path, monkeypatch):
+    pytest.importorskip("tyro")
+    given = []
+    saved = Structured(output=tmp_path, **CHANGES)
+    (tmp_path / "settings.json").write_text(json.dumps(saved.settings()))
+    words = ["run", "--resume", "--output", str(tmp_path), "--unknown", "3.0"]
+    monkeypatch.setattr("sys.argv", words)
+    command(given.append, Structured, "A run.")
+    assert given == [replace(saved, resume=True, unknown=3.0)]
+
+
+def test_options_that_cannot_be_saved_are_named_before_anything_is_written(tmp_path):
+    @dataclass
+    class Odd(RunOptions):
+        dtype: torch.dtype = torch.float32
+
+    with (
+        pytest.raises(TypeError, match=r"the option dtype is torch.float32, but the settings"),
+        Run(Odd(output=tmp_path / "run"), 40),
+    ):
+        pass
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

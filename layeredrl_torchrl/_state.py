@@ -130,7 +130,9 @@ def _check_state(
 
 
 def refuse_other_shapes(optim: torch.optim.Optimizer) -> None:
-    """Let ``optim.load_state_dict`` raise ``ValueError`` for parameters of other shapes.
+    """Let ``optim.load_state_dict`` raise ``ValueError`` for a state that does not fit.
+
+    That is one of parameters of other shapes, or with numbers that are not finite.
 
     Torch itself compares only how many there are. A checkpoint of another architecture would leave
     moments that fail in the next gradient step, and TorchRL's ``Checkpoint`` restores components in
@@ -141,6 +143,12 @@ def refuse_other_shapes(optim: torch.optim.Optimizer) -> None:
 
 
 def _check_shapes(optim: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    missing = {"state", "param_groups"} - set(state_dict)
+    if missing:
+        raise ValueError(
+            f"{sorted(state_dict)[:5]} is not the state of an optimizer, which has 'state' and "
+            "'param_groups'; pass what optim.state_dict() gave"
+        )
     problems = []
     theirs = state_dict["param_groups"]
     if len(theirs) != len(optim.param_groups):
@@ -165,10 +173,17 @@ def _check_shapes(optim: torch.optim.Optimizer, state_dict: dict[str, Any]) -> N
                 f"{tuple(parameter.shape)}"
                 for shape in shapes - {tuple(parameter.shape)}
             ]
+    problems += [
+        f"parameter {index}: {name} is not finite"
+        for index, moments in state_dict["state"].items()
+        for name, value in moments.items()
+        if isinstance(value, Tensor) and not bool(value.isfinite().all())
+    ]
     if problems:
         raise ValueError(
             f"the checkpoint's optimizer does not fit ({len(problems)} differences: "
-            f"{'; '.join(problems[:5])}); build the networks with the sizes they were saved with"
+            f"{'; '.join(problems[:5])}); build the networks with the sizes they were saved with, "
+            "or load an earlier checkpoint"
         )
 
 

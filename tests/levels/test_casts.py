@@ -1,7 +1,8 @@
-"""Levels in other precisions, and levels whose parameters are frozen."""
+"""Levels in other precisions, with frozen parameters, and with optimizers that are loaded."""
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
@@ -96,3 +97,21 @@ def test_a_frozen_level_says_so(make):
     before = [p.clone() for p in level.parameters()]
     assert level.learn(make_transitions())["n_updates"] == 0
     assert all(map(torch.equal, before, level.parameters()))
+
+
+@pytest.mark.parametrize("make", [planner_level, model_free_level])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_optimizer_loads_no_moments_that_are_not_finite(make, value):
+    level = make(*SPACES)
+    level.learn(make_transitions())
+    state = copy.deepcopy(level.optim.state_dict())
+    index = next(iter(state["state"]))
+    state["state"][index]["exp_avg_sq"].flatten()[0] = value
+    with (
+        unchanged(level.optim),
+        pytest.raises(ValueError, match=f"parameter {index}: exp_avg_sq is not finite"),
+    ):
+        level.optim.load_state_dict(state)
+    for part in ("state", "param_groups"):
+        with pytest.raises(ValueError, match=r"is not the state of an optimizer, which has"):
+            level.optim.load_state_dict({part: state[part]})

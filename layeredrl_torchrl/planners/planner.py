@@ -93,8 +93,9 @@ class PredictorPlanner(MPCPlannerBase):
         TypeError: Parts of another kind, also a class where an object is meant. ValueError: A
             predictor without reward function, or without value function where one is used; an
             optimizer for other actions; numbers outside their range; an unknown return mode. When
-            called: KeyError without the observation or the memory; ValueError for masked actions,
-            and for an imagined return that is not finite.
+            called: KeyError without the observation or the memory; ValueError for another number
+            of these, masked actions, a return mode that gives no sequence, and an imagined return
+            that is not finite.
     """
 
     @passes_on(ReturnOptions)
@@ -258,6 +259,12 @@ class PredictorPlanner(MPCPlannerBase):
         """
         obs, memory = self._read(tensordict)
         state, context = self.predictor.encode(obs)
+        if state.shape[:-1] != memory.batch_size:
+            raise ValueError(
+                f"there are {list(state.shape[:-1])} observations, but memories of "
+                f"{list(memory.batch_size)} plans; give the TensorDict the batch size of its "
+                "observations"
+            )
         proposals = None
         if self.proposal is not None:
             proposals = self.proposal(state, context, self.optimizer.horizon)
@@ -298,7 +305,14 @@ class PredictorPlanner(MPCPlannerBase):
 
         entries = {key: memory.get(key) for key in memory.keys()}
         solution = self.optimizer.optimize(cost, TensorDict(entries, batch), noise, proposals)
-        return self._form(self._mode(solution)), solution
+        plan, expected = self._mode(solution), solution.mean
+        if not isinstance(plan, Tensor) or plan.shape != expected.shape:
+            what = tuple(plan.shape) if isinstance(plan, Tensor) else type(plan).__name__
+            raise ValueError(
+                f"the return mode gave {what}, expected a whole sequence, {tuple(expected.shape)}, "
+                "such as solution.mean"
+            )
+        return self._form(plan), solution
 
     def _replay(
         self,

@@ -408,6 +408,20 @@ def test_what_does_not_fit_is_refused(kind, parts, options, error, match):
         kind(make_point(**parts), **options)
 
 
+@pytest.mark.parametrize("mode", [lambda s: s.mean[..., 0, :], lambda s: s.mean.tolist()])
+def test_a_return_mode_gives_a_sequence(kind, mode):
+    planner = kind(make_point(), horizon=2, n_samples=24, return_mode=mode)
+    with pytest.raises(ValueError, match=r"return mode gave .* whole sequence, \(3, 2, 1\)"):
+        planner(TensorDict({"observation": torch.zeros(3, 2)}, [3]).update(planner.forget([3])))
+
+
+def test_there_is_one_memory_for_each_observation(kind):
+    planner = kind(make_point(), horizon=2, n_samples=24)
+    td = TensorDict({"observation": torch.zeros(4, 2)}).update(planner.forget())
+    with pytest.raises(ValueError, match=r"\[4\] observations, but memories of \[\] plans"):
+        planner(td)
+
+
 def test_an_optimizer_for_other_actions_is_refused():
     search = GaussianSearch(-torch.ones(2), torch.ones(2))
     with pytest.raises(ValueError, match="make_search"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor
@@ -57,7 +58,9 @@ def reads_next_state(func: F) -> F:
 
 
 def needs_next_state(func: StepFunction) -> bool:
-    """Return whether ``func`` was declared to read the next state."""
+    """Return whether ``func`` was declared to read the next state, or is a partial of one."""
+    while isinstance(func, partial) and not hasattr(func, "reads_next_state"):
+        func = func.func
     return bool(getattr(func, "reads_next_state", False))
 
 

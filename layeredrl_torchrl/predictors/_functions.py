@@ -32,9 +32,11 @@ class StepFunctions(NamedTuple):
         return any(f is not None and needs_next_state(f) for f in (self.reward, self.term))
 
     def reward_of(self, taken: Taken, next_state: Tensor) -> Tensor:
-        """Reward ``[*B]`` of steps that led to ``next_state [*B, D]``."""
+        """Reward ``[*B]`` of steps that led to ``next_state [*B, D]``, in the states' dtype."""
         assert self.reward is not None
-        return checked("rew_func", on_step(self.reward, *taken, next_state), taken[0].shape[:-1])
+        state = taken[0]
+        reward = checked("rew_func", on_step(self.reward, *taken, next_state), state.shape[:-1])
+        return reward.to(state.dtype)  # a function may give flags, counts or float64
 
     def term_prob_of(self, taken: Taken, next_state: Tensor, predicted: Tensor) -> Tensor:
         """Probability ``[*B]`` that they end the episode; ``predicted`` if it is not known."""

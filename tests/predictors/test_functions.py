@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import make_ensemble, make_point
 from tensordict import TensorDict
+from torchrl.envs.utils import check_env_specs
 
 from layeredrl_torchrl import (
     CEMPlanner,
@@ -54,6 +55,34 @@ def test_a_declaration_is_an_attribute():
             return next_state[..., 0]
 
     assert Reward().reads_next_state
+
+
+def test_a_partial_passes_a_declaration_on():
+    @reads_next_state
+    def moved(state, context, action, next_state=None, scale=1.0):
+        return scale * (next_state - state)[..., 0]
+
+    predictor = make_point(rew_func=partial(partial(moved, scale=3.0)))
+    obs, action = torch.randn(4, 2), torch.rand(4, 1)
+    mean = predictor.predict(obs, action)[0][:, 0, 0]
+    state = predictor.encode(obs)[0]
+    torch.testing.assert_close(predictor.predict_reward(obs, action), 3.0 * (mean - state)[:, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float64])
+def test_rewards_are_floats_of_the_states_kind(dtype):
+    def reached(state, context, action):
+        return (state[..., 0] > 0.0).to(dtype)
+
+    predictor = make_point(rew_func=reached)
+    check_env_specs(PredictorEnv(predictor, batch_size=[3]))
+    obs, actions = torch.randn(4, 2), torch.rand(4, 5, 1)
+    rolled = predictor.rollout(obs, actions)["next", "reward"]
+    for reward in (rolled, predictor.predict_reward(obs, actions[:, 0])):
+        assert reward.dtype == torch.float32
+    torch.testing.assert_close(
+        predictor.returns(*predictor.encode(obs), actions).to(rolled.dtype), rolled.sum((-2, -1))
+    )
 
 
 class Slotted:

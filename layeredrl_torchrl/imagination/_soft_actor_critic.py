@@ -16,6 +16,7 @@ from tensordict.nn import (
     TensorDictParams,
 )
 from torch import Tensor
+from torchrl.data import Bounded, Composite, TensorSpec
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules.distributions.utils import rsample_and_log_prob
 from torchrl.objectives import LossModule, ValueEstimators
@@ -34,7 +35,7 @@ from layeredrl_torchrl._checks import (
 )
 from layeredrl_torchrl.nets import ScalarHead
 
-__all__ = ["SoftActorCritic"]
+__all__ = ["SoftActorCritic", "check_bounds"]
 
 _CHOICES = {"loss_function": ("l2", "l1", "smooth_l1"), "reduction": ("mean", "sum", "none")}
 
@@ -209,7 +210,12 @@ class SoftActorCritic(LossModule):
         """
         params = self.qvalue_network_params if params is None else params
         td = tensordict.select(*self.qvalue_network.in_keys)
-        return self._critics(td, params).get(self.tensor_keys.state_action_value).squeeze(-1)
+        hint = "name what the critics write by set_keys(state_action_value=...)"
+        name = type(self).__name__
+        said = self._critics(td, params)
+        return require(said, self.tensor_keys.state_action_value, reader=name, hint=hint).squeeze(
+            -1
+        )
 
     def _targets(self) -> Any:
         return self.target_qvalue_network_params.detach()
@@ -245,7 +251,8 @@ class SoftActorCritic(LossModule):
         """
         keys = self.tensor_keys
         names = (keys.reward, keys.done, keys.terminated)
-        reward, done, terminated = (self.read(episodes, ("next", name)) for name in names)
+        reward, *ends = (self.read(episodes, ("next", name)) for name in names)
+        done, terminated = (end.bool() for end in ends)
         if not self.lmbda:
             return episodes.set(keys.value_target, self._one_step(episodes))
         value, reward = self._soft_step(episodes, reward, terminated)
@@ -259,6 +266,7 @@ class SoftActorCritic(LossModule):
         """SAC's target of a transition, ``[*B, 1]``."""
         names = (self.tensor_keys.reward, self.tensor_keys.terminated)
         reward, terminated = (self.read(tensordict, ("next", name)) for name in names)
+        terminated = terminated.bool()  # of bytes, ~ is no negation
         value, reward = self._soft_step(tensordict, reward, terminated)
         return self._bounded(td0_return_estimate(self.gamma, value, reward, terminated))
 
@@ -283,6 +291,7 @@ class SoftActorCritic(LossModule):
         if self.gamma == 1.0:
             raise ValueError("with gamma=1 returns have no bounds; leave fit_scale out")
         state, context, _ = self.step_keys
+        episodes = self._unpadded(episodes)
         self.read(episodes, state)
         reward = self.read(episodes, ("next", self.tensor_keys.reward))
         with self._acting() as act:
@@ -303,6 +312,7 @@ class SoftActorCritic(LossModule):
         :class:`~layeredrl_torchrl.nets.QValueOperator` do.
         """
         state_key, context_key, action_key = self.step_keys
+        tensordict = self._unpadded(tensordict)
         state = self.read(tensordict, state_key)
         empty = tensordict.get(context_key, None) is None
         context = state[..., :0] if empty else self.read(tensordict, context_key)
@@ -311,6 +321,14 @@ class SoftActorCritic(LossModule):
         sample = tuple(x.flatten(0, last) for x in (state, context, action))
         for part in self._parts_with("fit_inputs"):
             part.fit_inputs(*sample)
+
+    def _unpadded(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Leave out the rows that the losses leave out."""
+        for key in self._loss_mask_keys():
+            mask = tensordict.get(key, None)
+            if mask is not None:
+                tensordict = tensordict[mask.reshape(tensordict.batch_size)]
+        return tensordict
 
     def _parts_with(self, method: str) -> Iterator[Any]:
         """Parts of policy, critics and target critics that have ``method``, with their weights."""
@@ -370,3 +388,22 @@ def _check_keys(actor: Any, qvalue: Any, step_keys: Sequence[NestedKey]) -> None
         raise ValueError(
             f"actor_network writes {actor.out_keys}, but the predictor's actions are {action!r}"
         )
+
+
+def check_bounds(actor: Any, key: NestedKey, space: TensorSpec) -> None:
+    """Raise ``ValueError`` if the policy says of its actions that they leave ``space``."""
+    known = getattr(actor, "spec", None)
+    own = known.get(key, None) if isinstance(known, Composite) else known
+    if not isinstance(own, Bounded) or not isinstance(space, Bounded) or own.shape != space.shape:
+        return
+    for own_end, end, sign in (
+        (own.space.low, space.space.low, -1.0),
+        (own.space.high, space.space.high, 1.0),
+    ):
+        beyond = sign * (own_end.to(end) - end)
+        if bool((beyond > 1e-5 * end.abs().clamp_min(1.0)).any()):
+            raise ValueError(
+                f"actor_network acts in {own.space.low.tolist()} to {own.space.high.tolist()}, but "
+                f"the predictor's actions are {space.space.low.tolist()} to "
+                f"{space.space.high.tolist()}; build it for the predictor's action space"
+            )

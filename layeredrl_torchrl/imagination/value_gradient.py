@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
 from torch import Tensor
 from torchrl.objectives.utils import distance_loss
@@ -13,8 +13,9 @@ from torchrl.objectives.utils import distance_loss
 from layeredrl_torchrl._checks import check_flag, check_instance, check_positive_int
 from layeredrl_torchrl._watch import watched
 from layeredrl_torchrl.imagination._following import FollowedPolicy, compile_following, follow
-from layeredrl_torchrl.imagination._soft_actor_critic import SoftActorCritic
+from layeredrl_torchrl.imagination._soft_actor_critic import SoftActorCritic, check_bounds
 from layeredrl_torchrl.predictors import Predictor
+from layeredrl_torchrl.specs import is_discrete
 
 __all__ = ["ValueGradientLoss"]
 
@@ -67,7 +68,8 @@ class ValueGradientLoss(SoftActorCritic):
 
     Raises:
         TypeError, ValueError: Parts of another kind; parts that read or write other keys than the
-            predictor has, options outside their range.
+            predictor has, actions that are choices or lie outside the predictor's, options outside
+            their range. When called: states of another shape, or not finite.
     """
 
     out_keys = ["loss_actor", "loss_qvalue", "loss_alpha", "alpha", "entropy", "value"]
@@ -91,6 +93,11 @@ class ValueGradientLoss(SoftActorCritic):
         reduction: str = "mean",
     ) -> None:
         check_instance("predictor", predictor, Predictor, hint="build one by PredictorFactory()")
+        if is_discrete(predictor.model.action_spec):
+            raise ValueError(
+                f"the actions are choices, {predictor.model.action_spec}, but value gradients flow "
+                "through continuous ones; use TorchRL's DiscreteSACLoss on imagined steps instead"
+            )
         super().__init__(
             actor_network,
             qvalue_network,
@@ -104,6 +111,7 @@ class ValueGradientLoss(SoftActorCritic):
             delay_qvalue=delay_qvalue,
             reduction=reduction,
         )
+        check_bounds(actor_network, predictor.model.in_keys[2], predictor.model.action_spec)
         self.horizon = check_positive_int("horizon", horizon, minimum=0)
         self.mean_qvalue = check_flag("mean_qvalue", mean_qvalue)
         if horizon:
@@ -130,7 +138,7 @@ class ValueGradientLoss(SoftActorCritic):
         keys = [state, *([context] if self.predictor.context_dim else [])]
         if not self.horizon:
             names = (self.tensor_keys.reward, self.tensor_keys.terminated, state)
-            keys += [action, *(("next", name) for name in names)]
+            keys += [action, *(unravel_key(("next", name)) for name in names)]
         return keys
 
     @in_keys.setter
@@ -165,8 +173,9 @@ class ValueGradientLoss(SoftActorCritic):
             return TensorDict(out, batch_size=tensordict.batch_size)
         out |= {
             "alpha": self.alpha,
-            "entropy": -found["log_prob"].mean(),
-            "value": found["value"].mean(),
+            # Padding counts no more here than in the losses.
+            "entropy": self._reduce_loss(-found["log_prob"], tensordict, reduction="mean"),
+            "value": self._reduce_loss(found["value"], tensordict, reduction="mean"),
         }
         return TensorDict(out)
 
@@ -237,10 +246,12 @@ class ValueGradientLoss(SoftActorCritic):
     def _imagine(self, tensordict: TensorDictBase) -> FollowedPolicy:
         """Follow the policy from each of the starts ``[*B]``."""
         state_key, context_key, _ = self.step_keys
-        n = tensordict.batch_size.numel()
-        state = self.read(tensordict, state_key).reshape(n, -1)
-        context = tensordict.get(context_key, None)
-        context = state[..., :0] if context is None else context.reshape(n, -1)
+        model = self.predictor.model
+        state = self._start(tensordict, state_key, model.state_dim)
+        if model.context_dim or tensordict.get(context_key, None) is not None:
+            context = self._start(tensordict, context_key, model.context_dim)
+        else:
+            context = state[..., :0]
         with self._acting():
             return follow(
                 self.predictor,
@@ -250,3 +261,14 @@ class ValueGradientLoss(SoftActorCritic):
                 self.gamma,
                 compile_following(self, self._compile_options),
             )
+
+    def _start(self, tensordict: TensorDictBase, key: NestedKey, width: int) -> Tensor:
+        """State or context ``[B, width]`` of starts ``[*B]``; ``ValueError`` for other shapes."""
+        value = self.read(tensordict, key)
+        expected = (*tensordict.batch_size, width)
+        if value.shape != expected:
+            raise ValueError(
+                f"{key!r} has shape {tuple(value.shape)}, expected {expected}: what the "
+                "predictor's encoder writes, in a TensorDict of its batch size"
+            )
+        return value.reshape(tensordict.batch_size.numel(), width)

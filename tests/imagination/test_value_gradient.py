@@ -14,7 +14,7 @@ from tensordict.nn import (
     TensorDictModule,
 )
 from torch import nn
-from torchrl.data import Bounded, Unbounded
+from torchrl.data import Bounded, OneHot, Unbounded
 from torchrl.envs import ExcludeTransform, StepCounter, TransformedEnv
 from torchrl.modules import IndependentNormal, ValueOperator
 from torchrl.objectives import SACLoss, SoftUpdate, ValueEstimators
@@ -501,6 +501,73 @@ def test_a_condition_gives_bools_and_finds_what_it_reads():
     other = TruncateWhere(OutOfRange(make_learned().predictor.model), in_keys=("z", "c", "a"))
     with pytest.raises(KeyError, match="in_keys"):
         TransformedEnv(env, other).rollout(2)
+
+
+def test_flags_may_be_bytes():
+    loss, steps = make_learned(horizon=0), make_steps(20)
+    flags = steps.clone()
+    for key in ("done", "terminated"):
+        flags["next", key] = flags["next", key].byte()
+    found = []
+    for td in (steps, flags):
+        torch.manual_seed(0)
+        found.append(loss.qvalue_loss(td)[0])
+        torch.manual_seed(0)
+        found.append(loss.value_targets(td.unsqueeze(0))["value_target"])
+    assert steps["next", "terminated"].any()
+    torch.testing.assert_close(found[:2], found[2:])
+
+
+def test_padding_counts_nowhere():
+    loss = make_learned(horizon=2)
+    steps = make_steps(6)
+    padded = torch.cat([steps, steps.apply(lambda x: 50 * x if x.is_floating_point() else x)])
+    padded["collector", "mask"] = torch.arange(12) < 6
+    loss.log_alpha.data.fill_(-60.0)  # actions are drawn at random
+    states = []
+    for td in (steps, padded):
+        loss.fit_inputs(td)
+        loss.fit_scale(td)
+        states.append({k: v.clone() for k, v in loss.state_dict().items()})
+    torch.testing.assert_close(*states)
+    torch.manual_seed(0)
+    said = loss(padded)
+    torch.manual_seed(0)
+    found = loss.actor_loss(padded)[1]
+    torch.testing.assert_close(said["value"], found["value"][:6].mean())
+    torch.testing.assert_close(said["entropy"], -found["log_prob"][:6].mean())
+
+
+def test_nested_names_are_keys():
+    loss = make_learned(horizon=0)
+    loss.set_keys(reward=("team", "reward"), state_action_value="q")
+    assert loss.in_keys[2] == ("next", "team", "reward")
+    with pytest.raises(KeyError, match="state_action_value"):
+        loss(make_steps(4).update({"next": {"team": {"reward": torch.zeros(4, 1)}}}))
+
+
+def test_starts_of_another_shape_are_refused():
+    loss = make_learned(horizon=1)
+    for state, batch in (((4, 3), [4]), ((4, 2), []), ((4, 1, 2), [4])):
+        with pytest.raises(ValueError, match="'state' has shape"):
+            loss(TensorDict({"state": torch.zeros(state)}, batch))
+    assert loss(TensorDict({"state": torch.zeros(0, 2)}, [0]))["loss_actor"].shape == ()
+
+
+def test_a_policy_acts_in_the_predictors_space():
+    def build(spec, own):
+        predictor = PredictorFactory(hidden_sizes=(8,), n_models=2)(Unbounded((2,)), spec)
+        critic = QValueOperator(2, 0, own, (8,))
+        return ValueGradientLoss(TanhActor(2, 0, own, (8,)), critic, predictor, horizon=1)
+
+    build(ACTION, Bounded(-0.5, 0.5, (2,)))
+    with pytest.raises(ValueError, match="acts in"):
+        build(ACTION, Bounded(-1.0, 2.0, (2,)))
+    with pytest.raises(ValueError, match="choices"):
+        build(OneHot(2), ACTION)
+    other = build(ACTION, Bounded(-1.0, 1.0, (1,)))
+    with pytest.raises(ValueError, match=r"acts by \(1,\).*\(2,\)"):
+        other(TensorDict({"state": torch.zeros(4, 2)}, [4]))
 
 
 def test_a_copy_learns_by_itself():

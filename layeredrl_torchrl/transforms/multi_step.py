@@ -13,8 +13,8 @@ def sum_rewards(data: TensorDictBase, gamma: float) -> TensorDictBase:
     """Turn each step into a transition to the end of its episode, or of the data.
 
     It applies TorchRL's ``MultiStep``, which sums the discounted rewards and moves the next states,
-    but takes ``"done"`` and ``"terminated"`` from the first step, so that value targets would go on
-    behind the end of an episode. Here they are those of the last step.
+    but takes ``"done"``, ``"terminated"`` and ``"truncated"`` from the first step, so that value
+    targets would go on behind the end of an episode. Here they are those of the last step.
 
     >>> step = {"reward": torch.ones(1, 3, 1), "observation": torch.arange(3.0).reshape(1, 3, 1)}
     >>> ends = torch.tensor([[[False], [True], [False]]])
@@ -29,8 +29,16 @@ def sum_rewards(data: TensorDictBase, gamma: float) -> TensorDictBase:
 
     Returns:
         ``[N, T]``, with ``"steps_to_next_obs"``, which TorchRL's value estimators discount by.
+
+    Raises:
+        ValueError: Data of another batch shape.
     """
-    ends = data["next"].select("done", "terminated")
+    if data.ndim != 2:
+        raise ValueError(f"data have the shape {tuple(data.shape)}, expected [N, T]")
+    flags = ["done", "terminated"]
+    if "truncated" in data["next"].keys():
+        flags.append("truncated")
+    ends = data["next"].select(*flags)
     data = MultiStep(gamma=gamma, n_steps=data.shape[1])(data)
     steps = data["steps_to_next_obs"]
     last = torch.arange(data.shape[1], device=steps.device) + steps - 1

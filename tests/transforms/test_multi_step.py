@@ -14,6 +14,7 @@ def test_up_to_the_end_of_the_episode_or_of_the_data(shape):
     ended = torch.rand(*shape, 1) < 0.3
     following = {"reward": torch.randn(*shape, 1), "state": torch.randn(*shape, 2)}
     following |= {"done": ended, "terminated": ended & (torch.rand(*shape, 1) < 0.5)}
+    following["truncated"] = ended & ~following["terminated"]
     data = TensorDict({"state": torch.randn(*shape, 2), "next": following}, shape)
     found = sum_rewards(data.clone(), gamma=0.9)
     for i in range(shape[0]):
@@ -25,6 +26,13 @@ def test_up_to_the_end_of_the_episode_or_of_the_data(shape):
                     break
             assert found["next", "reward"][i, t].item() == pytest.approx(total, abs=1e-5)
             assert int(found["steps_to_next_obs"][i, t]) == last - t + 1
-            for key in ("state", "done", "terminated"):
+            for key in ("state", "done", "terminated", "truncated"):
                 assert torch.equal(found["next", key][i, t], data["next", key][i, last])
     assert torch.equal(found["state"], data["state"])
+
+
+def test_steps_without_trajectories_are_refused():
+    no = torch.zeros(3, 1, dtype=torch.bool)
+    data = TensorDict({"next": {"reward": torch.ones(3, 1), "done": no, "terminated": no}}, [3])
+    with pytest.raises(ValueError, match=r"\(3,\), expected \[N, T\]"):
+        sum_rewards(data, gamma=0.9)

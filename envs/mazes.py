@@ -11,6 +11,7 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec
 
+from layeredrl_torchrl._checks import check_flag
 from layeredrl_torchrl.envs.known import goal_distance_reward, goal_reached_reward, never
 from layeredrl_torchrl.envs.task import Task
 
@@ -147,10 +148,11 @@ def point_maze(
         budget: See :class:`Task`.
 
     Raises:
-        ValueError: See :func:`parse_maze`.
+        TypeError, ValueError: See :func:`parse_maze` and :class:`Task`; ``sparse`` that is no bool.
         ImportError: When an environment is made and gymnasium-robotics is not installed.
     """
     parse_maze(rows)
+    check_flag("sparse", sparse)
     return Task(
         name=name,
         make_gym=partial(_make, tuple(rows), sparse, horizon),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
@@ -11,6 +12,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.envs import CatTensors, Compose, DoubleToFloat, EnvBase, GymWrapper, TransformedEnv
 
+from layeredrl_torchrl._checks import check_indices, check_positive_int
 from layeredrl_torchrl.envs.success import SuccessReader
 
 __all__ = ["StepFunction", "Task"]
@@ -90,6 +92,10 @@ class Task:
             nobody has named them.
         reports_success: Whether the environment says in ``info["success"]`` that its goal is
             reached; then it is read into ``"success" [*B, 1]``.
+
+    Raises:
+        TypeError, ValueError: Dimensions, a horizon or a budget that are no integers, or out of
+            range; when it is made, a seed that is no integer.
     """
 
     name: str
@@ -107,6 +113,12 @@ class Task:
     joined: tuple[str, ...] = ()
     reports_success: bool = False
     observation_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("observation_dim", "action_dim", "horizon", "budget"):
+            check_positive_int(name, getattr(self, name))
+        for name in ("state_dims", "context_dims"):
+            check_indices(name, getattr(self, name), self.observation_dim)
 
     def make(self, seed: int | None = None, **kwargs: Any) -> EnvBase:
         """Make one TorchRL environment: flat float32 ``"observation" [obs]``, batch size ``[]``.
@@ -132,7 +144,7 @@ class Task:
             transforms.insert(0, joined)
         out = TransformedEnv(wrapped, Compose(*transforms))
         if seed is not None:
-            out.set_seed(seed)
+            out.set_seed(operator.index(seed))
         return out
 
     def names_of(self, dims: Iterable[int]) -> tuple[str, ...]:

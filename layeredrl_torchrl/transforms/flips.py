@@ -15,7 +15,9 @@ from layeredrl_torchrl._checks import (
     check_callable,
     check_instance,
     check_number,
+    check_per_item,
     check_positive_int,
+    require,
 )
 
 __all__ = ["Angle", "FlipTermination", "QuaternionTilt"]
@@ -78,8 +80,11 @@ class _Flipped:
     key: NestedKey
 
     def __call__(self, next_tensordict: TensorDictBase) -> Tensor:
+        hint = "name the observation by key="
+        observation = require(next_tensordict, self.key, reader="FlipTermination", hint=hint)
+        tilt = check_per_item("tilt", self.tilt(observation), observation.shape[:-1])
         # Written so that NaN counts as flipped.
-        return ~(self.tilt(next_tensordict.get(self.key)).abs() <= self.limit)
+        return ~(tilt.abs() <= self.limit)
 
 
 class FlipTermination(TerminateTransform):

@@ -63,6 +63,13 @@ def test_batched_equals_one_by_one_through_episode_ends(name, kwargs, collect):
     assert (data["next", "observation"][:, :-1][ends[:, :-1]] != later).any(-1).all()
 
 
+def test_tasks_and_seeds_of_other_kinds_are_named():
+    with pytest.raises(TypeError, match="task must be an object of Task"):
+        make_batched(get_task, 2)
+    with pytest.raises(TypeError, match="integer"):
+        make_batched("CartPoleSwingUp", 2, seed=1.5)
+
+
 def test_other_seeds_other_episodes():
     starts = [make_batched("Reacher-v5", 2, seed=s).reset()["observation"] for s in (0, 1, None)]
     assert torch.equal(starts[0][1], starts[1][0])  # instance i has seed + i

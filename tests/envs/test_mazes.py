@@ -152,6 +152,14 @@ def test_no_file_stays_behind(monkeypatch, tmp_path):
     assert [p for p in Path(tmp_path).rglob("*") if p.is_file()] == []
 
 
+@pytest.mark.parametrize(
+    "bad", [{"horizon": 0}, {"horizon": 2.5}, {"budget": -1}, {"sparse": 1}], ids=str
+)
+def test_numbers_of_a_task_are_checked(bad):
+    with pytest.raises((TypeError, ValueError), match=next(iter(bad))):
+        point_maze("Own", OPEN, **bad)
+
+
 def test_without_gymnasium_robotics_the_error_says_how_to_get_it(monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(

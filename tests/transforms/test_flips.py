@@ -87,6 +87,14 @@ def test_the_tilt_of_a_quaternion(quaternion):
     assert QuaternionTilt(1)(obs).item() == pytest.approx(expected, abs=1e-6)
 
 
+def test_what_does_not_fit_the_observation_is_named(build):
+    walks = [{"length": 3}, {"length": 5}]
+    with pytest.raises(KeyError, match=r"FlipTermination reads 'other'.*key="):
+        build(lambda: FlipTermination(Angle(0), key="other"), walks).rollout(2)
+    with pytest.raises(ValueError, match="tilt gave shape"):
+        build(lambda: FlipTermination(lambda observation: observation[..., :1]), walks).rollout(2)
+
+
 def test_a_quaternion_does_not_begin_at_the_end():
     with pytest.raises(ValueError, match="first must be at least 0"):
         QuaternionTilt(-4)

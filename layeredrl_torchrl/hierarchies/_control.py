@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from torch import Tensor
@@ -11,7 +13,7 @@ from layeredrl_torchrl._checks import require
 from layeredrl_torchrl.hierarchies._memory import together
 from layeredrl_torchrl.levels import Level
 
-__all__ = ["Answers", "ask", "hand"]
+__all__ = ["Answers", "ask", "hand", "refuse_interruptions"]
 
 
 class Answers:
@@ -95,3 +97,15 @@ def ask(level: Level, handed: TensorDictBase) -> Tensor:
             f"{level.name}.hands_back gave {got}, expected a torch.bool {tuple(expected)}"
         )
     return done
+
+
+def refuse_interruptions(levels: Sequence[Level]) -> None:
+    """Raise ``ValueError`` if a level is interrupted now, so that its inputs seem to end early."""
+    for level in levels:
+        if level.limit != level.duration:
+            raise ValueError(
+                f"{level.name} has interrupt_after={level.interrupt_after} in evaluation, where "
+                f"inputs end before duration={level.duration}, and would be learned as if they "
+                "were no longer; learn in training mode (.train()), from rows that were collected "
+                "in it"
+            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -183,22 +183,9 @@ class Cut:
         if trajectories is not None:
             own.set(_TRAJECTORIES, trajectories)
         if level.reward_func is not None and len(own):
-            reward = _own_reward(level.name, level.reward_func, own)
-            own.set(unravel_key(("next", level.reward_key)), reward)
+            own.set(unravel_key(("next", level.reward_key)), level.own_reward(own))
         return own
 
 
 def _take(rows: TensorDictBase, key: NestedKey) -> Tensor:
     return require(rows, key, reader="Hierarchy.transitions", hint=_HINT)
-
-
-def _own_reward(
-    name: str, reward_func: Callable[[TensorDictBase], Tensor], own: TensorDict
-) -> Tensor:
-    """Compute the reward of a level by its own ``reward_func``, ``[N, 1]``."""
-    reward = reward_func(own)
-    n = len(own)
-    if not isinstance(reward, Tensor) or reward.shape not in ((n,), (n, 1)):
-        got = tuple(reward.shape) if isinstance(reward, Tensor) else type(reward).__name__
-        raise ValueError(f"{name}.reward_func gave {got}, expected ({n},) or ({n}, 1)")
-    return reward.reshape(n, 1)

@@ -19,7 +19,7 @@ from layeredrl_torchrl._state import WholeState
 from layeredrl_torchrl._watch import watched
 from layeredrl_torchrl.checkpoints import SafeCheckpoint
 from layeredrl_torchrl.hierarchies._building import assemble, names
-from layeredrl_torchrl.hierarchies._control import Answers, ask, hand
+from layeredrl_torchrl.hierarchies._control import Answers, ask, hand, refuse_interruptions
 from layeredrl_torchrl.hierarchies._due import Due
 from layeredrl_torchrl.hierarchies._maps import Choice
 from layeredrl_torchrl.hierarchies._memory import (
@@ -299,11 +299,13 @@ class Hierarchy(OnePrimer, WholeState):
             level with a ``reward_func``, and of the updates of a ``SkillLevel``.
 
         Raises:
-            As :meth:`transitions` and the levels' ``learn``. After any error all levels are as they
-            were before.
+            ValueError: In evaluation, with a level that is interrupted (``interrupt_after``).
+            And as :meth:`transitions` and the levels' ``learn``. After any error all levels are
+            as they were before.
         """
         info: dict[str, float] = {}
         levels = self._in_order()
+        refuse_interruptions(levels)
         with ExitStack() as all_levels:
             for level, name, own in zip(levels, names(levels), self.transitions(data), strict=True):
                 if len(own):

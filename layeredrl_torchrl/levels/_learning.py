@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypedDict
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDictBase, unravel_key
 from torch import Tensor
 from torchrl.data import Composite, ReplayBuffer, TensorSpec
 from torchrl.envs import ActionMask, EnvBase, TransformedEnv
@@ -197,6 +197,11 @@ class LearningLevel(KeepsDoubles, Level):
         counted = self.n_env_steps < self.n_initial_random_steps
         return bool(counted) if is_at_once(counted) else counted
 
+    @property
+    def next_reward_key(self) -> NestedKey:
+        """The key of a transition's reward."""
+        return unravel_key(("next", self.reward_key))
+
     # -- for subclasses ---------------------------------------------------------------------
 
     @property
@@ -254,6 +259,9 @@ class LearningLevel(KeepsDoubles, Level):
             )
         self.action_spec  # noqa: B018 - raises before setup
         made = collected(data, (self.done_key, self.terminated_key))
+        if self.reward_func is not None and not self._in_hierarchy and made.numel():
+            # A hierarchy has computed it already.
+            made = made.copy().set(self.next_reward_key, self.own_reward(made))
         rows, n_steps = made, 0
         if made.shape.numel():
             rows, n_steps = without_cut(self._checked(made)), n_env_steps(made)

@@ -139,11 +139,6 @@ class ActionSequenceLevel(_FixedLevel):
             raise ValueError(
                 f"actions has shape {tuple(actions.shape)}, expected [n, A] with at least one row"
             )
-        if input_spec is None and duration is not None:
-            raise ValueError(
-                f"duration={duration} is about an input from above, and without an input_spec "
-                "there is none; leave it out"
-            )
         if input_spec is not None and duration is None:
             duration = len(actions)
         super().__init__(input_spec=input_spec, duration=duration)

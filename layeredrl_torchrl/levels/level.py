@@ -54,7 +54,8 @@ class Level(OnePrimer, WholeState):
     Args:
         input_spec: Spec (or gymnasium space) of its input from above, a skill or a subgoal;
             ``None`` for the highest level, which has none.
-        duration: Own actions after which it hands control back to the level above.
+        duration: Own actions after which it hands control back to the level above; only with an
+            ``input_spec``.
         reward_func: Computes a reward of its own, ``[N]`` or ``[N, 1]``, from the transitions
             ``[N]`` that :meth:`learn` is given. By default the environment's reward, summed over
             the action, is used.
@@ -66,7 +67,8 @@ class Level(OnePrimer, WholeState):
             reads and writes, the last three below ``"next"``. Set others before the level is used.
 
     Raises:
-        TypeError, ValueError: As :func:`~layeredrl_torchrl.to_spec`; a duration below 1.
+        TypeError, ValueError: As :func:`~layeredrl_torchrl.to_spec`; a duration below 1, or without
+            an ``input_spec``.
     """
 
     observation_key: NestedKey = "observation"
@@ -91,6 +93,11 @@ class Level(OnePrimer, WholeState):
         super().__init__()
         self.input_spec = None if input_spec is None else to_spec(input_spec, name="input_spec")
         self.duration = None if duration is None else check_positive_int("duration", duration)
+        if self.duration is not None and self.input_spec is None:
+            raise ValueError(
+                f"duration={duration} is about an input from above, and without an input_spec "
+                "there is none; pass input_spec=, or leave duration out"
+            )
         self._interrupt_after: int | None = None
         check_callable("reward_func", reward_func, optional=True)
         self.reward_func = reward_func
@@ -99,6 +106,7 @@ class Level(OnePrimer, WholeState):
         self.observation_space: TensorSpec | None = None
         self._action_spec: TensorSpec | None = None
         self._parent_predictor: Predictor | None = None
+        self._in_hierarchy = False
 
     # -- spaces -----------------------------------------------------------------------------
 
@@ -182,6 +190,7 @@ class Level(OnePrimer, WholeState):
                 f"parent_predictor must be a Predictor or None, got "
                 f"{type(parent_predictor).__name__}; pass the upper level's .predictor"
             )
+        self._in_hierarchy = True
         # Not registered, since its weights belong to the level above.
         self.__dict__["_parent_predictor"] = parent_predictor
 
@@ -239,6 +248,22 @@ class Level(OnePrimer, WholeState):
     def make_tensordict_primer(self) -> TensorDictPrimer:
         """Return the transform that carries the memory over steps and clears it at resets."""
         return TensorDictPrimer(Composite(), expand_specs=True)
+
+    def own_reward(self, data: TensorDictBase) -> Tensor:
+        """Compute the reward by ``reward_func``, ``[*B, 1]``.
+
+        Args:
+            data: Transitions ``[*B]``.
+
+        Raises:
+            ValueError: Another shape than ``[N]`` or ``[N, 1]``.
+        """
+        n = data.numel()
+        reward = self.reward_func(data.reshape(-1)) if self.reward_func else None
+        if not isinstance(reward, Tensor) or reward.shape not in ((n,), (n, 1)):
+            got = tuple(reward.shape) if isinstance(reward, Tensor) else type(reward).__name__
+            raise ValueError(f"{self.name}.reward_func gave {got}, expected ({n},) or ({n}, 1)")
+        return reward.reshape((*data.shape, 1))
 
     # -- acting and learning ----------------------------------------------------------------
 

@@ -115,12 +115,11 @@ class ModelFreeLevel(LearningLevel):
     ) -> None:
         observation_space, action_space = spaces_of(observation_space, action_space, env)
         check_flag("input_ends", input_ends)
-        for name, has_effect in (("duration", duration is None), ("input_ends", input_ends)):
-            if input_spec is None and not has_effect:
-                raise ValueError(
-                    f"{name} is about an input from above, and without an input_spec there is "
-                    f"none; pass input_spec=, or leave {name} out"
-                )
+        if input_spec is None and not input_ends:
+            raise ValueError(
+                "input_ends is about an input from above, and without an input_spec there is "
+                "none; pass input_spec=, or leave input_ends out"
+            )
         options = {"n_initial_random_steps": 1000, **options}
         super().__init__(input_spec=input_spec, duration=duration, n_axes=1, **options)
         sampler = None if self.buffer is None else self.buffer.sampler
@@ -171,11 +170,6 @@ class ModelFreeLevel(LearningLevel):
         """The learner's optimizer; ``RuntimeError`` before :meth:`setup`, ``None`` in a copy."""
         self.action_spec  # noqa: B018 - raises
         return self.learner.optim
-
-    @property
-    def next_reward_key(self) -> NestedKey:
-        """The key of a transition's reward."""
-        return unravel_key(("next", self.reward_key))
 
     # -- acting -----------------------------------------------------------------------------
 

@@ -288,6 +288,11 @@ class PlannerLevel(LearningLevel):
 
     # -- learning ---------------------------------------------------------------------------
 
+    @property
+    def next_reward_key(self) -> NestedKey:
+        """The key of a transition's reward, from which the predictor learns."""
+        return self._learned_keys()[1]
+
     def _learned_keys(self) -> tuple[list[NestedKey], NestedKey]:
         """Return the entries that the predictor's losses read, and the key of the reward."""
         loss = getattr(self.predictor, "predictor_loss", None)

@@ -96,7 +96,7 @@ def test_a_level_that_was_built_for_the_environment(toy):
             ValueError,
             r"level 1 \(Formula, the lowest\) below level 0 \(Formula, the highest\) takes nothing"
             ".* put it first",
-            lambda top, low: [top(), low(input_spec=None)],
+            lambda top, low: [top(), low(input_spec=None, duration=None)],
         ),
         (
             ValueError,

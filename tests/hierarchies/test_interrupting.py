@@ -54,6 +54,9 @@ def test_what_was_interrupted_is_not_learned_as_if_it_had_not_been(agent):
     # Where acting and cutting go by the same rule, an action ends where it was interrupted.
     upper = hierarchy.transitions(data)[0]
     assert upper["next", "elapsed_steps"].flatten().tolist() == 6 * [4]
+    # But what it led to in so few steps is not what all of it leads to.
+    with pytest.raises(ValueError, match=r"interrupt_after=4 in evaluation.*duration=6"):
+        hierarchy.learn(data)
     with pytest.raises(ValueError, match=r"interrupted 4 times in 24 rows.*interrupt_after=4"):
         hierarchy.train().learn(data)
     _, data = n_chosen(env, hierarchy, 12)

@@ -6,11 +6,11 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import collected, planner_level
+from helpers import collected, model_free_level, planner_level
 from tensordict import TensorDict
 from torchrl.data import Bounded, Unbounded
 
-from layeredrl_torchrl import Hierarchy
+from layeredrl_torchrl import Hierarchy, RandomLevel
 
 ONE = Unbounded((1,))
 BOX = Bounded(-1.0, 1.0, (1,))
@@ -94,6 +94,18 @@ def test_reward_func(toy, width):
         ValueError, match=r"Formula.reward_func gave \(18, 4\), expected \(18,\) or"
     ):
         wrong.learn(next(collected(env, wrong, 1, 18)))
+
+
+def test_a_reward_of_its_own_is_computed_once(toy):
+    """A level that learns computes it itself where it is alone."""
+    env = toy.Env(2)
+    options = {"n_initial_random_steps": 1000, "reward_func": lambda own: 3 * own["next", "reward"]}
+    lower = model_free_level(input_spec=Bounded(-5.0, 5.0, (1,)), duration=2, **options)
+    hierarchy = Hierarchy([RandomLevel(), lower], env)
+    (data,) = collected(env, hierarchy, 1, 18)
+    hierarchy.learn(data)
+    expected = 3 * data["next", "reward"].reshape(-1, 1)
+    assert torch.equal(lower.buffer[:]["next", "reward"], expected)
 
 
 def test_trajectories_are_told_apart(toy):

@@ -312,7 +312,7 @@ PLANNER = [
     ),
 ]
 MODEL_FREE = [
-    ({"duration": 3}, ValueError, "duration is about an input from above"),
+    ({"duration": 3}, ValueError, "duration=3 is about an input from above"),
     ({"input_ends": False}, ValueError, "input_ends is about an input from above"),
     ({"learner_factory": lambda *_: OBS}, TypeError, "got Unbounded.*; pass partial"),
     ({"learner_factory": DQNLearner}, TypeError, "pass SACLearner"),
@@ -339,3 +339,27 @@ def test_spaces_come_in_pairs():
             PlannerLevel(**one, **GIVEN)
     with pytest.raises(TypeError, match="expected a vector of floats"):
         ModelFreeLevel(OneHot(3), ACTIONS, learner_factory=DQNLearner)
+
+
+# -- a reward of its own --------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize("shape", [(60,), (3, 20)])
+@pytest.mark.parametrize("column", [True, False])
+def test_a_reward_of_its_own_counts_without_a_hierarchy_too(make, shape, column):
+    def leftwards(data):
+        assert data.ndim == 1
+        reward = data["action"] - 2 * data["next", "reward"]
+        return reward if column else reward.squeeze(-1)
+
+    level = make(*SPACES, reward_func=leftwards, n_initial_random_steps=1000)
+    data = make_transitions().reshape(*shape)
+    given = data["next", "reward"].clone()
+    level.learn(data)
+    assert torch.equal(data["next", "reward"], given)
+    stored = level.buffer[:]["next", "reward"]
+    assert torch.equal(stored.flatten(), (data["action"] - 2 * given).flatten())
+    wrong = make(*SPACES, reward_func=lambda data: data["observation"])
+    with pytest.raises(ValueError, match=r"reward_func gave \(60, 2\), expected \(60,\) or"):
+        wrong.learn(data)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import gymnasium as gym
 import pytest
 import torch
@@ -156,8 +158,13 @@ def test_bad_input():
         setup(ActionSequenceLevel(torch.zeros(4, 3)), BOX)
     with pytest.raises(ValueError, match=r"actions has shape \(0, 2\), expected \[n, A\]"):
         ActionSequenceLevel(torch.zeros(0, 2))
-    with pytest.raises(ValueError, match="duration=3 is about an input from above"):
-        ActionSequenceLevel(torch.zeros(4, 2), duration=3)
+    for make in (
+        partial(ActionSequenceLevel, torch.zeros(4, 2)),
+        partial(ConstantLevel, torch.zeros(2)),
+        RandomLevel,
+    ):
+        with pytest.raises(ValueError, match="duration=3 is about an input from above"):
+            make(duration=3)
     with pytest.raises(RuntimeError, match="knows no spaces yet"):
         RandomLevel()(seen(3))
     for level in (RandomLevel(), ConstantLevel(torch.zeros(2))):

@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential
 from torch import Tensor, nn
-from torchrl.data import TensorSpec
+from torchrl.data import OneHot, TensorSpec
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import LossModule
 
@@ -21,7 +21,7 @@ from layeredrl_torchrl.levels._random_actions import RandomActions
 from layeredrl_torchrl.levels._unit_actions import finite_bounds, from_unit, to_unit
 from layeredrl_torchrl.levels.learners import Learner, has_targets
 from layeredrl_torchrl.predictors._learning_rates import LearningRate
-from layeredrl_torchrl.specs import is_discrete
+from layeredrl_torchrl.specs import is_discrete, width
 
 __all__ = ["LossLearner"]
 
@@ -70,8 +70,8 @@ class LossLearner(KeepsFloats, Learner):
 
     Raises:
         TypeError: No TorchRL loss, or another kind of action spec. ValueError: A loss without such
-            a policy, whose networks read something else, or that is not reduced; numbers outside
-            their range. And as :class:`Learner`.
+            a policy, whose networks read something else, that is not reduced, or that does not
+            know its target entropy; numbers outside their range. And as :class:`Learner`.
     """
 
     low: Tensor  # [A], not for choices
@@ -98,8 +98,7 @@ class LossLearner(KeepsFloats, Learner):
         choices = is_discrete(action_spec)
         hint = "bound the actions in the environment"
         bounds = None if choices else finite_bounds("LossLearner", action_spec, hint=hint)
-        # TorchRL creates this buffer when it is first read, which is too late for loading a state.
-        getattr(loss, "target_entropy", None)
+        _know_target_entropy(loss, action_spec)
         if tau is None and has_targets(loss):
             tau = 0.005
         super().__init__(
@@ -155,6 +154,14 @@ class LossLearner(KeepsFloats, Learner):
         net, params = getattr(self.loss, self.policy), getattr(self.loss, f"{self.policy}_params")
         with set_exploration_type(kind), params.to_module(net):
             action: Tensor = net(td).get("action")
+        if action.is_floating_point() != self._has_bounds and not isinstance(
+            self.action_spec, OneHot
+        ):
+            raise TypeError(
+                f"the {self.policy} of {type(self.loss).__name__} writes {action.dtype}, but the "
+                f"level's actions are {type(self.action_spec).__name__} "
+                f"({self.action_spec.dtype}); take a loss for such actions"
+            )
         explore = explore and self.exploration > 0.0
         if self._has_bounds:
             if explore:
@@ -172,6 +179,22 @@ class LossLearner(KeepsFloats, Learner):
     def prepare(self, action: Tensor) -> Tensor:
         """Scale actions within bounds to ``[-1, 1]``."""
         return to_unit(action, self.low, self.high) if self._has_bounds else action
+
+
+def _know_target_entropy(loss: LossModule, action_spec: TensorSpec) -> None:
+    """Let ``loss`` create the buffer of its target entropy, if it has one.
+
+    TorchRL does so when it is first read, which is too late for loading a state.
+    """
+    if not hasattr(type(loss), "target_entropy"):
+        return
+    try:
+        loss.target_entropy  # noqa: B018 - creates it
+    except (AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"{type(loss).__name__} does not know its target entropy; build it with "
+            f"target_entropy=-{float(width(action_spec))}, minus the dimensions of the action"
+        ) from error
 
 
 def _policy_name(loss: LossModule, name: str | None) -> str:

@@ -18,7 +18,7 @@ from helpers import (
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
-from torchrl.data import Bounded, OneHot, Unbounded
+from torchrl.data import Bounded, Categorical, OneHot, Unbounded
 from torchrl.modules import MLP, ProbabilisticActor, QValueActor, TanhNormal, ValueOperator
 from torchrl.objectives import (
     CrossQLoss,
@@ -314,3 +314,28 @@ def test_an_optimizer_of_your_own():
     learner = LossLearner(td3(3, SPACES[1]), SPACES[1], lr=0.1, optim_factory=make)
     assert isinstance(learner.optim, torch.optim.SGD)
     assert {(g["lr"], g["momentum"]) for g in learner.optim.param_groups} == {(0.1, 0.5)}
+
+
+@pytest.mark.parametrize("kind", [REDQLoss, TQCLoss, SACLoss])
+def test_a_loss_that_cannot_tell_its_target_entropy_is_named(kind):
+    def make(n_in, spec):
+        n_out = 5 if kind is TQCLoss else 1
+        return LossLearner(kind(gaussian(n_in, spec), critic(n_in, spec, n_out)), spec)
+
+    with pytest.raises(ValueError, match=rf"{kind.__name__} .*target_entropy=-1.0, minus"):
+        model_free_level(*SPACES, learner_factory=make)
+
+
+@pytest.mark.parametrize(
+    ("make", "spec", "dtype"),
+    [
+        (lambda n_in, spec: dqn(n_in, OneHot(3)), Bounded(-1.0, 1.0, (1,)), "int64|torch.bool"),
+        (lambda n_in, spec: td3(n_in, Bounded(-1.0, 1.0, (1,))), Categorical(3), "float32"),
+    ],
+)
+def test_a_policy_for_other_actions_is_named(make, spec, dtype):
+    """A continuous action would have been rounded to a choice."""
+    factory = lambda n_in, spec: LossLearner(make(n_in, spec), spec)  # noqa: E731
+    level = model_free_level(SPACES[0], spec, learner_factory=factory)
+    with pytest.raises(TypeError, match=rf"writes torch.({dtype}), but the level's actions are"):
+        level(TensorDict({"observation": torch.zeros(4, 2)}, [4]))

@@ -226,19 +226,21 @@ class Optimizer(nn.Module):
 
         Raises:
             ValueError: Costs that are not finite (the message names the problems), or of
-                another shape; a memory or proposals that do not fit this optimizer.
+                another shape; noise, a memory or proposals that do not fit this optimizer.
         """
         memory = self.forget() if memory is None else memory
         batch = memory.batch_size
         entries = self._read(memory)
         warm = entries.pop("warm").squeeze(-1)
         noise = self.draw_noise(batch, warm.device) if noise is None else noise
-        noise = noise.reshape(len(warm), *noise.shape[len(batch) :]).to(self.search.dtype)
         sizes = [*self.populations, self.n_kept, 1]
-        if noise.shape[1] != sum(sizes):
+        needed = (sum(sizes), self.horizon, *self.search.event_shape)
+        if noise.shape != (*batch, *needed):
             raise ValueError(
-                f"noise is for {noise.shape[1]} candidates, {sum(sizes)} are needed; use draw_noise"
+                f"noise has shape {tuple(noise.shape)}, expected {(*batch, *needed)}; use "
+                f"draw_noise({list(batch)})"
             )
+        noise = noise.reshape(len(warm), *needed).to(self.search.dtype)
         *parts, of_kept, of_random = noise.split(sizes, dim=1)
 
         parameters = self.search.start(entries, warm)

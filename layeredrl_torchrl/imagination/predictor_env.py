@@ -241,7 +241,9 @@ class PredictorEnv(ModelBasedEnvBase):
             so_far = tensordict.get(_DISCOUNT, None)
             so_far = torch.ones_like(reward) if so_far is None else so_far.squeeze(-1)
             survival = self.discount * (1.0 - term_prob)
-            before, after = (value_of_state(value, x, context) for x in (state, next_state))
+            before, after = (
+                value_of_state(value, x, context).to(reward) for x in (state, next_state)
+            )
             reward = so_far * (reward + survival * after - before)
             out[_DISCOUNT] = (so_far * survival).unsqueeze(-1)
         if member is not None:

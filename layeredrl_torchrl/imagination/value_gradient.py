@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
 from torch import Tensor
 from torchrl.objectives.utils import distance_loss
 
 from layeredrl_torchrl._checks import check_flag, check_instance, check_positive_int
+from layeredrl_torchrl._dispatch import dispatched
 from layeredrl_torchrl._watch import watched
 from layeredrl_torchrl.imagination._following import FollowedPolicy, compile_following, follow
 from layeredrl_torchrl.imagination._soft_actor_critic import SoftActorCritic, check_bounds
@@ -147,7 +148,7 @@ class ValueGradientLoss(SoftActorCritic):
 
     # -- losses -------------------------------------------------------------------------------
 
-    @dispatch
+    @dispatched
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Compute the losses at starts ``[*B]``.
 

@@ -295,6 +295,17 @@ def test_reductions_and_names():
         torch.testing.assert_close(rows[key].mean(), mean[key])
 
 
+@pytest.mark.parametrize("horizon", [0, 2])
+def test_tensors_by_name(horizon):
+    loss, td = make_learned(horizon=horizon), make_steps(6)
+    named = {"_".join([key] if isinstance(key, str) else key): td[key] for key in loss.in_keys}
+    torch.manual_seed(0)
+    found = loss(**named)
+    torch.manual_seed(0)
+    expected = loss(td)
+    torch.testing.assert_close(found, tuple(expected[key] for key in loss.out_keys))
+
+
 def test_each_critic_says_what_its_own_weights_say():
     loss, steps = make_learned(num_qvalue_nets=3), make_steps(5, 4)
     found = loss.qvalues(steps)

@@ -85,6 +85,14 @@ def test_rewards_are_floats_of_the_states_kind(dtype):
     )
 
 
+def test_values_may_be_flags_in_an_imagined_environment():
+    def safe(state, context, action=None):
+        return state[..., 0].abs() < 1.0
+
+    env = PredictorEnv(make_point(val_func=safe), batch_size=[3], use_value_func=True)
+    check_env_specs(env)
+
+
 class Slotted:
     __slots__ = ()
 

@@ -87,5 +87,6 @@ class PolicyProposal:
                 if h:
                     state, _ = step_by_mean(model, state, context, actions[-1])
                 td = TensorDict({state_key: state, context_key: context}, shape)
-                actions.append(self.policy(td).get(action_key))
+                # Within the bounds at once, as a search would only move them later.
+                actions.append(model.action_form.project(self.policy(td).get(action_key)))
         return torch.stack(actions, len(shape))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import observed
+from helpers import make_point, observed
 from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.data import OneHot, Unbounded
@@ -137,3 +137,16 @@ def test_a_policy_of_another_task_is_refused_when_it_plans(linear):
     planner = ICEMPlanner(predictor, horizon=3, proposal=PolicyProposal(predictor, wide))
     with pytest.raises((ValueError, RuntimeError), match=r"shape|expand|size|width"):
         planner(observed(planner, torch.randn(4, 2)))
+
+
+def test_a_policy_without_bounds_is_imagined_within_them():
+    policy = TensorDictModule(
+        lambda state, goal: 9 * (goal - state), ["state", "context"], ["action"]
+    )
+    predictor = make_point()
+    start, goal = torch.zeros(1, 1), torch.ones(1, 1)
+    found = PolicyProposal(predictor, policy, n=1)(start, goal, 4)
+    for h in range(4):
+        action = (9 * (goal - start)).clamp(-1.0, 1.0)
+        torch.testing.assert_close(found[:, 0, h], action)
+        start = predictor.model.predict(start, goal, action)[0][:, 0, 0]

@@ -40,20 +40,20 @@ def mixture_loss(
     """
     mean, std, log_weights = mixture
     apart = isinstance(of_stds, Tensor) or of_means != of_stds
-    gap = mean - target if apart else None
-    given = (mean.detach(), std, target.detach()) if apart else (mean, std, target)
-    surprise, log_std, _, near = _Surprise.apply(*given, limit)
-    weighted = apart or of_stds
-    joint = log_weights - (surprise.detach() if weighted else surprise).sum(-1)  # [M, N, K]
+    log_std = std.detach().log()
+    share = pull = None
+    if apart or of_stds:
+        share = _relative(log_std, of_stds, weight)
+        if apart:
+            pull = _relative(log_std, of_means, weight).div_(share)
+    surprise, _, _ = _Surprise.apply(mean, std, log_std, target, limit, pull)
+    joint = log_weights - (surprise if share is None else surprise.detach()).sum(-1)  # [M, N, K]
     log_prob = _log_sum_exp(joint)  # [M, N, 1]
     nll = -((log_prob.squeeze(-1) - _CONSTANT * surprise.shape[-1]) * weight).sum(-1)
-    if not weighted:
+    if share is None:
         return nll, nll
     log_r = (joint - log_prob).detach()
-    row = (_relative(log_std, of_stds, weight) * surprise).sum(-1)
-    if gap is not None:  # 0, with the gradient of the means alone
-        pull = _relative(log_std, of_means, weight).mul_(near).div_(std.detach())
-        row = row - (pull * (gap - gap.detach())).sum(-1)
+    row = (share * surprise).sum(-1)
     return _of_modes(row + _CONSTANT * surprise.shape[-1], log_weights, log_r, weight), nll
 
 
@@ -68,34 +68,43 @@ class _Surprise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        mean: Tensor, std: Tensor, target: Tensor, limit: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return it and the log std, and for the derivatives ``z`` and ``z`` within the limit."""
+        mean: Tensor,
+        std: Tensor,
+        log_std: Tensor,
+        target: Tensor,
+        limit: float,
+        pull: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return it, and for the derivatives ``z`` and ``z`` within the limit.
+
+        ``log_std`` has no gradient of its own; that of the mean is multiplied by ``pull``.
+        """
         # In place where it can be: new memory costs as much as the operations.
         z = (target - mean).div_(std)
         near = z.clamp(-limit, limit)
-        log_std = std.log()
-        return torch.add(z, near, alpha=-0.5).mul_(near).add_(log_std), log_std, z, near
+        return torch.add(z, near, alpha=-0.5).mul_(near).add_(log_std), z, near
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keep what the derivatives read."""
-        _, std, target, _ = inputs
-        _, log_std, z, near = output
-        ctx.mark_non_differentiable(log_std, z, near)
-        ctx.save_for_backward(std, z, near)
+        _, std, _, target, _, pull = inputs
+        _, z, near = output
+        ctx.mark_non_differentiable(z, near)
+        ctx.save_for_backward(std, z, near, pull)
         ctx.target_shape = target.shape
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         """The derivative by ``z`` is ``z`` within the limit."""
-        std, z, near = ctx.saved_tensors
+        std, z, near, pull = ctx.saved_tensors
         of_z = grad * near
         of_std = torch.addcmul(grad, of_z, z, value=-1.0).div_(std)
         of_mean = of_z.div_(std).neg_()
-        of_target = -of_mean.sum_to_size(ctx.target_shape) if ctx.needs_input_grad[2] else None
-        return of_mean, of_std, of_target, None
+        if pull is not None:
+            of_mean.mul_(pull)
+        of_target = -of_mean.sum_to_size(ctx.target_shape) if ctx.needs_input_grad[3] else None
+        return of_mean, of_std, None, of_target, None, None
 
 
 def _relative(log_std: Tensor, beta: Tensor | float, weight: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ nitpick_ignore_regex = [
     ),
     (r"py:exc", r"CheckpointError"),  # of TorchRL
     # In the fields of tuples and in the types of options.
-    (r"py:(class|data)", r"Count|HOST|Natural|Number|Path|Positive|Share|Tensor|inf"),
+    (r"py:(class|data)", r"Count|HOST|Natural|Number|Path|Positive|Seed|Share|Tensor|inf"),
     (r"py:class", r"Figure|TensorDictBase"),  # where the figure's type is not imported
     (r"py:attr", r".*"),
     (r"py:class", r"inf|pathlib\.Path"),

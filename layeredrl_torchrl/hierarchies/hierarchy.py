@@ -299,9 +299,9 @@ class Hierarchy(OnePrimer, WholeState):
             level with a ``reward_func``, and of the updates of a ``SkillLevel``.
 
         Raises:
-            ValueError: In evaluation, with a level that is interrupted (``interrupt_after``).
-            And as :meth:`transitions` and the levels' ``learn``. After any error all levels are
-            as they were before.
+            ValueError: In evaluation, with a level that is interrupted (``interrupt_after``); and
+                as :meth:`transitions` and the levels' ``learn`` raise. After any error all levels
+                are as they were before.
         """
         info: dict[str, float] = {}
         levels = self._in_order()

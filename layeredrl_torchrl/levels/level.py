@@ -196,7 +196,7 @@ class Level(OnePrimer, WholeState):
 
     @property
     def interrupt_after(self) -> int | None:
-        """In evaluation: own actions after which control goes back, before ``duration``.
+        """Own actions after which it hands control back in evaluation, before ``duration``.
 
         The level above then chooses anew, with all of ``duration`` ahead, instead of following
         what it chose to the end: interrupting options (Sutton, Precup and Singh, Artificial
@@ -222,7 +222,7 @@ class Level(OnePrimer, WholeState):
 
     @property
     def limit(self) -> int | None:
-        """Own actions on one input: ``interrupt_after`` in evaluation, else ``duration``."""
+        """``interrupt_after`` in evaluation where it is set, else ``duration``."""
         after = self._interrupt_after
         return self.duration if after is None or self.training else after
 

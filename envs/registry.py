@@ -31,10 +31,11 @@ from layeredrl_torchrl.envs.task import Task
 __all__ = ["TASKS", "get_task"]
 
 
-def _mujoco(name: str, obs: int, act: int, **known: Any) -> Task:
+def _mujoco(spec: str | EnvSpec, obs: int, act: int, **known: Any) -> Task:
     """Make a task of gymnasium; the whole observation is the state unless ``known`` says more."""
     parts = {"state_dims": tuple(range(obs)), "context_dims": (), "horizon": 1000} | known
-    make = partial(gym.make, name, disable_env_checker=True)
+    make = partial(gym.make, spec, disable_env_checker=True)
+    name = spec if isinstance(spec, str) else spec.id
     return Task(name=name, make_gym=make, observation_dim=obs, action_dim=act, **parts)
 
 
@@ -95,13 +96,10 @@ _ALL = (
         reward=double_pendulum_reward,
         termination=double_pendulum_termination,
     ),
-    Task(
-        name="CartPoleSwingUp",
-        make_gym=partial(gym.make, _SWING_UP, disable_env_checker=True),
-        observation_dim=5,
-        state_dims=(0, 1, 2, 3, 4),
-        context_dims=(),
-        action_dim=1,
+    _mujoco(
+        _SWING_UP,
+        5,
+        1,
         horizon=250,
         budget=5_000,
         # Iterated sampling on the true dynamics, 0.8 s ahead, gets 226.
@@ -139,13 +137,12 @@ _ALL = (
             ),
         ),
     ),
-    Task(
-        name="Reacher-Tip",
-        make_gym=partial(gym.make, _REACHER_TIP, disable_env_checker=True),
-        observation_dim=10,
+    _mujoco(
+        _REACHER_TIP,
+        10,
+        2,
         state_dims=tuple(range(8)),
         context_dims=(8, 9),
-        action_dim=2,
         horizon=200,
         budget=20_000,
         reward=tip_reward,

@@ -12,11 +12,13 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
+from torchrl.data import TensorStorage
 
 __all__ = [
     "Snapshot",
     "WholeLoading",
     "WholeState",
+    "empty_storage",
     "follow_parameters",
     "load_whole",
     "refuse_other_shapes",
@@ -197,6 +199,12 @@ def follow_parameters(optim: torch.optim.Optimizer) -> None:
     )
     if moved:
         optim.load_state_dict(optim.state_dict())  # which casts and moves what it loads
+
+
+def empty_storage(storage: TensorStorage) -> None:
+    """Bring a storage back to before its first data, which may have had any entries and axes."""
+    storage._storage, storage.initialized = None, False
+    vars(storage).pop("_total_shape_value", None)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torchrl.data import ReplayBuffer, TensorStorage
 
-from layeredrl_torchrl._state import Snapshot
+from layeredrl_torchrl._state import Snapshot, empty_storage
 
 __all__ = ["undone_in_part"]
 
@@ -70,8 +70,7 @@ def _remember_buffer(buffer: Any) -> Callable[[], object]:
         if rows is not None:
             storage._storage[:n_rows] = rows
         elif storage.initialized:
-            storage._storage, storage.initialized = None, False
-            vars(storage).pop("_total_shape_value", None)
+            empty_storage(storage)
         storage._len, storage._last_cursor = length, last
 
     return restore

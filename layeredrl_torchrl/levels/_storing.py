@@ -16,6 +16,7 @@ from torchrl.data import (
 from torchrl.envs.transforms import MultiStepTransform
 
 from layeredrl_torchrl._checks import check_instance, check_positive_int
+from layeredrl_torchrl._state import empty_storage
 
 __all__ = ["Overwritten", "make_buffer", "n_rows_along_time", "select_stored", "write"]
 
@@ -177,6 +178,5 @@ class Overwritten:
         storage._len, storage._last_cursor = self.length, self.last
         if storage.initialized and not self.was_made:
             # The next data may have other entries, axes and dtypes than those that failed.
-            storage._storage, storage.initialized = None, False
-            vars(storage).pop("_total_shape_value", None)
+            empty_storage(storage)
         self.buffer.writer.load_state_dict(self.writer)

@@ -32,7 +32,8 @@ class Answers:
         #: Specs of its action and its record.
         self.specs = {level.action_key: level.action_spec}
         self.specs |= {key: record[key] for key in record.keys(True, True)}
-        self._memory = {key: memory[key] for key in memory.keys(True, True)}
+        self._memory = list(memory.keys(True, True))
+        self._following = {unravel_key(("next", key)): memory[key] for key in self._memory}
 
     def read(self, handed: TensorDictBase, key: NestedKey) -> Tensor:
         """Return an entry of what it was called with, ``[*B]``.
@@ -44,8 +45,8 @@ class Answers:
 
     def memory(self, handed: TensorDictBase) -> TensorDictBase:
         """Return its memory for the next step; raises as :meth:`read`."""
-        for key, spec in self._memory.items():
-            self._fitting(handed, unravel_key(("next", key)), spec)
+        for key, spec in self._following.items():
+            self._fitting(handed, key, spec)
         following: TensorDictBase = handed.get("next")
         return following.select(*self._memory)
 

@@ -241,12 +241,13 @@ def main():
             tests = tests_of(path, line, line + before.count(b"\n", start, end), kept)
             (folder / path).write_bytes(before[:start] + text.encode() + before[end:])
             # A change that makes a loop endless is noticed, too.
-            options = ["-x", "--timeout", "120", "--timeout-method", "signal", *tests]
-            by = bool(tests) and run_tests(folder, options) != pytest.ExitCode.OK
-            if not by and (folder / "tests" / path.parts[-2]).exists():
+            options = ["-x", "--timeout", "120", "--timeout-method", "signal"]
+            asked = [tests] if tests else []
+            if (folder / "tests" / path.parts[-2]).exists():
                 # What runs in a process that a test has started belongs to none: ask the folder's.
-                options[5:] = [f"tests/{path.parts[-2]}"]
-                by = run_tests(folder, options) != pytest.ExitCode.OK
+                asked.append([f"tests/{path.parts[-2]}"])
+            passes = (run_tests(folder, [*options, *some]) == pytest.ExitCode.OK for some in asked)
+            by = not all(passes)
             (folder / path).write_bytes(before)
             was = before[start:end].decode()
             row = {"file": str(path), "line": line, "was": was, "is": text}

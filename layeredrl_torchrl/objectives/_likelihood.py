@@ -15,6 +15,8 @@ _CONSTANT = 0.5 * math.log(2 * math.pi)
 # A mode below exp(-60) of the likeliest does not change the sum, but its gradient would hold
 # subnormal numbers, which processors multiply ten times as slowly.
 _UNLIKELY = -60.0
+# So large a share of a dimension's variance, or a larger one, counts as not explained at all.
+_UNEXPLAINED = 0.1
 
 
 def mixture_loss(
@@ -22,7 +24,7 @@ def mixture_loss(
     target: Tensor,
     weight: Tensor,
     *,
-    of_means: Tensor | float,
+    of_means: float,
     of_stds: Tensor | float,
     limit: float,
 ) -> tuple[Tensor, Tensor]:
@@ -30,23 +32,29 @@ def mixture_loss(
 
     With ``beta = 0`` both are the same; see :class:`~layeredrl_torchrl.ModelLoss` for others.
 
+    Below a tenth of unexplained variance, beta of a dimension's means falls with it, down to that
+    of the stds: what is seldom is learned first, and what is explained becomes precise.
+
     Args:
         mixture: Mean and std ``[M, N, K, D]``, log weights ``[M, N, K]``.
-        target: ``[M, N, 1, D]``.
+        target: In units of its std in the data, ``[M, N, 1, D]``.
         weight: Shares of the rows, ``[M, N]``.
-        of_means: Beta in the gradient of the means, ``[]``.
-        of_stds: Beta in all else.
+        of_means: Beta in the gradient of the means, where they explain little.
+        of_stds: Beta in all else, ``[]``.
         limit: From so many stds on squared errors go on linearly.
     """
     mean, std, log_weights = mixture
-    apart = isinstance(of_stds, Tensor) or of_means != of_stds
-    log_std = std.detach().log()
+    changes = isinstance(of_stds, Tensor)
+    log_std, error = std.detach().log(), (mean - target).detach()
     share = pull = None
-    if apart or of_stds:
+    if changes or of_stds:
         share = _relative(log_std, of_stds, weight)
-        if apart:
-            pull = _relative(log_std, of_means, weight).div_(share)
-    surprise, _, _ = _Surprise.apply(mean, std, log_std, target, limit, pull)
+    if changes or of_means != of_stds:
+        beta = of_means * _unexplained(error, log_weights.detach(), weight)
+        pull = _relative(log_std, beta.clamp(min=of_stds), weight)
+        if share is not None:
+            pull.div_(share)
+    surprise, _, _ = _Surprise.apply(mean, std, target, log_std, error, limit, pull)
     joint = log_weights - (surprise if share is None else surprise.detach()).sum(-1)  # [M, N, K]
     log_prob = _log_sum_exp(joint)  # [M, N, 1]
     nll = -((log_prob.squeeze(-1) - _CONSTANT * surprise.shape[-1]) * weight).sum(-1)
@@ -60,7 +68,7 @@ def mixture_loss(
 class _Surprise(torch.autograd.Function):
     """Minus the log-density of each dimension under each mode, without its constant.
 
-    ``log std + huber(z)`` with ``z = (target - mean) / std``. It runs over the largest tensors of
+    ``log std + huber(z)`` with ``z = (mean - target) / std``. It runs over the largest tensors of
     an update, so its derivatives are written out: autograd's take three times as many operations.
     """
 
@@ -70,24 +78,26 @@ class _Surprise(torch.autograd.Function):
     def forward(
         mean: Tensor,
         std: Tensor,
-        log_std: Tensor,
         target: Tensor,
+        log_std: Tensor,
+        error: Tensor,
         limit: float,
         pull: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return it, and for the derivatives ``z`` and ``z`` within the limit.
 
-        ``log_std`` has no gradient of its own; that of the mean is multiplied by ``pull``.
+        ``log_std`` and ``error``, the mean minus the target, have no gradient of their own; that of
+        the mean is multiplied by ``pull``.
         """
         # In place where it can be: new memory costs as much as the operations.
-        z = (target - mean).div_(std)
+        z = error / std
         near = z.clamp(-limit, limit)
         return torch.add(z, near, alpha=-0.5).mul_(near).add_(log_std), z, near
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keep what the derivatives read."""
-        _, std, _, target, _, pull = inputs
+        _, std, target, _, _, _, pull = inputs
         _, z, near = output
         ctx.mark_non_differentiable(z, near)
         ctx.save_for_backward(std, z, near, pull)
@@ -100,11 +110,24 @@ class _Surprise(torch.autograd.Function):
         std, z, near, pull = ctx.saved_tensors
         of_z = grad * near
         of_std = torch.addcmul(grad, of_z, z, value=-1.0).div_(std)
-        of_mean = of_z.div_(std).neg_()
+        of_mean = of_z.div_(std)
         if pull is not None:
             of_mean.mul_(pull)
-        of_target = -of_mean.sum_to_size(ctx.target_shape) if ctx.needs_input_grad[3] else None
-        return of_mean, of_std, None, of_target, None, None
+        of_target = -of_mean.sum_to_size(ctx.target_shape) if ctx.needs_input_grad[2] else None
+        return of_mean, of_std, of_target, None, None, None, None
+
+
+def _unexplained(error: Tensor, log_weights: Tensor, weight: Tensor) -> Tensor:
+    """Return squared errors by their bound, at most 1, without gradient, ``[M, 1, 1, D]``.
+
+    Args:
+        error: In units of the target's std, ``[M, N, K, D]``.
+        log_weights: Of the modes, ``[M, N, K]``.
+        weight: Shares of the rows, ``[M, N]``.
+    """
+    shares = (weight.unsqueeze(-1) * log_weights.exp()).flatten(1).unsqueeze(1)
+    share = torch.bmm(shares.to(error.dtype), error.square().flatten(1, 2))  # [M, 1, D]
+    return share.div_(_UNEXPLAINED).clamp_(max=1.0).unsqueeze(1)
 
 
 def _relative(log_std: Tensor, beta: Tensor | float, weight: Tensor) -> Tensor:
@@ -112,7 +135,7 @@ def _relative(log_std: Tensor, beta: Tensor | float, weight: Tensor) -> Tensor:
 
     Args:
         log_std: ``[M, N, K, D]``, without gradient.
-        beta: ``[]``.
+        beta: ``[]``, or ``[M, 1, 1, D]``.
         weight: Shares of the rows, ``[M, N]``.
     """
     n_modes = log_std.shape[-2]

@@ -29,9 +29,6 @@ from layeredrl_torchrl.specs import canonical_action, is_discrete, width
 
 __all__ = ["ModelInputs", "ModelLoss"]
 
-# Beta of the means when that of the stds is annealed to 0.
-_LEAST_OF_MEANS = 0.6
-
 
 class ModelInputs(NamedTuple):
     """A checked batch of :class:`ModelLoss`, without NaN in the rows that do not count."""
@@ -42,7 +39,7 @@ class ModelInputs(NamedTuple):
     next_state: Tensor  # [M, N, D]
     terminated: Tensor  # [M, N], bool or float
     weight: Tensor  # [M, N]: how much each transition counts
-    beta: Tensor | float | None = None  # []: replaces the beta of the loss, for means down to 0.6
+    beta: Tensor | float | None = None  # []: of the stds, in place of that of the loss
 
     def split(self, size: int) -> list[ModelInputs]:
         """Split into batches of ``size`` transitions for each member."""
@@ -237,7 +234,6 @@ class ModelLoss(TermsLoss):
     def terms(self, prepared: ModelInputs) -> dict[str, Tensor]:
         """Compute the losses of a prepared batch, as :meth:`forward` writes them."""
         state, context, action, next_state, terminated, weight, beta = prepared
-        of_means, of_stds = self._betas(beta)
         # Shares in the mean of the member; all 0 for a member of which no transition counts.
         weight = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
         (mean, std), weights, term_prob = self.model.predict_normalized(state, context, action)
@@ -249,8 +245,8 @@ class ModelLoss(TermsLoss):
             (mean, std, log_weights),
             target,
             weight,
-            of_means=of_means,
-            of_stds=of_stds,
+            of_means=self.beta,
+            of_stds=self.beta if beta is None else beta,
             limit=math.inf if self.huber_std is None else self.huber_std,
         )
         bce = (_termination_bce(term_prob, terminated) * weight).sum(-1)  # [M]
@@ -260,16 +256,6 @@ class ModelLoss(TermsLoss):
             "nll": nll.detach().mean() / self.model.state_dim,
             "termination_bce": bce.detach().mean(),
         }
-
-    def _betas(self, beta: Tensor | float | None) -> tuple[Tensor | float, Tensor | float]:
-        """Return the beta of means and of stds where a batch replaces that of the loss.
-
-        By the plain likelihood the means would give up what is uncertain while the stds settle.
-        """
-        if beta is None:
-            return self.beta, self.beta
-        least = min(self.beta, _LEAST_OF_MEANS)
-        return beta.clamp(min=least) if isinstance(beta, Tensor) else max(beta, least), beta
 
     def _weights(self, tensordict: TensorDictBase, state: Tensor) -> tuple[Tensor, bool]:
         """Return the weight of each transition, ``[M, N]``, and whether some may be 0."""

@@ -137,7 +137,7 @@ class Updates(nn.Module):
             after_warm_up: Called after the last of these.
             annealed: Share of this call's updates, at its end, over which the learning rate of a
                 part falls linearly to a tenth. The ``beta`` of a model's loss falls to 0 over as
-                many, a quarter of them earlier.
+                many, a quarter of them earlier (for means: see ``mixture_loss``).
             watch: Ends the model's updates early.
             states_move: Whether states have to be encoded anew for each update, as with an encoder
                 that learns.

@@ -86,9 +86,9 @@ class RewardPredictor(Predictor):
             function and encoder learn. The model and the value function would chase a state
             that still moves, and have to forget what they learned of it.
         beta_nll: ``beta`` of :class:`~layeredrl_torchrl.ModelLoss` at the start of each call. It
-            falls to 0 towards the end of the call (``ModelTraining.annealing``), for the means to
-            0.6: first these are fitted, also of dimensions that seldom change, and then the
-            variances.
+            falls to 0 towards the end of the call (``ModelTraining.annealing``), for the means as
+            far as they explain the variance: first these are fitted, also of dimensions that
+            seldom change, and then the variances.
         model_training: Further options of the model's training.
 
     The parameters are updated by :meth:`learn` only; so are the statistics that normalise

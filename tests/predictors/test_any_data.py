@@ -83,6 +83,31 @@ def test_changes_that_are_seldom_are_learned(n_calls):
     assert (guess == after).float().mean() > 0.99
 
 
+@pytest.mark.parametrize("n_calls", [1, 30])
+def test_a_switch_that_is_seldom_flipped_is_learned_beside_what_is_precise(n_calls):
+    """One action in twenty flips it; all else of the likelihood is to be had from the drift."""
+    n = 4000
+    place, switch = torch.randn(n, 2), (torch.rand(n, 1) < 0.5).float()
+    action = 2 * torch.rand(n, 1) - 1
+    after = torch.cat([place + 0.1 * action, (switch - (action > 0.9).float()).abs()], -1)
+    no = torch.zeros(n, 1, dtype=torch.bool)
+    following = {"observation": after, "reward": 0.0 * action, "terminated": no, "done": no}
+    now = {"observation": torch.cat([place, switch], -1), "action": action, "next": following}
+    data = TensorDict(now, [n])
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(n))
+    buffer.extend(data)
+    predictor = PredictorFactory(hidden_sizes=(64, 64), n_models=2)(
+        Unbounded((3,)), Bounded(-1.0, 1.0, (1,))
+    )
+    for _ in range(n_calls):
+        predictor.learn(buffer, 1500 // n_calls, 8, 128, 0)
+    mean = predictor.predict(data["observation"], data["action"])[0].mean((-3, -2))
+    clear = (data["action"][:, 0] - 0.9).abs() > 0.03
+    wrong = ((mean[:, 2] > 0.5) != (after[:, 2] > 0.5)) & clear
+    assert wrong.float().mean() < 0.015  # 0.03 by never flipping it
+    assert (mean - after)[clear, :2].square().mean().sqrt() < 0.01  # of steps of 0.06
+
+
 @pytest.mark.parametrize("reward", ["dense", "sparse"])
 def test_a_broken_reward_is_named_and_a_sparse_one_is_not(reward):
     data = make_transitions(500)

@@ -9,7 +9,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from torch import Tensor
 from torchrl.data import Composite, TensorSpec
 
-from layeredrl_torchrl._checks import require
+from layeredrl_torchrl._checks import check_finite, require
 from layeredrl_torchrl.hierarchies._memory import together
 from layeredrl_torchrl.levels import Level
 
@@ -42,6 +42,15 @@ class Answers:
             KeyError: It is missing. TypeError: Another kind of numbers. ValueError: Another shape.
         """
         return self._fitting(handed, key, self.specs[key])
+
+    def action(self, handed: TensorDictBase) -> Tensor:
+        """Return the action; raises as :meth:`read`, and ``ValueError`` where it is not finite."""
+        key = self.level.action_key
+        action = self.read(handed, key)
+        if action.is_floating_point():
+            hint = "repair the level: what is below it would act on that, or the environment"
+            check_finite(f"{key!r}, which {self.level.name} wrote,", action, hint=hint)
+        return action
 
     def memory(self, handed: TensorDictBase) -> TensorDictBase:
         """Return its memory for the next step; raises as :meth:`read`."""

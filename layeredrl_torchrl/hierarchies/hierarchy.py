@@ -151,9 +151,9 @@ class Hierarchy(OnePrimer, WholeState):
 
         Raises:
             KeyError: The observation or the state is missing, or what a level has to write.
-            ValueError: An observation of another width, or one that is not finite; an action,
-                record or memory of another shape than the level's spec. TypeError: Likewise, floats
-                where the spec has choices.
+            ValueError: An observation of another width; an observation or action that is not
+                finite; an action, record or memory of another shape than the level's spec.
+            TypeError: Likewise, floats where the spec has choices.
         """
         held = require(tensordict, STATE, reader="Hierarchy", hint=_NEEDS)
         memories: dict[str, Any] = {}
@@ -237,8 +237,7 @@ class Hierarchy(OnePrimer, WholeState):
             following = answers.memory(handed)
             memories[key] = following if due is None else due.merge(memory, following)
         written = {k: answers.read(handed, k) for k in self._records[i]}
-        action = answers.read(handed, level.action_key)
-        written["action"] = action.to(level.action_spec.dtype)
+        written["action"] = answers.action(handed).to(level.action_spec.dtype)
         if i < len(self._memories) - 1:
             written["n_actions"] = handed.get("n_actions")
         return written

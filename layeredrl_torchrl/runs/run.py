@@ -77,8 +77,9 @@ class Run:
         total: Real steps to take.
 
     Raises:
-        RunError: An option is wrong; the folder holds a run that is not to be resumed, or one with
-            other options, or another process writes to it; no checkpoint is sound.
+        RunError: An option is wrong; the folder holds a run that is not to be resumed, one with
+            other options, or files of something else, or another process writes to it; no
+            checkpoint is sound.
     """
 
     def __init__(self, options: RunOptions, total: int) -> None:
@@ -126,6 +127,8 @@ class Run:
         saved = read_settings(self.folder)
         if self._checkpoints.any_saved and not options.resume:
             raise RunError(f"{self.folder} holds a run; add --resume, or choose another --output")
+        if not options.resume:
+            self._refuse_strangers(settings, saved)
         if options.resume and saved is None:
             if self._checkpoints.any_saved:
                 path = settings_path(self.folder)
@@ -206,6 +209,24 @@ class Run:
         other = {k: v for k, v in saved.items() if k not in free and not _same(now.get(k), v)}
         if other:
             raise RunError(f"--resume: {where} was made with {other}; use the same")
+
+    def _refuse_strangers(
+        self, settings: Mapping[str, Any], saved: Mapping[str, Any] | None
+    ) -> None:
+        """Raise ``RunError`` if files that a new run writes over are of no run with such options.
+
+        One that was killed before its first checkpoint leaves settings with all of them.
+        """
+        if saved is None:
+            names = [self.curve.path.name, "evaluation.csv", "video.gif"]
+            taken = [name for name in names if (self.folder / name).exists()]
+        else:
+            taken = [] if saved.keys() >= settings.keys() else [settings_path(self.folder).name]
+        if taken:
+            raise RunError(
+                f"{self.folder} holds {' and '.join(taken)} of something else, which a run would "
+                "write over; move it away, or choose another --output"
+            )
 
     # -- the curve --------------------------------------------------------------------------
 

@@ -273,6 +273,27 @@ def test_what_a_level_writes_has_to_fit_its_specs(toy, n, place, key, change):
         env.rollout(1, hierarchy)
 
 
+@pytest.mark.parametrize("place", ["upper", "lower"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_action_that_is_not_finite_goes_no_further(toy, place, value):
+    """A level of one's own below, or the environment, would act on it in silence."""
+
+    class Fails(toy.Level):
+        def forward(self, tensordict):
+            super().forward(tensordict)["action"][-1] = value
+            return tensordict
+
+    kinds = {place: Fails}
+    levels = [
+        kinds.get("upper", toy.Level)(1),
+        kinds.get("lower", toy.Level)(2, input_spec=ONE, duration=2),
+    ]
+    env = toy.Env(2)
+    hierarchy = Hierarchy(levels, env)
+    with pytest.raises(ValueError, match=rf"'action', which Fails wrote, holds 1 .*{value}.*\[1, "):
+        set_up(env, hierarchy).rollout(1, hierarchy)
+
+
 def test_choices_have_to_be_whole_numbers(toy):
     class Halves(toy.Base):
         def forward(self, tensordict):

@@ -158,6 +158,20 @@ def test_a_folder_belongs_to_one_run(options, message, small):
     assert not run.folder.exists()
 
 
+@pytest.mark.parametrize("name", ["settings.json", "curve.csv", "evaluation.csv", "video.gif"])
+def test_files_of_something_else_are_not_written_over(name, small, tmp_path):
+    """As in the current folder, which an empty `--output` means."""
+    folder = small(seed=3).folder
+    shutil.rmtree(folder)
+    folder.mkdir()
+    content = '{"seed": 3, "window": "maximized"}'
+    (folder / name).write_text(content)
+    with pytest.raises(RunError, match=f"holds {name} of something else.*another --output"):
+        small(seed=3)
+    assert [path.name for path in folder.iterdir()] == [name]
+    assert (folder / name).read_text() == content
+
+
 def test_checkpoints_of_another_run_are_not_gone_on_from(small, tmp_path):
     run = small(seed=3)
     checkpoints = run.folder / "checkpoints"

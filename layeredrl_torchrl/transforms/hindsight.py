@@ -8,10 +8,16 @@ from typing import Any
 import torch
 from tensordict import NestedKey, TensorDictBase, unravel_key
 from torch import Tensor
-from torchrl.data import HERReplayBuffer
+from torchrl.data import HERReplayBuffer, ReplayBuffer, Storage
 from torchrl.envs import Transform
 
-from layeredrl_torchrl._checks import check_callable, check_indices, check_positive_int
+from layeredrl_torchrl._checks import (
+    check_callable,
+    check_indices,
+    check_key,
+    check_positive_int,
+    require,
+)
 
 __all__ = ["RelabelGoals"]
 
@@ -55,11 +61,13 @@ class RelabelGoals(Transform):
             a step achieves, as gymnasium's ``compute_reward``.
         observation_key: Key of the observation, also below ``"next"``.
         reward_key: Key of the reward below ``"next"``.
+        done_key: Key below ``"next"`` of what is true where an episode ends.
 
     Raises:
         TypeError: Indices that are no integers. ValueError: Indices outside the observation, or
-            given twice; another number of achieved than of desired ones. And when rows are stored,
-            for observations of another width.
+            given twice; another number of achieved than of desired ones. And when rows are stored:
+            KeyError: An entry that they lack. ValueError: Observations of another width; a
+            ``"goal"`` of their own that is another one.
     """
 
     goal_key: NestedKey = "goal"
@@ -75,6 +83,7 @@ class RelabelGoals(Transform):
         reward_func: Callable[[Tensor, Tensor], Tensor],
         observation_key: NestedKey = "observation",
         reward_key: NestedKey = "reward",
+        done_key: NestedKey = "done",
     ) -> None:
         super().__init__(in_keys=[], out_keys=[])
         self.observation_dim = check_positive_int("observation_dim", observation_dim)
@@ -87,14 +96,21 @@ class RelabelGoals(Transform):
             )
         check_callable("reward_func", reward_func)
         self.reward_func = reward_func
-        self.observation_key = unravel_key(observation_key)
+        self.observation_key = check_key("observation_key", observation_key)
         self.next_observation_key = unravel_key(("next", observation_key))
-        self.next_reward_key = unravel_key(("next", reward_key))
+        self.next_reward_key = unravel_key(("next", check_key("reward_key", reward_key)))
+        self.next_done_key = unravel_key(("next", check_key("done_key", done_key)))
 
     @property
     def added_keys(self) -> list[NestedKey]:
         """The entries that rows are stored with."""
         return [self.goal_key, self.reached_key, self.end_key]
+
+    @property
+    def relabelled_keys(self) -> list[NestedKey]:
+        """The entries that differ in relabelled rows."""
+        keys = self.observation_key, self.next_observation_key, self.next_reward_key
+        return [*keys, self.goal_key]
 
     def make_buffer(self, **options: Any) -> HERReplayBuffer:
         """Return a buffer that relabels.
@@ -103,7 +119,7 @@ class RelabelGoals(Transform):
             **options: Those of TorchRL's ``HERReplayBuffer``: ``storage``, ``batch_size``,
                 ``her_ratio`` (0.8 of a batch by default), ``strategy`` (``"future"``) and others.
         """
-        return HERReplayBuffer(
+        return _HindsightBuffer(
             self.relabel,
             goal_key=self.goal_key,
             achieved_goal_key=self.reached_key,
@@ -124,21 +140,38 @@ class RelabelGoals(Transform):
         if not isinstance(reward, Tensor) or reward.numel() != before.numel():
             got = tuple(reward.shape) if isinstance(reward, Tensor) else type(reward).__name__
             raise ValueError(f"reward_func gave {got} for {len(goal)} rows, expected [N] or [N, 1]")
+        if reward.is_floating_point() and not before.is_floating_point():
+            raise ValueError(
+                f"reward_func gave {reward.dtype}, but rewards are stored as {before.dtype}, which "
+                "would cut them off; store them as floats"
+            )
         return reward.reshape(before.shape).to(before.dtype)
 
     def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase:
-        now = tensordict.get(self.observation_key)
-        after = tensordict.get(self.next_observation_key)
-        if tensordict.ndim != 1 or now.shape[-1] != self.observation_dim:
+        hint = "store what a collector yields, or name another key (observation_key=, ...)"
+        now, after, _, done = (
+            require(tensordict, key, reader="RelabelGoals", hint=hint)
+            for key in (
+                *(self.observation_key, self.next_observation_key),
+                *(self.next_reward_key, self.next_done_key),
+            )
+        )
+        if tensordict.ndim != 1 or now.ndim != 2 or now.shape[-1] != self.observation_dim:
             raise ValueError(
                 f"rows to relabel must be [N] with observations of {self.observation_dim}, got "
                 f"{tuple(tensordict.shape)} with {tuple(now.shape)}; store data.reshape(-1), and "
                 "give RelabelGoals the width of the joined observation"
             )
+        goal, own = now[..., self.desired], tensordict.get(self.goal_key, None)
+        if own is not None and (own.shape != goal.shape or not bool((own == goal).all())):
+            raise ValueError(
+                f"the rows have an entry {self.goal_key!r} that is not the desired goal in the "
+                "observation, which is stored under this name; leave it out, or rename it"
+            )
         ends = torch.ones((len(now), 1), dtype=torch.bool, device=now.device)
-        ends[:-1] = tensordict.get(("next", "done"))[:-1]
+        ends[:-1] = done.reshape(len(now), -1).any(-1, keepdim=True)[:-1]
         ends[:-1] |= (after[:-1] != now[1:]).any(-1, keepdim=True)
-        tensordict.set(self.goal_key, now[..., self.desired])
+        tensordict.set(self.goal_key, goal)
         tensordict.set(self.reached_key, after[..., self.achieved])
         return tensordict.set(self.end_key, ends)
 
@@ -148,3 +181,37 @@ class RelabelGoals(Transform):
 
     def _reset(self, tensordict: Any, tensordict_reset: Any) -> Any:
         raise TypeError("RelabelGoals is for replay buffers; build one by its make_buffer()")
+
+
+class _HindsightBuffer(HERReplayBuffer):
+    """Finds the ends of episodes anew for every sample, and refuses transforms of what it relabels.
+
+    TorchRL's remembers the ends until other rows were written last, which it can no longer compare
+    once the storage is full, and not where other rows came into the same places: by loading, or
+    where a level took back what it had stored. Transforms come before relabelling, which would not
+    know their scales.
+    """
+
+    def append_transform(self, transform: Any, *, invert: bool = False) -> ReplayBuffer:
+        """Append a transform that leaves alone what is relabelled; ``ValueError`` for others."""
+        return super().append_transform(self._harmless(transform), invert=invert)
+
+    def insert_transform(self, index: int, transform: Any, *, invert: bool = False) -> ReplayBuffer:
+        """Insert a transform that leaves alone what is relabelled; ``ValueError`` for others."""
+        return super().insert_transform(index, self._harmless(transform), invert=invert)
+
+    def _harmless(self, transform: Any) -> Any:
+        written = {unravel_key(key) for key in getattr(transform, "out_keys", None) or ()}
+        goals: Any = self.transform[0]
+        if both := written & set(goals.relabelled_keys):
+            raise ValueError(
+                f"{type(transform).__name__} writes {sorted(map(str, both))}, which are relabelled "
+                "behind it, in the scale in which they are stored: put it into the environment "
+                "(and into reward_func), or apply it to what was sampled"
+            )
+        return transform
+
+    def _get_episode_ends(self, storage: Storage) -> Tensor:
+        ends = storage[:].get(self.end_key).reshape(-1).clone()
+        ends[-1] = True  # an episode may go on at the beginning of the ring; its goals do not
+        return ends.nonzero()[:, 0].cpu()

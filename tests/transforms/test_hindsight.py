@@ -12,11 +12,11 @@ from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
 from torchrl.collectors import Collector
 from torchrl.data import HERReplayBuffer, LazyTensorStorage
-from torchrl.envs import TransformedEnv
+from torchrl.envs import DoubleToFloat, TransformedEnv
 from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import SACLoss, SoftUpdate
 
-from layeredrl_torchrl import make_batched
+from layeredrl_torchrl import AffineReward, SafeCheckpoint, make_batched
 from layeredrl_torchrl.transforms import RelabelGoals
 
 RADIUS = 0.45
@@ -88,6 +88,58 @@ def test_against_relabelling_by_hand(strategy):
     # What is stored stays as it was.
     assert torch.equal(buffer[:]["observation"], rows["observation"])
     assert not buffer[:]["next", "reward"].any()
+
+
+def lost(buffer, n=200):
+    """How many of ``n`` relabelled rows have no goal of a later row (``"t"``) of their episode."""
+    rows, batch = buffer[:], buffer.sample(n)
+    reached, new = rows["next", "observation"][:, 4:6], batch["observation"][:, 6:]
+    hit = (reached == new[:, None]).all(-1)
+    same = rows["episode"] == batch["episode"][:, None]
+    return int((~(hit & same & (rows["t"] >= batch["t"][:, None])).any(-1)).sum())
+
+
+def numbered(n_episodes, length, first=0):
+    data = walk(n_episodes, length, n_envs=1).reshape(-1)
+    data["episode"] = torch.arange(n_episodes).repeat_interleave(length) + first
+    data["t"] = torch.arange(length).repeat(n_episodes)
+    return data
+
+
+@pytest.mark.parametrize("strategy", ["future", "final"])
+@pytest.mark.parametrize("capacity", [21, 25, 40])
+def test_goals_of_the_own_episode_when_old_rows_are_overwritten(strategy, capacity):
+    options = {"her_ratio": 1.0, "strategy": strategy, "batch_size": 1}
+    buffer = relabelling().make_buffer(storage=LazyTensorStorage(capacity), **options)
+    for turn, (n, length) in enumerate([(3, 7), (7, 3), (3, 7), (1, 1), (1, 21)]):
+        buffer.extend(numbered(n, length, first=10 * turn))
+        assert lost(buffer) == 0
+
+
+def test_goals_of_the_own_episode_after_loading(tmp_path):
+    def build(*shape):
+        options = {"her_ratio": 1.0, "strategy": "final", "batch_size": 1}
+        buffer = relabelling().make_buffer(storage=LazyTensorStorage(21), **options)
+        buffer.extend(numbered(*shape))
+        assert lost(buffer) == 0
+        return buffer
+
+    saved, first, second, third = build(3, 7), build(7, 3), build(7, 3), build(7, 3)
+    saved.dumps(tmp_path / "dump")
+    SafeCheckpoint(buffer=saved).save(tmp_path / "safe")
+    first.loads(tmp_path / "dump")
+    second.load_state_dict(saved.state_dict())
+    SafeCheckpoint(buffer=third).load(tmp_path / "safe")
+    assert [lost(buffer) for buffer in (first, second, third)] == [0, 0, 0]
+
+
+def test_ends_of_other_names_and_shapes():
+    data = numbered(3, 7)
+    done = data["next"].pop("done")
+    data["next", "agent", "end"] = done.float().squeeze(-1)
+    buffer = relabelling(done_key=("agent", "end")).make_buffer(storage=LazyTensorStorage(50))
+    buffer.extend(data)
+    assert torch.equal(buffer[:]["next", "goal_end"], done)
 
 
 def test_sac_of_torchrl_learns_in_hindsight_in_a_maze():
@@ -174,3 +226,45 @@ def test_rows_and_rewards_of_another_shape():
     with pytest.raises(TypeError, match="make_buffer"):
         TransformedEnv(make_batched("Reacher-v5", 1, seed=0), relabelling()).reset()
     assert isinstance(buffer, HERReplayBuffer)
+    agents = data.reshape(-1)
+    for part in (agents, agents["next"]):
+        part["observation"] = part["observation"][:, None].expand(-1, 2, 8).clone()
+    with pytest.raises(ValueError, match=r"observations of 8, got \(42,\) with \(42, 2, 8\)"):
+        buffer_of(agents)
+
+
+@pytest.mark.parametrize("key", ["observation", *(("next", k) for k in ("reward", "done"))])
+def test_entries_that_are_missing(key):
+    data = walk().reshape(-1).exclude(key)
+    with pytest.raises(KeyError, match=f"RelabelGoals reads .*{key[-1]}.*missing"):
+        buffer_of(data)
+
+
+def test_entries_that_would_be_overwritten_or_cut():
+    data = walk().reshape(-1)
+    data["goal"] = data["observation"][:, 6:].clone()  # the desired goal itself
+    buffer_of(data)
+    data["goal"][3] += 1
+    with pytest.raises(ValueError, match="entry 'goal' that is not the desired goal"):
+        buffer_of(data)
+    whole = walk()
+    whole["next", "reward"] = whole["next", "reward"].long()
+    assert (buffer_of(whole).sample(50)["next", "reward"] == 1).any()  # near() gives booleans
+    relabel = relabelling(reward_func=lambda achieved, desired: -(achieved - desired).norm(dim=-1))
+    buffer = relabel.make_buffer(storage=LazyTensorStorage(100))
+    buffer.extend(whole.reshape(-1))
+    with pytest.raises(ValueError, match=r"gave torch.float32, but .* stored as torch.int64"):
+        buffer.sample(10)
+
+
+def test_transforms_of_what_is_relabelled():
+    """They would be applied before relabelling, so to the other rows only."""
+    buffer = buffer_of(walk(), batch_size=10)
+    scale = AffineReward(2.0, 1.0, in_keys=[("next", "reward")])
+    with pytest.raises(ValueError, match=r"AffineReward writes .*reward.*relabelled"):
+        buffer.append_transform(scale)
+    with pytest.raises(ValueError, match=r"DoubleToFloat writes .*observation.*relabelled"):
+        buffer.insert_transform(0, DoubleToFloat(["observation"]))
+    assert len(buffer.transform) == 1
+    buffer.append_transform(lambda td: td.set("two", torch.full(td.shape, 2.0)))
+    assert (buffer.sample()["two"] == 2).all()

@@ -41,7 +41,7 @@ from layeredrl_torchrl import (
     make_batched,
 )
 from layeredrl_torchrl.runs import RunOptions, command
-from layeredrl_torchrl.runs.options import read_settings
+from layeredrl_torchrl.runs._folder import read_settings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 EXAMPLES = (

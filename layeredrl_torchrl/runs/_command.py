@@ -11,11 +11,11 @@ from typing import Any, NoReturn, TypeVar
 
 from gymnasium.error import UnregisteredEnv
 
+from layeredrl_torchrl.runs._folder import read_settings
 from layeredrl_torchrl.runs.options import (
     RunError,
     RunOptions,
     check_ranges,
-    read_settings,
     restored,
 )
 

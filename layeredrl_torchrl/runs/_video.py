@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import sys
 import warnings
@@ -67,6 +68,9 @@ def record(
         path: The file.
         device: Device of the policy.
     """
+    # MuJoCo frees what a lost renderer drew with by number, in whatever context is current: later
+    # it would take what this one draws with, and leave black pictures.
+    gc.collect()
     fps = env.metadata.get("render_fps", _FPS)
     skip = max(round(fps / _FPS), 1)
     env.append_transform(PixelRenderTransform(preproc=_shrink))

@@ -223,25 +223,6 @@ def find_task(name: str, *, with_goals: bool = False) -> Task:
     return task
 
 
-def settings_path(folder: Path) -> Path:
-    """Return the path of the file with the options that a run was started with."""
-    return folder / "settings.json"
-
-
-def read_settings(folder: Path) -> dict[str, Any] | None:
-    """Return the options that the run in ``folder`` was started with; ``None`` without a run."""
-    path = settings_path(folder)
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read: {error}") from None
-    if not isinstance(found, dict):
-        raise RunError(f"{path} holds a {type(found).__name__}, expected the options of a run")
-    return found
-
-
 def _plain(name: str, value: object) -> object:
     def text(part: object) -> object:
         if isinstance(part, PurePath):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time
@@ -25,7 +24,8 @@ from tqdm import tqdm
 
 from layeredrl_torchrl.checkpoints import CollectorState, SafeCheckpoint, SafeRotation
 from layeredrl_torchrl.runs._checkpoints import RunCheckpoints
-from layeredrl_torchrl.runs._files import Curve, lock, write_rows, write_whole
+from layeredrl_torchrl.runs._files import Curve, write_rows
+from layeredrl_torchrl.runs._folder import RunFolder
 from layeredrl_torchrl.runs._interrupts import Interrupts
 from layeredrl_torchrl.runs._loggers import open_logger
 from layeredrl_torchrl.runs._playing import collector_options, evaluate, play_episodes
@@ -34,8 +34,6 @@ from layeredrl_torchrl.runs.options import (
     RunError,
     RunOptions,
     find_task,
-    read_settings,
-    settings_path,
 )
 from layeredrl_torchrl.runs.workers import WorkerDiedError, WorkerOptions, collect_with_workers
 
@@ -84,7 +82,8 @@ class Run:
 
     def __init__(self, options: RunOptions, total: int) -> None:
         self.options, self.total = options, total
-        self.folder = Path(options.folder)
+        self._own = RunFolder(options, ("curve.csv", "evaluation.csv", "video.gif"))
+        self.folder = self._own.path
         self.curve = Curve(self.folder / "curve.csv")
         self._counts = {"env_steps": 0}
         parts = {"run": self._counts, "curve": self.curve, "rng": GlobalRNGState()}
@@ -121,47 +120,35 @@ class Run:
     # -- the folder -------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        options = self.options
-        options.check()
-        settings = options.settings()
-        saved = read_settings(self.folder)
-        if self._checkpoints.any_saved and not options.resume:
-            raise RunError(f"{self.folder} holds a run; add --resume, or choose another --output")
-        if not options.resume:
-            self._refuse_strangers(settings, saved)
-        if options.resume and saved is None:
-            if self._checkpoints.any_saved:
-                path = settings_path(self.folder)
-                raise RunError(f"--resume: {path} is missing; restore it, or start elsewhere")
-            raise RunError(f"--resume: {self.folder} holds no run; leave it out")
-        if options.resume and saved is not None:
-            self._refuse_others(saved, self.folder)
+        self.options.check()
+        self._own.check(any_saved=self._checkpoints.any_saved)
+        self._stack.enter_context(self._own.locked())
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock()
-        except OSError as error:
-            raise RunError(f"--output {self.folder} cannot be written: {error.strerror}") from None
+            self._begin()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def _begin(self) -> None:
+        """Seed, load what was saved, and open what is written to, with the folder locked."""
+        options = self.options
         torch.set_num_threads(options.threads)
         torch.manual_seed(options.seed)
         random.seed(options.seed)
         np.random.seed(options.seed % 2**32)  # noqa: NPY002 - other packages draw from it
         self.rotation.clear()
         if options.resume:
-            try:
-                self._resume()
-            except BaseException:
-                self._stack.close()
-                raise
+            self._resume()
         if self.resumed is None:
-            write_whole(settings_path(self.folder), json.dumps(settings, indent=1))
+            self._own.write_settings()
             self.curve.rewrite()
-        self._logger = open_logger(options.logger, self.folder, settings, self.steps)
+        self._logger = open_logger(options.logger, self.folder, options.settings(), self.steps)
         if self._logger is not None:
             self._stack.callback(self._logger.close)
         if getattr(options, "compile", False):
             tqdm.write("--compile: the first learning phase takes minutes longer, for compiling")
         self._start = time.monotonic() - (self.rows[-1]["seconds"] if self.rows else 0.0)
-        return self
 
     def __exit__(
         self,
@@ -183,50 +170,14 @@ class Run:
             f"{self.folder} with the same command and --resume"
         )
 
-    def _lock(self) -> None:
-        """Hold a lock until this process ends, in whatever way."""
-        file = self._stack.enter_context((self.folder / "lock").open("w"))
-        try:
-            lock(file.fileno())
-        except OSError:
-            self._stack.close()
-            raise RunError(
-                f"another process runs in {self.folder}; wait for it, or choose another --output"
-            ) from None
-
     def _resume(self) -> None:
         self._checkpoints.find()
         if self.resumed is None:
             tqdm.write(f"{self.folder} has no checkpoint yet: starting from the beginning")
             return
-        self._refuse_others(SafeCheckpoint.manifest(self.resumed)["metadata"], self.resumed)
+        self._own.refuse_others(SafeCheckpoint.manifest(self.resumed)["metadata"], self.resumed)
         self._checkpoints.load("run", "curve")
         self._checkpoints.saved_at = self.steps
-
-    def _refuse_others(self, saved: Mapping[str, Any], where: Path) -> None:
-        """Raise ``RunError`` if ``saved`` are not the options of this run."""
-        now, free = self.options.settings(), self.options.free
-        other = {k: v for k, v in saved.items() if k not in free and not _same(now.get(k), v)}
-        if other:
-            raise RunError(f"--resume: {where} was made with {other}; use the same")
-
-    def _refuse_strangers(
-        self, settings: Mapping[str, Any], saved: Mapping[str, Any] | None
-    ) -> None:
-        """Raise ``RunError`` if files that a new run writes over are of no run with such options.
-
-        One that was killed before its first checkpoint leaves settings with all of them.
-        """
-        if saved is None:
-            names = [self.curve.path.name, "evaluation.csv", "video.gif"]
-            taken = [name for name in names if (self.folder / name).exists()]
-        else:
-            taken = [] if saved.keys() >= settings.keys() else [settings_path(self.folder).name]
-        if taken:
-            raise RunError(
-                f"{self.folder} holds {' and '.join(taken)} of something else, which a run would "
-                "write over; move it away, or choose another --output"
-            )
 
     # -- the curve --------------------------------------------------------------------------
 
@@ -472,8 +423,3 @@ class Run:
             f"{error}; all that was learned is in the last checkpoint: when the cluster has room "
             "for the worker again, go on with --resume"
         )
-
-
-def _same(a: object, b: object) -> bool:
-    """Whether two settings are the same, NaN too."""
-    return a == b or json.dumps(a) == json.dumps(b)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -27,7 +28,17 @@ class Pushing(torch.nn.Module):
 
     def forward(self, obs):
         self.seen.append(obs[0].double().numpy())
+        gc.collect()
         return torch.full_like(obs[..., :1], 0.5)
+
+
+def lose_a_renderer():
+    """Leave one that has drawn to the garbage collector."""
+    env = get_task("InvertedPendulum-v5").make_gym(render_mode="rgb_array")
+    env.reset()
+    env.render()
+    env.close()
+    env.itself = env
 
 
 def small(picture):
@@ -38,16 +49,22 @@ def small(picture):
 @pytest.mark.usefixtures("renders")
 @pytest.mark.parametrize(("fps", "skip"), [(25, 1), (50, 2)])
 def test_every_picture_is_that_of_its_step(fps, skip, tmp_path, monkeypatch):
-    """Against gymnasium's own pictures of the same episode; 25 a second are kept."""
+    """Against gymnasium's own pictures of the same episode; 25 a second are kept.
+
+    A renderer that was lost before and is collected meanwhile leaves them as they are.
+    """
     env = make_batched("InvertedPendulum-v5", 1, seed=3, render_mode="rgb_array")
     monkeypatch.setitem(env.base_env._env.metadata, "render_fps", fps)
     controller = Pushing()
     policy = TensorDictModule(controller, ["observation"], ["action"])
+    lose_a_renderer()
     record(env, policy, tmp_path / "video.gif", "cpu")
     with imageio.get_reader(tmp_path / "video.gif") as reader:
         video = [frame[..., :3].astype(float) for frame in reader]
         assert reader.get_meta_data()["duration"] == pytest.approx(40)
 
+    del env, policy
+    gc.collect()
     other = get_task("InvertedPendulum-v5").make_gym(render_mode="rgb_array")
     other.reset()
     pictures = []

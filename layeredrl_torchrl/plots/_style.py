@@ -5,17 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from layeredrl_torchrl._checks import check_indices, require
+from layeredrl_torchrl._checks import check_indices, check_instance, require
+from layeredrl_torchrl.objectives._stored import padding_mask
 from layeredrl_torchrl.predictors import Predictor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["BLUE", "GREY", "ORANGE", "changes", "names_of", "new_figure", "states", "tidy"]
+__all__ = [
+    "BLUE",
+    "GREY",
+    "ORANGE",
+    "changes",
+    "is_real",
+    "names_of",
+    "new_figure",
+    "real_rows",
+    "shown_of",
+    "states",
+    "tidy",
+]
 
 BLUE, ORANGE, GREY = "#2a6fbb", "#d9722b", "#888888"
 
@@ -51,6 +65,29 @@ def names_of(names: Sequence[str] | None, n: int) -> list[str]:
     return list(names)
 
 
+def is_real(predictor: Predictor, data: TensorDictBase) -> Tensor:
+    """Return for transitions ``[*B]`` whether they are any, and no padding that TorchRL marks.
+
+    Raises:
+        TypeError: No predictor; no TensorDict. ValueError: Not a single transition.
+    """
+    check_instance("predictor", predictor, Predictor, hint="a level has one: level.predictor")
+    hint = "give what a collector yields, or TensorDict({...}, batch_size)"
+    check_instance("data", data, TensorDictBase, hint=hint)
+    mask = padding_mask(data, ("collector", "mask"))
+    if mask is None:
+        mask = torch.ones(data.shape, dtype=torch.bool)
+    if not bool(mask.any()):
+        raise ValueError(f"data have the shape {tuple(data.shape)} and no transition to show")
+    return mask.reshape(data.shape).cpu()
+
+
+def real_rows(predictor: Predictor, data: TensorDictBase) -> TensorDictBase:
+    """Return transitions ``[*B]`` as ``[N]``, without padding; raises as :func:`is_real`."""
+    real = is_real(predictor, data).reshape(-1)
+    return data.reshape(-1)[real]
+
+
 def states(predictor: Predictor, data: TensorDictBase) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return state, context, action and next state of transitions ``[*B]``.
 
@@ -67,16 +104,28 @@ def states(predictor: Predictor, data: TensorDictBase) -> tuple[Tensor, Tensor, 
 def changes(state: Tensor, next_state: Tensor, dims: Sequence[int] | None) -> tuple[list[int], Any]:
     """Return the dimensions to show, those that change by default, and the std of their changes.
 
+    Args:
+        state: States ``[N, D]``.
+        next_state: Those after a step.
+        dims: The dimensions; ``None`` for all that change.
+
     Raises:
-        ValueError: Dimensions outside the state; none that changes.
+        ValueError: Dimensions outside the state; none that changes; a single transition.
     """
-    unit = (next_state - state).reshape(-1, state.shape[-1]).std(0)
-    if dims is None:
-        shown = (unit > 1e-6).nonzero()[:, 0].tolist()
-    else:
-        shown = check_indices("dims", dims, len(unit))
+    if len(state) < 2:
+        raise ValueError("data have one transition, whose change has no std; give more")
+    unit = (next_state - state).std(0)
+    shown = (unit > 1e-6).nonzero()[:, 0].tolist() if dims is None else shown_of(dims, len(unit))
     if not shown or not bool((unit[shown] > 0).all()):
         raise ValueError(
             f"no change of the state in dimension(s) {shown or 'of all'}; see the data"
         )
     return shown, unit[shown]
+
+
+def shown_of(dims: Sequence[int], n: int) -> list[int]:
+    """Return ``dims`` if they are at least one of the ``n`` dimensions of the state."""
+    shown = check_indices("dims", dims, n)
+    if not shown:
+        raise ValueError("dims is empty; name dimensions of the state, or leave it out")
+    return shown

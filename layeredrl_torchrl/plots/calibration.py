@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING
 import torch
 from tensordict import TensorDict, TensorDictBase
 
-from layeredrl_torchrl.plots._style import BLUE, GREY, changes, names_of, new_figure, states, tidy
+from layeredrl_torchrl._checks import check_positive_int
+from layeredrl_torchrl.plots._style import (
+    BLUE,
+    GREY,
+    changes,
+    names_of,
+    new_figure,
+    real_rows,
+    states,
+    tidy,
+)
 from layeredrl_torchrl.predictors import Predictor
 
 if TYPE_CHECKING:
@@ -34,16 +44,17 @@ def plot_calibration(
 
     Args:
         predictor: The predictor.
-        data: Transitions ``[*B]`` that it was not trained on.
+        data: Transitions ``[*B]`` that it was not trained on; padding is left out.
         dims: Dimensions of the state; all that change by default.
         names: Names of all dimensions of the state.
-        n_levels: Quantiles, evenly from 0 to 1.
+        n_levels: Quantiles, evenly from 0 to 1; at least 2.
 
     Raises:
         KeyError: Data without observations or actions. ValueError: States that do not change.
             ModuleNotFoundError: No matplotlib.
     """
-    state, context, action, real = states(predictor, data.reshape(-1))
+    check_positive_int("n_levels", n_levels, minimum=2)
+    state, context, action, real = states(predictor, real_rows(predictor, data))
     labels = names_of(names, state.shape[-1])
     shown, _ = changes(state, real, dims)
     entries = dict(zip(predictor.model.in_keys, (state, context, action), strict=True))

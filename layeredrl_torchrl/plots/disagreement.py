@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from tensordict import TensorDictBase
 
-from layeredrl_torchrl._checks import check_indices, check_number
+from layeredrl_torchrl._checks import check_indices, check_number, check_positive_int
 from layeredrl_torchrl.models import EnsembleDisagreement
-from layeredrl_torchrl.plots._style import names_of, new_figure, states
+from layeredrl_torchrl.plots._style import names_of, new_figure, real_rows, states
 from layeredrl_torchrl.predictors import RewardPredictor
 
 if TYPE_CHECKING:
@@ -37,22 +37,23 @@ def plot_disagreement(
 
     Args:
         predictor: Has an ensemble of at least two members.
-        data: Transitions ``[*B]``, drawn as points.
+        data: Transitions ``[*B]``, drawn as points; padding is left out.
         dims: Two dimensions of the state.
         names: Names of all dimensions of the state.
         margin: How far the map reaches beyond the data, as a share of their range.
-        n: Points of the map along each axis.
+        n: Points of the map along each axis, at least 2.
 
     Raises:
         ValueError: Not two dimensions of the state. KeyError: Data without observations or actions.
             TypeError: A model that is no ensemble. ModuleNotFoundError: No matplotlib.
     """
     check_number("margin", margin, 0.0)
-    state, context, action, _ = states(predictor, data.reshape(-1))
+    check_positive_int("n", n, minimum=2)
+    state, context, action, _ = states(predictor, real_rows(predictor, data))
     labels = names_of(names, state.shape[-1])
     first, second = _two(check_indices("dims", dims, len(labels)))
     bonus = EnsembleDisagreement(predictor.model)
-    scale = state.std(0).clamp_min(1e-6)
+    scale = state.std(0, correction=0).clamp_min(1e-6)
     middle = int(((state - state.median(0).values) / scale).square().sum(-1).argmin())
     axes_of = []
     for d in (first, second):
@@ -63,11 +64,14 @@ def plot_disagreement(
     rows = state[middle].expand(len(grid), -1).clone()
     rows[:, [first, second]] = grid
     held = (x[middle].expand(len(grid), *x.shape[1:]) for x in (context, action))
-    found = bonus(rows, *held).reshape(n, n).T.cpu()  # rows of the picture are the second axis
+    found = (
+        bonus(rows, *held).reshape(n, n).T.float().cpu()
+    )  # rows of the picture are the second axis
     figure = new_figure(5.4, 4.2)
     axis = figure.subplots()
     mesh = axis.pcolormesh(*(x.numpy() for x in axes_of), found.numpy(), cmap="viridis")
-    axis.plot(state[:, first].cpu(), state[:, second].cpu(), ".", color="white", ms=1.5, alpha=0.5)
+    state = state.float().cpu()
+    axis.plot(state[:, first], state[:, second], ".", color="white", ms=1.5, alpha=0.5)
     axis.set_xlabel(labels[first])
     axis.set_ylabel(labels[second])
     figure.colorbar(mesh, label="disagreement of the members")

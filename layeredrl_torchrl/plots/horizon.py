@@ -9,7 +9,16 @@ import torch
 from tensordict import TensorDictBase
 
 from layeredrl_torchrl.models import TSInfinity
-from layeredrl_torchrl.plots._style import BLUE, GREY, ORANGE, changes, new_figure, states, tidy
+from layeredrl_torchrl.plots._style import (
+    BLUE,
+    GREY,
+    ORANGE,
+    changes,
+    is_real,
+    new_figure,
+    states,
+    tidy,
+)
 from layeredrl_torchrl.predictors import Predictor
 
 if TYPE_CHECKING:
@@ -35,7 +44,7 @@ def plot_error_by_horizon(
     Args:
         predictor: The predictor.
         episodes: Transitions ``[E, H]`` that it was not trained on; what comes after an episode's
-            end does not count.
+            end does not count, nor does padding.
         dims: Dimensions of the state; all that change by default.
         n_particles: Particles of each member.
 
@@ -43,17 +52,18 @@ def plot_error_by_horizon(
         ValueError: Another batch shape; states that do not change. KeyError: Data without
             observations or actions. ModuleNotFoundError: No matplotlib.
     """
+    alive = is_real(predictor, episodes)
     if episodes.ndim != 2:
         raise ValueError(
             f"episodes have the shape {tuple(episodes.shape)}, expected [E, H]: the first H steps "
             "of E episodes"
         )
     state, context, action, real = states(predictor, episodes)
-    shown, unit = changes(state, real, dims)
     done = episodes.get(("next", "done"), None)
-    alive = torch.ones(episodes.shape, dtype=torch.bool, device=state.device)
     if done is not None:
-        alive[:, 1:] = ~done[:, :-1].reshape(len(done), -1).cummax(1).values
+        alive[:, 1:] &= ~done[:, :-1].bool().reshape(len(done), -1).cummax(1).values.cpu()
+    alive = alive.to(state.device)
+    shown, unit = changes(state[alive], real[alive], dims)
     traj = predictor.model.rollout(
         state[:, 0], context[:, 0], action, propagation=TSInfinity(n_particles=n_particles)
     )
@@ -63,7 +73,7 @@ def plot_error_by_horizon(
     def size(what: torch.Tensor) -> torch.Tensor:
         """Root mean square ``[H]`` of ``[E, H, D]`` over what is alive."""
         square = torch.where(alive, (what[..., shown] / unit).square().mean(-1), 0.0)
-        return (square.sum(0) / alive.sum(0)).sqrt().cpu()
+        return (square.sum(0) / alive.sum(0)).sqrt().float().cpu()
 
     figure = new_figure(6, 3.6)
     axis = figure.subplots()

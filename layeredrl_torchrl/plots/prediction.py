@@ -9,9 +9,17 @@ import numpy as np
 import torch
 from tensordict import TensorDictBase
 
-from layeredrl_torchrl._checks import check_indices
 from layeredrl_torchrl.models import TSInfinity
-from layeredrl_torchrl.plots._style import BLUE, ORANGE, names_of, new_figure, states, tidy
+from layeredrl_torchrl.plots._style import (
+    BLUE,
+    ORANGE,
+    names_of,
+    new_figure,
+    real_rows,
+    shown_of,
+    states,
+    tidy,
+)
 from layeredrl_torchrl.predictors import Predictor
 
 if TYPE_CHECKING:
@@ -37,7 +45,7 @@ def plot_prediction(
 
     Args:
         predictor: The predictor.
-        episode: Consecutive transitions ``[T]`` of one episode.
+        episode: Consecutive transitions ``[T]`` of one episode; padding is left out.
         dims: Dimensions of the state; the four that move most by default.
         names: Names of all dimensions of the state.
         n_particles: Particles of each member.
@@ -46,8 +54,10 @@ def plot_prediction(
         ValueError: Another batch shape, or an episode that ends before the last transition.
             KeyError: Data without observations or actions. ModuleNotFoundError: No matplotlib.
     """
+    rows = real_rows(predictor, episode)
     if episode.ndim != 1:
         raise ValueError(f"episode has the shape {tuple(episode.shape)}, expected one episode [T]")
+    episode = rows
     done = episode.get(("next", "done"), None)
     if done is not None and bool(done[:-1].any()):
         raise ValueError(
@@ -63,12 +73,13 @@ def plot_prediction(
         action.to(device),
         propagation=TSInfinity(n_particles=n_particles),
     )
-    parts = predictor.model.uncertainty(traj).cpu()
+    parts = predictor.model.uncertainty(traj).float().cpu()
+    real = real.float()
     mean, between = parts["mean"], parts["epistemic_var"]
     total = between + parts["aleatoric_var"]
     if dims is None:
-        dims = real.std(0).argsort(descending=True)[:4].sort().values.tolist()
-    shown = check_indices("dims", dims, len(labels))
+        dims = real.std(0, correction=0).argsort(descending=True)[:4].sort().values.tolist()
+    shown = shown_of(dims, len(labels))
     time = np.arange(1, len(episode) + 1)
     figure = new_figure(7, 1.8 * len(shown) + 0.8)
     axes = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import known, make_buffer, make_predictor, make_transitions
 from tensordict import TensorDict
+from torchrl.collectors.utils import split_trajectories
 from torchrl.data import Bounded, Unbounded
 
 from layeredrl_torchrl import IdentityEncoder, Model, StaticPredictor
@@ -81,7 +82,9 @@ def test_the_error_by_horizon_is_counted_up_to_the_end_of_each_episode(drifting)
     data["next", "observation"][0, 2:] = 1e6
     figure = plot_error_by_horizon(drifting, data, dims=[1], n_particles=4000)
     state, real = data["observation"], data["next", "observation"]
-    unit = (real - state)[..., 1].std()
+    counts = torch.ones(5, 4, dtype=torch.bool)
+    counts[0, 2:] = False
+    unit = (real - state)[..., 1][counts].std()
     for t in range(4):
         rows = range(1 if t > 1 else 0, 5)
         wrong = [(float(state[e, 0, 1] + 2 * (t + 1) - real[e, t, 1]) / unit) ** 2 for e in rows]
@@ -90,6 +93,88 @@ def test_the_error_by_horizon_is_counted_up_to_the_end_of_each_episode(drifting)
         found = [line(figure, name)[t] for name in ("error of the mean", "if nothing changed")]
         assert found == pytest.approx([np.mean(wrong) ** 0.5, np.mean(same) ** 0.5], rel=0.02)
         assert line(figure, "predicted std")[t] == pytest.approx(float(std), rel=0.02)
+
+
+def drawn(figure):
+    """All numbers of a picture: its lines, and the points that its bands and maps are drawn by."""
+    found = [np.asarray(x.get_ydata(), dtype=float) for a in figure.axes for x in a.get_lines()]
+    for axis in figure.axes:
+        for part in axis.collections:
+            if hasattr(part, "get_coordinates"):
+                found += [part.get_array(), part.get_coordinates()]
+            found += [path.vertices for path in part.get_paths()[:1]]
+    return [np.ravel(np.asarray(x, dtype=float)) for x in found]
+
+
+PLOTS = {
+    plot_prediction: lambda data: data[1],
+    plot_calibration: lambda data: data,
+    plot_error_by_horizon: lambda data: data,
+    plot_disagreement: lambda data: data,
+}
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+def test_padding_is_left_out(plot):
+    """TorchRL's split_trajectories pads an episode that goes on, so nothing ends before it."""
+    predictor = make_predictor()
+    rows = make_transitions(10)
+    rows["collector", "traj_ids"] = torch.tensor([0] * 6 + [1] * 4)
+    rows["next", "done"][:] = rows["next", "terminated"][:] = False
+    padded = split_trajectories(rows)
+    assert padded.shape == (2, 6)
+    assert not padded["collector", "mask"].all()
+    kept = [rows[:6], rows[6:]]
+    torch.manual_seed(0)
+    found = drawn(plot(predictor, PLOTS[plot](padded)))
+    padded[1, 4:]["next", "observation"].fill_(50.0)
+    torch.manual_seed(0)
+    for one, other in zip(found, drawn(plot(predictor, PLOTS[plot](padded))), strict=True):
+        np.testing.assert_array_equal(one, other)
+    if plot is not plot_error_by_horizon:
+        alone = kept[1] if plot is plot_prediction else rows
+        torch.manual_seed(0)
+        for one, other in zip(found, drawn(plot(predictor, alone)), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("plot", PLOTS)
+def test_predictors_of_other_precision(plot, dtype):
+    predictor = make_predictor().to(dtype)
+    data = make_transitions(8).reshape(2, 4)
+    data["next", "done"] = torch.zeros(2, 4, 1)  # floats, as some data sets have them
+    figure = plot(predictor, PLOTS[plot](data))
+    assert all(np.isfinite(x).all() for x in drawn(figure))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("plot", PLOTS)
+def test_inputs_that_show_nothing(plot):
+    predictor, data = make_predictor(), make_transitions(8).reshape(2, 4)
+    rows = PLOTS[plot](data)
+    with pytest.raises(ValueError, match=r"the shape \(0.* and no transition"):
+        plot(predictor, rows[:0])
+    with pytest.raises(TypeError, match=r"predictor must be .* level.predictor"):
+        plot(predictor.model, rows)
+    with pytest.raises(TypeError, match=r"data must be .* got dict"):
+        plot(predictor, rows.to_dict())
+    with pytest.raises(ValueError, match=r"dims (is empty|is \[\])"):
+        plot(predictor, rows, dims=[])
+    one = rows[:1] if rows.ndim == 1 else rows[:1, :1]
+    if plot in (plot_prediction, plot_disagreement):
+        plot(predictor, one)
+    else:
+        with pytest.raises(ValueError, match="one transition, whose change has no std"):
+            plot(predictor, one)
+
+
+def test_too_few_points():
+    predictor, data = make_predictor(), make_transitions(8)
+    with pytest.raises(ValueError, match="n_levels must be at least 2, got 1"):
+        plot_calibration(predictor, data, n_levels=1)
+    with pytest.raises(ValueError, match="n must be at least 2, got 1"):
+        plot_disagreement(predictor, data, n=1)
 
 
 def test_a_calibration_curve_counts_what_lies_below_each_quantile():

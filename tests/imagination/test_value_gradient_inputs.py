@@ -1,0 +1,239 @@
+"""What value gradients take, refuse and call by name; TorchRL's hooks; copies; compiled."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+from torchrl.data import Bounded, OneHot, Unbounded
+from torchrl.objectives import SoftUpdate, ValueEstimators
+from value_gradients import (
+    ACTION,
+    make_learned,
+    make_steps,
+)
+
+from layeredrl_torchrl import (
+    PredictorFactory,
+    ValueGradientLoss,
+)
+from layeredrl_torchrl.nets import QValueOperator, TanhActor
+
+pytestmark = pytest.mark.filterwarnings("ignore:No target network updater")
+
+
+@pytest.mark.parametrize("batch", [(6,), (2, 3)])
+def test_forward_leaves_the_predictor_alone_and_takes_any_batch(batch):
+    loss = make_learned(horizon=2)
+    td = TensorDict({"state": torch.randn(*batch, 2)}, batch)
+    out = loss(td)
+    assert td["td_error"].shape == (*batch, 1)
+    sum(out[key] for key in ("loss_actor", "loss_qvalue", "loss_alpha")).backward()
+    assert all(p.grad is not None for p in loss.parameters() if p.requires_grad)
+    members = loss.predictor.model.members
+    assert all(p.requires_grad and p.grad is None for p in members.parameters())
+    assert not set(map(id, loss.parameters())) & set(map(id, loss.predictor.parameters()))
+
+
+def test_reductions_and_names():
+    torch.manual_seed(0)
+    loss, td = (
+        make_learned(horizon=1, reduction="none"),
+        TensorDict({"state": torch.randn(6, 2)}, [6]),
+    )
+    torch.manual_seed(1)
+    rows = loss(td)
+    loss.reduction = "mean"
+    torch.manual_seed(1)
+    mean = loss(td.exclude("td_error"))
+    for key in rows.keys():
+        assert rows[key].shape == (6,)
+        torch.testing.assert_close(rows[key].mean(), mean[key])
+
+
+@pytest.mark.parametrize("horizon", [0, 2])
+def test_tensors_by_name(horizon):
+    loss, td = make_learned(horizon=horizon), make_steps(6)
+    named = {"_".join([key] if isinstance(key, str) else key): td[key] for key in loss.in_keys}
+    torch.manual_seed(0)
+    found = loss(**named)
+    torch.manual_seed(0)
+    expected = loss(td)
+    torch.testing.assert_close(found, tuple(expected[key] for key in loss.out_keys))
+
+
+def test_torchrl_s_hooks():
+    loss = make_learned(horizon=1)
+    update = SoftUpdate(loss, tau=0.25)
+    before = loss.target_qvalue_network_params.clone()
+    with torch.no_grad():
+        loss.qvalue_network_params.data.apply_(lambda x: x.add_(1) if x.is_floating_point() else x)
+    update.step()
+    key = ("module", "head", "net", "0", "weight")
+    shift = loss.target_qvalue_network_params[key] - before[key]
+    torch.testing.assert_close(shift, torch.full_like(shift, 0.25), atol=1e-5, rtol=0)
+    loss.set_keys(value_target="worth")
+    td = TensorDict({"state": torch.randn(4, 2), "action": ACTION.rand((4,))}, [4])
+    td["worth"] = torch.zeros(4, 1)
+    assert loss(td)["loss_qvalue"] > 0
+    other = make_learned(horizon=1)
+    other.load_state_dict(loss.state_dict())
+    for a, b in zip(loss.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"horizon": -1}, ValueError, "horizon"),
+        ({"horizon": 1.5}, TypeError, "horizon"),
+        ({"alpha_init": 0.0}, ValueError, "alpha_init"),
+        ({"num_qvalue_nets": 0}, ValueError, "num_qvalue_nets"),
+        ({"loss_function": "huber"}, ValueError, "loss_function"),
+        ({"reduction": "max"}, ValueError, "reduction"),
+        ({"mean_qvalue": "yes"}, TypeError, "mean_qvalue"),
+        ({"predictor": nn.Linear(2, 2)}, TypeError, "predictor"),
+        ({"actor": nn.Linear(2, 2)}, TypeError, "actor_network must be"),
+        ({"actor": TanhActor(2, 0, ACTION, in_keys=["observation"])}, ValueError, "observation"),
+        ({"actor": TanhActor(2, 0, ACTION, action_key="u")}, ValueError, "writes"),
+        ({"critic": QValueOperator(2, 0, 2, in_keys=["z", "", "action"])}, ValueError, "'z'"),
+    ],
+    ids=str,
+)
+def test_what_is_refused_when_built(options, error, message):
+    parts = {"actor": TanhActor(2, 0, ACTION), "critic": QValueOperator(2, 0, 2)}
+    parts["predictor"] = PredictorFactory(hidden_sizes=(8,))(Unbounded((2,)), ACTION)
+    parts |= {name: options.pop(name) for name in list(options) if name in parts}
+    with pytest.raises(error, match=message):
+        ValueGradientLoss(*parts.values(), **options)
+
+
+@pytest.mark.parametrize(
+    ("method", "key"),
+    [
+        ("value_targets", ("next", "reward")),
+        ("value_targets", ("next", "state")),
+        ("fit_scale", "state"),
+        ("fit_scale", ("next", "reward")),
+        ("fit_inputs", "action"),
+        ("qvalue_loss", "value_target"),
+        ("actor_loss", "state"),
+        ("forward", "action"),
+    ],
+)
+def test_values_that_are_not_finite_are_refused(method, key, unchanged):
+    loss, steps = make_learned(horizon=1), make_steps(4, 3)
+    steps["value_target"] = torch.zeros(4, 3, 1)
+    steps[key][1, 1] = torch.nan
+    with unchanged(loss), pytest.raises(ValueError, match="non-finite"):
+        getattr(loss, method)(steps)
+
+
+def test_options_of_the_value_estimator_are_checked():
+    loss = make_learned(horizon=1)
+    with pytest.raises(NotImplementedError, match="GAE"):
+        loss.make_value_estimator(ValueEstimators.GAE)
+    with pytest.raises(TypeError, match="lmbda"):
+        loss.make_value_estimator(ValueEstimators.TD0, lmbda=0.5)
+    with pytest.raises(ValueError, match="gamma"):
+        loss.make_value_estimator(gamma=1.5)
+    loss.make_value_estimator(gamma=1.0)
+    with pytest.raises(ValueError, match="no bounds"):
+        loss.fit_scale(make_steps(4))
+
+
+def test_flags_may_be_bytes():
+    loss, steps = make_learned(horizon=0), make_steps(20)
+    flags = steps.clone()
+    for key in ("done", "terminated"):
+        flags["next", key] = flags["next", key].byte()
+    found = []
+    for td in (steps, flags):
+        torch.manual_seed(0)
+        found.append(loss.qvalue_loss(td)[0])
+        torch.manual_seed(0)
+        found.append(loss.value_targets(td.unsqueeze(0))["value_target"])
+    assert steps["next", "terminated"].any()
+    torch.testing.assert_close(found[:2], found[2:])
+
+
+def test_padding_counts_nowhere():
+    loss = make_learned(horizon=2)
+    steps = make_steps(6)
+    padded = torch.cat([steps, steps.apply(lambda x: 50 * x if x.is_floating_point() else x)])
+    padded["collector", "mask"] = torch.arange(12) < 6
+    loss.log_alpha.data.fill_(-60.0)  # actions are drawn at random
+    states = []
+    for td in (steps, padded):
+        loss.fit_inputs(td)
+        loss.fit_scale(td)
+        states.append({k: v.clone() for k, v in loss.state_dict().items()})
+    torch.testing.assert_close(*states)
+    torch.manual_seed(0)
+    said = loss(padded)
+    torch.manual_seed(0)
+    found = loss.actor_loss(padded)[1]
+    torch.testing.assert_close(said["value"], found["value"][:6].mean())
+    torch.testing.assert_close(said["entropy"], -found["log_prob"][:6].mean())
+
+
+def test_nested_names_are_keys():
+    loss = make_learned(horizon=0)
+    loss.set_keys(reward=("team", "reward"), state_action_value="q")
+    assert loss.in_keys[2] == ("next", "team", "reward")
+    with pytest.raises(KeyError, match="state_action_value"):
+        loss(make_steps(4).update({"next": {"team": {"reward": torch.zeros(4, 1)}}}))
+
+
+def test_starts_of_another_shape_are_refused():
+    loss = make_learned(horizon=1)
+    for state, batch in (((4, 3), [4]), ((4, 2), []), ((4, 1, 2), [4])):
+        with pytest.raises(ValueError, match="'state' has shape"):
+            loss(TensorDict({"state": torch.zeros(state)}, batch))
+    assert loss(TensorDict({"state": torch.zeros(0, 2)}, [0]))["loss_actor"].shape == ()
+
+
+def test_a_policy_acts_in_the_predictors_space():
+    def build(spec, own):
+        predictor = PredictorFactory(hidden_sizes=(8,), n_models=2)(Unbounded((2,)), spec)
+        critic = QValueOperator(2, 0, own, (8,))
+        return ValueGradientLoss(TanhActor(2, 0, own, (8,)), critic, predictor, horizon=1)
+
+    build(ACTION, Bounded(-0.5, 0.5, (2,)))
+    with pytest.raises(ValueError, match="acts in"):
+        build(ACTION, Bounded(-1.0, 2.0, (2,)))
+    with pytest.raises(ValueError, match="choices"):
+        build(OneHot(2), ACTION)
+    other = build(ACTION, Bounded(-1.0, 1.0, (1,)))
+    with pytest.raises(ValueError, match=r"acts by \(1,\).*\(2,\)"):
+        other(TensorDict({"state": torch.zeros(4, 2)}, [4]))
+
+
+def test_a_copy_learns_by_itself():
+    loss = make_learned(horizon=1)
+    twin = copy.deepcopy(loss)
+    td = TensorDict({"state": torch.randn(4, 2)}, [4])
+    twin(td.clone())["loss_actor"].backward()
+    assert all(p.grad is None for p in loss.parameters())
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_it_gives_the_same_losses_and_gradients(backend):
+    loss = make_learned(horizon=1)
+    options = {"fallback_random": True} if backend == "inductor" else None
+    td, found = TensorDict({"state": torch.randn(6, 2)}, [6]), []
+    for compiled in (False, True):
+        if compiled:
+            loss.compile(backend=backend, options=options)
+        torch.manual_seed(0)
+        loss.zero_grad()
+        out = loss(td.clone())
+        (out["loss_actor"] + out["loss_qvalue"]).backward()
+        found.append([*out.values(), *(p.grad for p in loss.parameters() if p.grad is not None)])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    next(loss.predictor.model.members.parameters()).data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        loss(td)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -70,8 +71,9 @@ class Curve:
 
 def write_rows(path: Path, columns: list[str], rows: Iterable[Iterable[float]]) -> None:
     """Write a CSV file as a whole; an empty one without columns."""
-    lines = [columns, *([str(value) for value in row] for row in rows)] if columns else []
-    write_whole(path, "".join(f"{','.join(line)}\r\n" for line in lines))
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([columns, *rows] if columns else [])
+    write_whole(path, text.getvalue())
 
 
 def write_whole(path: Path, text: str) -> None:

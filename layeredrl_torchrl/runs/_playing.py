@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,15 +26,21 @@ def collector_options(device: str | torch.device) -> dict[str, Any]:
 
 
 def evaluate(
-    env: EnvBase, policy: TensorDictModuleBase, n: int, *, seed: int, device: str | torch.device
+    make_env: Callable[[], EnvBase],
+    policy: TensorDictModuleBase,
+    n: int,
+    *,
+    seed: int,
+    device: str | torch.device,
 ) -> dict[str, float]:
     """Play ``n`` episodes by TorchRL's ``Evaluator``, one after the other.
 
     Nothing else notices: random numbers go on where they were, and the policy in its own mode.
 
     Args:
-        env: One environment, batch size ``[]`` or ``[1]``: of several, those whose episodes are
-            short would end more of the first ``n``. Closed at the end.
+        make_env: Returns one environment, batch size ``[]`` or ``[1]``: of several, those whose
+            episodes are short would end more of the first ``n``. Closed at the end. (Making it may
+            draw and seed random numbers, too.)
         policy: The policy, whose primers are appended to the environment.
         n: Number of episodes.
         seed: Seed of the random numbers that the policy draws.
@@ -46,20 +53,23 @@ def evaluate(
     modes = [(module, module.training) for module in policy.modules()]
     rng = GlobalRNGState()
     before = rng.state_dict()
-    torch.manual_seed(seed)
-    evaluator = Evaluator(
-        env,
-        policy,
-        num_trajectories=n,
-        frames_per_batch=50,  # what is played in vain at the end
-        collector_kwargs={"traj_format": "cat", **collector_options(device)},
-        metrics_fn=_success,
-        log_prefix="",
-    )
     try:
-        found = evaluator.evaluate()
+        env = make_env()
+        torch.manual_seed(seed)
+        evaluator = Evaluator(
+            env,
+            policy,
+            num_trajectories=n,
+            frames_per_batch=50,  # what is played in vain at the end
+            collector_kwargs={"traj_format": "cat", **collector_options(device)},
+            metrics_fn=_success,
+            log_prefix="",
+        )
+        try:
+            found = evaluator.evaluate()
+        finally:
+            evaluator.shutdown()
     finally:
-        evaluator.shutdown()
         rng.load_state_dict(before)
         for module, training in modes:
             module.training = training

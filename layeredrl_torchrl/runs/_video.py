@@ -63,7 +63,8 @@ def record(
     """Record an episode as an animated GIF, in real time, with at most 25 pictures a second.
 
     Args:
-        env: One environment, batch size ``[1]``, that renders "rgb_array"; closed at the end.
+        env: One environment, batch size ``[]`` or ``[1]``, that renders "rgb_array"; closed at the
+            end.
         policy: The policy, whose primers are in the environment.
         path: The file.
         device: Device of the policy.
@@ -71,7 +72,7 @@ def record(
     # MuJoCo frees what a lost renderer drew with by number, in whatever context is current: later
     # it would take what this one draws with, and leave black pictures.
     gc.collect()
-    fps = env.metadata.get("render_fps", _FPS)
+    fps = env.metadata.get("render_fps") or _FPS
     skip = max(round(fps / _FPS), 1)
     env.append_transform(PixelRenderTransform(preproc=_shrink))
     env.append_transform(
@@ -102,7 +103,7 @@ class _GifWriter:
 
 
 def _shrink(pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
-    """Return ``[n, 3, H, W]`` of pictures ``[height, width, 3]``."""
-    found = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    """Return ``[n, 3, H, W]`` of n pictures ``[height, width, 3]``, ``[3, H, W]`` of one alone."""
+    found = torch.from_numpy(np.stack(pictures)).movedim(-1, -3)
     factor = max(found.shape[-2] // _HEIGHT, 1)
     return torch.nn.functional.avg_pool2d(found.float(), factor).to(torch.uint8)

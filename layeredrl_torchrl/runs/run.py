@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,6 +23,7 @@ from torchrl.modules.utils import get_primers_from_module
 from torchrl.record.loggers import Logger
 from tqdm import tqdm
 
+from layeredrl_torchrl._checks import require
 from layeredrl_torchrl.checkpoints import CollectorState, SafeCheckpoint, SafeRotation
 from layeredrl_torchrl.runs._checkpoints import RunCheckpoints
 from layeredrl_torchrl.runs._files import Curve, write_rows
@@ -39,6 +41,10 @@ from layeredrl_torchrl.runs.workers import WorkerDiedError, WorkerOptions, colle
 
 __all__ = ["Run"]
 
+_SUMMED = {
+    "reader": "a run",
+    "hint": "append torchrl.envs.RewardSum() to the environment, which sums returns",
+}
 _NO_ESTIMATE = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
@@ -185,7 +191,13 @@ class Run:
         """Add a row to the learning curve, with ``env_steps`` before and ``seconds`` after it.
 
         The numbers in it also go to the ``logger`` of the options.
+
+        Raises:
+            TypeError: What is no number. ValueError: One of these two names; other columns than
+                those of the first row.
         """
+        if own := {"env_steps", "seconds"} & row.keys():
+            raise ValueError(f"a row has {sorted(own)}, which log() adds; use other names")
         seconds = time.monotonic() - self._start
         self.curve.add({"env_steps": float(self.steps), **row, "seconds": seconds})
         if self._logger is not None:
@@ -193,19 +205,19 @@ class Run:
             self._logger.log_metrics(known, step=self.steps)
 
     def returns(self, data: TensorDictBase) -> dict[str, float]:
-        """Summarize the returns in a batch ``[env, T]`` with ``RewardSum``, for a row of the curve.
+        """Summarize the returns in a batch ``[env, T]`` or ``[T]`` with ``RewardSum``, for a row.
 
         Returns:
             The number of ``"episodes"`` that ended, their mean ``"return"`` (that of the previous
             row if none has ended), and the mean ``"return_so_far"`` of those that go on.
         """
-        so_far = data["next", "episode_reward"]
+        so_far = require(data, ("next", "episode_reward"), **_SUMMED)
         ended = so_far[data["next", "done"]]
         last = self.rows[-1]["return"] if self.rows else math.nan
         return {
             "episodes": float(len(ended)),
             "return": ended.mean().item() if len(ended) else last,
-            "return_so_far": so_far[:, -1].mean().item(),
+            "return_so_far": so_far[..., -1, :].mean().item(),
         }
 
     # -- evaluation -------------------------------------------------------------------------
@@ -237,8 +249,8 @@ class Run:
         if self.steps // every == last // every:
             return dict.fromkeys(columns, math.nan)
         seed, n = options.seed + 20_000, options.episodes_per_evaluation
-        env = make_env(seed=seed, n=1)
-        found = evaluate(env, policy, n, seed=seed, device=options.device)
+        make = partial(make_env, seed=seed, n=1)
+        found = evaluate(make, policy, n, seed=seed, device=options.device)
         return {column: found[name] for column, name in columns.items()}
 
     def finish(
@@ -278,17 +290,17 @@ class Run:
         """Print a summary of evaluation episodes, and write them to ``evaluation.csv``.
 
         Args:
-            ends: Last steps ``[n]`` from :func:`play_episodes`, with ``RewardSum`` and, for tasks
-                with goals, ``SuccessRate``.
+            ends: Last steps ``[n]`` or ``[]`` from :func:`play_episodes`, with ``RewardSum`` and,
+                for tasks with goals, ``SuccessRate``.
             how: Description of the policy; also part of the file's name.
             solved_at: Mean return from which the task counts as solved.
         """
-        returns = ends["episode_reward"].squeeze(-1)
+        returns = require(ends, "episode_reward", **_SUMMED).reshape(-1)
         columns = {"return": returns.tolist()}
         goal = "" if solved_at is None else f", solved from {solved_at:g}"
         rate = ""
         if "episode_success" in ends.keys():
-            success = ends["episode_success"].squeeze(-1).float()
+            success = ends["episode_success"].reshape(-1).float()
             columns["success"] = success.tolist()
             rate = f", success rate {success.mean():.2f}"
         name = f"evaluation_{how}.csv" if how else "evaluation.csv"

@@ -6,17 +6,30 @@ import csv
 import math
 import shutil
 from dataclasses import dataclass
+from functools import partial
 
+import imageio
+import numpy as np
 import pytest
 import torch
 from helpers import SMALL_FACTORY, SMALL_PLANNER
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
-from torchrl.envs import ExplorationType, RewardSum, exploration_type, set_exploration_type
+from torchrl.envs import (
+    Compose,
+    DoubleToFloat,
+    ExplorationType,
+    GymEnv,
+    RewardSum,
+    TransformedEnv,
+    exploration_type,
+    set_exploration_type,
+)
 
 from layeredrl_torchrl import make_batched
 from layeredrl_torchrl.runs import Run, RunOptions
 from layeredrl_torchrl.runs._playing import _success, evaluate
+from layeredrl_torchrl.runs._video import record
 
 TASK = "InvertedPendulum-v5"
 
@@ -38,7 +51,7 @@ def make_planner():
 def test_the_mean_of_whole_episodes():
     """Against a loop over gymnasium's own steps; the collector resets twice before it acts."""
     policy = swaying()
-    found = evaluate(make_env(7, 1), policy, 4, seed=0, device="cpu")
+    found = evaluate(partial(make_env, 7, 1), policy, 4, seed=0, device="cpu")
     env = make_env(7, 1)
     gym = env.base_env._env.envs[0]
     env.reset()
@@ -61,15 +74,28 @@ def test_nothing_else_notices():
     planner = make_planner()
     planner.predictor.eval()
     planner.predictor.model.train()
+
+    def make():
+        """As environments that are seeded by everybody's generators."""
+        torch.manual_seed(1)
+        np.random.seed(1)  # noqa: NPY002
+        return make_env(7, 1)
+
     modes = [module.training for module in planner.modules()]
     torch.manual_seed(3)
-    expected = torch.rand(2)
+    expected = torch.rand(3)
     torch.manual_seed(3)
+    np.random.seed(3)  # noqa: NPY002
+    by_numpy = np.random.RandomState(3).rand()
     found, drawn = [], []
     for _ in range(2):
-        found.append(evaluate(make_env(7, 1), planner, 8, seed=5, device="cpu"))
+        found.append(evaluate(make, planner, 8, seed=5, device="cpu"))
         drawn.append(torch.rand(1))
+    with pytest.raises(ZeroDivisionError):
+        evaluate(lambda: (make(), 1 / 0), planner, 8, seed=5, device="cpu")
+    drawn.append(torch.rand(1))
     assert torch.equal(torch.cat(drawn), expected)
+    assert np.random.rand() == by_numpy  # noqa: NPY002
     assert [module.training for module in planner.modules()] == modes
     assert found[0]["reward"] == found[1]["reward"]  # whatever was drawn before
 
@@ -83,7 +109,7 @@ def test_actions_are_deterministic():
 
     policy = TensorDictModule(act, ["observation"], ["action"])
     with set_exploration_type(ExplorationType.RANDOM):
-        evaluate(make_env(0, 1), policy, 1, seed=0, device="cpu")
+        evaluate(partial(make_env, 0, 1), policy, 1, seed=0, device="cpu")
     assert set(seen[1:]) == {ExplorationType.DETERMINISTIC}  # the first asks for the keys
 
 
@@ -151,6 +177,53 @@ def test_a_run_goes_on_as_if_it_had_not_been_evaluated(tmp_path):
         torch.rand(7)
         run_planner(tmp_path / "evaluated", resume=True, **every)
         assert rows(tmp_path / "evaluated") == expected
+
+
+def make_single(seed, n, **kwargs):
+    """An environment without a batch axis, as GymEnv makes it."""
+    env = TransformedEnv(GymEnv(TASK, **kwargs), Compose(DoubleToFloat(), RewardSum()))
+    env.set_seed(seed)
+    return env
+
+
+def test_an_environment_without_a_batch_axis(tmp_path):
+    config = Options(output=tmp_path / "run", steps_per_evaluation=40)
+    with Run(config, 80) as run:
+        env = make_single(0, 1)
+        for data in run.collect(env):
+            assert data.ndim == 1
+            run.log(run.returns(data) | run.evaluation(make_single, swaying()))
+            so_far = data["next", "episode_reward"]
+            assert run.rows[-1]["return_so_far"] == so_far[-1].item()
+            assert run.rows[-1]["episodes"] == data["next", "done"].sum()
+        run.finish(make_single, swaying())
+    header, *lines = (run.folder / "evaluation.csv").read_text().splitlines()
+    assert header == "return"
+    assert [float(line) > 0 for line in lines] == [True]
+
+
+def test_returns_that_nobody_sums(tmp_path):
+    with Run(Options(output=tmp_path / "run"), 80) as run:
+        env = make_batched(TASK, 2, seed=0)
+        with pytest.raises(KeyError, match=r"append torchrl.envs.RewardSum\(\)"):
+            run.returns(env.rollout(3))
+        with pytest.raises(KeyError, match=r"append torchrl.envs.RewardSum\(\)"):
+            run.finish(lambda n, seed: make_batched(TASK, n, seed=seed), swaying())
+
+
+@pytest.mark.usefixtures("renders")
+@pytest.mark.parametrize("fps", [None, 10])
+def test_a_video_of_an_environment_without_a_batch_axis(fps, tmp_path):
+    """And of one that does not know its own pace."""
+    env = make_single(0, 1, render_mode="rgb_array")
+    env.base_env._env.metadata["render_fps"] = fps
+    seen = []
+    act = swaying()
+    act.register_forward_pre_hook(lambda *_: seen.append(None))
+    record(env, act, tmp_path / "video.gif", "cpu")
+    with imageio.get_reader(tmp_path / "video.gif") as video:
+        assert len(list(video)) == len(seen) + 1
+        assert video.get_meta_data()["duration"] == pytest.approx(1000 / (fps or 25))
 
 
 @pytest.mark.usefixtures("renders")

@@ -75,3 +75,15 @@ def test_a_missing_package_is_named_at_the_start(kind, message, tmp_path):
 def test_other_loggers_are_refused(tmp_path):
     with pytest.raises(RunError, match="--logger must be one of csv, tensorboard, wandb; got 'x'"):
         log(tmp_path / "run", "x", 20)
+
+
+def test_names_that_the_run_adds_itself(tmp_path):
+    with Run(RunOptions(output=tmp_path / "run"), 10) as run:
+        run.count(torch.zeros(10))
+        for name in ("env_steps", "seconds"):
+            with pytest.raises(ValueError, match=f"'{name}'.* log\\(\\) adds; use other names"):
+                run.log({name: 5.0})
+        run.log({"one, two": 1.0})
+        before = run.curve.path.read_text()
+        run.curve.rewrite()
+        assert run.curve.path.read_text() == before

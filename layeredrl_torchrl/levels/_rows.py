@@ -12,7 +12,7 @@ from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 
 from layeredrl_torchrl._checks import check_finite, check_width, require
-from layeredrl_torchrl.objectives._stored import padding_mask
+from layeredrl_torchrl._padding import padding_mask
 from layeredrl_torchrl.specs import canonical_action
 
 __all__ = [

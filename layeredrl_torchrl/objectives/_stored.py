@@ -24,7 +24,7 @@ from torchrl.data import (
     TensorStorage,
 )
 
-__all__ = ["StoredRows", "any_in_row", "check_single_steps", "padding_mask", "rows_at", "take"]
+__all__ = ["StoredRows", "any_in_row", "check_single_steps", "rows_at", "take"]
 
 # Uniform samplers, which are not used: slices have their own uniform draws.
 _UNIFORM = (RandomSampler, SamplerWithoutReplacement, SliceSampler, SliceSamplerWithoutReplacement)
@@ -197,33 +197,6 @@ def check_single_steps(rows: TensorDictBase) -> None:
             "which MultiStep writes), expected one step each; leave MultiStep out, targets over "
             "several steps are made from slices (n_steps= of RewardPredictor)."
         )
-
-
-def padding_mask(rows: TensorDictBase, key: NestedKey) -> Tensor | None:
-    """Return the mask of ``rows [*B]`` that is false for padding, if there is one.
-
-    TorchRL's ``split_trajectories`` writes it beside the trajectory ids: below ``"collector"``, or
-    at the root of what no collector has yielded.
-
-    Args:
-        rows: Transitions.
-        key: Its key. At the root, another entry of that name is none: of no bool, or of more axes.
-
-    Raises:
-        ValueError: A mask of another dtype or shape.
-    """
-    mask = rows.get(key, None)
-    if mask is None:
-        named = rows.get(key[-1], None) if isinstance(key, tuple) else None
-        if not isinstance(named, Tensor) or named.dtype != torch.bool:
-            return None
-        return named if named.shape == rows.batch_size else None
-    if mask.dtype != torch.bool or mask.shape.numel() != rows.batch_size.numel():
-        raise ValueError(
-            f"{key!r} is {mask.dtype} {tuple(mask.shape)}, expected torch.bool "
-            f"{tuple(rows.batch_size)}"
-        )
-    return mask
 
 
 def rows_at(contents: TensorDictBase, index: Tensor) -> TensorDictBase:

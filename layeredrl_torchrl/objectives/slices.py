@@ -12,11 +12,11 @@ from torch import Tensor
 from torchrl.data import ReplayBuffer
 
 from layeredrl_torchrl._checks import check_positive_int
+from layeredrl_torchrl._padding import padding_mask
 from layeredrl_torchrl.objectives._stored import (
     StoredRows,
     any_in_row,
     check_single_steps,
-    padding_mask,
     rows_at,
     take,
 )

@@ -10,7 +10,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from layeredrl_torchrl._checks import check_indices, check_instance, require
-from layeredrl_torchrl.objectives._stored import padding_mask
+from layeredrl_torchrl._padding import padding_mask
 from layeredrl_torchrl.predictors import Predictor
 
 if TYPE_CHECKING:

@@ -6,6 +6,8 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.data import MultiStep
 
+from layeredrl_torchrl._padding import padding_mask
+
 __all__ = ["sum_rewards"]
 
 
@@ -24,7 +26,8 @@ def sum_rewards(data: TensorDictBase, gamma: float) -> TensorDictBase:
     (tensor([1.5000, 1.0000, 1.0000]), tensor([ True,  True, False]))
 
     Args:
-        data: ``[N, T]``: ``N`` trajectories, each a row in the order of time.
+        data: ``[N, T]``: ``N`` trajectories, each a row in the order of time. They end before what
+            TorchRL marks as padding (``split_trajectories``).
         gamma: Discount of one step.
 
     Returns:
@@ -39,6 +42,13 @@ def sum_rewards(data: TensorDictBase, gamma: float) -> TensorDictBase:
     if "truncated" in data["next"].keys():
         flags.append("truncated")
     ends = data["next"].select(*flags)
+    mask = padding_mask(data, ("collector", "mask"))
+    if mask is not None:
+        # MultiStep stops at ends only, so the last step before the padding becomes one.
+        before = mask.reshape(data.shape)[:, 1:].logical_not().unsqueeze(-1)
+        done = data["next", "done"].reshape(*data.shape, -1).clone()
+        done[:, :-1] |= before
+        data = data.clone(recurse=False).set(("next", "done"), done)
     data = MultiStep(gamma=gamma, n_steps=data.shape[1])(data)
     steps = data["steps_to_next_obs"]
     last = torch.arange(data.shape[1], device=steps.device) + steps - 1

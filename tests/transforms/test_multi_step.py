@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
+from torchrl.collectors.utils import split_trajectories
 
 from layeredrl_torchrl import sum_rewards
 
@@ -29,6 +30,29 @@ def test_up_to_the_end_of_the_episode_or_of_the_data(shape):
             for key in ("state", "done", "terminated", "truncated"):
                 assert torch.equal(found["next", key][i, t], data["next", key][i, last])
     assert torch.equal(found["state"], data["state"])
+
+
+def test_trajectories_end_before_their_padding():
+    """TorchRL's split_trajectories pads with zeros, also where an episode goes on."""
+    ids = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2])
+    no = torch.zeros(9, 1, dtype=torch.bool)
+    following = {"reward": torch.randn(9, 1), "state": torch.randn(9, 2), "done": no.clone()}
+    following["done"][8] = True
+    following |= {"terminated": following["done"].clone(), "truncated": no}
+    data = TensorDict({"collector": {"traj_ids": ids}, "next": following}, [9])
+    padded = split_trajectories(data)
+    before = padded.clone()
+    found = sum_rewards(padded, gamma=0.9)
+    assert (padded == before).all()
+    found = found[found["collector", "mask"]]  # the rows in their order
+    ends = {0: 3, 1: 5, 2: 8}
+    for t in range(9):
+        last = ends[int(ids[t])]
+        total = sum(0.9 ** (k - t) * following["reward"][k].item() for k in range(t, last + 1))
+        assert found["next", "reward"][t].item() == pytest.approx(total, abs=1e-5)
+        assert int(found["steps_to_next_obs"][t]) == last - t + 1
+        for key in ("state", "done", "terminated"):
+            assert torch.equal(found["next", key][t], following[key][last])
 
 
 def test_steps_without_trajectories_are_refused():

@@ -1,0 +1,36 @@
+"""Where TorchRL says that steps are padding."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+
+__all__ = ["padding_mask"]
+
+
+def padding_mask(rows: TensorDictBase, key: NestedKey) -> Tensor | None:
+    """Return the mask of ``rows [*B]`` that is false for padding, if there is one.
+
+    TorchRL's ``split_trajectories`` writes it beside the trajectory ids: below ``"collector"``, or
+    at the root of what no collector has yielded.
+
+    Args:
+        rows: Transitions.
+        key: Its key. At the root, another entry of that name is none: of no bool, or of more axes.
+
+    Raises:
+        ValueError: A mask of another dtype or shape.
+    """
+    mask = rows.get(key, None)
+    if mask is None:
+        named = rows.get(key[-1], None) if isinstance(key, tuple) else None
+        if not isinstance(named, Tensor) or named.dtype != torch.bool:
+            return None
+        return named if named.shape == rows.batch_size else None
+    if mask.dtype != torch.bool or mask.shape.numel() != rows.batch_size.numel():
+        raise ValueError(
+            f"{key!r} is {mask.dtype} {tuple(mask.shape)}, expected torch.bool "
+            f"{tuple(rows.batch_size)}"
+        )
+    return mask

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -107,6 +108,19 @@ class JoinGoals(CatTensors):
         self._parts = None
         super().set_container(container)
 
+    def _joined_dtype(self, spec: Composite) -> torch.dtype:
+        """The dtype of the vector, to which ``torch.cat`` promotes those of the entries."""
+        return reduce(torch.promote_types, (spec[key].dtype for key in self.in_keys))
+
+    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        """Declare the vector; TorchRL gives it the dtype of one of its entries."""
+        found = set(self.in_keys) <= set(observation_spec.keys(True, True))
+        dtype = self._joined_dtype(observation_spec) if found else None
+        out = super().transform_observation_spec(observation_spec)
+        if dtype is not None:
+            out[self.out_keys[0]] = out[self.out_keys[0]].to(dtype)
+        return out
+
     def transform_input_spec(self, input_spec: Composite) -> Composite:
         """Declare the vector as an input if the environment declares one of its entries."""
         state_spec = input_spec["full_state_spec"]
@@ -114,9 +128,10 @@ class JoinGoals(CatTensors):
         if read:
             ranges, first = self.index_ranges, self.parent.observation_spec[self.in_keys[0]]
             width = sum(map(len, ranges.values()))
+            dtype = self._joined_dtype(self.parent.observation_spec)
             for key in read if self._del_keys else []:
                 del state_spec[key]
             state_spec[self.out_keys[0]] = Unbounded(
-                (*first.shape[:-1], width), dtype=first.dtype, device=first.device
+                (*first.shape[:-1], width), dtype=dtype, device=first.device
             )
         return input_spec

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import pytest
 import torch
+from tensordict import TensorDict
 from torchrl.collectors import Collector
 from torchrl.data import Composite, Unbounded
 from torchrl.envs import Compose, DoubleToFloat, EnvBase, SerialEnv, TransformedEnv
@@ -120,6 +123,45 @@ def test_an_environment_without_a_state_gets_its_entries_back(declared, out_key)
         data = serial.rollout(3)
         moved = data["next", *unravel(out_key)][..., 2:3] - data[out_key][..., 2:3]
         torch.testing.assert_close(moved, data["action"])
+
+
+class Still(EnvBase):
+    """Observes the same entries at each step."""
+
+    def __init__(self, entries):
+        super().__init__()
+        self.entries = entries
+        specs = {key: Unbounded(value.shape, dtype=value.dtype) for key, value in entries.items()}
+        self.observation_spec = Composite(specs)
+        self.action_spec, self.reward_spec = Unbounded((1,)), Unbounded((1,))
+
+    def _reset(self, tensordict=None, **kwargs):
+        return TensorDict({key: value.clone() for key, value in self.entries.items()})
+
+    def _step(self, tensordict):
+        return self._reset().update({"reward": torch.zeros(1), "done": torch.zeros(1).bool()})
+
+    def _set_seed(self, seed):
+        pass
+
+
+@pytest.mark.parametrize("dtypes", permutations([torch.int64, torch.float32, torch.float64]))
+def test_entries_of_several_dtypes_lose_nothing(dtypes):
+    """Batched environments write into memory of the dtype that the spec says."""
+    keys = ["observation", "achieved_goal", "desired_goal"]
+    parts = {k: torch.tensor([3.25, 7.75]).to(kind) for k, kind in zip(keys, dtypes, strict=True)}
+    expected = [x for key in keys for x in parts[key].tolist()]
+
+    def make():
+        return TransformedEnv(Still(parts), JoinGoals())
+
+    check_env_specs(make())
+    for env in (make(), SerialEnv(2, make)):
+        assert env.observation_spec["observation"].dtype == torch.float64
+        data = env.rollout(2)
+        for found in (data["observation"], data["next", "observation"]):
+            assert found.dtype == torch.float64
+            assert (found == torch.tensor(expected)).all()
 
 
 def unravel(key):

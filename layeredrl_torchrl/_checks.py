@@ -294,6 +294,17 @@ def check_key(name: str, key: NestedKey) -> NestedKey:
     return found
 
 
+def check_keys(name: str, keys: Iterable[NestedKey]) -> list[NestedKey]:
+    """Return ``keys`` as a list of keys as tensordict writes them.
+
+    Raises:
+        TypeError: A lone string, whose letters would count as keys, or what holds no keys.
+    """
+    if isinstance(keys, str) or not isinstance(keys, Iterable):
+        raise TypeError(f"{name} must be a list of keys, got {keys!r}")
+    return [check_key(name, key) for key in keys]
+
+
 def check_callable(
     name: str,
     value: Callable[..., Any] | None,

@@ -18,7 +18,7 @@ from layeredrl_torchrl._checks import (
     MASKED,
     check_flag,
     check_instance,
-    check_key,
+    check_keys,
     check_number,
     check_positive_int,
 )
@@ -169,9 +169,7 @@ class LearningLevel(KeepsDoubles, Level):
         self.batch_size = check_positive_int("batch_size", batch_size)
         self.logger = logger
         self.progress = check_flag("progress", progress)
-        if isinstance(store_keys, str) or not isinstance(store_keys, Iterable):
-            raise TypeError(f"store_keys must be a list of keys, got {store_keys!r}")
-        self.store_keys = [check_key("store_keys", key) for key in store_keys]
+        self.store_keys = check_keys("store_keys", store_keys)
         self.register_buffer("n_env_steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("updates_due", torch.zeros((), dtype=torch.float64))
         self._lays_out = buffer is None

@@ -42,6 +42,9 @@ class Angle:
 
     def __call__(self, observation: Tensor) -> Tensor:
         """Map observations ``[*B, obs]`` to angles ``[*B]`` in rad."""
+        width = observation.shape[-1]
+        if not -width <= self.index < width:
+            raise ValueError(f"{self} reads an observation of {width} values; name another index")
         return observation[..., self.index]
 
 
@@ -64,6 +67,11 @@ class QuaternionTilt:
 
     def __call__(self, observation: Tensor) -> Tensor:
         """Map observations ``[*B, obs]`` to angles ``[*B]`` in rad, from 0 to pi."""
+        width = observation.shape[-1]
+        if width < self.first + 4:
+            raise ValueError(
+                f"{self} reads 4 values, an observation has {width} values; name another index"
+            )
         w, x, y, z = observation[..., self.first : self.first + 4].unbind(-1)
         # The turned z axis is (.., .., w² - x² - y² + z²) for a quaternion of length 1; with its
         # horizontal part, atan2 is exact near both ends and needs no normalisation.
@@ -82,6 +90,12 @@ class _Flipped:
     def __call__(self, next_tensordict: TensorDictBase) -> Tensor:
         hint = "name the observation by key="
         observation = require(next_tensordict, self.key, reader="FlipTermination", hint=hint)
+        if observation.shape[:-1] != next_tensordict.batch_size:
+            raise ValueError(
+                f"FlipTermination reads {self.key!r} of shape {tuple(observation.shape)}, expected "
+                f"[{', '.join(map(str, (*next_tensordict.batch_size, 'obs')))}]: one walker in "
+                "each environment"
+            )
         tilt = check_per_item("tilt", self.tilt(observation), observation.shape[:-1])
         # Written so that NaN counts as flipped.
         return ~(tilt.abs() <= self.limit)

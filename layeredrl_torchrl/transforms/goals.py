@@ -10,6 +10,8 @@ from tensordict import NestedKey, TensorDictBase
 from torchrl.data import Composite, Unbounded
 from torchrl.envs import CatTensors, EnvBase, Transform
 
+from layeredrl_torchrl._checks import check_keys
+
 __all__ = ["JoinGoals"]
 
 
@@ -32,7 +34,8 @@ class JoinGoals(CatTensors):
         del_keys: Whether to drop the entries that were joined.
 
     Raises:
-        ValueError: No state key, or a key given twice.
+        ValueError: No state key, or a key given twice. TypeError: Keys that are no list. And at a
+            reset: ValueError: An entry that is no vector.
     """
 
     def __init__(
@@ -43,14 +46,16 @@ class JoinGoals(CatTensors):
         *,
         del_keys: bool = True,
     ) -> None:
+        state_keys = check_keys("state_keys", state_keys)
+        context_keys = check_keys("context_keys", context_keys)
         keys = [*state_keys, *context_keys]
         if not state_keys or len(set(keys)) < len(keys):
             raise ValueError(
                 f"JoinGoals needs at least one state key, and each key once; got "
-                f"state_keys={list(state_keys)} and context_keys={list(context_keys)}"
+                f"state_keys={state_keys} and context_keys={context_keys}"
             )
         super().__init__(keys, out_key, del_keys=del_keys, sort=False)
-        self.state_keys, self.context_keys = list(state_keys), list(context_keys)
+        self.state_keys, self.context_keys = state_keys, context_keys
         # The places at which _inv_call splits; looked up once in an environment.
         self._parts: dict[NestedKey, tuple[range, torch.dtype]] | None = None
 
@@ -102,6 +107,19 @@ class JoinGoals(CatTensors):
             for key, (at, dtype) in self._parts.items():
                 tensordict.set(key, joined[..., at.start : at.stop].to(dtype))
         return tensordict
+
+    def _reset(
+        self, tensordict: TensorDictBase | None, tensordict_reset: TensorDictBase
+    ) -> TensorDictBase:
+        n_axes = tensordict_reset.ndim + 1
+        shapes = {k: v.shape for k in self.in_keys if (v := tensordict_reset.get(k)) is not None}
+        if wrong := {str(k): tuple(v) for k, v in shapes.items() if len(v) != n_axes}:
+            raise ValueError(
+                f"JoinGoals joins vectors [*B, n], got the shapes {wrong} where B is "
+                f"{tuple(tensordict_reset.shape)}; flatten pictures (TorchRL's FlattenObservation) "
+                "and unsqueeze single numbers (UnsqueezeTransform) or make them one-hot"
+            )
+        return super()._reset(tensordict, tensordict_reset)
 
     def set_container(self, container: Transform | EnvBase) -> None:
         """Set the container, and forget the sizes of the entries in the previous one."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
 from torchrl.envs import Transform
 
-from layeredrl_torchrl._checks import check_number
+from layeredrl_torchrl._checks import check_keys, check_number
 
 __all__ = ["AffineReward", "LogReward"]
 
@@ -22,8 +22,11 @@ class _MappedReward(Transform):
     def __init__(
         self, in_keys: Sequence[NestedKey] | None, out_keys: Sequence[NestedKey] | None
     ) -> None:
-        in_keys = ["reward"] if in_keys is None else list(in_keys)
-        super().__init__(in_keys=in_keys, out_keys=in_keys if out_keys is None else out_keys)
+        in_keys = ["reward"] if in_keys is None else check_keys("in_keys", in_keys)
+        out_keys = in_keys if out_keys is None else check_keys("out_keys", out_keys)
+        if len(in_keys) != len(out_keys):
+            raise ValueError(f"in_keys={in_keys} need as many out_keys, got {out_keys}")
+        super().__init__(in_keys=in_keys, out_keys=out_keys)
 
     @abstractmethod
     def _map(self, reward: Tensor) -> Tensor:
@@ -35,6 +38,12 @@ class _MappedReward(Transform):
     def transform_reward_spec(self, reward_spec: Composite) -> Composite:
         """Map the bounds of bounded rewards; other rewards are unbounded."""
         for in_key, out_key in zip(self.in_keys, self.out_keys, strict=True):
+            if in_key not in reward_spec.keys(True, True):
+                found = sorted(map(str, reward_spec.keys(True, True)))
+                raise KeyError(
+                    f"{type(self).__name__} reads {in_key!r}, but the environment rewards by "
+                    f"{found}; name one with in_keys="
+                )
             reward_spec[out_key] = self._map_spec(reward_spec[in_key].clone())
         return reward_spec
 
@@ -65,7 +74,8 @@ class AffineReward(_MappedReward):
         out_keys: Keys of the results, ``in_keys`` by default.
 
     Raises:
-        ValueError: A scale of 0, or numbers that are not finite.
+        ValueError: A scale of 0, or numbers that are not finite; another number of ``out_keys``.
+        TypeError: Keys that are no list. KeyError: An environment without such a reward.
     """
 
     def __init__(
@@ -123,7 +133,10 @@ class LogReward(_MappedReward):
         self.floor, self.scale, self.offset = float(floor), float(scale), float(offset)
 
     def _map(self, reward: Tensor) -> Tensor:
-        return self.scale * reward.clamp_min(self.floor).log() + self.offset
+        # In float16 the floor may be 0.
+        wide = reward.float() if reward.dtype == torch.float16 else reward
+        found = self.scale * wide.clamp_min(self.floor).log() + self.offset
+        return found.to(reward.dtype) if wide is not reward else found
 
     def _apply_transform(self, reward: Tensor) -> Tensor:
         if bool((reward < 0.0).any()):

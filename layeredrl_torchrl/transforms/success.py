@@ -10,7 +10,7 @@ from torch import Tensor
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import Transform
 
-from layeredrl_torchrl._checks import check_positive_int
+from layeredrl_torchrl._checks import check_keys, check_positive_int
 
 __all__ = ["SuccessRate"]
 
@@ -65,12 +65,13 @@ class SuccessRate(Transform):
         out_keys: Sequence[NestedKey] = ("episode_success", "success_rate", "episode_count"),
     ) -> None:
         check_positive_int("window", window)
+        out_keys = check_keys("out_keys", out_keys)
         if len(out_keys) != 3 or len(set(out_keys)) < 3:
             raise ValueError(
                 f"out_keys must be three keys, for success of the episode, rate and count; got "
-                f"{list(out_keys)}"
+                f"{out_keys}"
             )
-        super().__init__(in_keys=[success_key], out_keys=list(out_keys))
+        super().__init__(in_keys=[success_key], out_keys=out_keys)
         self.done_key = done_key
         self.register_buffer("outcomes", torch.zeros(window, dtype=torch.bool))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))

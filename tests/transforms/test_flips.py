@@ -121,3 +121,13 @@ def test_a_quaternions_tilt_is_mujocos():
 def test_it_can_be_sent_to_workers():
     stop = pickle.loads(pickle.dumps(FlipTermination(QuaternionTilt(1), 0.5))).stop
     assert stop == FlipTermination(QuaternionTilt(1), 0.5).stop
+
+
+def test_observations_that_do_not_fit():
+    for tilt in (Angle(2), Angle(-3), QuaternionTilt(0)):
+        with pytest.raises(ValueError, match=rf"{type(tilt).__name__}\(.*reads .* 2 values"):
+            tilt(torch.zeros(5, 2))
+    stop = FlipTermination(Angle(1)).stop
+    agents = TensorDict({"observation": torch.zeros(5, 3, 2)}, [5])
+    with pytest.raises(ValueError, match=r"of shape \(5, 3, 2\), expected \[5, obs\]"):
+        stop(agents)

@@ -174,6 +174,8 @@ def unravel(key):
         (lambda: JoinGoals().index_ranges, RuntimeError, "part of an environment"),
         (lambda: JoinGoals([], ["goal"]), ValueError, "each key once"),
         (lambda: JoinGoals(["a", "b"], ["a"]), ValueError, "each key once"),
+        (lambda: JoinGoals("observation"), TypeError, "state_keys must be a list of keys"),
+        (lambda: JoinGoals(context_keys="goal"), TypeError, "context_keys must be a list"),
     ],
 )
 def test_errors(call, error, message):
@@ -187,3 +189,11 @@ def test_a_missing_entry_is_named():
     with pytest.raises(KeyError, match=r"observes \['observation'\], but JoinGoals joins"):
         join.index_ranges  # noqa: B018
     env.close()
+
+
+@pytest.mark.parametrize("shape", [(), (2, 2)])
+def test_entries_that_are_no_vectors_are_named(shape):
+    parts = {"observation": torch.zeros(3), "achieved_goal": torch.zeros(shape)}
+    env = TransformedEnv(Still(parts | {"desired_goal": torch.zeros(2)}), JoinGoals())
+    with pytest.raises(ValueError, match=r"joins vectors .*'achieved_goal': \(.*flatten"):
+        env.reset()

@@ -106,3 +106,21 @@ def test_other_keys_keep_the_old_reward(build):
 def test_the_logarithm_of_a_negative_reward_is_an_error():
     with pytest.raises(ValueError, match=r"got a reward of -0\.5.*shift them first"):
         apply(LogReward(0.1), 1.0, -0.5)
+
+
+def test_a_floor_that_float16_does_not_know():
+    found = LogReward(1e-9, 0.5)(TensorDict({"reward": torch.tensor([0.0, 4.0]).half()}, []))
+    assert found["reward"].dtype == torch.float16
+    assert found["reward"].tolist() == pytest.approx([math.log(1e-9) / 2, math.log(2)], rel=1e-3)
+
+
+@pytest.mark.parametrize("make", [AffineReward, partial(LogReward, 0.1)])
+def test_keys_that_do_not_fit(make, build):
+    with pytest.raises(TypeError, match="in_keys must be a list of keys, got 'reward'"):
+        make(in_keys="reward")
+    with pytest.raises(TypeError, match="out_keys must be a list of keys, got 'scaled'"):
+        make(out_keys="scaled")
+    with pytest.raises(ValueError, match="need as many out_keys"):
+        make(out_keys=["one", "two"])
+    with pytest.raises(KeyError, match=r"Reward reads 'cost', but .*'reward'.* in_keys="):
+        build(lambda: make(in_keys=["cost"]), [{}, {}]).rollout(2)

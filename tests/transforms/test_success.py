@@ -140,6 +140,8 @@ def test_other_keys():
 
 
 def test_keys_that_do_not_fit_are_named():
+    with pytest.raises(TypeError, match="out_keys must be a list of keys, got 'abc'"):
+        SuccessRate(out_keys="abc")
     with pytest.raises(ValueError, match="out_keys must be three keys"):
         SuccessRate(out_keys=["a", "b"])
     env = TransformedEnv(NestedCountingEnv(), SuccessRate(("data", "states")))

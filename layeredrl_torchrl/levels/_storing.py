@@ -117,10 +117,12 @@ def select_stored(
             "what the level stored before; give the same entries every time, or start with "
             "another buffer. Nothing of the data is stored"
         )
-    if stored.batch_size[1:] != data.batch_size[:-1]:
+    # TorchRL stores time in the place of the first axis, and that in the place of time.
+    before = stored.transpose(0, -1).batch_size[:-1] if stored.ndim > 1 else torch.Size()
+    if before != data.batch_size[:-1]:
         raise ValueError(
             f"data has the batch shape {tuple(data.shape)}, but the buffer has "
-            f"{tuple(stored.batch_size[1:])} environments beside time; use as many as before, or "
+            f"{tuple(before)} environments beside time; use as many as before, or "
             "another level for them. Nothing of the data is stored"
         )
     for key in keys:

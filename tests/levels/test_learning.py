@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
 from fractions import Fraction
 from functools import partial
 
@@ -192,7 +193,7 @@ def test_buffers_fit_the_data_of_the_environment():
         assert level.action_spec == env.action_spec_unbatched
 
 
-@pytest.mark.parametrize("shape", [(12,), (3, 4)])
+@pytest.mark.parametrize("shape", [(12,), (3, 4), (2, 3, 2)])
 def test_or_the_first_data(shape):
     level = level_with_diary(buffer_size=50)
     assert level.buffer.storage.max_size == 50
@@ -200,7 +201,10 @@ def test_or_the_first_data(shape):
         level.learn(random_data(12).reshape(shape))
         assert len(level.buffer) == 12 * n
     # TorchRL stores time first.
-    assert tuple(level.buffer.storage.shape) == ((24,) if len(shape) == 1 else (8, 3))
+    assert tuple(level.buffer.storage.shape) == {1: (24,), 2: (8, 3), 3: (4, 3, 2)}[len(shape)]
+    if len(shape) > 1:
+        with pytest.raises(ValueError, match=re.escape(f"{shape[:-1]} environments")):
+            level.learn(random_data(12).reshape((4, 3) if len(shape) == 2 else (3, 2, 2)))
     with pytest.raises(ValueError, match=r"batch shape \(.*buffer stores . axes; build.*env="):
         level.learn(random_data(12).reshape((4, 3) if len(shape) == 1 else (12,)))
 

@@ -241,7 +241,8 @@ class LearningLevel(KeepsDoubles, Level):
             data: ``[T]`` or ``[env, T]`` from a collector of this level; ``[N]`` in a hierarchy.
 
         Returns:
-            ``n_env_steps``, ``n_updates`` of this call, and with updates the terms.
+            ``n_env_steps``, ``n_updates`` of this call, and with updates the terms; ``"reward"`` is
+            the mean one of a ``reward_func``, which a hierarchy reports itself.
 
         Raises:
             TypeError: Not a TensorDict. KeyError: Missing entries that learning needs, or that were
@@ -257,9 +258,11 @@ class LearningLevel(KeepsDoubles, Level):
             )
         self.action_spec  # noqa: B018 - raises before setup
         made = collected(data, (self.done_key, self.terminated_key))
+        paid: dict[str, float] = {}
         if self.reward_func is not None and not self._in_hierarchy and made.numel():
-            # A hierarchy has computed it already.
-            made = made.copy().set(self.next_reward_key, self.own_reward(made))
+            # A hierarchy has computed and reported it already.
+            own = self.own_reward(made)
+            made, paid = made.copy().set(self.next_reward_key, own), {"reward": own.mean().item()}
         rows, n_steps = made, 0
         if made.shape.numel():
             rows, n_steps = without_cut(self._checked(made)), n_env_steps(made)
@@ -272,7 +275,7 @@ class LearningLevel(KeepsDoubles, Level):
             torch.enable_grad(),
             all_or_nothing(self, rows.shape.numel()),
         ):
-            return self._learn(self.buffer, rows, n_steps)
+            return paid | self._learn(self.buffer, rows, n_steps)
 
     def _learn(self, buffer: ReplayBuffer, rows: TensorDictBase, n_steps: int) -> dict[str, float]:
         before = int(self.n_env_steps)

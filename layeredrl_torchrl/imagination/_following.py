@@ -77,16 +77,11 @@ def _steps(
 ) -> tuple[Tensor, ...]:
     """All but the last field of :class:`FollowedPolicy`, then the last state and action."""
     state_key, context_key, _ = predictor.model.in_keys
-    n, width = len(state), predictor.model.action_spec.shape
+    n = len(state)
 
     def act(state: Tensor) -> tuple[Tensor, Tensor]:
         seen = TensorDict({state_key: state, context_key: context}, [n])
         action, log_prob = rsample_and_log_prob(actor.get_dist(seen))
-        if action.shape[1:] != width:
-            raise ValueError(
-                f"the policy acts by {tuple(action.shape[1:])}, but the predictor's actions are "
-                f"{tuple(width)}; build both for one action space"
-            )
         return action, log_prob
 
     action, log_prob = act(state)

@@ -16,7 +16,6 @@ from tensordict.nn import (
     TensorDictParams,
 )
 from torch import Tensor
-from torchrl.data import Bounded, Composite, TensorSpec
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules.distributions.utils import rsample_and_log_prob
 from torchrl.objectives import LossModule, ValueEstimators
@@ -33,9 +32,10 @@ from layeredrl_torchrl._checks import (
     check_positive_int,
     require,
 )
+from layeredrl_torchrl.imagination._networks import check_keys, check_networks
 from layeredrl_torchrl.nets import ScalarHead
 
-__all__ = ["SoftActorCritic", "check_bounds"]
+__all__ = ["SoftActorCritic"]
 
 _CHOICES = {"loss_function": ("l2", "l1", "smooth_l1"), "reduction": ("mean", "sum", "none")}
 
@@ -47,7 +47,7 @@ class SoftActorCritic(LossModule):
         actor_network: Reads state and context; its actions are reparameterised.
         qvalue_network: Reads state, context and action, writes ``"state_action_value" [*B, 1]``.
         step_keys: Of state, context and action.
-        n_actions: ``A``, for the default of ``target_entropy``.
+        widths: Dimensions of state, context and action.
         **options: As :class:`~layeredrl_torchrl.ValueGradientLoss` has them.
     """
 
@@ -87,7 +87,7 @@ class SoftActorCritic(LossModule):
         actor_network: ProbabilisticTensorDictSequential,
         qvalue_network: TensorDictModule,
         step_keys: Sequence[NestedKey],
-        n_actions: int,
+        widths: Sequence[int],
         *,
         num_qvalue_nets: int,
         loss_function: str,
@@ -103,7 +103,8 @@ class SoftActorCritic(LossModule):
         for name, value in (("loss_function", loss_function), ("reduction", reduction)):
             if value not in _CHOICES[name]:
                 raise ValueError(f"{name} must be one of {_CHOICES[name]}, got {value!r}")
-        _check_keys(actor_network, qvalue_network, step_keys)
+        check_keys(actor_network, qvalue_network, step_keys)
+        check_networks(actor_network, qvalue_network, step_keys, widths)
         self.step_keys = tuple(step_keys)
         self.num_qvalue_nets = num_qvalue_nets
         self.loss_function = loss_function
@@ -129,7 +130,7 @@ class SoftActorCritic(LossModule):
         else:
             self.log_alpha = torch.nn.Parameter(log_alpha)
         if target_entropy is None:
-            target_entropy = -float(n_actions)
+            target_entropy = -float(widths[2])
         check_number("target_entropy", target_entropy, -math.inf)
         self.register_buffer("target_entropy", torch.tensor(target_entropy, device=device))
         self.register_buffer("bounds", torch.tensor([-math.inf, math.inf], device=device))
@@ -299,10 +300,11 @@ class SoftActorCritic(LossModule):
         gain = (reward.squeeze(-1) - self.alpha * log_prob).flatten().to(self.bounds)
         ends = gain.quantile(gain.new_tensor([0.01, 0.99])) / (1.0 - self.gamma)
         bounds = torch.where(self.bounds.isfinite(), self.bounds.lerp(ends, rate), ends)
-        self.bounds.copy_(bounds)
         scale = (bounds.abs().max() / 2).clamp(min=torch.finfo(bounds.dtype).tiny)
-        for head in self._parts_with("rescale"):
-            head.rescale(0.0, scale)
+        hint = "scale the rewards, such as by AffineReward, or lower gamma"
+        check_finite("the bounds of returns, rewards divided by 1 - gamma,", bounds, hint=hint)
+        self._ask_parts("rescale", 0.0, scale)
+        self.bounds.copy_(bounds)
 
     @torch.no_grad()
     def fit_inputs(self, tensordict: TensorDictBase) -> None:
@@ -318,9 +320,7 @@ class SoftActorCritic(LossModule):
         context = state[..., :0] if empty else self.read(tensordict, context_key)
         action = self.read(tensordict, action_key)
         last = tensordict.ndim - 1
-        sample = tuple(x.flatten(0, last) for x in (state, context, action))
-        for part in self._parts_with("fit_inputs"):
-            part.fit_inputs(*sample)
+        self._ask_parts("fit_inputs", *(x.flatten(0, last) for x in (state, context, action)))
 
     def _unpadded(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Leave out the rows that the losses leave out."""
@@ -330,8 +330,8 @@ class SoftActorCritic(LossModule):
                 tensordict = tensordict[mask.reshape(tensordict.batch_size)]
         return tensordict
 
-    def _parts_with(self, method: str) -> Iterator[Any]:
-        """Parts of policy, critics and target critics that have ``method``, with their weights."""
+    def _ask_parts(self, method: str, *given: Any) -> None:
+        """Call ``method`` of the parts of policy, critics and targets that have it."""
         critics = [self.qvalue_network_params]
         if self.delay_qvalue:
             critics.append(self.target_qvalue_network_params)
@@ -344,7 +344,8 @@ class SoftActorCritic(LossModule):
         for network, params in sets:
             with params.to_module(network):
                 # (A TensorDictModule has the attributes of what it wraps.)
-                yield from (m for m in network.modules() if hasattr(type(m), method))
+                for part in [m for m in network.modules() if hasattr(type(m), method)]:
+                    getattr(part, method)(*given)
 
     # -- the policy ---------------------------------------------------------------------------
 
@@ -363,47 +364,3 @@ class SoftActorCritic(LossModule):
             self.actor_network_params.to_module(self.actor_network),
         ):
             yield act
-
-
-def _check_keys(actor: Any, qvalue: Any, step_keys: Sequence[NestedKey]) -> None:
-    """Refuse networks of another kind, or that read and write other entries than steps have."""
-    state, context, action = step_keys
-    for name, module, allowed in (
-        ("actor_network", actor, {state, context}),
-        ("qvalue_network", qvalue, {state, context, action}),
-    ):
-        kinds = (TensorDictModule, ProbabilisticTensorDictSequential)
-        if not isinstance(module, kinds):
-            raise TypeError(
-                f"{name} must be a TensorDictModule as TorchRL's losses take, got "
-                f"{type(module).__name__}"
-            )
-        unknown = [key for key in module.in_keys if key not in allowed]
-        if unknown:
-            raise ValueError(
-                f"{name} reads {unknown}, but imagined steps have {sorted(map(str, allowed))}; "
-                "build it with in_keys= of the predictor's state and context"
-            )
-    if action not in actor.out_keys:
-        raise ValueError(
-            f"actor_network writes {actor.out_keys}, but the predictor's actions are {action!r}"
-        )
-
-
-def check_bounds(actor: Any, key: NestedKey, space: TensorSpec) -> None:
-    """Raise ``ValueError`` if the policy says of its actions that they leave ``space``."""
-    known = getattr(actor, "spec", None)
-    own = known.get(key, None) if isinstance(known, Composite) else known
-    if not isinstance(own, Bounded) or not isinstance(space, Bounded) or own.shape != space.shape:
-        return
-    for own_end, end, sign in (
-        (own.space.low, space.space.low, -1.0),
-        (own.space.high, space.space.high, 1.0),
-    ):
-        beyond = sign * (own_end.to(end) - end)
-        if bool((beyond > 1e-5 * end.abs().clamp_min(1.0)).any()):
-            raise ValueError(
-                f"actor_network acts in {own.space.low.tolist()} to {own.space.high.tolist()}, but "
-                f"the predictor's actions are {space.space.low.tolist()} to "
-                f"{space.space.high.tolist()}; build it for the predictor's action space"
-            )

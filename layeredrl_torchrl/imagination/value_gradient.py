@@ -14,7 +14,8 @@ from layeredrl_torchrl._checks import check_flag, check_instance, check_positive
 from layeredrl_torchrl._dispatch import dispatched
 from layeredrl_torchrl._watch import watched
 from layeredrl_torchrl.imagination._following import FollowedPolicy, compile_following, follow
-from layeredrl_torchrl.imagination._soft_actor_critic import SoftActorCritic, check_bounds
+from layeredrl_torchrl.imagination._networks import check_bounds
+from layeredrl_torchrl.imagination._soft_actor_critic import SoftActorCritic
 from layeredrl_torchrl.predictors import Predictor
 from layeredrl_torchrl.specs import is_discrete
 
@@ -69,8 +70,9 @@ class ValueGradientLoss(SoftActorCritic):
 
     Raises:
         TypeError, ValueError: Parts of another kind; parts that read or write other keys than the
-            predictor has, actions that are choices or lie outside the predictor's, options outside
-            their range. When called: states of another shape, or not finite.
+            predictor has or are of other widths, a policy without a density, actions that are
+            choices or lie outside the predictor's, options outside their range. When called: states
+            of another shape, or not finite.
     """
 
     out_keys = ["loss_actor", "loss_qvalue", "loss_alpha", "alpha", "entropy", "value"]
@@ -99,11 +101,12 @@ class ValueGradientLoss(SoftActorCritic):
                 f"the actions are choices, {predictor.model.action_spec}, but value gradients flow "
                 "through continuous ones; use TorchRL's DiscreteSACLoss on imagined steps instead"
             )
+        width = predictor.model.action_spec.shape[-1]
         super().__init__(
             actor_network,
             qvalue_network,
             predictor.model.in_keys,
-            predictor.model.action_spec.shape[-1],
+            (predictor.model.state_dim, predictor.model.context_dim, width),
             num_qvalue_nets=num_qvalue_nets,
             loss_function=loss_function,
             alpha_init=alpha_init,

@@ -176,6 +176,9 @@ class SoftActorCritic(LossModule):
     def read(self, tensordict: TensorDictBase, key: NestedKey) -> Tensor:
         """Return an entry; raise ``KeyError`` if it is missing, ``ValueError`` for NaN or inf."""
         hint = "rename it by set_keys, or in_keys= of the predictor's model"
+        if unravel_key(key) in (self.step_keys[0], unravel_key(("next", self.step_keys[0]))):
+            where = 'td["next"]' if isinstance(key, tuple) and key[0] == "next" else "td"
+            hint = f"of real transitions write it by predictor.encoder({where})"
         name = type(self).__name__
         value = require(tensordict, key, reader=name, hint=hint)
         check_finite(f"{key!r} for {name}", value, hint="repair the data or the model it is from")

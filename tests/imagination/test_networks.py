@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -88,3 +90,18 @@ def test_a_scale_beyond_all_sense_changes_nothing(unchanged):
     steps["next", "reward"] = torch.full((9, 1), 1e37)  # times 1 / (1 - gamma) beyond float32
     with unchanged(loss), pytest.raises(ValueError, match="scale the rewards"):
         loss.fit_scale(steps)
+
+
+def test_the_error_about_a_missing_state_shows_the_way():
+    """What an error tells to do has to do."""
+    predictor = PredictorFactory(hidden_sizes=(8,), n_models=2)(*SPACES)
+    loss = ValueGradientLoss(make_actor(), make_critic(), predictor, horizon=0)
+    td = TensorDict({"observation": torch.randn(5, 4), "action": torch.zeros(5, 2)}, [5])
+    no = torch.zeros(5, 1, dtype=torch.bool)
+    after = {"observation": torch.randn(5, 4), "reward": torch.randn(5, 1), "terminated": no}
+    td["next"] = TensorDict(after, [5])
+    for way in ("predictor.encoder(td)", 'predictor.encoder(td["next"])'):
+        with pytest.raises(KeyError, match=re.escape(way)):
+            loss(td)
+        eval(way, {"predictor": predictor, "td": td})
+    assert loss(td)["loss_qvalue"].isfinite()

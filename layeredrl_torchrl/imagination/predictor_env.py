@@ -31,7 +31,7 @@ from layeredrl_torchrl.imagination._members import (
 )
 from layeredrl_torchrl.imagination.starts import check_start, draw_starts
 from layeredrl_torchrl.models import TS1, Expectation, Propagation, TSInfinity
-from layeredrl_torchrl.nets import refuse_next_state
+from layeredrl_torchrl.nets import check_step_function
 from layeredrl_torchrl.predictors import Predictor
 from layeredrl_torchrl.predictors._functions import value_of_state
 from layeredrl_torchrl.specs import ActionForm, Space, is_discrete, to_spec, width
@@ -144,9 +144,8 @@ class PredictorEnv(ModelBasedEnvBase):
             raise TypeError(
                 f"propagation must be Expectation(), TS1() or TSInfinity(), got {propagation!r}"
             )
-        check_callable("exploration_bonus", exploration_bonus, optional=True)
+        check_step_function("exploration_bonus", exploration_bonus, may_look_ahead=False)
         check_callable("initial_states", initial_states, optional=True)
-        refuse_next_state("exploration_bonus", exploration_bonus)
         if predictor.rew_func is None:
             raise ValueError("PredictorEnv needs a predictor with a rew_func, got None")
         if use_value_func and predictor.val_func is None:

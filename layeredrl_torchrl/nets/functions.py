@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from layeredrl_torchrl._checks import check_callable
 
@@ -73,17 +73,27 @@ def on_step(
     return func(state, context, action)
 
 
-def check_step_function(name: str, func: StepFunction | None) -> None:
+def check_step_function(
+    name: str, func: StepFunction | None, *, may_look_ahead: bool = True
+) -> None:
     """Raise ``TypeError`` unless ``func`` is ``None``, or can be called as it was declared.
 
-    What it is declared to read is never guessed from its signature. But a function that three
-    arguments do not suffice, and four would, is refused before it is called.
+    What it is declared to read is never guessed from its signature. But a function that cannot be
+    given state, context and action, and the next state if it declares that, is refused before it
+    is called.
+
+    Args:
+        name: Of the argument, for messages.
+        func: The function.
+        may_look_ahead: Whether it may be declared to read the next state; else ``ValueError``.
     """
     check_callable(name, func, optional=True)
-    if func is None or needs_next_state(func):
+    if not may_look_ahead:
+        refuse_next_state(name, func)
+    if func is None:
         return
     try:
-        signature = inspect.signature(func)
+        signature = inspect.signature(func.forward if isinstance(func, nn.Module) else func)
     except (TypeError, ValueError):  # it does not say
         return
 
@@ -94,12 +104,20 @@ def check_step_function(name: str, func: StepFunction | None) -> None:
             return False
         return True
 
-    if takes(4) and not takes(3):
+    n_given = 4 if needs_next_state(func) else 3
+    if takes(n_given):
+        return
+    if may_look_ahead and n_given == 3 and takes(4):
         raise TypeError(
             f"{name} takes four arguments {signature}, but only state, context and action are "
             "given to a function that does not say that it reads the next state; write "
             "@reads_next_state above it, or reads_next_state = True in its class"
         )
+    given = "(state, context, action" + (", next_state)" if n_given == 4 else ")")
+    raise TypeError(
+        f"{name} takes the arguments {signature}, but is called with {given}; let it take all of "
+        "them, also those that it does not use"
+    )
 
 
 def refuse_next_state(name: str, func: StepFunction | None) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torchrl.data import TensorSpec
 
 from layeredrl_torchrl._checks import (
-    check_callable,
     check_finite,
     check_flag,
     check_instance,
@@ -25,9 +24,9 @@ from layeredrl_torchrl._watch import refuse, watched
 from layeredrl_torchrl.nets import (
     Encoder,
     StepFunction,
+    check_step_function,
     needs_next_state,
     on_step,
-    refuse_next_state,
 )
 from layeredrl_torchrl.objectives.targets import n_step_targets
 from layeredrl_torchrl.objectives.terms import TermsLoss
@@ -159,9 +158,8 @@ class PredictorLoss(TermsLoss):
     ) -> None:
         super().__init__()
         check_instance("encoder", encoder, Encoder, hint="subclass Encoder")
-        check_callable("rew_func", rew_func, optional=True)
-        check_callable("val_func", val_func, optional=True)
-        refuse_next_state("val_func", val_func)
+        check_step_function("rew_func", rew_func)
+        check_step_function("val_func", val_func, may_look_ahead=False)
         check_number("gamma", gamma, 0.0, 1.0)
         self.encoder = encoder
         self.rew_func = rew_func

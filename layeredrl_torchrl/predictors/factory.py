@@ -15,7 +15,7 @@ from tensordict import NestedKey, unravel_key
 from torchrl.data import Composite, TensorSpec, Unbounded
 from torchrl.envs import CatTensors, EnvBase, Transform, TransformedEnv
 
-from layeredrl_torchrl._checks import check_callable, check_indices, own_entries
+from layeredrl_torchrl._checks import check_indices, own_entries
 from layeredrl_torchrl.models import ProbabilisticEnsemble
 from layeredrl_torchrl.nets import (
     Encoder,
@@ -110,7 +110,7 @@ class PredictorFactory:
 
     def __post_init__(self) -> None:
         check_step_function("rew_func", self.rew_func)
-        check_callable("val_func", self.val_func, optional=True)
+        check_step_function("val_func", self.val_func, may_look_ahead=False)
         check_step_function("term_func", self.term_func)
         dims = tuple(check_indices("context_dims", self.context_dims))
         object.__setattr__(self, "context_dims", dims)

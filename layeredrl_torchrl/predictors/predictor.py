@@ -12,7 +12,6 @@ from torch import Tensor
 from torchrl.data import ReplayBuffer
 from torchrl.record.loggers import Logger
 
-from layeredrl_torchrl._checks import check_callable
 from layeredrl_torchrl._dispatch import dispatched
 from layeredrl_torchrl._state import WholeState
 from layeredrl_torchrl._watch import watched
@@ -23,7 +22,6 @@ from layeredrl_torchrl.nets import (
     StepFunction,
     check_step_function,
     needs_next_state,
-    refuse_next_state,
 )
 from layeredrl_torchrl.predictors._functions import StepFunctions, checked, value_of_state
 from layeredrl_torchrl.predictors.returns import ReturnOptions, imagined_returns
@@ -91,10 +89,9 @@ class Predictor(WholeState):
                 f"encoder must be a layeredrl_torchrl Encoder, got {type(encoder).__name__}; "
                 "subclass Encoder and implement split(observation)"
             )
-        check_callable("val_func", val_func, optional=True)
+        check_step_function("val_func", val_func, may_look_ahead=False)
         check_step_function("rew_func", rew_func)
         check_step_function("term_func", term_func)
-        refuse_next_state("val_func", val_func)
         for name, given, of_encoder, of_model in (
             ("latent_state_dim", latent_state_dim, encoder.latent_state_dim, model.state_dim),
             ("context_dim", context_dim, encoder.context_dim, model.context_dim),

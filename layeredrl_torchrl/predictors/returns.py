@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from layeredrl_torchrl._checks import (
-    check_callable,
     check_flag,
     check_instance,
     check_number,
@@ -22,7 +21,7 @@ from layeredrl_torchrl.models import Model, Propagation, TSInfinity
 from layeredrl_torchrl.models._blocks import starts_at_once
 from layeredrl_torchrl.models._rollouts import ImaginedStep, imagine
 from layeredrl_torchrl.models.propagation import propagation_key
-from layeredrl_torchrl.nets import on_step, refuse_next_state
+from layeredrl_torchrl.nets import check_step_function, on_step
 from layeredrl_torchrl.predictors._functions import StepFunctions, value_of_state
 
 __all__ = ["ReturnOptions", "imagined_returns"]
@@ -62,8 +61,7 @@ class ReturnOptions:
         check_number("discount", self.discount, 0.0, 1.0, open_low=True)
         for name in ("use_value_func", "use_term_prob", "deterministic"):
             check_flag(name, getattr(self, name))
-        check_callable("exploration_bonus", self.exploration_bonus, optional=True)
-        refuse_next_state("exploration_bonus", self.exploration_bonus)
+        check_step_function("exploration_bonus", self.exploration_bonus, may_look_ahead=False)
         if self.propagation is not None:
             check_instance("propagation", self.propagation, Propagation, hint="pass TSInfinity()")
 

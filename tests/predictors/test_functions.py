@@ -11,11 +11,13 @@ import pytest
 import torch
 from helpers import make_ensemble, make_point
 from tensordict import TensorDict
+from torch import nn
 from torchrl.envs.utils import check_env_specs
 
 from layeredrl_torchrl import (
     CEMPlanner,
     FixedEncoderNet,
+    ICEMPlanner,
     PredictorEnv,
     PredictorFactory,
     RewardNet,
@@ -218,3 +220,44 @@ def test_a_function_that_does_not_say_so_is_given_three_arguments():
     predictor.rollout(torch.zeros(2), torch.zeros(3, 1))
     predictor.predict(torch.zeros(2), torch.zeros(1))
     assert seen == [3, 3]
+
+
+class Short(nn.Module):
+    def forward(self, state, context):
+        return state[..., 0]
+
+
+@pytest.mark.parametrize("name", ["rew_func", "term_func", "val_func", "exploration_bonus"])
+@pytest.mark.parametrize(
+    "func",
+    [
+        lambda state: state[..., 0],
+        lambda state, action: state[..., 0],
+        lambda state, context, action, goal, more: state[..., 0],
+        Short(),
+        partial(lambda state, context, action: state[..., 0], torch.zeros(1)),
+    ],
+    ids=["one", "two", "five", "module", "partial"],
+)
+def test_functions_with_other_arguments_are_refused_when_given(name, func):
+    """Asked later, in a plan, they fail with an error of Python that names neither."""
+    message = rf"{name} takes the arguments \(.*called with \(state, context, action\)"
+    if name == "exploration_bonus":
+        with pytest.raises(TypeError, match=message):
+            PredictorEnv(make_point(), exploration_bonus=func)
+        with pytest.raises(TypeError, match=message):
+            ICEMPlanner(make_point(), horizon=2, exploration_bonus=func)
+        return
+    with pytest.raises(TypeError, match=message):
+        PredictorFactory(**{name: func})
+    if name != "term_func":
+        with pytest.raises(TypeError, match=message):
+            make_point(**{name: func})
+
+
+def test_functions_that_declare_a_next_state_take_one():
+    short = reads_next_state(lambda state, context, action: state[..., 0])
+    with pytest.raises(TypeError, match=r"called with \(state, context, action, next_state\)"):
+        PredictorFactory(rew_func=short)
+    with pytest.raises(TypeError, match="takes the arguments"):  # no advice that would be refused
+        PredictorFactory(val_func=lambda state, context, action, next_state: state[..., 0])

@@ -251,6 +251,11 @@ class Run:
         seed, n = options.seed + 20_000, options.episodes_per_evaluation
         make = partial(make_env, seed=seed, n=1)
         found = evaluate(make, policy, n, seed=seed, device=options.device)
+        if "success" in columns.values() and "success" not in found:
+            raise KeyError(
+                f"{options.task} has goals, but the environment of the evaluation lacks ('next', "
+                "'success'); make one of this task, or read it with SuccessReader"
+            )
         return {column: found[name] for column, name in columns.items()}
 
     def finish(

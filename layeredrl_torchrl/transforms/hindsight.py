@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from tensordict import NestedKey, TensorDictBase, unravel_key
 from torch import Tensor
-from torchrl.data import HERReplayBuffer, ReplayBuffer, Storage
+from torchrl.data import HERReplayBuffer, ReplayBuffer, Storage, TensorStorage
 from torchrl.envs import Transform
 
 from layeredrl_torchrl._checks import (
     check_callable,
     check_indices,
+    check_instance,
     check_key,
     check_positive_int,
     require,
@@ -118,7 +119,16 @@ class RelabelGoals(Transform):
         Args:
             **options: Those of TorchRL's ``HERReplayBuffer``: ``storage``, ``batch_size``,
                 ``her_ratio`` (0.8 of a batch by default), ``strategy`` (``"future"``) and others.
+
+        Raises:
+            TypeError: A storage of other things than tensors, as TorchRL makes where none is given.
+                ValueError: One of several axes.
         """
+        storage: Any = options.get("storage")
+        hint = "pass storage=LazyTensorStorage(n)"
+        check_instance("storage", storage, TensorStorage, hint=hint)
+        if storage.ndim != 1:
+            raise ValueError(f"storage has ndim={storage.ndim}, but rows are stored [N]; {hint}")
         return _HindsightBuffer(
             self.relabel,
             goal_key=self.goal_key,

@@ -121,6 +121,14 @@ def test_success_is_that_of_episodes():
     assert _success(TensorDict({"next": {}}, [1, 6])) == {}
 
 
+def test_goals_of_which_nobody_says_whether_they_were_reached(tmp_path):
+    every = {"steps_per_evaluation": 20, "episodes_per_evaluation": 1}
+    with Run(Options(task="Reacher-Tip", output=tmp_path / "run", **every), 20) as run:
+        run.count(torch.zeros(20))
+        with pytest.raises(KeyError, match=r"Reacher-Tip has goals, .* lacks .*'success'"):
+            run.evaluation(make_env, swaying())
+
+
 class StopError(Exception):
     """As a kill."""
 

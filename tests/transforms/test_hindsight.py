@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
 from torchrl.collectors import Collector
-from torchrl.data import HERReplayBuffer, LazyTensorStorage
+from torchrl.data import HERReplayBuffer, LazyTensorStorage, ListStorage
 from torchrl.envs import DoubleToFloat, TransformedEnv
 from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import SACLoss, SoftUpdate
@@ -211,7 +211,7 @@ def test_goals_outside_of_the_observation(changes, error, message):
 
 def test_rows_and_rewards_of_another_shape():
     data = walk()
-    buffer = relabelling().make_buffer(storage=LazyTensorStorage(100, ndim=2))
+    buffer = relabelling().make_buffer(storage=LazyTensorStorage(100))
     with pytest.raises(ValueError, match=r"must be \[N\] .* data.reshape\(-1\)"):
         buffer.extend(data)
     wide = data.reshape(-1)
@@ -231,6 +231,14 @@ def test_rows_and_rewards_of_another_shape():
         part["observation"] = part["observation"][:, None].expand(-1, 2, 8).clone()
     with pytest.raises(ValueError, match=r"observations of 8, got \(42,\) with \(42, 2, 8\)"):
         buffer_of(agents)
+
+
+def test_storages_that_do_not_fit():
+    for options in ({}, {"storage": ListStorage(100)}):
+        with pytest.raises(TypeError, match=r"TensorStorage, got .*=LazyTensorStorage\(n\)"):
+            relabelling().make_buffer(**options)
+    with pytest.raises(ValueError, match="storage has ndim=2"):
+        relabelling().make_buffer(storage=LazyTensorStorage(100, ndim=2))
 
 
 @pytest.mark.parametrize("key", ["observation", *(("next", k) for k in ("reward", "done"))])

@@ -13,7 +13,20 @@ from torchrl.collectors import Evaluator
 from torchrl.envs import EnvBase, ExplorationType, set_exploration_type
 from tqdm import tqdm
 
-__all__ = ["collector_options", "evaluate", "play_episodes"]
+from layeredrl_torchrl._checks import check_instance
+
+__all__ = ["collector_options", "evaluate", "make_checked", "play_episodes"]
+
+
+def make_checked(make_env: Callable[..., EnvBase], **kwargs: Any) -> EnvBase:
+    """Return ``make_env(**kwargs)``; ``TypeError`` unless that makes an environment."""
+    names = ", ".join(f"{name}=" for name in kwargs)
+    if isinstance(make_env, EnvBase):
+        raise TypeError(f"make_env is an environment; pass a function, make_env({names}) -> env")
+    env = make_env(**kwargs)
+    hint = "wrap one of gymnasium by GymWrapper, or use make_batched"
+    check_instance(f"what make_env({names}) returns", env, EnvBase, hint=hint)
+    return env
 
 
 def collector_options(device: str | torch.device) -> dict[str, Any]:
@@ -56,6 +69,7 @@ def evaluate(
     try:
         env = make_env()
         torch.manual_seed(seed)
+        policy.eval()  # also where the collector only asks what it writes
         evaluator = Evaluator(
             env,
             policy,

@@ -68,7 +68,16 @@ def record(
         policy: The policy, whose primers are in the environment.
         path: The file.
         device: Device of the policy.
+
+    Raises:
+        RuntimeError: An environment that does not draw.
     """
+    mode = getattr(env, "render_mode", "rgb_array")
+    if mode != "rgb_array":
+        raise RuntimeError(
+            f"the environment of the video has render_mode {mode!r}, which draws no pictures; let "
+            "make_env pass on its render_mode="
+        )
     # MuJoCo frees what a lost renderer drew with by number, in whatever context is current: later
     # it would take what this one draws with, and leave black pictures.
     gc.collect()

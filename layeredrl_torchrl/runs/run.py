@@ -30,7 +30,12 @@ from layeredrl_torchrl.runs._files import Curve, write_rows
 from layeredrl_torchrl.runs._folder import RunFolder
 from layeredrl_torchrl.runs._interrupts import Interrupts
 from layeredrl_torchrl.runs._loggers import open_logger
-from layeredrl_torchrl.runs._playing import collector_options, evaluate, play_episodes
+from layeredrl_torchrl.runs._playing import (
+    collector_options,
+    evaluate,
+    make_checked,
+    play_episodes,
+)
 from layeredrl_torchrl.runs._video import record
 from layeredrl_torchrl.runs.options import (
     RunError,
@@ -249,7 +254,7 @@ class Run:
         if self.steps // every == last // every:
             return dict.fromkeys(columns, math.nan)
         seed, n = options.seed + 20_000, options.episodes_per_evaluation
-        make = partial(make_env, seed=seed, n=1)
+        make = partial(make_checked, make_env, seed=seed, n=1)
         found = evaluate(make, policy, n, seed=seed, device=options.device)
         if "success" in columns.values() and "success" not in found:
             raise KeyError(
@@ -279,7 +284,8 @@ class Run:
         seed = options.seed + 10_000 if seed is None else seed
 
         def make(n: int, **kwargs: Any) -> EnvBase:
-            env, primer = make_env(seed=seed, n=n, **kwargs), get_primers_from_module(policy, False)
+            env = make_checked(make_env, seed=seed, n=n, **kwargs)
+            primer = get_primers_from_module(policy, False)
             return env if primer is None else env.append_transform(primer)
 
         ends = play_episodes(make(options.eval_episodes), policy, options.device)

@@ -100,6 +100,41 @@ def test_nothing_else_notices():
     assert found[0]["reward"] == found[1]["reward"]  # whatever was drawn before
 
 
+class Running(torch.nn.Module):
+    """Counts in training mode what it is shown, as running statistics do."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, obs):
+        self.count += self.training
+        return obs[..., :1]
+
+
+def test_running_statistics_stay_as_they_were():
+    policy = TensorDictModule(Running(), ["observation"], ["action"]).train()
+    evaluate(partial(make_env, 7, 1), policy, 1, seed=0, device="cpu")
+    assert policy.module.count == 0
+    assert policy.module.training
+
+
+def test_what_makes_no_environment_is_named(tmp_path):
+    every = {"steps_per_evaluation": 20, "episodes_per_evaluation": 1}
+    with Run(Options(output=tmp_path / "run", **every), 20) as run:
+        run.count(torch.zeros(20))
+        for call in (run.evaluation, run.finish):
+            with pytest.raises(TypeError, match=r"is an environment; .* make_env\(seed=, n=\)"):
+                call(make_env(0, 1), swaying())
+            with pytest.raises(TypeError, match=r"what make_env\(seed=, n=\) returns .* NoneType"):
+                call(lambda seed, n: None, swaying())
+
+
+def test_a_video_without_pictures_is_named(tmp_path):
+    with pytest.raises(RuntimeError, match=r"render_mode None.* make_env pass on"):
+        record(make_env(0, 1), swaying(), tmp_path / "video.gif", "cpu")
+
+
 def test_actions_are_deterministic():
     seen = []
 

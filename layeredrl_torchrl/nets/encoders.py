@@ -64,7 +64,8 @@ class Encoder(WholeState):
 
     Raises:
         ValueError: Another shape than one axis, without a key; observations of another width, or
-            with NaN. KeyError: An entry that a TensorDict does not have.
+            with NaN; a ``split`` that gives something else than it says. KeyError: An entry that a
+            TensorDict does not have.
     """
 
     def __init__(
@@ -191,7 +192,18 @@ class Encoder(WholeState):
 
     def encode_checked(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """Map observations that passed :meth:`check`; ``torch.compile`` can trace this."""
-        return self.split(observation.to(self._floats.dtype))
+        found = self.split(observation.to(self._floats.dtype))
+        batch = observation.shape[:-1]
+        shapes = [(*batch, self.latent_state_dim), (*batch, self.context_dim)]
+        # (Rows of one tensor would be taken for the two.)
+        if not isinstance(found, tuple) or [tuple(x.shape) for x in found] != shapes:
+            got = [tuple(x.shape) for x in (found if isinstance(found, tuple | list) else [found])]
+            raise ValueError(
+                f"split of {type(self).__name__} gave {type(found).__name__} {got}, expected a "
+                f"tuple of state {shapes[0]} and context {shapes[1]}, as its latent_state_dim and "
+                "context_dim say; without a context, return observation[..., :0] for it"
+            )
+        return found
 
     @dispatched
     def forward(

@@ -50,6 +50,39 @@ def test_only_flat_observations_are_supported(build, shape):
         build(shape)
 
 
+class Splits(Encoder):
+    """An encoder of four values into three and one, or whatever ``how`` makes of them."""
+
+    def __init__(self, how):
+        super().__init__((4,), latent_state_dim=3, context_dim=1)
+        self.how = how
+
+    def split(self, observation):
+        return self.how(observation)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda x: x,  # of a batch of two, its rows would be state and context
+        lambda x: (x, x[..., 3:]),
+        lambda x: (x[..., :3], x[..., :0]),
+        lambda x: (x[..., :3], x[..., 3]),
+        lambda x: (x[0, :3], x[0, 3:]),
+        lambda x: (x[..., :3],),
+    ],
+    ids=["tensor", "wide", "no context", "axis", "batch", "state alone"],
+)
+def test_what_a_split_of_ones_own_gives_is_checked(how):
+    encoder, observation = Splits(how), torch.randn(2, 4)
+    expected = r"split of Splits gave .* state \(2, 3\) and context \(2, 1\)"
+    for asked in (observation, TensorDict({"observation": observation}, [2])):
+        with pytest.raises(ValueError, match=expected):
+            encoder(asked)
+    right = Splits(lambda x: (x[..., :3], x[..., 3:]))
+    assert [tuple(part.shape) for part in right(observation)] == [(2, 3), (2, 1)]
+
+
 @pytest.mark.parametrize(
     "keys", [{"in_keys": ["a", "b"]}, {"out_keys": ["state"]}, {"in_keys": []}]
 )

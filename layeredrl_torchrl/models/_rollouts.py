@@ -84,6 +84,13 @@ def imagine(
             return following.view(*shape[:1], -1, *shape[1:]), term_prob.view(shape)
 
         following, term_prob = propagation.advance(move, n_models, particles)
+        seats = (particles.shape[0], *particles.shape[2:])
+        if following.shape != particles.shape or term_prob.shape != seats:
+            raise ValueError(
+                f"advance of {type(propagation).__name__} gave states {tuple(following.shape)} and "
+                f"term_prob {tuple(term_prob.shape)}, expected {tuple(particles.shape)} and "
+                f"{tuple(seats)}: [M', D, N, P'] and [M', N, P'], as its particles() says"
+            )
         if out is not None and not propagation.stays:
             following, term_prob = out[0].copy_(following), out[1].copy_(term_prob)
         yield ImaginedStep(particles, actions[:, h], following, term_prob)

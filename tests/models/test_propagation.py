@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shifts import Shifts, digits
 
-from layeredrl_torchrl import TS1, Expectation, TSInfinity
+from layeredrl_torchrl import TS1, Expectation, Propagation, TSInfinity
 
 
 @settings(max_examples=20, deadline=None)
@@ -85,3 +85,21 @@ def test_gradients_reach_actions_through_every_propagation(propagation, n_modes,
     traj = ensemble.rollout(torch.randn(3, 3), torch.randn(3, 2), actions, propagation=propagation)
     traj["next", "state"][..., -1, :].sum().backward()
     assert (actions.grad.abs().sum((0, 2)) > 0).all()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("cut", [lambda x: x.mean(0), lambda x: x])
+def test_where_a_propagation_of_ones_own_leads_is_checked(cut, grad):
+    """One block is promised; without the axis, or with all members, it would be another."""
+
+    class Own(Propagation):
+        def particles(self, n_models, n_particles_per_model):
+            return 1, n_particles_per_model
+
+        def advance(self, move, n_models, particles):
+            return tuple(cut(x) for x in move(particles.expand(n_models, -1, -1, -1)))
+
+    given = torch.zeros(6, 1), torch.zeros(6, 1), torch.zeros(6, 3, 1)
+    message = r"advance of Own gave .*expected \(1, 1, 6, 1\) and \(1, 6, 1\)"
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=message):
+        Shifts(2).rollout(*given, propagation=Own())

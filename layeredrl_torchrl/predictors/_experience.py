@@ -201,8 +201,8 @@ class Experience:
                 data = self.encode(rows)
                 if self.holdout_share:
                     data.set("valid", ~self._is_held_out(data.get("storage_index")))
-                batch = member_batches.assign(data, loss.model.n_models)
                 n = len(rows) // n_rows
+                batch = _assigned(member_batches, data, loss.model.n_models, n)
                 useful = self._useful(batch, n)
                 if not any(useful):
                     n_missed += 1
@@ -250,3 +250,18 @@ class Experience:
 
     def _get(self, rows: TensorDictBase, key: Any) -> Tensor:
         return require(rows, key, reader="RewardPredictor.learn", hint=_HINT)
+
+
+def _assigned(
+    member_batches: MemberBatches, data: TensorDictBase, n_models: int, n: int
+) -> TensorDictBase:
+    """Give the transitions of ``n`` batches to the members, ``[M, N]``; check the answer."""
+    batch = member_batches.assign(data, n_models)
+    found = tuple(batch.batch_size) if isinstance(batch, TensorDictBase) else type(batch).__name__
+    if len(found) != 2 or found[0] != n_models or found[1] % n:
+        raise ValueError(
+            f"assign of {type(member_batches).__name__} gave {found} for transitions "
+            f"{tuple(data.batch_size)} of {n} batch(es) and {n_models} members, expected a "
+            f"TensorDict [{n_models}, N], where N is a multiple of {n}"
+        )
+    return batch

@@ -15,7 +15,8 @@ from torchrl.data import (
     TensorDictReplayBuffer,
 )
 
-from layeredrl_torchrl import EncoderNet
+from layeredrl_torchrl import EncoderNet, ModelTraining
+from layeredrl_torchrl.objectives import MemberBatches
 
 NAN, INF = float("nan"), float("inf")
 NEXT, REWARD, TERMINATED, DONE = (
@@ -193,3 +194,34 @@ def test_whatever_is_raised_is_undone(predictor, error, where):
         predictor.model.members.register_forward_hook(fail)
     with unchanged(predictor, predictor.optim), pytest.raises(error):
         learn(predictor, make_buffer(), logger=Broken() if where == "logger" else None)
+
+
+class Assigns(MemberBatches):
+    """Batches of one's own, shared in a way that ``how`` has."""
+
+    def __init__(self, how):
+        self.how = how
+
+    def n_rows(self, batch_size, n_models):
+        return batch_size
+
+    def assign(self, batch, n_models):
+        return self.how(batch)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda batch: batch,
+        lambda batch: batch.expand(3, *batch.shape),
+        lambda batch: batch.expand(2, *batch.shape)[:, 1:],
+        lambda batch: batch["state"],
+    ],
+    ids=["not shared", "three", "part", "tensor"],
+)
+def test_batches_of_ones_own_are_checked(how):
+    training = ModelTraining(member_batches=Assigns(how))
+    predictor = make_predictor(model_training=training)
+    message = r"assign of Assigns gave .*expected a TensorDict \[2, N\]"
+    with unchanged(predictor), pytest.raises(ValueError, match=message):
+        predictor.learn(make_buffer(), 3, 8, 7, n_total_env_steps=60)

@@ -179,7 +179,8 @@ class RelabelGoals(Transform):
                 "observation, which is stored under this name; leave it out, or rename it"
             )
         ends = torch.ones((len(now), 1), dtype=torch.bool, device=now.device)
-        ends[:-1] = done.reshape(len(now), -1).any(-1, keepdim=True)[:-1]
+        done = done.unsqueeze(-1) if done.ndim == 1 else done.flatten(1)
+        ends[:-1] = done.any(-1, keepdim=True)[:-1]
         ends[:-1] |= (after[:-1] != now[1:]).any(-1, keepdim=True)
         tensordict.set(self.goal_key, goal)
         tensordict.set(self.reached_key, after[..., self.achieved])

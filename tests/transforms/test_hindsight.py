@@ -140,6 +140,8 @@ def test_ends_of_other_names_and_shapes():
     buffer = relabelling(done_key=("agent", "end")).make_buffer(storage=LazyTensorStorage(50))
     buffer.extend(data)
     assert torch.equal(buffer[:]["next", "goal_end"], done)
+    buffer.extend(data[:0])  # such as a batch of which a filter left nothing
+    assert len(buffer) == 21
 
 
 def test_sac_of_torchrl_learns_in_hindsight_in_a_maze():

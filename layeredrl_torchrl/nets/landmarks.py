@@ -15,7 +15,12 @@ from layeredrl_torchrl._checks import (
     check_positive_int,
     check_width,
 )
-from layeredrl_torchrl.nets.functions import StepFunction, on_step, reads_next_state
+from layeredrl_torchrl.nets.functions import (
+    StepFunction,
+    check_step_function,
+    on_step,
+    reads_next_state,
+)
 
 __all__ = ["Landmarks"]
 
@@ -189,6 +194,7 @@ class Landmarks(nn.Module):
             discount: Over one action, below 1.
         """
         check_callable("reward", reward)
+        check_step_function("reward", reward)
         check_number("speed", speed, 0.0, open_low=True)
         check_number("discount", discount, 0.0, 1.0, open_low=True, open_high=True)
         return partial(self._value_of, reward, speed, discount)

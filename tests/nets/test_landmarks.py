@@ -227,3 +227,9 @@ def test_numbers_out_of_range(bad):
 def test_values_of_numbers_out_of_range(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Landmarks(2, radius=0.5).value_of(at_goal, **{"speed": 1.0, "discount": 0.9} | bad)
+
+
+def test_a_reward_that_cannot_be_asked_is_refused_when_given():
+    landmarks, short = Landmarks(2, radius=0.5), lambda state, context: state[..., 0]
+    with pytest.raises(TypeError, match=r"reward takes the arguments .*\(state, context, action\)"):
+        landmarks.value_of(short, speed=1.0, discount=0.9)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from layeredrl_torchrl._checks import check_callable
@@ -92,10 +93,35 @@ def check_step_function(
         refuse_next_state(name, func)
     if func is None:
         return
+    takes, arguments = _takes(func)
+    n_given = 4 if needs_next_state(func) else 3
+    if takes(n_given):
+        return
+    if may_look_ahead and n_given == 3 and takes(4):
+        raise TypeError(
+            f"{name} takes four arguments {arguments}, but only state, context and action are "
+            "given to a function that does not say that it reads the next state; write "
+            "@reads_next_state above it, or reads_next_state = True in its class"
+        )
+    given = "(state, context, action" + (", next_state)" if n_given == 4 else ")")
+    raise TypeError(
+        f"{name} takes the arguments {arguments}, but is called with {given}; let it take all of "
+        "them, also those that it does not use"
+    )
+
+
+def _takes(func: Callable[..., Any]) -> tuple[Callable[[int], bool], str]:
+    """Return whether ``func`` takes so many arguments, and these as text.
+
+    TensorDictModules take their ``in_keys`` (``@dispatch``), whatever their signature says.
+    """
+    if isinstance(func, TensorDictModuleBase):
+        n_keys = len(func.in_keys)
+        return lambda n: n == n_keys, f"of its in_keys {func.in_keys}"
     try:
         signature = inspect.signature(func.forward if isinstance(func, nn.Module) else func)
-    except (TypeError, ValueError):  # it does not say
-        return
+    except (TypeError, ValueError):
+        return lambda n: True, "that it does not say"
 
     def takes(n: int) -> bool:
         try:
@@ -104,20 +130,7 @@ def check_step_function(
             return False
         return True
 
-    n_given = 4 if needs_next_state(func) else 3
-    if takes(n_given):
-        return
-    if may_look_ahead and n_given == 3 and takes(4):
-        raise TypeError(
-            f"{name} takes four arguments {signature}, but only state, context and action are "
-            "given to a function that does not say that it reads the next state; write "
-            "@reads_next_state above it, or reads_next_state = True in its class"
-        )
-    given = "(state, context, action" + (", next_state)" if n_given == 4 else ")")
-    raise TypeError(
-        f"{name} takes the arguments {signature}, but is called with {given}; let it take all of "
-        "them, also those that it does not use"
-    )
+    return takes, str(signature)
 
 
 def refuse_next_state(name: str, func: StepFunction | None) -> None:

@@ -11,7 +11,9 @@ import pytest
 import torch
 from helpers import make_ensemble, make_point
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
 from torch import nn
+from torchrl.data import Bounded, Unbounded
 from torchrl.envs.utils import check_env_specs
 
 from layeredrl_torchrl import (
@@ -253,6 +255,39 @@ def test_functions_with_other_arguments_are_refused_when_given(name, func):
     if name != "term_func":
         with pytest.raises(TypeError, match=message):
             make_point(**{name: func})
+
+
+class Dispatched(TensorDictModuleBase):
+    """Its signature has one argument, but it is called with its keys."""
+
+    in_keys = ["state", "context", "action"]
+    out_keys = ["sum"]
+
+    @dispatch
+    def forward(self, tensordict):
+        return tensordict.set("sum", tensordict["state"].sum(-1) + tensordict["action"].sum(-1))
+
+
+@pytest.mark.parametrize(
+    "func",
+    [
+        Dispatched(),
+        TensorDictModule(
+            lambda *x: x[0].sum(-1) + x[2].sum(-1), ["state", "context", "action"], ["sum"]
+        ),
+    ],
+    ids=["own", "torchrl"],
+)
+def test_tensordict_modules_are_functions_of_their_keys(func):
+    predictor = PredictorFactory(hidden_sizes=(8,), rew_func=func)(
+        Unbounded((3,)), Bounded(-1.0, 1.0, (2,))
+    )
+    state, action = torch.randn(4, 3), torch.rand(4, 2)
+    torch.testing.assert_close(predictor.predict_reward(state, action), func(state, state, action))
+    short = TensorDictModule(lambda *x: x[0].sum(-1), ["state", "action"], ["sum"])
+    message = r"takes the arguments of its in_keys \['state', 'action'\], but is called with"
+    with pytest.raises(TypeError, match=message):
+        PredictorFactory(rew_func=short)
 
 
 def test_functions_that_declare_a_next_state_take_one():

@@ -32,8 +32,9 @@ def mixture_loss(
 
     With ``beta = 0`` both are the same; see :class:`~layeredrl_torchrl.ModelLoss` for others.
 
-    Below a tenth of unexplained variance, beta of a dimension's means falls with it, down to that
-    of the stds: what is seldom is learned first, and what is explained becomes precise.
+    Once beta of the stds is below that of the means, the latter falls with the unexplained variance
+    of a dimension below a tenth: what is seldom goes on to be learned, and what is explained
+    becomes precise.
 
     Args:
         mixture: Mean and std ``[M, N, K, D]``, log weights ``[M, N, K]``.
@@ -50,8 +51,10 @@ def mixture_loss(
     if changes or of_stds:
         share = _relative(log_std, of_stds, weight)
     if changes or of_means != of_stds:
-        beta = of_means * _unexplained(error, log_weights.detach(), weight)
-        pull = _relative(log_std, beta.clamp(min=of_stds), weight)
+        left = _unexplained(error, log_weights.detach(), weight)
+        if isinstance(of_stds, Tensor):
+            left = torch.where(of_stds < torch.full_like(of_stds, of_means), left, 1.0)
+        pull = _relative(log_std, of_means * left, weight)
         if share is not None:
             pull.div_(share)
     surprise, _, _ = _Surprise.apply(mean, std, target, log_std, error, limit, pull)

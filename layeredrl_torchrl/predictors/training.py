@@ -24,9 +24,9 @@ class ModelTraining:
         annealing: Share of each call's updates, at its end, over which the model's learning rate
             falls linearly to a tenth: the weights settle, and the predicted variance becomes that
             of the settled weights. ``beta_nll`` falls to 0 over as many updates, and reaches it
-            a quarter as many before the end; that of the means falls only in dimensions of which
-            they explain nine tenths of the variance, and the lower, the more they explain, so that
-            what is seldom is not given up meanwhile. 0 for none of both.
+            a quarter as many before the end; that of the means is meanwhile the lower, the more
+            of a dimension's variance they explain beyond nine tenths, so that what is seldom is not
+            given up. 0 for none of both.
         huber_std: See :class:`~layeredrl_torchrl.ModelLoss`.
         weight_decay: Decoupled weight decay (arXiv 1711.05101) of all the model's parameters: each
             update shrinks them by this share of the learning rate.

@@ -16,14 +16,17 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.checkpoint import (
     Checkpoint,
+    CheckpointAdapter,
     CheckpointError,
     CheckpointLoadResult,
     CheckpointOptions,
+    JSONCheckpointAdapter,
 )
 from torchrl.data import ReplayBuffer
 
 from layeredrl_torchrl.checkpoints._buffers import BufferAdapter
 from layeredrl_torchrl.checkpoints._undo import undone_in_part
+from layeredrl_torchrl.checkpoints._values import ValueAdapter
 
 __all__ = ["SafeCheckpoint"]
 
@@ -48,7 +51,7 @@ class SafeCheckpoint(Checkpoint):
     :meth:`save` writes the sizes and SHA-256 sums of all files at the end. :meth:`load` compares
     them before it reads anything else, and refuses files that would have to be unpickled, since
     pickles can run any code. Replay buffers, also empty ones, are saved without TorchRL's
-    ``prefetch.pkl``.
+    ``prefetch.pkl``, and plain values so that tensors, tuples and keys come back as they were.
 
     >>> net = torch.nn.Linear(2, 1)
     >>> path = SafeCheckpoint(net=net).save("checkpoint", metadata={"step": 3})
@@ -61,8 +64,9 @@ class SafeCheckpoint(Checkpoint):
     Args:
         strict: See ``Checkpoint``.
         save_components: See ``Checkpoint``.
-        **components: Modules, optimizers, replay buffers, JSON values, and objects with
-            ``state_dict`` and ``load_state_dict``.
+        **components: Modules, optimizers, replay buffers, plain values (numbers, texts and
+            tensors, also in lists and dictionaries), and objects with ``state_dict`` and
+            ``load_state_dict``.
 
     Raises:
         ValueError: ``format="archive"``; only directories are supported.
@@ -164,6 +168,10 @@ class SafeCheckpoint(Checkpoint):
                 raise CheckpointError(f"{file} does not match its checksum; {instead}")
             if file.name == "meta.json":
                 _check_types(file)
+
+    def _resolve_adapter(self, component: Any) -> CheckpointAdapter:
+        adapter: CheckpointAdapter = super()._resolve_adapter(component)
+        return ValueAdapter() if type(adapter) is JSONCheckpointAdapter else adapter
 
     def _check_room(self, destination: Path, components: Collection[str] | None) -> None:
         selected = self.components.keys() if components is None else components

@@ -9,6 +9,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tensordict import NonTensorData, TensorDict
@@ -193,6 +194,29 @@ def test_a_file_in_its_place_is_replaced_and_leaves_nothing(tmp_path):
     (tmp_path / "checkpoint").write_text("something else")
     SafeCheckpoint.verify(SafeCheckpoint(a=1).save(tmp_path / "checkpoint"))
     assert os.listdir(tmp_path) == ["checkpoint"]
+
+
+PLAIN = {
+    "tensor": torch.arange(6.0).reshape(2, 3),
+    "half": torch.ones(1, dtype=torch.bfloat16),
+    "array": np.arange(3, dtype=np.int8),
+    "number": np.float32(0.1),
+    "pair": (1, ("a", [2.5])),
+    "keys": {1: "number", "1": "text", None: 0},
+    "nothing": None,
+    "nan": float("nan"),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("kind", [dict, list, tuple])
+def test_plain_values_come_back_as_they_were(name, kind, tmp_path):
+    value = {"some": PLAIN[name]} if kind is dict else kind([PLAIN[name]])
+    path = SafeCheckpoint(value=value).save(tmp_path / "checkpoint")
+    held = kind()
+    found = SafeCheckpoint(value=held).load(path).values["value"]
+    assert found is held or kind is tuple
+    assert repr(found) == repr(value)
 
 
 def test_a_disk_without_room_is_noticed_before(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, is_tensor_collection
 from torchrl.checkpoint import (
     CheckpointAdapter,
     CheckpointError,
@@ -135,6 +135,12 @@ class BufferAdapter(CheckpointAdapter):
             raise CheckpointError(
                 f"a buffer whose storage is a {type(buffer.storage).__name__} cannot be saved "
                 "without running code at loading; use LazyTensorStorage or LazyMemmapStorage"
+            )
+        rows = getattr(buffer.storage, "_storage", None)
+        if rows is not None and not is_tensor_collection(rows):
+            raise CheckpointError(
+                f"a buffer of {type(rows).__name__}s cannot be loaded into an empty one; store "
+                "TensorDicts"
             )
         if getattr(buffer, "_prefetch", False):
             raise CheckpointError(

@@ -59,14 +59,14 @@ def _remember_buffer(buffer: Any) -> Callable[[], object]:
     if not isinstance(storage, TensorStorage):
         return lambda: None  # which is refused
     parts = [part for part in (buffer.writer, buffer.sampler, buffer.transform) if part is not None]
-    states = [copy.deepcopy(part.state_dict()) for part in parts]
+    put_back = [_remember_part(part) for part in parts]
     made, length, last = storage.initialized, storage._len, storage._last_cursor
     n_rows = storage._len_along_dim0 if made else 0
     rows = storage._storage[:n_rows].clone() if made else None
 
     def restore() -> None:
-        for part, state in zip(parts, states, strict=True):
-            part.load_state_dict(state)
+        for restore_part in put_back:
+            restore_part()
         if rows is not None:
             storage._storage[:n_rows] = rows
         elif storage.initialized:
@@ -74,3 +74,20 @@ def _remember_buffer(buffer: Any) -> Callable[[], object]:
         storage._len, storage._last_cursor = length, last
 
     return restore
+
+
+def _remember_part(part: Any) -> Callable[[], object]:
+    """Return what puts a writer, a sampler or a transform back."""
+    try:
+        state = copy.deepcopy(part.state_dict())
+    except NotImplementedError:  # TensorDictMaxValueWriter, which is saved by dumps()
+        count = getattr(part, "_write_count", None)
+        held = {k: v.copy() if isinstance(v, list) else v for k, v in vars(part).items()}
+
+        def restore() -> None:
+            vars(part).update(held)
+            if count is not None:
+                part._write_count = count
+
+        return restore
+    return lambda: part.load_state_dict(state)

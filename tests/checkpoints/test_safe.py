@@ -18,6 +18,8 @@ from torchrl.data import (
     CompressedListStorage,
     LazyTensorStorage,
     ListStorage,
+    ReplayBuffer,
+    TensorDictMaxValueWriter,
     TensorDictReplayBuffer,
 )
 from torchrl.envs import VecNormV2
@@ -369,6 +371,46 @@ def test_buffers_that_need_a_pickle_are_refused(storage, tmp_path):
     with pytest.raises(CheckpointError, match="without prefetch="):
         SafeCheckpoint(buffer=ahead).save(tmp_path / "checkpoint")
     assert not os.listdir(tmp_path)
+
+
+def test_buffers_without_tensordicts_are_refused(tmp_path):
+    """TorchRL cannot load them into an empty buffer."""
+    for data in (torch.ones(3, 2), (torch.ones(3, 2), torch.zeros(3))):
+        buffer = ReplayBuffer(storage=LazyTensorStorage(40))
+        buffer.extend(data)
+        with pytest.raises(CheckpointError, match="store TensorDicts"):
+            SafeCheckpoint(buffer=buffer).save(tmp_path / "checkpoint")
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("n", [0, 3, 12])
+@pytest.mark.parametrize("held", [0, 5])
+def test_a_buffer_of_the_largest_values_goes_on(n, held, tmp_path):
+    """Its writer has no ``state_dict``. What it keeps then are the eight largest of all."""
+
+    def make(rows):
+        writer = TensorDictMaxValueWriter(rank_key="value")
+        buffer = make_buffer(8, writer=writer)
+        if rows:
+            buffer.extend(TensorDict({"value": torch.randn(rows)}, [rows]))
+        return buffer
+
+    one, other = make(n), make(held)
+    path = SafeCheckpoint(buffer=one).save(tmp_path / "checkpoint")
+    before = other[:]["value"].tolist() if held else []
+    parts = {"buffer": other, "z_net": torch.nn.Linear(2, 1)}
+    full = SafeCheckpoint(buffer=one, z_net=torch.nn.Linear(3, 1)).save(tmp_path / "other")
+    with pytest.raises(CheckpointError):
+        SafeCheckpoint(**parts).load(full)
+    assert (other[:]["value"].tolist() if len(other) else []) == before
+    SafeCheckpoint(buffer=other).load(path)
+    for new in torch.randn(4, 3):
+        kept = torch.cat((one[:]["value"], new)) if len(one) else new
+        one.extend(TensorDict({"value": new}, [3]))
+        other.extend(TensorDict({"value": new}, [3]))
+        largest = kept.sort().values[-8:]
+        for buffer in (one, other):
+            assert torch.equal(buffer[:]["value"].sort().values, largest)
 
 
 # -- rotation ------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from layeredrl_torchrl.runs import (
     Count,
     Natural,
     Positive,
+    PositiveShare,
     Run,
     RunError,
     Share,
@@ -61,7 +62,7 @@ class Config(WorkerOptions):
     """Members of the ensemble."""
     hidden_size: Count = 64
     """Width of the two hidden layers of all networks."""
-    gamma: Share = 0.99
+    gamma: PositiveShare = 0.99
     """Discount of the value function and of plans."""
     value_lr: Positive = 1e-3
     """Learning rate of the value function."""

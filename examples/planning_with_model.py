@@ -51,7 +51,7 @@ class Config(runs.RunOptions):
     """Members of the ensemble."""
     hidden_size: runs.Count = 64
     """Width of the two hidden layers of all networks."""
-    gamma: runs.Share = 0.99
+    gamma: runs.PositiveShare = 0.99
     """Discount of the value function."""
     value_lr: runs.Positive = 1e-3
     """Learning rate of the value function."""
@@ -65,7 +65,7 @@ class Config(runs.RunOptions):
     """Candidate plans in the first iteration."""
     n_iterations: runs.Count = 3
     """Iterations of the planner."""
-    elite_ratio: runs.Share = 0.1
+    elite_ratio: runs.PositiveShare = 0.1
     """Share of the candidates that the next iteration is fitted to."""
     output: Path = Path("output/planning_with_model")
     """Folder of the learning curve, of the evaluation and of the checkpoints."""

@@ -70,7 +70,7 @@ class Config(runs.RunOptions):
     """Width of the two hidden layers of all networks."""
     n_models: runs.Count = 5
     """Members of the ensemble."""
-    gamma: runs.Share = 0.99
+    gamma: runs.PositiveShare = 0.99
     """Discount of a real step."""
     horizon: runs.Count = 10
     """Skills that are planned ahead."""

@@ -39,7 +39,7 @@ class Config(runs.RunOptions):
     """Real steps with random actions at the start; 1,000 by default, at most a quarter of all."""
     known_termination: bool = False
     """Whether the task says which steps end an episode, instead of the model."""
-    gamma: runs.Share = 0.99
+    gamma: runs.PositiveShare = 0.99
     """Discount."""
     horizon: runs.Count = 5
     """Imagined steps that the policy's gradient flows through."""

@@ -24,6 +24,7 @@ __all__ = [
     "NotNegative",
     "Number",
     "Positive",
+    "PositiveShare",
     "RunError",
     "RunOptions",
     "Seed",
@@ -58,6 +59,8 @@ NotNegative: TypeAlias = Annotated[float, _Range(0.0)]
 """At least 0."""
 Positive: TypeAlias = Annotated[float, _Range(0.0, open_low=True)]
 """Above 0."""
+PositiveShare: TypeAlias = Annotated[float, _Range(0.0, 1.0, open_low=True)]
+"""Above 0, at most 1: a planner's discount."""
 Seed: TypeAlias = Annotated[int, _Range(0, 2**32 - 1, whole=True)]
 """What seeds any random generator."""
 Number: TypeAlias = Annotated[float, _Range(float("-inf"))]
@@ -72,6 +75,7 @@ _KINDS = {
     "NotNegative": NotNegative,
     "Number": Number,
     "Positive": Positive,
+    "PositiveShare": PositiveShare,
     "Seed": Seed,
     "Share": Share,
 }
@@ -82,7 +86,7 @@ class RunOptions:
     """Options of every run; a subclass adds its own and may change the defaults.
 
     Each number has one of the types ``Count``, ``Natural``, ``NotNegative``, ``Number``,
-    ``Positive``, ``Seed`` and ``Share``, which give its range to :meth:`check`.
+    ``Positive``, ``PositiveShare``, ``Seed`` and ``Share``, which give its range to :meth:`check`.
 
     >>> RunOptions(n_envs=0).check()
     Traceback (most recent call last):

@@ -236,6 +236,7 @@ def test_a_job_pays_and_shows_what_it_says(example):
         *((name, "--random-steps=500", "--random-steps is 500 of 80") for name in LEARNS[:3]),
         *((name, "--random-steps=80", "or more --total-env-steps") for name in LEARNS[1:3]),
         *((name, "--steps-per-evaluation=-1", "--steps-per-evaluation must") for name in RUNS),
+        *((name, "--gamma=0", "--gamma must be") for name in LEARNS if name != "dyna_sac"),
         ("train_with_trainer", "--steps-per-evaluation=9", "leave out --steps-per-evaluation"),
         ("dyna_sac", "--imagined-share=1.5", "--imagined-share must be"),
         ("skill_hierarchy", "--duration=999", "--duration is 999, episodes have 300 steps"),

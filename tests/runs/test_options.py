@@ -17,6 +17,7 @@ from layeredrl_torchrl.runs import (
     NotNegative,
     Number,
     Positive,
+    PositiveShare,
     Run,
     RunError,
     RunOptions,
@@ -36,6 +37,7 @@ class Options(RunOptions):
     natural: Natural | None = None
     positive: Positive = 1.0
     share: Share = 0.5
+    positive_share: PositiveShare = 0.5
     number: Number = 0.0
     not_negative: NotNegative = 0.0
     flag: bool = True
@@ -69,6 +71,7 @@ class Structured(RunOptions):
         ("natural", [None, 0, 3], [-1]),
         ("positive", [1e-300, 5], [0.0, -1e-9, math.inf, math.nan]),
         ("share", [0.0, 1.0], [-0.1, 1.1, math.nan]),
+        ("positive_share", [1e-300, 1.0], [0.0, -0.1, 1.1, math.nan]),
         ("number", [-1e300, 0], [math.inf, -math.inf, math.nan]),
         ("eval_episodes", [1], [0]),
         ("steps_per_batch", [1], [0]),

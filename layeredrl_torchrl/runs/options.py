@@ -203,7 +203,7 @@ def check_ranges(options: object) -> None:
     device = getattr(options, "device", "cpu")
     try:
         if torch.device(device).type != "cpu":
-            torch.zeros(1, device=device)
+            torch.zeros(1, device=device).item()  # "meta" has no numbers
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise RunError(f"--device {device} cannot be used: {reason}") from None

@@ -79,7 +79,7 @@ class Structured(RunOptions):
         ("seed", [0, 2**32 - 1], [-1, 2**32, 1.5]),
         ("counts", [(), (1, 2), [3]], [(1, 0), [0], (2.0,)]),
         ("not_negative", [0.0, 0.1], [-0.1, math.nan]),
-        ("device", ["cpu"], ["gpu", "cuda:77"]),
+        ("device", ["cpu"], ["gpu", "cuda:77", "meta", ""]),
     ],
 )
 def test_ranges(name, good, bad):

@@ -62,8 +62,7 @@ def command(
         for module in ("tyro", *needs):
             importlib.import_module(module)
         given = _read(options, description)
-        if not isinstance(given, RunOptions):  # which a run checks
-            check_ranges(given)
+        check_ranges(given)  # again by a run, but what comes before reads them
         main(given)
     except RunError as error:
         _end(str(error))

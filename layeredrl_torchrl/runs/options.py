@@ -187,14 +187,16 @@ def check_ranges(options: object) -> None:
     # Scripts that are run from strings, as notebooks do, have no module to look names up in.
     for name, hint in type_hints(type(options), None, _KINDS, include_extras=True).items():
         bounds = _range_of(hint)
-        value = getattr(options, name, None)
+        value: Any = getattr(options, name, None)
         option = "--" + name.replace("_", "-")
         if get_origin(hint) is Literal and value not in get_args(hint):
             raise RunError(f"{option} must be one of {', '.join(get_args(hint))}; got {value!r}")
-        if bounds is None or value is None:
+        if hint in (str, bool) and not isinstance(value, hint):
+            raise RunError(f"{option} must be of type {hint.__name__}, got {value!r}")
+        if bounds is None or (value is None and type(None) in get_args(hint)):
             continue
         try:
-            for one in value if isinstance(value, tuple | list) else (value,):
+            for one in value if _holds_several(hint) and value is not None else (value,):
                 check_number(option, one, bounds.low, bounds.high, open_low=bounds.open_low)
                 if bounds.whole and not isinstance(one, Integral):
                     raise TypeError(f"{option} must be a whole number, got {one!r}")
@@ -258,6 +260,12 @@ def _typed(value: Any, hint: Any) -> Any:
     if isinstance(hint, type) and issubclass(hint, PurePath | Enum) and value is not None:
         return hint(value)
     return value
+
+
+def _holds_several(hint: object) -> bool:
+    """Whether the type is a tuple or a list, also an optional one."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return any(get_origin(kind) in (tuple, list) for kind in kinds)
 
 
 def _range_of(hint: object) -> _Range | None:

@@ -169,6 +169,32 @@ def test_a_command_restores_the_types_of_options(tmp_path, monkeypatch):
     assert given == [replace(saved, resume=True, unknown=3.0)]
 
 
+OF_ANOTHER_TYPE = {
+    "task": [3, None],
+    "count": [[8, 8], [], None, "8", True],
+    "counts": [[4, "4"]],
+    "flag": ["no", 0, None],
+    "device": [None],
+    "seed": [None],
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # tyro's, of the default
+@pytest.mark.parametrize("name", OF_ANOTHER_TYPE)
+def test_saved_options_of_another_type_are_named(name, tmp_path, monkeypatch, capsys):
+    """As an older version of a script may have saved them."""
+    pytest.importorskip("tyro")
+    monkeypatch.setattr("sys.argv", ["run", "--resume", "--output", str(tmp_path)])
+    saved, given = Options(output=tmp_path).settings(), []
+    for value in OF_ANOTHER_TYPE[name]:
+        (tmp_path / "settings.json").write_text(json.dumps(saved | {name: value}))
+        with pytest.raises(SystemExit) as end:
+            command(given.append, Options, "A run.")
+        assert end.value.code == 1
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"--{name} must be")
+        assert not given
+
+
 def test_options_that_cannot_be_saved_are_named_before_anything_is_written(tmp_path):
     @dataclass
     class Odd(RunOptions):

@@ -24,7 +24,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from layeredrl_torchrl.runs import Count, Seed, command
+from layeredrl_torchrl.runs import Count, RunError, Seed, command
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -69,7 +69,7 @@ class Config:
     seed: Seed = 0
     """Seed of the moments."""
     output: Path = Path("output/kill_and_resume")
-    """Folder of the runs; emptied."""
+    """Folder of the runs; emptied, if it holds nothing else."""
 
 
 def start(name: str, folder: Path, resume: bool) -> int:
@@ -198,9 +198,20 @@ def compare(config: Config, name: str) -> int:
     return killed - equal
 
 
+def empty(output: Path) -> None:
+    """Remove what an earlier call has left; refuse a folder with anything else in it."""
+    runs = [path for path in output.glob("*/*") if path.stem != "alone" and not path.stem.isdigit()]
+    for path in [path for path in output.glob("*") if path.name not in OPTIONS] + runs:
+        raise RunError(f"--output would be emptied, and holds {path}; choose another folder")
+    shutil.rmtree(output, ignore_errors=True)
+
+
 def main(config: Config) -> None:
     """Print the table."""
-    shutil.rmtree(config.output, ignore_errors=True)
+    for name in config.examples:
+        if name not in OPTIONS:
+            raise RunError(f"--examples: {name!r} is none of {', '.join(OPTIONS)}")
+    empty(config.output)
     print("| example | seconds alone | killed | before the first checkpoint | dead ends ", end="")
     print("| equal to the run left alone |\n|---|---|---|---|---|---|")
     for name in config.examples:

@@ -279,6 +279,21 @@ def test_a_user_sees_one_line(run_script, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("name", ["note.txt", "dyna_sac/curve.csv", ".hidden/file", "dyna_sac/0.d"])
+def test_a_benchmark_empties_no_folder_of_others(name, run_script, tmp_path):
+    """Nor its own for an example that there is not."""
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
+    example = "nope" if name.endswith("0.d") else "dyna_sac"
+    words = ("--kills=1", f"--output={tmp_path}", "--examples", example)
+    done = run_script("benchmarks/kill_and_resume.py", *words)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("--examples: 'nope'" if example == "nope" else "--output would be")
+    assert file.exists()
+
+
 @pytest.mark.slow
 def test_killed_runs_go_on_bit_for_bit(run_script, tmp_path):
     """A short version of the benchmark, of one example that plans and one that imagines."""

@@ -192,7 +192,7 @@ def main(config: Config) -> None:
     for folder in config.folders:
         found = example_of(folder)
         if found is None:
-            if not config.if_any and folder.is_dir() and folder.suffix != ".png":
+            if not config.if_any and not folder.is_file() and folder.suffix != ".png":
                 raise SystemExit(f"{folder} holds no run")
             continue
         example, options = found

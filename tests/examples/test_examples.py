@@ -294,6 +294,23 @@ def test_a_benchmark_empties_no_folder_of_others(name, run_script, tmp_path):
     assert file.exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("pictures.py nowhere", "nowhere holds no run"),
+        ("pictures.py --if-any nowhere", ""),
+        ("model_quality.py --task=CartPole-v1", "--task: CartPole-v1 has actions Discrete(2)"),
+        ("predictor_quality.py --task=FrozenLake-v1", "--task: FrozenLake-v1 has observations"),
+    ],
+)
+def test_what_a_benchmark_cannot_use_is_one_line(words, line, run_script):
+    script, *options = words.split()
+    done = run_script(f"benchmarks/{script}", *options)
+    assert done.returncode == (1 if line else 0)
+    assert done.stderr.count("\n") == bool(line)
+    assert done.stderr.startswith(line)
+
+
 @pytest.mark.slow
 def test_killed_runs_go_on_bit_for_bit(run_script, tmp_path):
     """A short version of the benchmark, of one example that plans and one that imagines."""

@@ -40,7 +40,7 @@ from layeredrl_torchrl import (
     RewardPredictor,
     ValueNet,
 )
-from layeredrl_torchrl.runs import Count, Seed, command
+from layeredrl_torchrl.runs import Count, RunError, Seed, command
 
 LEVELS = torch.arange(1, 20) / 20
 
@@ -70,6 +70,10 @@ class Config:
 def collect(name: str, n: int, seed: int) -> TensorDict:
     """`n` consecutive transitions in the layout of TorchRL's collectors."""
     env, rng = gym.make(name), np.random.default_rng(seed)
+    spaces = {"observations": env.observation_space, "actions": env.action_space}
+    for what, space in spaces.items():
+        if not isinstance(space, gym.spaces.Box):
+            raise RunError(f"--task: {name} has {what} {space}, expected a Box")
     low, high = env.action_space.low, env.action_space.high
     observation, _ = env.reset(seed=seed)
     action, rows = None, []

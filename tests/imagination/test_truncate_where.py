@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torchrl.envs import ExcludeTransform, StepCounter, TransformedEnv
-from value_gradients import (
+from gradient_parts import (
     ACTION,
     make_learned,
     make_line,
 )
+from torchrl.envs import ExcludeTransform, StepCounter, TransformedEnv
 
 from layeredrl_torchrl import (
     PredictorEnv,

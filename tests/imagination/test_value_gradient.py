@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from tensordict import TensorDict
-from torchrl.objectives import SACLoss, ValueEstimators
-from value_gradients import (
+from gradient_parts import (
     ACTION,
     make_learned,
     make_line,
     make_steps,
 )
+from tensordict import TensorDict
+from torchrl.objectives import SACLoss, ValueEstimators
 
 from layeredrl_torchrl.nets import QValueOperator, TanhActor
 

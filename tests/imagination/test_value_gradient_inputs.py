@@ -6,15 +6,15 @@ import copy
 
 import pytest
 import torch
-from tensordict import TensorDict
-from torch import nn
-from torchrl.data import Bounded, OneHot, Unbounded
-from torchrl.objectives import SoftUpdate, ValueEstimators
-from value_gradients import (
+from gradient_parts import (
     ACTION,
     make_learned,
     make_steps,
 )
+from tensordict import TensorDict
+from torch import nn
+from torchrl.data import Bounded, OneHot, Unbounded
+from torchrl.objectives import SoftUpdate, ValueEstimators
 
 from layeredrl_torchrl import (
     PredictorFactory,

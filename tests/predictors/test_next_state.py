@@ -405,6 +405,6 @@ def test_whatever_three_arguments_suffice_is_taken():
         lambda s, c, a, scale=2.0: scale * s[..., 0],
         lambda *taken: taken[0][..., 0],
         partial(lambda scale, s, c, a: scale * s[..., 0], 2.0),
-        torch.nn.Bilinear(1, 1, 1),  # its signature says nothing
+        torch.nn.Sequential(torch.nn.Identity()).__call__,  # its signature says nothing
     ):
         PredictorFactory(rew_func=func, term_func=func)

@@ -160,10 +160,14 @@ def test_a_gain_below_min_delta_buys_no_time_but_is_kept():
 
 def test_what_cannot_work_is_refused():
     learned = partial(EncoderNet, (2,), 2, 0)
+
+    def known(state, context, action):
+        return state[..., 0]
+
     for build, message in (
         (lambda: make_predictor(encoder_warm_up=3), "encoder_warm_up"),  # an identity
         (lambda: warming(3, learn_encoder=False), "encoder_warm_up"),
-        (lambda: make_predictor(learned(), encoder_warm_up=3, rew_func=len), "encoder_warm_up"),
+        (lambda: make_predictor(learned(), encoder_warm_up=3, rew_func=known), "encoder_warm_up"),
         (lambda: stopping(holdout_share=0.0), "holdout_share"),
         (lambda: stopping(encoder=learned()), "learn_encoder"),
     ):

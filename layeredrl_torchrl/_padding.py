@@ -6,7 +6,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-__all__ = ["padding_mask"]
+__all__ = ["check_mask", "padding_mask"]
 
 
 def padding_mask(rows: TensorDictBase, key: NestedKey) -> Tensor | None:
@@ -28,9 +28,13 @@ def padding_mask(rows: TensorDictBase, key: NestedKey) -> Tensor | None:
         if not isinstance(named, Tensor) or named.dtype != torch.bool:
             return None
         return named if named.shape == rows.batch_size else None
-    if mask.dtype != torch.bool or mask.shape.numel() != rows.batch_size.numel():
-        raise ValueError(
-            f"{key!r} is {mask.dtype} {tuple(mask.shape)}, expected torch.bool "
-            f"{tuple(rows.batch_size)}"
-        )
+    check_mask(key, mask, rows.batch_size)
     return mask
+
+
+def check_mask(key: NestedKey, mask: Tensor, batch: torch.Size) -> None:
+    """Raise ``ValueError`` unless ``mask`` are bools, one for each row of ``batch``."""
+    if mask.dtype != torch.bool or mask.shape.numel() != batch.numel():
+        raise ValueError(
+            f"{key!r} is {mask.dtype} {tuple(mask.shape)}, expected torch.bool {tuple(batch)}"
+        )

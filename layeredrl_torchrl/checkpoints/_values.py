@@ -33,31 +33,14 @@ class ValueAdapter(JSONCheckpointAdapter):
     JSON cannot hold is saved here like the state of an object; the rest as TorchRL does.
     """
 
-    def save(
-        self, component: Any, path: Path, *, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
+    def save(self, component: Any, path: Path, **options: Any) -> Any:
         """Save a value below ``path``."""
         if _is_json(component):
-            return super().save(component, path, args=args, kwargs=kwargs)
-        return StateDictCheckpointAdapter().save(_Held(component), path, args=args, kwargs=kwargs)
+            return super().save(component, path, **options)
+        return StateDictCheckpointAdapter().save(_Held(component), path, **options)
 
-    def load(
-        self,
-        component: Any,
-        path: Path,
-        *,
-        map_location: Any,
-        tensor_load_kwargs: Mapping[str, Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
+    def load(self, component: Any, path: Path, **options: Any) -> Any:
         """Fill a mapping or a list in place, or return another value."""
-        options = {
-            "map_location": map_location,
-            "tensor_load_kwargs": tensor_load_kwargs,
-            "args": args,
-            "kwargs": kwargs,
-        }
         if (path / self.state_filename).exists():
             return super().load(component, path, **options)
         held = _Held(None)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchrl.objectives import LossModule
 
 from layeredrl_torchrl._dispatch import dispatched
+from layeredrl_torchrl._padding import check_mask
 from layeredrl_torchrl._state import load_whole
 
 __all__ = ["TermsLoss"]
@@ -81,11 +82,7 @@ class TermsLoss(LossModule):
             mask = tensordict.get(name, None)
             if mask is None:
                 continue
-            if mask.dtype != torch.bool or mask.shape.numel() != counts.numel():
-                raise ValueError(
-                    f"{name!r} is {mask.dtype} {tuple(mask.shape)}, expected torch.bool "
-                    f"{tuple(tensordict.shape)}"
-                )
+            check_mask(name, mask, counts.shape)
             counts = counts.to(mask.device) & mask.reshape(counts.shape)
         return counts
 

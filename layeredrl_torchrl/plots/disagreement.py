@@ -64,9 +64,8 @@ def plot_disagreement(
     rows = state[middle].expand(len(grid), -1).clone()
     rows[:, [first, second]] = grid
     held = (x[middle].expand(len(grid), *x.shape[1:]) for x in (context, action))
-    found = (
-        bonus(rows, *held).reshape(n, n).T.float().cpu()
-    )  # rows of the picture are the second axis
+    # Rows of the picture are the second axis.
+    found = bonus(rows, *held).reshape(n, n).T.float().cpu()
     figure = new_figure(5.4, 4.2)
     axis = figure.subplots()
     mesh = axis.pcolormesh(*(x.numpy() for x in axes_of), found.numpy(), cmap="viridis")

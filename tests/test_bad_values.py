@@ -15,7 +15,7 @@ from test_conformance import TestRewardPredictor as PredictorSuite
 from torchrl.data import OneHot, Unbounded
 
 import layeredrl_torchrl as lrl
-from layeredrl_torchrl import optimizers, predictors
+from layeredrl_torchrl import imagination, objectives, optimizers, predictors
 
 NAN, INF = float("nan"), float("inf")
 NO_NUMBER = ["1", True, [0.5], torch.ones(2)]
@@ -120,7 +120,9 @@ TABLE = {
         },
     ),
     lrl.PredictorEnv: (
-        lambda **options: lrl.PredictorEnv(PredictorSuite().make(), **options),
+        lambda **options: lrl.PredictorEnv(
+            PredictorSuite().make(), **{"use_value_func": "discount" in options} | options
+        ),
         {
             "propagation": [*OBJECT, lrl.TS1],
             "sample_termination": FLAG,
@@ -168,6 +170,19 @@ TABLE = {
         },
     ),
     lrl.EnsembleDisagreement: (partial(lrl.EnsembleDisagreement, ensemble()), {"scale": NUMBER}),
+    imagination.OutOfRange: (partial(imagination.OutOfRange, ensemble()), {"limit": POSITIVE}),
+    imagination.Disagrees: (
+        partial(imagination.Disagrees, ensemble(), limit=1.0),
+        {"limit": POSITIVE},
+    ),
+    objectives.ConsistencyLoss: (
+        partial(objectives.ConsistencyLoss, lrl.EncoderNet((3,), 3, 0), ensemble()),
+        {"tau": ABOVE_0},
+    ),
+    predictors.DeltaStandardizer: (
+        partial(predictors.DeltaStandardizer, dim=3),
+        {"dim": COUNT, "min_eigenvalue": ABOVE_0},
+    ),
     lrl.ModelLoss: (
         partial(lrl.ModelLoss, ensemble()),
         {"per_member": FLAG, "beta": SHARE, "huber_std": POSITIVE},
@@ -290,3 +305,23 @@ def test_nothing_else_is_refused():
     """That is, the errors above are about the one value that differs."""
     for make, _ in TABLE.values():
         make()
+
+
+# What lies at the ends of the ranges above, and just inside of those that are open.
+ENDS = (
+    (COUNT0, [0]),
+    (SHARE, [0.0, 1.0]),
+    (BELOW_1, [0.0, 0.999]),
+    (ABOVE_0, [1.0, 0.001]),
+    (POSITIVE, [0.001]),
+    (NOT_NEGATIVE, [0.0, 0.001]),
+    (RATE, [0.0, 0.001]),
+)
+
+
+@pytest.mark.parametrize("kind", TABLE, ids=lambda kind: kind.__name__)
+def test_the_ends_of_a_range_are_accepted(kind):
+    make, options = TABLE[kind]
+    for option, bad in options.items():
+        for value in (x for of, values in ENDS if bad is of for x in values):
+            make(**{option: value})

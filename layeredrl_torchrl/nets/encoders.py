@@ -299,6 +299,7 @@ class FixedEncoderNet(Encoder):
                 f"dimension(s) {left_out} of the observation are neither state nor context, so "
                 "states cannot be decoded; add them to latent_state_dims or context_dims"
             )
+        check_width("context", context, len(self.context_dims), hint="give it beside the state")
         return torch.cat([state, context], -1)[..., places.argsort()]
 
 

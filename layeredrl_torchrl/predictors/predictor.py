@@ -352,7 +352,8 @@ class Predictor(WholeState):
             TypeError: A model that cannot be compiled.
         """
         self.model.compile(cudagraphs=cudagraphs, **options)
-        for head in (self.rew_func, self.val_func):
+        # Planning ends with a value that may be another than the one that is learned.
+        for head in (self.rew_func, self.val_func, self.terminal_value):
             if isinstance(head, ScalarHead):
                 head.compile(**({"fullgraph": True} | options))
 

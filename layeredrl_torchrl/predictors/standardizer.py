@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from layeredrl_torchrl._checks import check_finite, check_positive_int, check_width
+from layeredrl_torchrl._checks import (
+    check_finite,
+    check_number,
+    check_positive_int,
+    check_width,
+)
 
 __all__ = ["DeltaStandardizer"]
 
@@ -43,8 +48,7 @@ class DeltaStandardizer(nn.Module):
     def __init__(self, dim: int, *, min_eigenvalue: float = 1e-6) -> None:
         super().__init__()
         check_positive_int("dim", dim)
-        if not 0.0 < min_eigenvalue <= 1.0:
-            raise ValueError(f"min_eigenvalue must lie in (0, 1], got {min_eigenvalue}")
+        check_number("min_eigenvalue", min_eigenvalue, 0.0, 1.0, open_low=True)
         self.min_eigenvalue = min_eigenvalue
         self.register_buffer("loc", torch.zeros(dim))
         self.register_buffer("whitening", torch.eye(dim))

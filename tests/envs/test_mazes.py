@@ -76,6 +76,11 @@ def test_a_maze_is_what_gymnasium_robotics_makes_of_it(name, theirs, dense):
         (["####", "#cg#", "####"], "1 starts and 2 goals"),
         (["####", "#rr#", "####"], "2 starts and 0 goals"),
         (["####", "####", "####"], "0 starts and 0 goals"),
+        (["##", "##", "##"], r"lengths \[2\]"),
+        (["####", "####"], "got 2 rows"),
+        (["#.##", "#..#", "####"], "gap"),
+        (["####", "#..#", "#.##"], "gap"),
+        (["####", "...#", "####"], "gap"),
     ],
 )
 def test_bad_mazes(rows, message):

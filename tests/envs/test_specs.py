@@ -34,7 +34,22 @@ def test_check_env_specs(name):
     extra = {"success"} if task.reports_success else set()
     assert set(env.observation_spec.keys()) == {"observation"} | extra
     assert set(task.state_dims).isdisjoint(task.context_dims)
+    assert task.make_gym().spec.max_episode_steps == task.horizon
     env.close()
+
+
+def test_budgets_and_returns_are_those_of_the_published_results():
+    budgets = {name: task.budget for name, task in TASKS.items() if task.budget != 20_000}
+    assert budgets == {
+        "InvertedPendulum-v5": 2_000,
+        **dict.fromkeys(("InvertedDoublePendulum-v5", "CartPoleSwingUp", "Reacher-v5"), 5_000),
+    }
+    assert {name: task.solved_at for name, task in TASKS.items() if task.solved_at is not None} == {
+        "InvertedPendulum-v5": 1000.0,  # the most there is
+        "InvertedDoublePendulum-v5": 9100.0,  # gymnasium's threshold
+        "CartPoleSwingUp": 180.0,
+        "Reacher-v5": -5.0,
+    }
 
 
 def test_the_table_lists_every_task(capsys):

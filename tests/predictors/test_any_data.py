@@ -204,7 +204,10 @@ def test_weights_of_the_buffer_count_for_the_model(shape):
         learn(predictor, make_buffer(data), n_updates=50)
 
 
-@pytest.mark.parametrize("how", ["another buffer", "refilled", "overwritten", "rescaled rewards"])
+HOW = ["another buffer", "a smaller buffer", "refilled", "overwritten", "rescaled rewards"]
+
+
+@pytest.mark.parametrize("how", HOW)
 def test_statistics_follow_the_data(how):
     data, other = make_transitions(60), make_transitions(60)
     other["observation"] += 50.0
@@ -218,8 +221,9 @@ def test_statistics_follow_the_data(how):
     learn(predictor, buffer)
     if how == "overwritten":
         buffer.extend(other)
-    elif how == "another buffer":
-        buffer = make_buffer(other, capacity=60)
+    elif "buffer" in how:
+        other = other[:40] if "smaller" in how else other
+        buffer = make_buffer(other, capacity=len(other))
     else:
         buffer.empty()
         buffer.extend(other)

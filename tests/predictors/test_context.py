@@ -61,8 +61,9 @@ def warnings_of(predictor, data):
 def test_a_context_that_moves_is_named_once():
     predictor = factory(context_dims=[2, 3])(Unbounded((4,)), ACTIONS)
     assert not warnings_of(predictor, transitions())
-    with pytest.warns(UserWarning, match=MOVING):
+    with pytest.warns(UserWarning, match=MOVING) as told:
         learn(predictor, buffer(transitions(every=1)))
+    assert told[0].filename == learn.__code__.co_filename  # where learn was called
     assert not warnings_of(predictor, transitions(every=1))
 
 

@@ -136,8 +136,9 @@ def test_a_desired_goal_is_the_context(maze):
         [lambda: CatTensors(**JOIN), DoubleToFloat],
         [lambda: CatTensors(**JOIN, del_keys=False)],
         [lambda: StepCounter(50)],
+        [lambda: CatTensors(["observation"], "copy", del_keys=False)],
     ],
-    ids=["plain", "joined", "joined twice over", "kept", "counted"],
+    ids=["plain", "joined", "joined twice over", "kept", "counted", "another"],
 )
 def test_goals_are_found_before_and_after_they_are_joined(maze, transforms):
     env = maze

@@ -9,7 +9,7 @@ import torch
 from helpers import LEARN, learn, make_buffer, make_predictor, unchanged
 from torch import nn
 
-from layeredrl_torchrl import EncoderNet, TermsLoss
+from layeredrl_torchrl import EncoderNet, ModelTraining, TermsLoss
 
 
 class Reconstruction(TermsLoss):
@@ -46,6 +46,13 @@ def test_an_own_term_is_minimised_weighted_and_reported():
         assert loss.item() == pytest.approx(parts + weight * info["loss_decoder"], rel=1e-5)
         found[weight] = info["loss_decoder"]
     assert found[0.5] < 0.5 * found[0.0]
+
+
+def test_its_parameters_move_by_its_own_gradient_alone():
+    predictor = build({"loss_decoder": 0.0}, model_training=ModelTraining(weight_decay=0.5))
+    (loss,) = predictor.updates.own_losses
+    with unchanged(loss.decoder):
+        learn(predictor, make_buffer())
 
 
 def test_its_parameters_are_saved_copied_and_kept_apart():

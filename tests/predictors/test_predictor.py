@@ -150,6 +150,18 @@ def test_observations_are_decoded_from_either_form():
     assert torch.equal(predictor.decode(td["state"]), td["state"])
 
 
+def test_a_context_that_is_left_out_is_not_made_up():
+    encoder = FixedEncoderNet((3,), latent_state_dims=[2, 0], context_dims=[1])
+    predictor = make_predictor(encoder, 2, 1)
+    obs = torch.randn(*BATCH, 3)
+    td = predictor.encode(TensorDict({"observation": obs}, BATCH)).exclude("observation")
+    assert torch.equal(predictor.decode(td.clone())["observation"], obs)
+    assert torch.equal(predictor.decode(td["state"], td["context"]), obs)
+    for given in (td.exclude("context"), td["state"]):
+        with pytest.raises(ValueError, match=r"context.*shape"):
+            predictor.decode(given)
+
+
 def test_termination_is_a_probability_above_one_half():
     predictor = make_point(term_prob=lambda after: after.clamp(0, 1))
     obs = torch.tensor([[0.4, 0.0], [0.5, 0.0], [0.6, 0.0]])
@@ -195,6 +207,28 @@ def test_discrete_actions_in_either_form(space):
         for x in (plan, nn.functional.one_hot(plan, 3))
     )
     assert (traj == same).all()
+
+
+@pytest.mark.parametrize("part", ["reward", "value", "value that plans end with"])
+def test_compiling_reaches_reward_and_value(part):
+    seen = []
+
+    def noting(graph, _):
+        seen.append(graph)
+        return graph
+
+    predictor = build(model={"n_models": 1})
+    predictor.compile(backend=noting)
+    obs, act = make_inputs((3,))
+    state, context = predictor.encode(obs)
+    with torch.no_grad():
+        if part == "reward":
+            predictor.predict_reward(obs, act)
+        elif part == "value":
+            predictor.value(obs)
+        else:
+            predictor.terminal_value(state, context, None)
+    assert len(seen) == 1
 
 
 # -- errors ---------------------------------------------------------------------------------

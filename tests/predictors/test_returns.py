@@ -129,6 +129,12 @@ def test_returns_that_are_not_finite_name_the_member(predictor, replaced):
         replaced(rew_func=reward).returns(*start(predictor, (2,), 3))
 
 
+def test_finite_returns_whose_sum_overflows_are_finite(predictor, replaced):
+    large = replaced(rew_func=lambda state, context, action: torch.full(state.shape[:-1], 3e38))
+    with torch.no_grad():
+        assert (large.returns(*start(predictor, (4,), 1)) == 3e38).all()
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -209,3 +209,26 @@ def test_beta_reaches_the_models_loss_alone():
         learn(predictor, make_buffer())
         found.append(parameters(predictor))
     assert parts_moved(predictor, found[0]) == {"model"}
+
+
+def test_rates_and_beta_are_annealed_over_the_end_of_a_call():
+    """Of 20 updates over the last 8; beta as long, and it is 0 in the last 2 of them."""
+    training = ModelTraining(annealing=0.4)
+    predictor = make_predictor(model_training=training, model_lr=0.02, beta_nll=0.5)
+    terms, seen = predictor.model_loss.terms, []
+
+    def noted(prepared):
+        rates = {group["name"]: group["lr"] for group in predictor.optim.param_groups}
+        seen.append((rates["model"], rates["reward"], prepared.beta))
+        return terms(prepared)
+
+    predictor.model_loss.terms = noted
+    learn(predictor, make_buffer(), n_updates=20)
+    falling = [(7.5 - k) / 8 for k in range(8)]
+    rates, others, betas = zip(*seen, strict=True)
+    assert rates == pytest.approx([0.02 * (0.1 + 0.9 * f) for f in [1.0] * 12 + falling])
+    assert betas == pytest.approx([0.5 * f for f in [1.0] * 10 + falling + [0.0] * 2])
+    assert others == (3e-3,) * 20
+    # Numbers, and not tensors: those are for accelerators.
+    assert all(type(rate) is float for rate in rates)
+    assert not any(group["capturable"] for group in predictor.optim.param_groups)

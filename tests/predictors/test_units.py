@@ -51,6 +51,44 @@ def test_without_a_discount_there_is_no_worth_of_an_offset(
     assert predictor.value(data["observation"]).tolist() == [0.0] * 100
 
 
+@pytest.mark.parametrize(
+    ("mean", "std", "share", "unit"),
+    [
+        (5.0, 1.0, 0.0, 1.0),
+        (-12.5, 1.0, 0.5, 1.0),
+        (20.0, 1.0, 1.0, 1.0),
+        (100.0, 0.5, 1.0, 0.5),
+        (3.0, 0.0, 0.0, 3.0),  # nothing says how much is offset
+        (1e5, 1e-3, 0.0, 1e5),  # differences that float32 rounds off
+        (0.0, 0.0, 0.0, 1.0),
+    ],
+)
+def test_the_share_of_an_offset_depends_on_the_spread_beside_it(
+    make_predictor, mean, std, share, unit
+):
+    predictor, zeros = make_predictor(), torch.zeros(4, 2)
+    reward = torch.tensor([[mean - std], [mean + std]], dtype=torch.float64).repeat(2, 1)
+    predictor.upkeep._rescale(reward, 0.9, (zeros, zeros[:, :0], zeros[:, :1]), zeros)
+    head, values = predictor.rew_func, (predictor.val_func, predictor.target_val_func)
+    rest = (mean * (1.0 - share) ** 2 * mean + std**2) ** 0.5
+    assert (head.out_loc, head.out_scale) == (pytest.approx(mean), pytest.approx(unit))
+    for value in values:
+        assert value.out_loc.item() == pytest.approx(10.0 * share * mean)
+        assert value.out_scale.item() == pytest.approx(rest or 1.0, rel=1e-5)
+
+
+def test_the_worth_of_an_offset_is_discounted_over_the_time_that_steps_take(
+    make_predictor, make_transitions, make_buffer
+):
+    data = make_transitions(100)
+    data["next", "reward"] += 1e3
+    data["next", "elapsed_steps"] = torch.full((100, 1), 3)
+    predictor = make_predictor(value_lr=0.0, gamma=0.9)
+    predictor.learn(make_buffer(data), 1, **SMALL)
+    expected = torch.full((100,), 1e3 / (1.0 - 0.9**3))
+    torch.testing.assert_close(predictor.value(data["observation"]), expected, rtol=1e-3, atol=0)
+
+
 def test_rewards_beyond_float32_are_named(make_predictor, make_transitions, make_buffer):
     data = make_transitions(100)
     data["next", "reward"] = 1e300 * data["next", "reward"].double()

@@ -1,0 +1,54 @@
+"""What is held out of a buffer, and when the model is calibrated with it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import make_buffer, make_predictor, make_transitions
+
+from layeredrl_torchrl import BootstrappedBatches, IdentityEncoder
+from layeredrl_torchrl.predictors._experience import Experience
+
+
+def experience(data, share, **options):
+    predictor = make_predictor(**options)
+    keys, form = predictor.predictor_loss.tensor_keys, predictor.model.action_form
+    drawn = Experience(make_buffer(data), predictor.encoder, form, keys, holdout_share=share)
+    return predictor, drawn
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_each_place_that_counts_is_held_out_once(weighted):
+    """The first and the last place, too."""
+    data = make_transitions(30)
+    if weighted:
+        data["weight"] = torch.arange(30) % 3 / 2.0
+    _, drawn = experience(data, 0.9999)
+    expected = [place for place in range(30) if not weighted or place % 3]
+    assert drawn.held_out(3000)["storage_index"].tolist() == expected
+
+
+def test_what_is_held_out_does_not_depend_on_the_members_bootstrap_samples():
+    predictor, drawn = experience(make_transitions(900), 0.5, model={"n_models": 5})
+    batch = next(drawn.model_batches(predictor.model_loss, BootstrappedBatches(), 10_000, 1))
+    # Poisson(1) on average, of the half that is not held out.
+    torch.testing.assert_close(batch.weight.mean(1), torch.full((5,), 0.5), atol=0.15, rtol=0)
+
+
+@pytest.mark.parametrize(("obs_dim", "expected"), [(2, 5000), (10_000, 2000), (1_000_000, 100)])
+def test_fewer_large_observations_are_drawn_at_once(obs_dim, expected):
+    keys = make_predictor().predictor_loss.tensor_keys
+    drawn = Experience(make_buffer(), IdentityEncoder((obs_dim,)), None, keys, holdout_share=0.0)
+    assert drawn.at_most(5000) == expected
+
+
+def test_the_model_is_calibrated_at_every_200th_update():
+    predictor, drawn = experience(make_transitions(60), 0.5)
+    predictor.upkeep.refit(drawn)
+    before = predictor.model.calibration(torch.ones(2, 1, 2))
+    for n_updates, calibrated in ((199, False), (1, True), (199, True), (1, True)):
+        left = int(predictor.upkeep.n_since_calibration)
+        predictor.upkeep.calibrate(drawn, n_updates)
+        assert int(predictor.upkeep.n_since_calibration) == (left + n_updates) % 200
+        after = predictor.model.calibration(torch.ones(2, 1, 2))
+        assert torch.equal(after, before) != calibrated

@@ -41,6 +41,24 @@ def test_episodes_are_cut_where_the_model_leaves_its_data():
             kind(predictor, limit=1.0)
 
 
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_conditions_are_asked_for_batches_of_any_shape(batch):
+    predictor = make_learned(horizon=1).predictor
+    model, contexts = predictor.model, set()
+
+    def condition(state, context, action, after):
+        contexts.add(tuple(context.shape))
+        assert Disagrees(model, 1e9)(state, context, action, after).shape == batch
+        return OutOfRange(model, limit=0.1)(state, context, action, after)
+
+    env = PredictorEnv(predictor, batch_size=batch).append_transform(TruncateWhere(condition))
+    env = env.append_transform(ExcludeTransform("context"))
+    after = env.rollout(4, break_when_any_done=False)["next"]
+    expected = (after["state"].abs() > 0.1).any(-1, keepdim=True)  # no statistics yet
+    assert torch.equal(after["truncated"], expected & ~after["terminated"])
+    assert contexts == {(*batch, 0)}
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_what_else_truncates_is_heeded(first):
     def beyond(limit):

@@ -49,6 +49,14 @@ def episodes(n, steps, rate):
     return TensorDict(rows, [n, steps])
 
 
+PLOTS = {
+    plot_prediction: lambda data: data[1],
+    plot_calibration: lambda data: data,
+    plot_error_by_horizon: lambda data: data,
+    plot_disagreement: lambda data: data,
+}
+
+
 def line(figure, label, axis=0):
     (found,) = [x for x in figure.axes[axis].get_lines() if x.get_label() == label]
     return np.asarray(found.get_ydata(), dtype=float)
@@ -73,6 +81,34 @@ def test_a_prediction_shows_the_mean_the_truth_and_both_bands(drifting):
             for t in time:
                 edge = vertices[vertices[:, 0] == t][:, 1]
                 np.testing.assert_allclose(np.ptp(edge), 4 * variance[t - 1] ** 0.5, rtol=0.05)
+
+
+def test_of_many_dimensions_a_prediction_shows_the_four_that_vary_most():
+    predictor, data = make_predictor(state_dim=6), make_transitions(8, obs_dim=6)
+    data["next", "done"][:] = False
+    data["next", "observation"] *= torch.tensor([3.0, 0.1, 9.0, 7.0, 0.2, 5.0])
+    figure = plot_prediction(predictor, data)
+    assert [axis.get_ylabel() for axis in figure.axes] == [f"state {d}" for d in (0, 2, 3, 5)]
+    for axis, d in zip(figure.axes, (0, 2, 3, 5), strict=True):
+        real = data["next", "observation"][:, d]
+        low, high = axis.get_ylim()
+        assert low < real.min() < real.max() < high
+        for shown in axis.get_lines():
+            assert shown.get_xdata().tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+def test_axes_and_what_is_drawn_are_named(plot):
+    figure = plot(make_predictor(), PLOTS[plot](make_transitions(8).reshape(2, 4)))
+    first, last = figure.axes[0], figure.axes[-1]
+    assert first.get_ylabel()
+    assert last.get_ylabel()
+    if plot is plot_disagreement:  # the last is its scale
+        assert first.get_xlabel()
+    else:
+        assert last.get_xlabel()
+        assert len(first.get_legend().get_texts()) >= 3
+    assert (first.get_yscale() == "log") == (plot is plot_error_by_horizon)
 
 
 def test_the_error_by_horizon_is_counted_up_to_the_end_of_each_episode(drifting):
@@ -104,14 +140,6 @@ def drawn(figure):
                 found += [part.get_array(), part.get_coordinates()]
             found += [path.vertices for path in part.get_paths()[:1]]
     return [np.ravel(np.asarray(x, dtype=float)) for x in found]
-
-
-PLOTS = {
-    plot_prediction: lambda data: data[1],
-    plot_calibration: lambda data: data,
-    plot_error_by_horizon: lambda data: data,
-    plot_disagreement: lambda data: data,
-}
 
 
 @pytest.mark.parametrize("plot", PLOTS)
@@ -188,6 +216,10 @@ def test_a_calibration_curve_counts_what_lies_below_each_quantile():
     shares = [float((cdf <= level).float().mean()) for level in (0.0, 0.25, 0.5, 0.75, 1.0)]
     np.testing.assert_allclose(found, shares, atol=0.005)
     assert [x.get_label() for x in figure.axes[0].get_lines()][1:3] == ["state 0", "state 1"]
+    gap = np.abs(found - [0.0, 0.25, 0.5, 0.75, 1.0]).mean()
+    assert figure.axes[0].get_title().endswith(f"mean gap {gap:.3f}")
+    said = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert said == ["calibrated", "one dimension", "all dimensions"]
 
 
 def test_the_map_of_disagreement_is_the_spread_of_the_members():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 from functools import partial
@@ -28,6 +29,7 @@ from layeredrl_torchrl import (
     reads_next_state,
 )
 from layeredrl_torchrl.predictors import value_operator
+from layeredrl_torchrl.predictors._functions import StepFunctions
 
 
 def test_tasks_go_through_the_factory_and_through_pickle():
@@ -105,6 +107,14 @@ class Slotted:
 
     def method(self, *inputs):
         return inputs[-1][..., 0]
+
+
+def test_next_states_are_kept_only_for_what_reads_them():
+    plain = nn.Identity()
+    ahead = reads_next_state(lambda state, context, action, after: after[..., 0])
+    for reward, term in itertools.product((plain, ahead), (None, plain, ahead)):
+        expected = ahead in (reward, term)
+        assert StepFunctions(reward, None, term).look_ahead == expected
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torchrl.data import Composite, TensorSpec, Unbounded
 from torchrl.envs import TensorDictPrimer
 
@@ -31,7 +32,8 @@ def memory_of(level: Level) -> Composite:
     """
     primer = level.make_tensordict_primer()
     starts = primer.default_value
-    if primer.random or callable(starts) or any(callable(v) or bool(v) for v in starts.values()):
+    values = tree_leaves(starts.to_dict() if isinstance(starts, TensorDictBase) else starts)
+    if primer.random or any(callable(v) or bool(torch.as_tensor(v).any()) for v in values):
         raise ValueError(
             f"{level.name}.make_tensordict_primer() starts from {starts}, but memory in a "
             "hierarchy starts from zeros; let zeros mean that it remembers nothing"

@@ -165,7 +165,6 @@ class PlannerLevel(LearningLevel):
             self.to(self._device)
         self.observation_key = predictor.encoder.in_keys[0]
         self.action_key = unravel_key(planner.action_key)
-        self._memory_keys = list(planner.make_tensordict_primer().primers.keys(True, True))
         self.in_keys = [*planner.in_keys, self.state_key]
         self.out_keys = [
             *planner.out_keys,

@@ -147,7 +147,7 @@ class Run:
         torch.set_num_threads(options.threads)
         torch.manual_seed(options.seed)
         random.seed(options.seed)
-        np.random.seed(options.seed % 2**32)  # noqa: NPY002 - other packages draw from it
+        np.random.seed(options.seed)  # noqa: NPY002 - other packages draw from it
         self.rotation.clear()
         if options.resume:
             self._resume()

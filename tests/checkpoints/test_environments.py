@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import math
+from dataclasses import dataclass
 from functools import partial
 
 import gymnasium as gym
@@ -19,6 +23,7 @@ from layeredrl_torchrl import (
     make_batched,
 )
 from layeredrl_torchrl.checkpoints import EnvState
+from layeredrl_torchrl.checkpoints._objects import load, save
 
 
 def make_env(name, seed):
@@ -121,6 +126,40 @@ def test_wrappers_keep_what_they_hold(tmp_path):
             resets = [e.reset() for e in (env, twin)]
             assert torch.equal(resets[0]["observation"], resets[1]["observation"])
             data = resets[0]
+
+
+@dataclass
+class Odd:
+    """Holds one of each kind of value."""
+
+    held: object
+
+
+KINDS = {
+    "flags": [True, False, None],
+    "numbers": [3, -2.5, "text", math.inf],
+    "scalars": [np.float32(0.1), np.int8(-3), np.bool_(True)],
+    "arrays": [np.arange(6, dtype=np.int16).reshape(2, 3), np.zeros((0, 2)), np.array(1.5)],
+    "tuples": (1, (2.0, [3, (4,)]), ()),
+    "keys": {1: "a", "1": {(2, "b"): [None]}, None: 0},
+    "generators": [np.random.Generator(kind(7)) for kind in (np.random.MT19937, np.random.Philox)],
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_values_of_any_kind_come_back_as_they_were(name):
+    """Through JSON, into an object that holds something else."""
+    value = KINDS[name]
+    state = json.loads(json.dumps(save(Odd(value), "odd", {})))
+    for other in (None, [1], {"1": 2}, copy.deepcopy(value)):
+        found = load(Odd(other), state, "odd").held
+        if name == "generators":
+            assert all(isinstance(one, np.random.Generator) for one in found)
+            found, value = (
+                [copy.deepcopy(one).normal() for one in ones] for ones in (found, KINDS[name])
+            )
+        assert repr(found) == repr(value)
+        assert list(map(type, found)) == list(map(type, value))
 
 
 class Engine:

@@ -258,10 +258,10 @@ def test_what_does_not_fit_leaves_all_components_as_they_were(name, held, tmp_pa
     """Empty and filled buffers, networks, moments, values and random numbers."""
     full = make_parts()
     more = {"z_net": torch.nn.Linear(3, 2), "z_buffer": filled(make_buffer(), 30)}
-    saved = full | more | {"counts": {"n": 3}, "rng": GlobalRNGState()}
+    saved = full | more | {"counts": {"n": 3}, "list": [1, 2], "rng": GlobalRNGState()}
     path = SafeCheckpoint(**saved).save(tmp_path / "checkpoint")
     parts = make_parts(filled=False) | {"z_net": torch.nn.Linear(3, 2), "z_buffer": make_buffer()}
-    parts |= {"counts": {"n": 0}, "rng": GlobalRNGState()} | DO_NOT_FIT[name]()
+    parts |= {"counts": {"n": 0}, "list": [0], "rng": GlobalRNGState()} | DO_NOT_FIT[name]()
     refuse_other_shapes(parts["optim"])
     if held:
         filled(parts["buffer"], held)

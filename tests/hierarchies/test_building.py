@@ -228,11 +228,23 @@ def test_an_environment_that_masks_actions(toy):
         Hierarchy([toy.Level(1)], Masked())
 
 
-def test_memory_starts_from_zeros(toy, build):
-    class Ones(toy.Level):
+@pytest.mark.parametrize(
+    "start",
+    [
+        {"default_value": 1.0},
+        {"default_value": lambda: torch.ones(1)},
+        {"default_value": {("own", "sum"): lambda: torch.ones(1)}},
+        {"random": True},
+    ],
+)
+def test_memory_starts_from_zeros(toy, build, start):
+    class Other(toy.Level):
         def make_tensordict_primer(self):
             primer = super().make_tensordict_primer()
-            return type(primer)(primer.primers, default_value=1.0, expand_specs=True)
+            return type(primer)(primer.primers, expand_specs=True, **start)
 
     with pytest.raises(ValueError, match="memory in a hierarchy starts from zeros"):
-        build(Ones(1))
+        build(Other(1))
+    for zeros in (0, {("own", "sum"): 0.0}, {"own": {"sum": torch.zeros(1)}}):
+        start = {"default_value": zeros}
+        build(Other(1))

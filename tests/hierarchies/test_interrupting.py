@@ -87,6 +87,7 @@ def test_values_that_cannot_be(agent, value, error, match):
     with pytest.raises(error, match=match):
         hierarchy.levels[1].interrupt_after = value
     assert hierarchy.levels[1].interrupt_after is None
+    hierarchy.levels[1].interrupt_after = 6  # which is no interruption
     with pytest.raises(ValueError, match="duration=None"):
         hierarchy.levels[0].interrupt_after = 1
 

@@ -119,6 +119,22 @@ def test_trajectories_are_told_apart(toy):
         assert torch.equal(same, ids.unsqueeze(0) == ids.unsqueeze(1))
 
 
+@pytest.mark.parametrize("each_step", [False, True])
+def test_what_ends_without_terminating_was_truncated(toy, each_step):
+    """Where the environment does not say so itself."""
+    env = toy.Env(2)
+    upper = toy.Level(1, each_step=each_step)
+    hierarchy = Hierarchy([upper, toy.Level(3, input_spec=ONE, duration=3)], env)
+    (data,) = collected(env, hierarchy, 1, 60)
+    assert data["next", "truncated"].any()
+    assert data["next", "terminated"].any()
+    untold = data.exclude(("next", "truncated"))
+    for own, expected in zip(
+        hierarchy.transitions(untold), hierarchy.transitions(data), strict=True
+    ):
+        assert (own == expected).all()
+
+
 def test_data_of_others(toy):
     env = toy.Env()
     hierarchy = Hierarchy([toy.Level(1)], env)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import (
@@ -22,7 +24,14 @@ from torchrl.data import Bounded, Categorical, Composite, OneHot, Unbounded
 from torchrl.envs import TensorDictPrimer
 from torchrl.envs.utils import ExplorationType, set_exploration_type, step_mdp
 
-from layeredrl_torchrl import ConstantLevel, DQNLearner, ICEMPlanner, PlannerLevel, RandomLevel
+from layeredrl_torchrl import (
+    ActionSequenceLevel,
+    ConstantLevel,
+    DQNLearner,
+    ICEMPlanner,
+    PlannerLevel,
+    RandomLevel,
+)
 
 
 def far_goals(n, seed=0):
@@ -203,9 +212,24 @@ class Shooting(TensorDictModuleBase):
         return tensordict
 
 
-def test_a_planner_of_ones_own():
+class Loose:
+    """The same one, but no module: the level alone saves and moves its predictor."""
+
+    def __init__(self, predictor, *, action_spec):
+        self.inner = inner = Shooting(predictor, action_spec=action_spec)
+        self.in_keys, self.out_keys, self.action_key = inner.in_keys, inner.out_keys, "action"
+        self.forget, self.make_tensordict_primer = inner.forget, inner.make_tensordict_primer
+
+    def __call__(self, tensordict):
+        return self.inner(tensordict)
+
+
+@pytest.mark.parametrize("kind", [Shooting, Loose])
+def test_a_planner_of_ones_own(kind):
     """Its memory is carried, forgotten in random steps, and not stored; it is saved once."""
-    level = planner_level(*SPACES, planner_factory=Shooting, random_prob=0.5)
+    level = planner_level(*SPACES, planner_factory=kind, random_prob=0.5)
+    saved = {value.data_ptr() for value in level.state_dict().values()}
+    assert {p.data_ptr() for p in level.predictor.parameters()} <= saved
     td = observed(level, torch.randn(200, 2))
     with unchanged(level):
         out = level(td)
@@ -240,7 +264,8 @@ def test_with_a_predictor_that_is_given():
 
 
 @pytest.mark.parametrize(
-    "policy", ["planner", "planner level", "random phase", "model-free", "random", "constant"]
+    "policy",
+    ["planner", "planner level", "random phase", "model-free", "random", "constant", "sequence"],
 )
 def test_where_actions_are_masked_nothing_acts(policy):
     """The spec of an environment says nothing of its mask before the first reset."""
@@ -250,7 +275,8 @@ def test_where_actions_are_masked_nothing_acts(policy):
     elif policy == "model-free":
         level = model_free_level(OBS, Categorical(3), learner_factory=DQNLearner)
     else:
-        level = RandomLevel() if policy == "random" else ConstantLevel(torch.tensor(2))
+        kinds = {"random": RandomLevel, "constant": partial(ConstantLevel, torch.tensor(2))}
+        level = kinds.get(policy, partial(ActionSequenceLevel, torch.tensor([2, 1])))()
         level.setup(OBS, Categorical(3))
     data = TensorDict({"observation": torch.zeros(4, 2)}, [4])
     data.update(level.make_tensordict_primer().primers.expand(4).zero())

@@ -190,6 +190,14 @@ BROKEN = {
     "two": (replace(TERMINATED, lambda d: d[TERMINATED].long() + 1), ValueError),
     "environments": (lambda d: d.reshape(5, -1), ValueError),
     "no time": (replace(("next", "elapsed_steps"), lambda d: torch.zeros(len(d), 1)), ValueError),
+    "half a step": (
+        replace(("next", "elapsed_steps"), lambda d: torch.full((len(d), 1), 1.5)),
+        ValueError,
+    ),
+    "no steps": (
+        replace(("next", "elapsed_steps"), lambda d: torch.arange(len(d)).unsqueeze(-1)),
+        ValueError,
+    ),
     "several steps": (
         replace("steps_to_next_obs", lambda d: torch.full((len(d), 1), 3)),
         ValueError,
@@ -322,17 +330,20 @@ def test_transitions_of_several_steps_are_refused():
     assert not len(level.buffer)
 
 
-@both
-def test_ends_that_nobody_saw_are_left_out(make):
+@pytest.mark.parametrize(
+    ("make", "shape"), [(planner_level, 60), (model_free_level, 60), (model_free_level, (3, 20))]
+)
+def test_ends_that_nobody_saw_are_left_out(make, shape):
     """As of environments that reset themselves: NaN where the last observation should be."""
     data = make_transitions(n_steps=60, episode_length=20)
-    ends = data["next", "done"].squeeze(-1)
-    data["next", "observation"][ends] = torch.nan
+    unseen = data["next", "done"].squeeze(-1).clone()
+    unseen[-1] = False
+    data["next", "observation"][unseen] = torch.nan
     level = make(*SPACES)
-    with pytest.warns(UserWarning, match="leaves out 3 of 60 transitions"):
-        info = level.learn(data)
+    with pytest.warns(UserWarning, match="leaves out 2 of 60 transitions"):
+        info = level.learn(data.reshape(shape))
     assert info["n_env_steps"] == 60
-    assert torch.equal(level.buffer[:]["observation"], data["observation"][~ends])
+    assert torch.equal(level.buffer[:]["observation"], data["observation"][~unseen])
 
 
 @both

@@ -10,20 +10,22 @@ from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
 
 from layeredrl_torchrl import FromBuffer, Hierarchy, PredictorFactory
+from layeredrl_torchrl.levels._rows import end_keys
 
 OBS, ENDS = ("agents", "observation"), (("agents", "done"), ("agents", "terminated"))
 
 
 class Agents(EnvBase):
-    """Ends episodes of a group of agents, as nested done keys have it."""
+    """Ends episodes of a group of agents, as nested done keys have it, or at the ``root`` too."""
 
-    def __init__(self, *groups):
+    def __init__(self, *groups, root=False):
         super().__init__()
         agents = {"observation": Unbounded((2,))}
         self.observation_spec = Composite(agents=Composite(agents))
         self.action_spec = Bounded(-1.0, 1.0, (1,))
         flags = {name: Binary(1, dtype=torch.bool) for name in ("done", "terminated")}
-        self.done_spec = Composite({name: Composite(flags) for name in ("agents", *groups)})
+        done = {name: Composite(flags) for name in ("agents", *groups)}
+        self.done_spec = Composite(done | (flags if root else {}))
         self.reward_spec = Unbounded((1,))
 
     def _reset(self, tensordict):
@@ -60,6 +62,12 @@ def test_ends_of_episodes_may_be_nested(make):
     options["env"] = Agents("others")
     with pytest.raises(ValueError, match=r"ends episodes by .*others.*expected one 'done'"):
         make(**options)
+
+
+@pytest.mark.parametrize("groups", [(), ("others",)])
+def test_an_end_at_the_root_goes_before_those_of_groups(groups):
+    assert end_keys(Agents(*groups, root=True)) == ("done", "terminated")
+    assert end_keys(Agents()) == ENDS
 
 
 def test_a_predictor_learns_and_imagines_from_nested_ends():

@@ -152,6 +152,20 @@ def test_actions_are_those_of_the_squashed_gaussian():
     assert (back.std(0) / log_std[0, 0].exp() - 1).abs().max() < 4 / 8000**0.5
 
 
+def test_standard_deviations_have_the_limits_of_the_reference():
+    learner = SACLearner(F, BOX, hidden_sizes=(8,))
+    params = learner.loss.actor_network_params["module", "0"]
+    params["bias_1"].data.copy_(torch.tensor([0.0, 0.0, 99.0, -99.0]))
+    features = TensorDict({"features": torch.randn(5, F)}, [5])
+    with learner.loss.actor_network_params.to_module(learner.loss.actor_network):
+        scale = learner.loss.actor_network.get_dist(features).scale
+    expected = torch.tensor([2.0, -20.0]).exp().expand(5, 2)
+    torch.testing.assert_close(scale, expected, rtol=1e-5, atol=0.0)
+    # And at the lower one exploring changes nothing.
+    tried, best = (learner.act(features["features"], explore=x)[:, 1] for x in (True, False))
+    torch.testing.assert_close(tried, best)
+
+
 @pytest.mark.parametrize("spec", [OneHot(4), Categorical(4)])
 def test_epsilon_of_the_choices_are_random(spec):
     learner = DQNLearner(F, spec, hidden_sizes=(8,), epsilon=0.4)

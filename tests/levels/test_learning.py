@@ -125,11 +125,14 @@ def test_transitions_that_take_many_environment_steps():
 
 
 def test_updates_wait_for_enough_steps():
-    """Two steps are too few for a value target over three."""
+    """Two steps are too few for a value target over three; as many as a slice has are enough."""
     level = planner_level(*SPACES, updates_per_step=1.0)
-    assert level.learn(make_transitions(n_steps=2))["n_updates"] == 0
-    assert level.updates_due == level.n_env_steps == len(level.buffer) == 2
-    assert level.learn(make_transitions(n_steps=20))["n_updates"] == 22
+    needed = level.predictor.n_steps_needed
+    for n in (needed - 2, 20):
+        level = planner_level(*SPACES, updates_per_step=1.0)
+        assert level.learn(make_transitions(n_steps=2))["n_updates"] == 0
+        assert level.updates_due == level.n_env_steps == len(level.buffer) == 2 < needed
+        assert level.learn(make_transitions(n_steps=n))["n_updates"] == 2 + n
 
 
 @both

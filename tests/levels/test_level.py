@@ -85,6 +85,17 @@ def test_random_actions_are_uniform_in_evaluation_too():
     assert (action.var(0) - 25 / 12).abs().max() < 4 * ((625 / 80 - (25 / 12) ** 2) / 4000) ** 0.5
 
 
+def test_random_actions_without_bounds_are_normal_and_clipped():
+    inf = torch.inf
+    some = Bounded(torch.tensor([-1.0, 0.0, -inf, -inf]), torch.tensor([3.0, inf, 1.0, inf]), (4,))
+    for spec, below in ((some, [0.25, 0.0, 0.5, 0.5]), (Unbounded((4,)), [0.5] * 4)):
+        action = setup(RandomLevel(), spec)(seen(4000))["action"]
+        assert spec.is_in(action)
+        share = (action < 0).float().mean(0)
+        assert (share - torch.tensor(below)).abs().max() < 4 * (0.25 / 4000) ** 0.5
+        assert abs(action[:, 3].std() - 1.0) < 0.05
+
+
 @pytest.mark.parametrize(
     ("spec", "action"),
     [(BOX, [0.5, -1.0]), (OneHot(3), [0, 1, 0]), (OneHot(3), 1), (Categorical(3), 2)],

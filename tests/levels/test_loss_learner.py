@@ -32,7 +32,7 @@ from torchrl.objectives import (
     ValueEstimators,
 )
 
-from layeredrl_torchrl import SACLearner
+from layeredrl_torchrl import DQNLearner, SACLearner
 from layeredrl_torchrl.levels import LossLearner
 
 mlp = partial(MLP, num_cells=[32, 32], activation_class=nn.ReLU)
@@ -230,6 +230,50 @@ def test_a_distribution_is_sampled_and_choices_are_random_at_times():
         assert abs(other - share * 2 / 3) < 0.04
 
 
+@pytest.mark.parametrize("explore", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [
+        (LossLearner, Bounded(-3.0, 1.0, (2,))),
+        *(
+            (kind, spec)
+            for kind in (LossLearner, DQNLearner)
+            for spec in (OneHot(3), Categorical(3))
+        ),
+    ],
+)
+def test_actions_of_any_batch_are_those_of_its_rows(kind, spec, explore):
+    """Also while exploring by noise or choices, which are drawn row by row."""
+    if kind is DQNLearner:
+        learner = DQNLearner(3, spec, epsilon=0.5)
+    else:
+        net = (
+            None
+            if isinstance(spec, Bounded)
+            else QValueActor(mlp(3, 3), in_keys=["features"], spec=spec)
+        )
+        loss = td3(3, spec) if net is None else DQNLoss(net, action_space=spec)
+        learner = LossLearner(loss, spec, exploration=0.5)
+    features = torch.randn(2, 3, 4, 3)
+    torch.manual_seed(1)
+    rows = learner.act(features.reshape(-1, 3), explore=explore)
+    for batch in ((24,), (2, 12), (2, 3, 4)):
+        torch.manual_seed(1)
+        action = learner.act(features.reshape(*batch, 3), explore=explore)
+        assert action.shape == (*batch, *spec.shape)
+        torch.testing.assert_close(action.reshape(rows.shape), rows)
+        assert spec.is_in(action)
+        assert action.dtype == spec.dtype
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_terms_are_numbers_that_keep_no_graph(name):
+    make, options = LOSSES[name]
+    terms = learner_of(make, **options)(3, Bounded(-1.0, 1.0, (1,))).update(batch_of())
+    assert sum(term.startswith("loss") for term in terms) > 1
+    assert all(value.ndim == 0 and not value.requires_grad for value in terms.values())
+
+
 def test_acting_changes_nothing_and_each_row_acts_alone_with_batch_norm():
     def make(n_in, spec):
         net = nn.Sequential(nn.BatchNorm1d(n_in), mlp(n_in, 2), NormalParamExtractor())
@@ -297,6 +341,12 @@ def none_reduced(*spaces):
         (none_reduced, box(), ValueError, "reduction='none'"),
         (td3, box(policy="net"), ValueError, r"no policy named net.*'actor_network'"),
         (td3, box(exploration=-1.0), ValueError, "exploration"),
+        (
+            dqn,
+            lambda m: LossLearner(m(3, 0), OneHot(3), exploration=1.5),
+            ValueError,
+            "exploration",
+        ),
         (td3, box(actor_every=0), ValueError, "actor_every"),
         (soft(CrossQLoss, normed), box(tau=0.1), ValueError, "has no target networks"),
         (soft(CrossQLoss, normed), box(targets_every=2), ValueError, "has no target networks"),

@@ -70,6 +70,7 @@ def test_an_end_of_the_input_ends_the_return():
     level, seen, rows = learned_from(transitions(60))
     following, over = rows["next"], rows["n_actions"] == 3
     assert torch.equal(seen["next", "terminated"], following["terminated"] | over)
+    assert torch.equal(seen["next", "done"], following["done"] | over)
     # Where a time limit came in the middle of an input, the value goes on.
     cut = following["truncated"] & ~following["terminated"] & ~over
     assert cut.any()
@@ -125,6 +126,44 @@ def test_rewards_can_be_worked_out_when_they_are_sampled():
     level.learn(data)
     paid = torch.cat(level.learner.batches)["next", "reward"]
     assert torch.isin(paid, 10 * data["next", "reward"]).all()
+
+
+@pytest.mark.parametrize("ends", ["the input", "the episode", "nothing"])
+@pytest.mark.parametrize("input_ends", [True, False])
+def test_an_offset_of_all_rewards_counts_where_returns_end(ends, input_ends):
+    data = transitions(60)
+    data["next", "reward"] += 1000.0
+    no = torch.zeros(60, 1, dtype=torch.bool)
+    data["next", "terminated"], data["next", "input_done"] = no, no.clone()
+    key = {"the input": "input_done", "the episode": "terminated"}.get(ends)
+    if key is not None:
+        data["next", key] = data["next", "done"].clone()
+    level = make_skill(learner_factory=SMALL_SAC, input_ends=input_ends, updates_per_step=0)
+    level.learn(data)
+    paid = level.reward_scale(data["next", "reward"])
+    counts = ends == "the episode" or (ends == "the input" and input_ends)
+    assert (paid.mean() > 0.9) == counts
+    assert (paid.std() > 0.9) != counts
+
+
+class Told(SACLearner):
+    """Reports its count of updates, and every third time another term."""
+
+    def update(self, batch):
+        super().update(batch)
+        self.n = getattr(self, "n", 0) + 1
+        told = {"n": torch.tensor(float(self.n))}
+        return told | ({"third": told["n"] * 10} if self.n % 3 == 0 else {})
+
+
+def test_terms_are_means_over_the_updates_that_have_them():
+    level = make_skill(learner_factory=Told, updates_per_step=20 / 60)
+    assert level.learn(transitions(60)) == {
+        "n_env_steps": 60.0,
+        "n_updates": 20.0,
+        "n": 10.5,
+        "third": 105.0,  # of 3, 6, ..., 18
+    }
 
 
 # -- as a policy ----------------------------------------------------------------------------

@@ -52,6 +52,15 @@ def test_an_offset_that_counts_is_kept(why):
     torch.testing.assert_close(observed(reward, ended), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("batches", [0, 1, 2])
+def test_without_any_reward_there_is_no_unit(batches):
+    scale = RewardScale()
+    for _ in range(batches):
+        scale.observe(torch.zeros(5, 1), NO[:5])
+    reward = torch.tensor([[0.0], [-2.5]])
+    assert torch.equal(scale(reward), reward)
+
+
 @pytest.mark.parametrize("zeros", [False, True])
 def test_a_broken_reading_is_named_and_a_sparse_reward_is_not(zeros):
     ended = torch.zeros(3000, 1, dtype=torch.bool)

@@ -4,10 +4,31 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import ACTIONS, OBS, SPACES, both, make_transitions, observed, planner_level, unchanged
+from helpers import (
+    ACTIONS,
+    OBS,
+    SMALL_FACTORY,
+    SMALL_PLANNER,
+    SMALL_SAC,
+    SPACES,
+    both,
+    make_transitions,
+    model_free_level,
+    observed,
+    planner_level,
+    unchanged,
+)
 from torchrl.data import Bounded, OneHot, Unbounded
+from torchrl.envs import ActionMask, Compose, GymEnv, RenameTransform, StepCounter, TransformedEnv
 
-from layeredrl_torchrl import ModelTraining, PredictorFactory, get_task
+from layeredrl_torchrl import (
+    DQNLearner,
+    ModelFreeLevel,
+    ModelTraining,
+    PlannerLevel,
+    PredictorFactory,
+    get_task,
+)
 from layeredrl_torchrl.objectives import PartitionedBatch
 
 
@@ -85,6 +106,53 @@ def test_batches_that_the_members_cannot_share_are_refused_before_anything_is_co
     with pytest.raises(ValueError, match=r"model_batch_size is 8, which 3 members.*multiple of 3"):
         planner_level(*SPACES, predictor_factory=factory)
     planner_level(*SPACES, predictor_factory=factory, model_batch_size=9)
+
+
+def in_its_spec(env):
+    spec = env.action_spec.clone()
+    spec.update_mask(torch.tensor([True, False]))
+    env.action_spec = spec
+    return env
+
+
+MASKS = {
+    "an entry": lambda env: env.append_transform(
+        RenameTransform(["observation"], ["action_mask"], create_copy=True)
+    ),
+    "a nested entry": lambda env: env.append_transform(
+        RenameTransform(["observation"], [("agents", "action_mask")], create_copy=True)
+    ),
+    "a transform": lambda env: TransformedEnv(env, ActionMask()),
+    "one of several": lambda env: TransformedEnv(env, Compose(ActionMask(), StepCounter())),
+    "one below another": lambda env: TransformedEnv(
+        TransformedEnv(env, ActionMask()), StepCounter()
+    ),
+    "a mask of the spec": in_its_spec,
+}
+
+
+@both
+@pytest.mark.parametrize("how", MASKS)
+def test_an_environment_that_masks_actions_is_refused(make, how):
+    options = {"learner_factory": DQNLearner} if make is model_free_level else {}
+    plain = GymEnv("CartPole-v1").append_transform(StepCounter())
+    assert make(env=plain, **options).action_spec == plain.action_spec
+    with pytest.raises(ValueError, match=r"masks actions.*Let the environment"):
+        make(env=MASKS[how](GymEnv("CartPole-v1")), **options)
+
+
+def test_what_is_said_of_defaults_holds():
+    parts = {"predictor_factory": SMALL_FACTORY, "planner_factory": SMALL_PLANNER}
+    planner, other = (
+        PlannerLevel(*SPACES, **parts),
+        ModelFreeLevel(*SPACES, learner_factory=SMALL_SAC),
+    )
+    assert (planner.n_initial_random_steps, other.n_initial_random_steps) == (500, 1000)
+    for level in (planner, other):
+        assert level.buffer.storage.max_size == 100_000
+        assert level.updates_per_step == 1
+        assert level.n_initial_updates is None
+        assert (level.batch_size, getattr(level, "model_batch_size", 256)) == (256, 256)
 
 
 # -- loading --------------------------------------------------------------------------------

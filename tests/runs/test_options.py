@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
 
 import pytest
 import torch
+from gymnasium.error import UnregisteredEnv
 
 from layeredrl_torchrl.runs import (
     Count,
@@ -212,9 +214,13 @@ def test_options_that_cannot_be_saved_are_named_before_anything_is_written(tmp_p
     ("error", "status", "line"),
     [
         (KeyboardInterrupt("go on"), 130, "go on"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (UnregisteredEnv("no Walker"), 1, "--task: no Walker"),
         (ModuleNotFoundError(name="matplotlib.pyplot"), 1, "pip install -e '.[plots]'"),
         (ImportError("mazes need it", name="gymnasium_robotics"), 1, "mazes need it"),
         (PermissionError(13, "Permission denied", "/there"), 1, "--output /there/it cannot be"),
+        (OSError(28, "No space left", "/there/it/curve.csv"), 1, "No space left (/there/it/curve"),
+        (OSError(28, "No space left"), None, ""),
         (ValueError("natural must be at least 2, got 1"), 1, "--natural: natural must be at least"),
         (ValueError("another must be at least 2, got 1"), None, ""),
         (ModuleNotFoundError(name="something"), None, ""),
@@ -234,6 +240,35 @@ def test_what_a_user_can_mend_is_one_line(error, status, line, monkeypatch, caps
         assert end.value.code == status
         (said,) = capsys.readouterr().err.splitlines()
         assert line in said
+
+
+def test_a_command_that_needs_an_extra_ends_before_anything_is_done(monkeypatch, capsys):
+    pytest.importorskip("tyro")
+    monkeypatch.setattr("sys.argv", ["run"])
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as Python marks what cannot be imported
+    given = []
+    with pytest.raises(SystemExit):
+        command(given.append, Options, "A run.", needs=("json", "wandb"))
+    assert "pip install -e '.[wandb]'" in capsys.readouterr().err
+    assert not given
+    command(given.append, Options, "A run.", needs=("json",))
+    assert given == [Options()]
+
+
+def test_a_folder_without_a_run_has_no_options(tmp_path, monkeypatch):
+    """The run itself says that there is nothing to go on from."""
+    pytest.importorskip("tyro")
+    monkeypatch.setattr("sys.argv", ["run", "--resume", "--output", str(tmp_path), "--seed", "3"])
+    given = []
+    command(given.append, Options, "A run.")
+    assert given == [Options(output=tmp_path, resume=True, seed=3)]
+
+
+def test_a_task_with_goals():
+    assert find_task("Reacher-Tip", with_goals=True).reports_success
+    assert find_task("Reacher-v5").name == "Reacher-v5"
+    with pytest.raises(RunError, match="--task: Reacher-v5 has no goals to reach"):
+        find_task("Reacher-v5", with_goals=True)
 
 
 def test_a_command_without_a_run(monkeypatch, capsys):

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 from layeredrl_torchrl import SafeCheckpoint, make_batched
 from layeredrl_torchrl.runs import Run, RunError, RunOptions
+from layeredrl_torchrl.runs._interrupts import Interrupts
 
 
 class StopError(Exception):
@@ -55,6 +57,14 @@ def test_it_saves_when_that_is_due_and_at_its_end(small):
     run = small(steps_per_checkpoint=60)
     saved = [path.parent.name for path in run.folder.glob("checkpoints/*/checksums.json")]
     assert sorted(int(name.split("-")[-1]) for name in saved) == [60, 80]
+
+
+def test_the_last_two_checkpoints_are_kept(small):
+    run = small(steps_per_checkpoint=20)
+    assert sorted(int(path.name.split("-")[-1]) for path in run.rotation.directory.iterdir()) == [
+        60,
+        80,
+    ]
 
 
 def test_the_bar_says_what_is_being_done(small, capsys):
@@ -100,6 +110,40 @@ def test_a_second_ctrl_c_stops_at_once(small):
     with pytest.raises(KeyboardInterrupt, match="step 20, before the first checkpoint: start"):
         small(press, seed=3)
     small(seed=3)
+
+
+@pytest.mark.usefixtures("listens")
+def test_ctrl_c_waits_for_a_batch_while_there_are_batches_only(tmp_path):
+    """What comes after them, such as the evaluation, it interrupts at once."""
+    handlers = []
+    with Run(RunOptions(output=tmp_path / "run", steps_per_batch=20), 40) as run:
+        for _ in run.collect(make_batched("InvertedPendulum-v5", 1, seed=0)):
+            handlers.append(signal.getsignal(signal.SIGINT))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert len(handlers) == 2
+        assert signal.default_int_handler not in handlers
+
+
+@pytest.mark.usefixtures("listens")
+@pytest.mark.parametrize("how", ["another thread", "a handler of one's own"])
+def test_where_somebody_else_listens_to_ctrl_c_nothing_is_changed(how):
+    def own(number, frame):
+        pass
+
+    def look():
+        with Interrupts():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    seen, expected = [], signal.default_int_handler
+    if how == "another thread":
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+    else:
+        signal.signal(signal.SIGINT, expected := own)
+        look()
+    assert seen == [expected]
+    assert signal.getsignal(signal.SIGINT) is expected
 
 
 def test_an_output_that_is_no_folder_is_named(small, tmp_path):

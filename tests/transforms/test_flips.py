@@ -127,6 +127,8 @@ def test_observations_that_do_not_fit():
     for tilt in (Angle(2), Angle(-3), QuaternionTilt(0)):
         with pytest.raises(ValueError, match=rf"{type(tilt).__name__}\(.*reads .* 2 values"):
             tilt(torch.zeros(5, 2))
+    assert Angle(-2)(torch.tensor([3.0, 4.0])) == 3.0
+    assert QuaternionTilt(0)(torch.tensor([0.0, 0.0, 2.0, 0.0])) == pytest.approx(math.pi)
     stop = FlipTermination(Angle(1)).stop
     agents = TensorDict({"observation": torch.zeros(5, 3, 2)}, [5])
     with pytest.raises(ValueError, match=r"of shape \(5, 3, 2\), expected \[5, obs\]"):

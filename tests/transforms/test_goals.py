@@ -84,10 +84,11 @@ def test_it_finds_the_dims_of_the_point_maze():
 class Stateless(EnvBase):
     """Keeps nothing: a step begins at the entries that it is given."""
 
+    widths = {"observation": 2, "achieved_goal": 1, "desired_goal": 3}
+
     def __init__(self, declared):
         super().__init__()
-        entries = {"observation": 2, "achieved_goal": 1, "desired_goal": 3}
-        self.observation_spec = Composite({key: Unbounded((n,)) for key, n in entries.items()})
+        self.observation_spec = Composite({key: Unbounded((n,)) for key, n in self.widths.items()})
         if declared:
             self.state_spec = self.observation_spec.clone()
         self.action_spec, self.reward_spec = Unbounded((1,)), Unbounded((1,))
@@ -123,6 +124,34 @@ def test_an_environment_without_a_state_gets_its_entries_back(declared, out_key)
         data = serial.rollout(3)
         moved = data["next", *unravel(out_key)][..., 2:3] - data[out_key][..., 2:3]
         torch.testing.assert_close(moved, data["action"])
+
+
+class Wider(Stateless):
+    """As wide in all, with other parts."""
+
+    widths = {"observation": 3, "achieved_goal": 2, "desired_goal": 1}
+
+
+def test_in_another_environment_it_knows_the_new_places():
+    join = JoinGoals()
+    for kind in (Stateless, Wider):
+        join.reset_parent()
+        env = TransformedEnv(kind(False), join)
+        data = env.rollout(3)
+        moved = data["next", "observation"] - data["observation"]
+        at = join.index_ranges["achieved_goal"]
+        assert [len(places) for places in join.index_ranges.values()] == list(kind.widths.values())
+        torch.testing.assert_close(moved[:, list(at)], data["action"].expand(3, len(at)))
+        rest = [i for i in range(6) if i not in at]
+        assert not moved[:, rest].any()
+
+
+@pytest.mark.parametrize("del_keys", [False, True])
+def test_entries_that_are_joined_are_inputs_only_where_they_stay(del_keys):
+    env = TransformedEnv(Stateless(True), JoinGoals(out_key="joined", del_keys=del_keys))
+    stays = set() if del_keys else set(Stateless.widths)
+    assert set(env.full_state_spec.keys()) == {"joined"} | stays
+    assert set(env.reset().keys()) - set(env.done_keys) == {"joined"} | stays
 
 
 class Still(EnvBase):

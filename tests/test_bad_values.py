@@ -15,7 +15,7 @@ from test_conformance import TestRewardPredictor as PredictorSuite
 from torchrl.data import OneHot, Unbounded
 
 import layeredrl_torchrl as lrl
-from layeredrl_torchrl import imagination, objectives, optimizers, predictors
+from layeredrl_torchrl import imagination, nets, objectives, optimizers, predictors
 
 NAN, INF = float("nan"), float("inf")
 NO_NUMBER = ["1", True, [0.5], torch.ones(2)]
@@ -99,6 +99,14 @@ def model_free_level(**options):
 
 
 TABLE = {
+    optimizers.GaussianSearch: (
+        partial(optimizers.GaussianSearch, -torch.ones(2), torch.ones(2)),
+        {"sigma": [0.0, -1.0, NAN, INF, "1", True, [0.0, 1.0], [INF, 1.0], [1.0, NAN]]},
+    ),
+    optimizers.CategoricalSearch: (
+        partial(optimizers.CategoricalSearch, 3),
+        {"uniform": ABOVE_0},
+    ),
     optimizers.CEM: (partial(optimizers.CEM, SEARCH), OPTIMIZER),
     optimizers.ICEM: (
         partial(optimizers.ICEM, SEARCH),
@@ -141,12 +149,31 @@ TABLE = {
             "hidden_sizes": SIZES,
             "nonlinearity": FUNCTION,
             "ignore_context": FLAG,
-            "log_std_bounds": [(1.0, -1.0), (NAN, 1.0), (0.0, INF), 3],
+            "log_std_bounds": [(1.0, -1.0), (1.0, 1.0), (NAN, 1.0), (0.0, INF), 3],
         },
     ),
     lrl.RewardNet: (
         partial(lrl.RewardNet, 3, 0, ACTIONS),
         {"hidden_sizes": SIZES, "nonlinearity": FUNCTION, "layer_norm": FLAG},
+    ),
+    nets.QValueNet: (
+        partial(nets.QValueNet, state_dim=3, context_dim=0, action_dim=2),
+        {"state_dim": COUNT, "context_dim": COUNT0},
+    ),
+    nets.Landmarks: (
+        partial(nets.Landmarks, dim=2, radius=0.5),
+        {
+            "dim": COUNT,
+            "radius": POSITIVE,
+            "scale": POSITIVE,
+            "top": NUMBER,
+            "capacity": COUNT,
+        },
+    ),
+    nets.SimNorm: (nets.SimNorm, {"size": COUNT, "temperature": POSITIVE}),
+    nets.ModuleEncoder: (
+        partial(nets.ModuleEncoder, torch.nn.Identity(), (3,), 3),
+        {"context_dim": COUNT0},
     ),
     lrl.ValueNet: (
         partial(lrl.ValueNet, state_dim=3, context_dim=0),

@@ -13,7 +13,7 @@ from layeredrl_torchrl import (
     SPlaTESReward,
 )
 from layeredrl_torchrl.levels import SkillReward
-from layeredrl_torchrl.optimizers import Optimizer
+from layeredrl_torchrl.optimizers import CEM, ICEM, MPPI, Optimizer
 from layeredrl_torchrl.predictors import ReturnOptions
 
 
@@ -33,6 +33,17 @@ def test_planners_show_all_of_their_options(planner):
     assert not names & {"options", "scoring", "kind", "own", "optimizer"}
     for name in ("n_samples", "n_iterations", "elite_ratio", "momentum"):
         assert shown(planner)[name].default == shown(Optimizer)[name].default
+
+
+@pytest.mark.parametrize(
+    ("planner", "optimizer"), [(CEMPlanner, CEM), (ICEMPlanner, ICEM), (MPPIPlanner, MPPI)]
+)
+def test_an_optimizer_alone_has_the_defaults_of_its_planner(planner, optimizer):
+    alone = shown(Optimizer) | shown(optimizer)
+    common = (set(alone) & set(shown(planner))) - {"options"}
+    assert common >= {"horizon", "n_samples", "n_iterations", "elite_ratio", "momentum"}
+    for name in common:
+        assert alone[name].default == shown(planner)[name].default, name
 
 
 def test_an_own_default_comes_before_that_of_the_base():

@@ -149,9 +149,7 @@ class Scaling(nn.Module):
             target = next_state - state if self.predict_delta else next_state
             name = "change of the state" if self.predict_delta else "next state"
             fits.append((name, self.target, target))
-        for _, normalizer, x in fits:
-            normalizer.check(x)
-        with undone_on_error(self):  # warnings may be errors
+        with undone_on_error(self):  # of a shape, or a warning that is one
             for name, normalizer, x in fits:
                 normalizer.fit(x)
                 warn_of_outliers(name, x, normalizer.loc, normalizer.scale)

@@ -152,7 +152,7 @@ class Encoder(WholeState):
         flat = []
         for (key, shape), value in zip(self.entries.items(), found, strict=True):
             n = value.ndim - len(shape)
-            if n < 0 or tuple(value.shape[n:]) != shape:
+            if tuple(value.shape[n:]) != shape:
                 raise ValueError(
                     f"{key!r} has shape {tuple(value.shape)}, expected {('*B', *shape)}, as this "
                     f"{type(self).__name__} was built for"

@@ -301,7 +301,7 @@ class Optimizer(nn.Module):
         """Check proposals and return them flat ``[b, any, H, *E]``, within the bounds."""
         step, n = (self.horizon, *self.search.event_shape), len(batch)
         shape = tuple(proposals.shape)
-        if shape[:n] != batch or shape[n + 1 :] != step or len(shape) != n + 1 + len(step):
+        if shape[:n] != batch or shape[n + 1 :] != step:
             raise ValueError(
                 f"proposals have shape {shape}, expected {(*batch, 'any', *step)}: sequences as "
                 "long as the horizon for every problem"

@@ -136,6 +136,8 @@ def test_an_ensemble_begins_anew(whole, box):
     with torch.no_grad():
         for p in ensemble.parameters():
             p.fill_(7.0)
+        for x in ensemble.calibration.buffers():
+            x.add_(0.5)
     ensemble.update_average()
     part = StaticPredictor(ensemble, None, None, IdentityEncoder((3,)), 3) if whole else ensemble
     part.reset_parameters_recursive()
@@ -143,6 +145,9 @@ def test_an_ensemble_begins_anew(whole, box):
     for found, expected in zip(ensemble.parameters(), new.parameters(), strict=True):
         torch.testing.assert_close(found.std(), expected.std(), rtol=0.2, atol=1e-6)
         assert found.abs().max() < 7.0
+    for name in ("shift", "slope", "spread", "disagreement"):
+        found, expected = (getattr(x.calibration, name) for x in (ensemble, new))
+        assert torch.equal(found, expected)
     assert ensemble.n_averaged == 0
     given = torch.randn(4, 3), None, torch.randn(4, 2)
     mean = ensemble.predict(*given)[0]

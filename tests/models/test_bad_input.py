@@ -167,6 +167,7 @@ def test_checking_the_members_draws_no_random_number_and_keeps_their_mode(box):
         ({"state": torch.zeros(0, 3)}, ValueError, r"state has shape \(0, 3\): the batch is empty"),
         ({"context": torch.zeros(3, 2)}, ValueError, r"batch shape \(3,\), the state \(4,\)"),
         ({"context": torch.zeros(2)}, ValueError, r"batch shape \(\), the state \(4,\)"),
+        ({"context": torch.full((4, 2), math.nan)}, ValueError, r"context holds 8 non-finite"),
         ({"context": None}, ValueError, r"context has shape \(4, 0\), expected \[\.\.\., 2\]"),
         ({"action": torch.full((4, 5, 2), math.nan)}, ValueError, "action holds NaN"),
         ({"action": torch.zeros(4, 5, 3)}, ValueError, r"action has shape .*3\), expected .*2\)"),
@@ -334,6 +335,15 @@ def test_what_an_own_model_says_is_checked(changes, message, box):
     ):
         with pytest.raises(ValueError, match=message.replace("4", "[14]")):
             call()
+
+
+def test_ends_for_sure_and_modes_that_are_never_taken_are_fine(box):
+    certain = {"term_prob": torch.ones(2), "weights": torch.tensor([[1.0, 0.0]] * 2)}
+    build(box, of(**certain))
+    model = Says(box, term_prob=lambda x: x + 1.0, weights=lambda x: x + torch.tensor([0.5, -0.5]))
+    _, weights, _, term_prob = model.predict(torch.zeros(4, D), None, torch.zeros(4, 1))
+    assert (term_prob == 1.0).all()
+    assert weights.unique().tolist() == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("value", [3e38, math.inf])

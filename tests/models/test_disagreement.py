@@ -22,6 +22,7 @@ def test_it_is_the_std_of_the_members_means_in_units_of_the_change(fc, recorded,
     disagreement = EnsembleDisagreement(ensemble, scale=2.0)
     assert not list(disagreement.parameters())  # they stay with whoever owns the model
     bonus = disagreement(state, context, action)
+    assert torch.equal(2.0 * EnsembleDisagreement(ensemble)(state, context, action), bonus)
     assert bonus.shape == (2, 4)
     unit = ensemble.scaling.target.scale.tolist()
     for i in range(2):

@@ -145,6 +145,9 @@ def test_gradients_agree_with_finite_differences(fc, recorded, transitions):
         ({"std": 0.0}, ValueError, "std must be finite and lie in"),
         ({"std": math.inf}, ValueError, "std must be finite and lie in"),
         ({"std": torch.tensor([1.0, -2.0, 1.0])}, ValueError, "std must be positive and finite"),
+        ({"std": torch.tensor([1.0, 0.0, 1.0])}, ValueError, "std must be positive and finite"),
+        ({"std": torch.tensor([1.0, math.inf, 1.0])}, ValueError, "std must be positive and fin"),
+        ({"std": 1.0, "transform": torch.full((1, 3), math.nan)}, ValueError, "transform holds 3"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes, error, message, fc, recorded):

@@ -169,6 +169,19 @@ def with_dropout(*_):
     return Activated(nn.Dropout(0.5), offset=1.0)
 
 
+def with_another_offset(*_):
+    return Activated(nn.Dropout(0.5), offset=2.0)
+
+
+@pytest.mark.parametrize("second", [with_dropout, with_another_offset, FC])
+def test_a_new_ensemble_is_in_training_mode(second, box):
+    """Also after the members were tried out."""
+    builders = iter([with_dropout, second])
+    spaces = box(D), box(C), box(A)
+    ensemble = ProbabilisticEnsemble(*spaces, lambda *_: next(builders)(*spaces, 1), 2)
+    assert all(part.training for part in ensemble.modules())
+
+
 @pytest.mark.parametrize("second", [with_dropout, FC], ids=["vmap", "loop"])
 def test_train_and_eval_reach_the_members(second, box):
     builders = iter([with_dropout, second])

@@ -192,20 +192,32 @@ def test_autocast_changes_nothing_where_bfloat16_is_slower(fc, recorded, transit
         assert torch.equal(ensemble.predict(*given)[0], full[0])
 
 
-@pytest.mark.parametrize("offset", [0.0, 1e4, 2e6])
-def test_observations_that_rounding_buries_are_named(offset, fc, recorded):
-    """The second dimension lies far from 0, beside a spread of 1 and changes of 0.01."""
+@pytest.mark.parametrize(
+    ("offset", "spread", "change", "named"),
+    [
+        (0.0, 1.0, 0.01, False),
+        (1e4, 1.0, 0.01, False),
+        (2e6, 1.0, 0.01, True),
+        (2e6, 1.0, 100.0, True),  # of the state before
+        (2e6, 100.0, 0.2, True),  # of the change alone
+        (2e6, 100.0, 100.0, False),
+        (2e6, 100.0, 0.0, False),
+        (2e6, 0.0, 0.0, False),
+        (1e-3, 1e-10, 1e-10, False),  # near 0 digits are not what is missing
+    ],
+)
+def test_observations_that_rounding_buries_are_named(offset, spread, change, named, fc, recorded):
+    """The second dimension lies far from 0, beside its spread or its changes."""
     ensemble, _ = recorded(fc)
-    state = torch.randn(500, 3) + offset * torch.tensor([0.0, 1.0, 0.0])
-    after = state + 0.01 * torch.randn(500, 3)
+    state, after = torch.randn(500, 3), torch.randn(500, 3)
+    state[:, 1] = offset + spread * state[:, 1]
+    after[:, 1] = state[:, 1] + change * after[:, 1]
     context, action = torch.randn(500, 2), torch.randn(500, 2)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         ensemble.fit_statistics(state, context, action, after)
     # Neighbouring numbers are 0.001 apart at 1e4, and 0.125 at 2e6.
-    assert [("dimension(s) [1] of the state" in str(w.message)) for w in told] == [True] * (
-        offset > 1e5
-    )
+    assert ["dimension(s) [1] of the state" in str(w.message) for w in told] == [True] * named
 
 
 # -- gradients -----------------------------------------------------------------------------
@@ -216,6 +228,22 @@ def test_gradients_of_the_inputs_agree_with_finite_differences(net, recorded, tr
     ensemble.double().fit_statistics(*(x.double() for x in transitions()))
     given = tuple(x.double().requires_grad_() for x in inputs((2,)))
     assert torch.autograd.gradcheck(ensemble.predict, given)
+
+
+def test_gradients_do_not_change_the_std_within_and_beyond_the_data(net, recorded, transitions):
+    """Nor are they anything but numbers: the distance from the data is 0 within."""
+    ensemble, _ = recorded(net, clip_inputs=True)
+    ensemble.fit_statistics(*transitions())
+    context, action = (x.mean(0).expand(5, -1) for x in transitions()[1:3])
+    center, spread = ensemble.scaling.state.loc, ensemble.scaling.state.scale
+    steps = torch.tensor([0.0, 3.0, 3.3, 4.0, 50.0]).unsqueeze(-1)  # up to a std beyond, and more
+    state = center + steps * spread * torch.tensor([1.0, 0.0, 0.0])
+    expected = ensemble.predict(state, context, action)[2]
+    found = ensemble.predict(state.requires_grad_(), context, action)[2]
+    torch.testing.assert_close(found, expected)
+    (slope,) = torch.autograd.grad(found.sum(), state)
+    assert slope.isfinite().all()
+    assert len(found[:, 0, 0, 1].round(decimals=3).unique()) > 3
 
 
 def test_each_member_trains_its_own_parameters_only_and_the_termination_all(net, recorded):

@@ -89,7 +89,8 @@ def test_gradients_reach_actions_through_every_propagation(propagation, n_modes,
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("cut", [lambda x: x.mean(0), lambda x: x])
-def test_where_a_propagation_of_ones_own_leads_is_checked(cut, grad):
+@pytest.mark.parametrize("wrong", [(0, 1), (0,), (1,)], ids=str)
+def test_where_a_propagation_of_ones_own_leads_is_checked(wrong, cut, grad):
     """One block is promised; without the axis, or with all members, it would be another."""
 
     class Own(Propagation):
@@ -97,7 +98,8 @@ def test_where_a_propagation_of_ones_own_leads_is_checked(cut, grad):
             return 1, n_particles_per_model
 
         def advance(self, move, n_models, particles):
-            return tuple(cut(x) for x in move(particles.expand(n_models, -1, -1, -1)))
+            moved = move(particles.expand(n_models, -1, -1, -1))
+            return tuple(cut(x) if i in wrong else x[:1] for i, x in enumerate(moved))
 
     given = torch.zeros(6, 1), torch.zeros(6, 1), torch.zeros(6, 3, 1)
     message = r"advance of Own gave .*expected \(1, 1, 6, 1\) and \(1, 6, 1\)"

@@ -14,6 +14,7 @@ from torch import nn
 
 from layeredrl_torchrl import Model, ProbabilisticEnsemble
 from layeredrl_torchrl.models import GaussianMixture
+from layeredrl_torchrl.models._step import Noise, sample_mixture
 
 BATCHES = [(), (1,), (3,), (2, 2)]
 
@@ -123,6 +124,15 @@ def test_a_mode_of_weight_0_is_never_drawn(table_net, tables):
     ensemble = tables([net], n_particles_per_model=5_000)
     states = ensemble.rollout(torch.zeros(1), None, torch.zeros(4, 1))["state"]
     assert states.abs().max() < 3
+
+
+@pytest.mark.parametrize("height", [0.0, 1.0 - 2**-24])
+def test_not_even_at_the_ends_of_what_is_drawn(height):
+    """Uniform numbers in float32 begin at 0 and end just below 1."""
+    mean = torch.tensor([-9.0, 0.0, 9.0]).view(1, 3, 1, 1)
+    weights = torch.tensor([0.0, 1.0, 0.0]).view(1, 3, 1)
+    noise = Noise(torch.zeros(1, 1, 1), torch.full((1, 1, 1), height))
+    assert sample_mixture(mean, torch.ones(1, 3, 1, 1), weights, noise).item() == 0.0
 
 
 def test_noise_is_drawn_anew_for_every_row_member_particle_step_and_dimension(net, recorded):

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 
 import gymnasium as gym
 import pytest
 import torch
 from tensordict import TensorDict
+from torch import nn
 from torchrl.data import Bounded, Categorical, Unbounded
 from torchrl.envs import ExplorationType, set_exploration_type
 from torchrl.modules import TanhNormal
 
-from layeredrl_torchrl.nets import Bounds, QValueOperator, SquashedNormal, TanhActor
+from layeredrl_torchrl.nets import (
+    Bounds,
+    QValueOperator,
+    RewardNet,
+    ScalarHead,
+    SquashedNormal,
+    TanhActor,
+    ValueNet,
+)
 
 LOW, HIGH = torch.tensor([-1.0, 0.5]), torch.tensor([2.0, 0.75])
 
@@ -23,18 +33,23 @@ def both(loc, scale):
     return ours, TanhNormal(loc, scale, low=LOW.to(loc), high=HIGH.to(loc))
 
 
-def test_the_distribution_is_torchrl_s():
-    loc, scale = torch.randn(2, 50, 2, dtype=torch.float64)
+@pytest.mark.parametrize("batch", [(), (50,), (3, 5), (2, 3, 4)])
+@pytest.mark.parametrize("drawn", [(), (6,)])
+def test_the_distribution_is_torchrl_s(drawn, batch):
+    loc, scale = torch.randn(2, *batch, 2, dtype=torch.float64)
     ours, theirs = both(loc, scale.abs() + 0.1)
+    assert ours.batch_shape == batch
+    assert ours.event_shape == (2,)
     torch.manual_seed(0)
-    action, log_prob = ours.rsample_and_log_prob()
+    action, log_prob = ours.rsample_and_log_prob(drawn)
     torch.manual_seed(0)
-    expected, their_log_prob = theirs.rsample_and_log_prob()
+    expected = theirs.rsample(drawn)
+    their_log_prob = theirs.log_prob(expected)
     torch.testing.assert_close(action, expected)
     torch.testing.assert_close(log_prob, their_log_prob)
     torch.testing.assert_close(ours.log_prob(action), log_prob)
     torch.testing.assert_close(ours.deterministic_sample, theirs.deterministic_sample)
-    assert ours.rsample((3,)).shape == (3, 50, 2)
+    assert ours.rsample((3,)).shape == (3, *batch, 2)
 
 
 def test_its_density_integrates_to_one():
@@ -68,8 +83,44 @@ def test_the_actor_acts_within_its_bounds(context_dim):
     for twin in (copy.deepcopy(actor), pickle.loads(pickle.dumps(actor))):
         with set_exploration_type(ExplorationType.DETERMINISTIC):
             assert torch.equal(*(x(td.clone())["action"] for x in (actor, twin)))
+    assert set(actor(td.clone()).keys()) - {"loc", "scale"} == {"state", "context", "action"}
     double = copy.deepcopy(actor).double()(td.double())
     assert double["action"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("context_dim", [0, 1])
+@pytest.mark.parametrize("batch", [(), (4,), (2, 3), (1, 2, 3)])
+def test_a_value_stands_in_an_axis_of_its_own(batch, context_dim):
+    critic = QValueOperator(2, context_dim, 1, (8,))
+    torch.nn.init.normal_(critic.module.head.net[-1].weight)
+    widths = {"state": 2, "context": context_dim, "action": 1}
+    td = TensorDict({name: torch.randn(*batch, n) for name, n in widths.items()}, batch)
+    found = critic(td.clone())["state_action_value"]
+    torch.testing.assert_close(found, critic.module.head(*td.values()).reshape(*batch, 1))
+
+
+def test_hidden_layers_are_normalised_unless_it_is_said_otherwise():
+    """And heads of one's own are plain networks."""
+
+    class Head(ScalarHead):
+        def features(self, state, context, action):
+            return state
+
+    action, sizes = Bounded(-1.0, 1.0, (1,)), (8, 8)
+    for make, normalised in (
+        (partial(TanhActor, 2, 0, action), True),
+        (partial(QValueOperator, 2, 0, 1), True),
+        (partial(RewardNet, 2, 0, 1), True),
+        (partial(ValueNet, 2, 0), True),
+        (partial(Head, 2, nonlinearity=nn.SiLU), False),
+    ):
+        for options, expected in (
+            ({}, normalised),
+            ({"layer_norm": True}, True),
+            ({"layer_norm": False}, False),
+        ):
+            parts = list(make(hidden_sizes=sizes, **options).modules())
+            assert sum(isinstance(part, nn.LayerNorm) for part in parts) == 2 * expected
 
 
 def test_inputs_are_standardised():

@@ -112,6 +112,7 @@ def test_entries_are_joined_in_order_and_decoded(batch):
         assert torch.equal(out["state"], state)
         assert torch.equal(out["context"], context)
         whole = encoder.decode(state, context)
+        assert whole.batch_size == batch
         for key in encoder.in_keys:
             assert torch.equal(whole[key], td[key].float())
 
@@ -132,6 +133,9 @@ def test_entries_of_another_shape_or_none_are_refused():
     encoder, td = IdentityEncoder(ENTRIES), entries((3,))
     with pytest.raises(ValueError, match=r"'b' has shape \(3, 4\), expected \('\*B', 2\)"):
         encoder(td.clone().set("b", torch.zeros(3, 4)))
+    for shape in ((), (1,), (2, 2), (1, 2, 3)):
+        with pytest.raises(ValueError, match=r"'inner', 'a'.* has shape .*expected"):
+            encoder(entries(()).set(("inner", "a"), torch.zeros(shape)))
     with pytest.raises(KeyError, match="IdentityEncoder reads 'c'"):
         encoder(td.exclude("c"))
     with pytest.raises(ValueError, match="leave in_keys out"):
@@ -206,6 +210,7 @@ def test_simnorm_is_a_softmax_of_each_group():
         part = (x[..., first : first + 4] / 0.5).exp()
         expected = part / part.sum(-1, keepdim=True)
         torch.testing.assert_close(out[..., first : first + 4], expected)
+    torch.testing.assert_close(SimNorm()(x.repeat(1, 1, 2)), SimNorm(8, 1.0)(x.repeat(1, 1, 2)))
     with pytest.raises(ValueError, match="groups of 5, but 12"):
         SimNorm(5)(x)
 

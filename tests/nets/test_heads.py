@@ -96,6 +96,8 @@ def test_an_untrained_head_says_0(head):
     assert torch.equal(head(*inputs((5,))), torch.zeros(5))
     head.rescale(0.0, 3.0)
     assert torch.equal(head(*inputs((5,))), torch.zeros(5))
+    randomize(head).reset_parameters()
+    assert torch.equal(head(*inputs((5,))), torch.zeros(5))
 
 
 # -- rescale and fit_inputs ----------------------------------------------------------------
@@ -115,6 +117,16 @@ def test_rescale_keeps_the_function(kind, steps):
         assert float(head.out_loc) == pytest.approx(loc)
         assert float(head.out_scale) == pytest.approx(scale)
         torch.testing.assert_close(head(*given), before, atol=1e-8, rtol=1e-8)
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_rescale_keeps_a_function_of_the_last_weights_or_bias_alone(part):
+    head = ValueNet(D, C, (6,))
+    nn.init.normal_(getattr(head.net[-1], part))
+    before = head(*inputs((7,)))
+    assert before.any()
+    head.rescale(-3.0, 5.0)
+    torch.testing.assert_close(head(*inputs((7,))), before)
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,26 @@ def test_ways_lead_along_a_corridor_and_not_through_its_wall():
     assert (along.diff() < 1e-5).all()
 
 
+def test_by_default_the_value_is_1_at_the_goal_and_falls_with_the_distance():
+    landmarks, state = Landmarks(1, radius=0.5), torch.tensor([[0.0], [1.0], [2.0]])
+    landmarks.extend(state)
+    value = landmarks.value(state, state[:1].expand(3, 1))
+    torch.testing.assert_close(value, torch.exp(-state.squeeze(-1)))
+    shaped = landmarks.value(state.view(1, 3, 1), state[:1].expand(1, 3, 1))
+    assert torch.equal(shaped, value.unsqueeze(0))
+    assert landmarks.is_strange(*[state.view(1, 3, 1) + 0.75] * 4).tolist() == [
+        [False, False, True]
+    ]
+
+
+def test_a_place_as_far_as_the_radius_is_known():
+    landmarks = Landmarks(1, radius=0.5)
+    landmarks.extend(torch.tensor([[0.0], [0.5], [1.25]]))
+    assert landmarks.places[: landmarks.count].flatten().tolist() == [0.0, 1.25]
+    edge = torch.tensor([[-0.5], [-0.625]])
+    assert landmarks.is_strange(edge, edge, edge, edge).tolist() == [False, True]
+
+
 def test_each_place_that_was_seen_has_a_landmark():
     paths = walks()
     landmarks = Landmarks(2, radius=0.4)
@@ -99,7 +119,8 @@ def test_what_is_seen_later_joins_what_is_known():
 def test_few_visits_are_worth_more_than_many_and_near_ones_more_than_far_ones():
     paths = walks()
     landmarks = Landmarks(2, radius=0.4, scale=3.0, top=2.0)
-    state = torch.cat([torch.randn(20, 2) * 2, torch.randn(20, 2)], -1)
+    places = torch.cat([torch.randn(3, 2), torch.full((1, 2), 50.0)])
+    state = torch.cat([places, torch.randn(4, 2)], -1)
     assert not landmarks.novelty(state, state).any()
     batches, visits = (paths[:6], paths[6:]), []
     for batch in batches:
@@ -117,7 +138,7 @@ def test_few_visits_are_worth_more_than_many_and_near_ones_more_than_far_ones():
         )
         for place in state[:, :2]
     ]
-    found = landmarks.novelty(state.reshape(5, 4, 4), state)
+    found = landmarks.novelty(state.reshape(2, 2, 4), state)
     torch.testing.assert_close(found.flatten(), torch.tensor(expected), rtol=1e-3, atol=1e-6)
     assert (found == 0).any()
     assert (found > 0).any()

@@ -262,7 +262,7 @@ MISFITS = [
             lambda o, shape=shape: o.optimize(add, o.forget((2,)), None, torch.zeros(shape)),
             r"proposals have shape .*\(2, 'any', 4, 2\)",
         )
-        for shape in [(2, 4, 2), (3, 5, 4, 2), (2, 5, 3, 2), (2, 5, 4, 1), (2, 5, 4, 2, 1)]
+        for shape in [(2,), (2, 4, 2), (3, 5, 4, 2), (2, 5, 3, 2), (2, 5, 4, 1), (2, 5, 4, 2, 1)]
     ],
 ]
 

@@ -91,10 +91,18 @@ def test_the_categorical_fit_is_the_weighted_count():
     assert CategoricalSearch(3).mode((probs,)).tolist() == [[0, 2]]
 
 
-@pytest.mark.parametrize("uniform", [0.1, 0.5, 1.0])
+def test_choices_that_there_are_not_become_the_nearest():
+    search = CategoricalSearch(3)
+    assert search.project(torch.tensor([-2, -1, 0, 1, 2, 3, 9])).tolist() == [0, 0, 0, 1, 2, 2, 2]
+    assert CategoricalSearch(1).project(torch.tensor([-1, 0, 1])).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("uniform", [None, 0.1, 0.5, 1.0])
 def test_remembered_probabilities_are_mixed_with_uniform_ones(uniform):
     memory = {"probs": torch.tensor([[[1.0, 0.0]], [[torch.nan, torch.nan]]])}
-    (probs,) = CategoricalSearch(2, uniform).start(memory, torch.tensor([True, False]))
+    search = CategoricalSearch(2) if uniform is None else CategoricalSearch(2, uniform)
+    uniform = 0.5 if uniform is None else uniform
+    (probs,) = search.start(memory, torch.tensor([True, False]))
     expected = torch.tensor([[[1 - uniform / 2, uniform / 2]], [[0.5, 0.5]]])
     torch.testing.assert_close(probs, expected)
 

@@ -58,6 +58,23 @@ def test_flags_of_a_call_that_failed_otherwise_are_dropped(late) -> None:
     late.flush()
 
 
+def test_gathered_flags_are_those_of_the_call_and_the_callers_own(late) -> None:
+    @late.watched
+    def call() -> tuple[str, int]:
+        late.refuse(torch.tensor([True, False]), members)
+        own = torch.tensor([False, True])
+        result, flags = late.gather(lambda: late.refuse(own, members) or "x")
+        assert [(bad.tolist(), error) for bad, error in flags] == [([False, True], members)]
+        with pytest.raises(KeyError):
+            late.gather({}.popitem)
+        late.refuse(torch.tensor([False, False, True]), members)
+        return result, len(flags)
+
+    assert call() == ("x", 1)
+    with pytest.raises(ValueError, match=r"members \[0\] of 2"):
+        late.flush()
+
+
 def test_a_cpu_raises_at_once_and_a_closer_look_may_find_nothing() -> None:
     with pytest.raises(ValueError, match="members"):
         refuse(torch.tensor([False, True]), members)

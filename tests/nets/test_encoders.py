@@ -246,6 +246,7 @@ def test_fixed_picks_the_named_dimensions_in_order(data, obs_dim, batch):
         ([], [0], r"latent_state_dims is empty"),
         ([0, 4], [], r"latent_state_dims \[4\] are not among the 4 dimensions.*0 to 3"),
         ([0], [1, -1], r"context_dims \[-1\] are not among"),
+        ([0], [4, 1], r"context_dims \[4\] are not among the 4 dimensions.*0 to 3"),
         ([0, 1, 0], [], r"latent_state_dims has \[0\] more than once"),
         ([0, 1, 2], np.array([1, 3]), r"\[1\] are in latent_state_dims and in context_dims"),
         ([0.0, 1.0], [], r"latent_state_dims must be integers"),

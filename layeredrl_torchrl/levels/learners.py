@@ -86,7 +86,13 @@ class Learner(nn.Module, ABC):
         name = type(loss).__name__
         if actor_every > 1 and not hasattr(loss, "actor_network"):
             raise ValueError(f"actor_every={actor_every} is about an actor, and {name} has none")
-        loss.make_value_estimator(ValueEstimators.TD0, gamma=gamma)
+        try:
+            loss.make_value_estimator(ValueEstimators.TD0, gamma=gamma)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{name} has no one-step returns (TD0), by which a level learns from rewards; take "
+                "one that has, such as SACLoss"
+            ) from error
         self.loss = loss
         self._targets: SoftUpdate | None = None
         if has_targets(loss):

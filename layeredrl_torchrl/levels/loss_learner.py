@@ -27,6 +27,8 @@ __all__ = ["LossLearner"]
 
 _NETWORKS = ("actor_network", "value_network")
 _READ = {"features", "action"}
+# By the values that they are built for.
+_ON_POLICY = {"GAE", "MAGAE", "VTrace"}
 
 
 class LossLearner(KeepsFloats, Learner):
@@ -69,9 +71,10 @@ class LossLearner(KeepsFloats, Learner):
         optim_factory: See :class:`Learner`.
 
     Raises:
-        TypeError: No TorchRL loss, or another kind of action spec. ValueError: A loss without such
-            a policy, whose networks read something else, that is not reduced, or that does not
-            know its target entropy; numbers outside their range. And as :class:`Learner`.
+        TypeError: No TorchRL loss, or another kind of action spec. ValueError: An on-policy loss
+            (PPO, A2C, REINFORCE); one without such a policy, whose networks read something else,
+            that is not reduced, or that does not know its target entropy; numbers outside their
+            range. And as :class:`Learner`.
     """
 
     low: Tensor  # [A], not for choices
@@ -93,6 +96,7 @@ class LossLearner(KeepsFloats, Learner):
     ) -> None:
         hint = "build one of torchrl.objectives, such as TD3Loss"
         check_instance("loss", loss, LossModule, hint=hint)
+        _refuse_on_policy(loss)
         policy = _policy_name(loss, policy)
         _check_networks(loss)
         choices = is_discrete(action_spec)
@@ -164,6 +168,12 @@ class LossLearner(KeepsFloats, Learner):
             )
         explore = explore and self.exploration > 0.0
         if self._has_bounds:
+            expected = (*td.batch_size, *self.action_spec.shape)
+            if action.shape != expected:  # one dimension would be taken for all
+                raise ValueError(
+                    f"the {self.policy} of {type(self.loss).__name__} writes actions of shape "
+                    f"{tuple(action.shape)}, expected {expected}; build it for the action spec"
+                )
             if explore:
                 action = action + self.exploration * torch.randn_like(action)
             action = from_unit(action.clamp(-1.0, 1.0), self.low, self.high)
@@ -177,8 +187,10 @@ class LossLearner(KeepsFloats, Learner):
         return action
 
     def prepare(self, action: Tensor) -> Tensor:
-        """Scale actions within bounds to ``[-1, 1]``."""
-        return to_unit(action, self.low, self.high) if self._has_bounds else action
+        """Scale actions within bounds to ``[-1, 1]``, and count what choices are."""
+        if self._has_bounds:
+            return to_unit(action, self.low, self.high)
+        return action.long() if action.dtype == torch.bool else action  # some take its argmax
 
 
 def _know_target_entropy(loss: LossModule, action_spec: TensorSpec) -> None:
@@ -195,6 +207,16 @@ def _know_target_entropy(loss: LossModule, action_spec: TensorSpec) -> None:
             f"{type(loss).__name__} does not know its target entropy; build it with "
             f"target_entropy=-{float(width(action_spec))}, minus the dimensions of the action"
         ) from error
+
+
+def _refuse_on_policy(loss: LossModule) -> None:
+    """Raise if the loss learns from trajectories of the policy as it is."""
+    if getattr(loss.default_value_estimator, "name", None) in _ON_POLICY:
+        raise ValueError(
+            f"{type(loss).__name__} is an on-policy loss: it needs advantages along trajectories "
+            "of the policy as it is, but a level learns from single transitions of a buffer, of "
+            "older policies too; take an off-policy loss, such as SACLoss, TD3Loss or DQNLoss"
+        )
 
 
 def _policy_name(loss: LossModule, name: str | None) -> str:

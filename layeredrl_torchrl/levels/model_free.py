@@ -44,6 +44,7 @@ from layeredrl_torchrl.levels._rows import (
     end_keys,
     with_known_ends,
 )
+from layeredrl_torchrl.levels._trial import try_out
 from layeredrl_torchrl.levels.learners import Learner
 from layeredrl_torchrl.specs import ObservationSpace, Space, is_discrete, to_spec, width
 
@@ -93,8 +94,9 @@ class ModelFreeLevel(LearningLevel):
 
     Raises:
         TypeError: A factory that returns something else; other types. ValueError: Numbers outside
-            their range; options without effect; spaces that the learner cannot work with; a buffer
-            with a sampler of slices or of priorities, which this level does not update.
+            their range; options without effect; spaces that the learner cannot work with, or whose
+            widths its networks do not have; a buffer with a sampler of slices or of priorities,
+            which this level does not update.
     """
 
     #: Whether to divide rewards by the root mean square of the stored ones.
@@ -162,6 +164,7 @@ class ModelFreeLevel(LearningLevel):
         learner = self.learner_factory(features.dim, action_spec)
         hint = "pass partial(SACLearner, ...), or a function that returns a LossLearner"
         check_instance("the result of learner_factory", learner, Learner, hint=hint)
+        try_out(learner, features.dim, action_spec)
         self.features, self.learner = features, learner
         self.random_actions, self.reward_scale = RandomActions(action_spec), RewardScale()
 

@@ -34,7 +34,7 @@ from layeredrl_torchrl.planners.return_modes import (
     find_return_mode,
     mean_plan,
 )
-from layeredrl_torchrl.planners.risk import Mean
+from layeredrl_torchrl.planners.risk import Mean, score
 from layeredrl_torchrl.predictors import Predictor, ReturnOptions
 from layeredrl_torchrl.specs import ActionForm, Space, is_discrete, width
 
@@ -301,7 +301,7 @@ class PredictorPlanner(MPCPlannerBase):
             shape = (*batch, candidates.shape[len(batch)], -1)
             starts = state.unsqueeze(-2).expand(shape), context.unsqueeze(-2).expand(shape)
             returns = self.predictor.returns(*starts, self._form(candidates), self.options)
-            return -self.risk(returns)
+            return -score(self.risk, returns)
 
         entries = {key: memory.get(key) for key in memory.keys()}
         solution = self.optimizer.optimize(cost, TensorDict(entries, batch), noise, proposals)

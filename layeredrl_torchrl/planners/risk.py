@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -84,3 +85,22 @@ class WorstCase(RiskMeasure):
     def __call__(self, returns: Tensor) -> Tensor:
         """Take the minimum over members and particles."""
         return returns.amin((-2, -1))
+
+
+def score(risk: Callable[[Tensor], Tensor], returns: Tensor) -> Tensor:
+    """Return the scores ``[*B, N]`` that ``risk`` gives for returns ``[*B, N, M, P]`` of plans.
+
+    Raises:
+        ValueError: It gives something else.
+    """
+    given, expected = risk(returns), tuple(returns.shape[:-2])
+    if isinstance(given, Tensor) and given.shape == expected and given.dtype != torch.bool:
+        return given
+    name = getattr(risk, "__name__", type(risk).__name__)
+    is_tensor = isinstance(given, Tensor)
+    what = f"{given.dtype} {tuple(given.shape)}" if is_tensor else f"a {type(given).__name__}"
+    raise ValueError(
+        f"risk ({name}) gave {what} for returns {tuple(returns.shape)}, expected one number for "
+        f"each plan, {expected}; reduce the last two axes, which are members and particles, such "
+        "as returns.mean((-2, -1))"
+    )

@@ -26,6 +26,7 @@ from layeredrl_torchrl.planners import (
     Mean,
     MPPIPlanner,
     PredictorPlanner,
+    RiskMeasure,
     WorstCase,
     best_plan,
     mean_plan,
@@ -272,6 +273,35 @@ def test_risk_and_propagation_decide_whether_to_gamble(kind, options, bold):
     options = {"horizon": 2, "return_mode": "mean", "n_iterations": 10} | options
     action = first(kind, gamble(), torch.zeros(2, 1), **options)
     assert (action > 0.7 if bold else action < 0.1).all()
+
+
+class LastMember(RiskMeasure):
+    def __call__(self, returns):
+        return returns[..., -1, :]
+
+
+@pytest.mark.parametrize(
+    ("risk", "message"),
+    [
+        (
+            LastMember(),
+            r"risk \(LastMember\) gave torch.float32 \(2, \d+, 1\) for .*\(2, \d+\); reduce",
+        ),
+        (lambda returns: returns.mean(), r"risk \(<lambda>\) gave torch.float32 \(\) for"),
+        (lambda returns: returns.flatten(-2).min(-1), r"risk \(<lambda>\) gave a min for"),
+        (lambda returns: (returns > 0).all(-1).all(-1), r"gave torch.bool \(2, \d+\) for"),
+    ],
+)
+def test_a_risk_that_gives_something_else_is_named(kind, risk, message):
+    with pytest.raises(ValueError, match=message):
+        first(kind, gamble(), torch.zeros(2, 1), horizon=2, risk=risk)
+
+
+def test_a_risk_may_count():
+    """An integer for each plan is as good as a float."""
+    lost = lambda returns: -(returns < 0).sum((-2, -1))  # noqa: E731
+    action = first(CEMPlanner, gamble(), torch.zeros(2, 1), horizon=2, risk=lost)
+    assert (action < 0.1).all()
 
 
 def test_deterministic_plans_follow_the_means():

@@ -37,6 +37,8 @@ from layeredrl_torchrl.nets import ScalarHead
 
 __all__ = ["SoftActorCritic"]
 
+# Below this all returns count as 0.
+_LEAST = 1e-20
 _CHOICES = {"loss_function": ("l2", "l1", "smooth_l1"), "reduction": ("mean", "sum", "none")}
 
 
@@ -279,9 +281,10 @@ class SoftActorCritic(LossModule):
         """Set the critics' scale, and the bounds of targets, from the rewards of ``episodes``.
 
         The bounds are the 1 % and 99 % quantiles of rewards and entropy bonus, for ever:
-        divided by ``1 - gamma``. The scale is half of the larger one. Until the first call targets
-        are not bounded, and the scale is 1. The critics' functions stay
-        what they are (PopArt, arXiv 1602.07714), as far as they are
+        divided by ``1 - gamma``. Where nearly all rewards are 0, those that are not lie within
+        them, too, however seldom they are. The scale is half of the larger one, and stays where
+        both are 0. Until the first call targets are not bounded, and the scale is 1. The critics'
+        functions stay what they are (PopArt, arXiv 1602.07714), as far as they are
         :class:`~layeredrl_torchrl.nets.ScalarHead`.
 
         Args:
@@ -301,9 +304,23 @@ class SoftActorCritic(LossModule):
         with self._acting() as act:
             log_prob = act(episodes.select(state, context, strict=False))
         gain = (reward.squeeze(-1) - self.alpha * log_prob).flatten().to(self.bounds)
-        ends = gain.quantile(gain.new_tensor([0.01, 0.99])) / (1.0 - self.gamma)
+        shares = gain.new_tensor([0.01, 0.99])
+        ends = gain.quantile(shares) / (1.0 - self.gamma)
         bounds = torch.where(self.bounds.isfinite(), self.bounds.lerp(ends, rate), ends)
-        scale = (bounds.abs().max() / 2).clamp(min=torch.finfo(bounds.dtype).tiny)
+        paid = reward.flatten().to(bounds)
+        # The quantiles do not see the rare reward of a goal, which would be cut to the entropy's.
+        rare = ~paid.quantile(shares).any()
+        low, high = paid.min(), paid.max()
+        wide = torch.stack(
+            (
+                torch.where(low < 0, torch.minimum(bounds[0], low), bounds[0]),
+                torch.where(high > 0, torch.maximum(bounds[1], high), bounds[1]),
+            )
+        )
+        bounds = torch.where(rare, wide, bounds)
+        most = bounds.abs().max()
+        # A scale of almost 0 would blow up the critics' weights.
+        scale = torch.where(most > _LEAST, most / 2, self._scale())
         hint = "scale the rewards, such as by AffineReward, or lower gamma"
         check_finite("the bounds of returns, rewards divided by 1 - gamma,", bounds, hint=hint)
         self._ask_parts("rescale", 0.0, scale)

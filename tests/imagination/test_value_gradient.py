@@ -229,6 +229,39 @@ def test_targets_stay_within_what_rewards_allow():
     torch.testing.assert_close(loss.bounds, 2 * torch.stack((low, high)))
 
 
+@pytest.mark.parametrize("pay", [1.0, -1.0])
+def test_a_goal_that_is_hardly_ever_reached_keeps_its_worth(pay):
+    """All rewards are 0 at first; then 2 steps of 500 are paid, fewer than quantiles see."""
+    loss = make_learned(horizon=1, alpha_init=1e-4, fixed_alpha=True)
+    steps = make_steps(500)
+    steps["next", "reward"].zero_()
+    for _ in range(3):
+        loss.fit_scale(steps, rate=0.05)
+    low, high = loss.bounds.tolist()
+    assert max(-low, high) < 0.2
+    steps["next", "reward"][[7, 300]] = pay
+    steps["next", "terminated"][[7, 300]] = True
+    steps["next", "done"][[7, 300]] = True
+    loss.fit_scale(steps, rate=0.05)
+    assert loss._scale().item() == pytest.approx(0.5)
+    target = loss.value_targets(steps)["value_target"]
+    torch.testing.assert_close(target[[7, 300]], torch.full((2, 1), pay))
+    # The other side stays.
+    assert abs(loss.bounds[0 if pay > 0 else 1].item()) < 0.2
+
+
+def test_where_nothing_is_paid_the_scale_stays():
+    """It would be so small that weights overflow."""
+    loss, steps = make_learned(horizon=1, alpha_init=1e-37, fixed_alpha=True), make_steps(50)
+    steps["next", "reward"].zero_()
+    for params in (loss.qvalue_network_params, loss.target_qvalue_network_params):
+        params.data["module", "head", "net", "3", "weight"].mul_(100.0)
+    before = loss.qvalues(steps)
+    loss.fit_scale(steps)
+    torch.testing.assert_close(loss.qvalues(steps), before)
+    assert loss._scale().item() == 1.0
+
+
 def test_inputs_are_standardised_by_statistics_of_the_data():
     loss = make_learned(horizon=1)
     data = TensorDict(

@@ -257,7 +257,11 @@ class Other(Propagation):
         raise NotImplementedError
 
 
-DISCRETE = {"model": {"action_space": OneHot(2)}}
+def actions(space):
+    return {"model": {"action_space": space}}
+
+
+DISCRETE = actions(OneHot(2))
 
 
 @pytest.mark.parametrize(
@@ -271,6 +275,8 @@ DISCRETE = {"model": {"action_space": OneHot(2)}}
         ({}, {"action_spec": OneHot(2)}, ValueError, "action_spec"),
         (DISCRETE, {"action_spec": Unbounded((2,))}, ValueError, "action_spec"),
         (DISCRETE, {"action_spec": OneHot(3)}, ValueError, "action_spec"),
+        (actions(Categorical(3)), {"action_spec": Categorical(2)}, ValueError, "action_spec"),
+        (actions(OneHot(1)), {"action_spec": Categorical(1, (1,))}, ValueError, "action_spec"),
         ({}, {"propagation": "ts1"}, TypeError, "TSInfinity"),
         ({}, {"propagation": Other()}, TypeError, "TSInfinity"),
         ({}, {"exploration_bonus": 1.0}, TypeError, "exploration_bonus"),
@@ -281,6 +287,12 @@ DISCRETE = {"model": {"action_space": OneHot(2)}}
 def test_what_does_not_fit_is_refused(make_predictor, parts, options, error, match):
     with pytest.raises(error, match=match):
         PredictorEnv(make_predictor(**parts), **options)
+
+
+@pytest.mark.parametrize("space", [Bounded(-1.0, 1.0, (2,)), OneHot(3), Categorical(3)])
+def test_its_own_action_spec_may_be_given(make_predictor, space):
+    env = PredictorEnv(make_predictor(**actions(space)), action_spec=space)
+    assert env.action_spec == space
 
 
 def test_it_keeps_its_specs(make_point):

@@ -129,12 +129,13 @@ def test_an_instance_that_ends_is_reset_alone(make_point, point_buffer, propagat
         assert 0.5 < (new != old).float().mean() < 0.95  # drawn anew: 3/4 are others
 
 
-def test_a_state_alone_is_a_start_where_there_is_no_context():
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_a_state_alone_is_a_start_where_there_is_no_context(batch):
     actions = Bounded(-1.0, 1.0, (1,))
     predictor = known(lambda state, action: state, lambda *step: step[0][..., 0], actions, 2)
-    env = PredictorEnv(predictor, batch_size=[3])
-    state = torch.arange(6.0).reshape(3, 2)
-    assert torch.equal(env.reset(TensorDict({"state": state}, [3]))["state"], state)
+    env = PredictorEnv(predictor, batch_size=batch)
+    state = torch.randn(*batch, 2)
+    assert torch.equal(env.reset(TensorDict({"state": state}, batch))["state"], state)
 
 
 @pytest.mark.parametrize(("given", "missing"), [("state", "context"), ("context", "state")])

@@ -205,6 +205,7 @@ def test_units_of_the_rewards_do_not_matter():
         loss.fit_scale(steps)
         after = loss.qvalues(steps)
         torch.testing.assert_close(before, after)
+        assert not loss.qvalue_network_params["module", "head", "out_loc"].any()
         assert loss._scale().item() == pytest.approx(loss.bounds.abs().max().item() / 2)
         torch.manual_seed(2)
         out = loss(steps.select("state"))

@@ -138,8 +138,16 @@ def test_options_of_the_value_estimator_are_checked():
         loss.make_value_estimator(ValueEstimators.GAE)
     with pytest.raises(TypeError, match="lmbda"):
         loss.make_value_estimator(ValueEstimators.TD0, lmbda=0.5)
-    with pytest.raises(ValueError, match="gamma"):
-        loss.make_value_estimator(gamma=1.5)
+    for value in (-0.1, 1.5):
+        with pytest.raises(ValueError, match="gamma"):
+            loss.make_value_estimator(gamma=value)
+        with pytest.raises(ValueError, match="lmbda"):
+            loss.make_value_estimator(ValueEstimators.TDLambda, lmbda=value)
+    for value in (0.0, 1.5):
+        with pytest.raises(ValueError, match="rate"):
+            loss.fit_scale(make_steps(4), rate=value)
+    for value in (0.0, 1.0):
+        loss.make_value_estimator(ValueEstimators.TDLambda, lmbda=value, gamma=value)
     loss.make_value_estimator(gamma=1.0)
     with pytest.raises(ValueError, match="no bounds"):
         loss.fit_scale(make_steps(4))
@@ -194,6 +202,25 @@ def test_starts_of_another_shape_are_refused():
         with pytest.raises(ValueError, match="'state' has shape"):
             loss(TensorDict({"state": torch.zeros(state)}, batch))
     assert loss(TensorDict({"state": torch.zeros(0, 2)}, [0]))["loss_actor"].shape == ()
+
+
+@pytest.mark.parametrize("batch", [(6,), (2, 3)])
+@pytest.mark.parametrize("horizon", [0, 2])
+def test_a_context_is_read_and_must_be_there(horizon, batch):
+    predictor = PredictorFactory(hidden_sizes=(8,), n_models=2, context_dims=[2])(
+        Unbounded((3,)), ACTION
+    )
+    actor, critic = TanhActor(2, 1, ACTION, (8,)), QValueOperator(2, 1, 2, (8,))
+    loss = ValueGradientLoss(actor, critic, predictor, horizon=horizon)
+    td = make_steps(*batch)
+    with pytest.raises(KeyError, match="'context'"):
+        loss(td)
+    td["context"] = 5.0 + torch.zeros(*batch, 1)
+    loss.fit_inputs(td)
+    loc = loss.actor_network_params["module", "0", "module", "inputs", "loc"]
+    torch.testing.assert_close(loc[2].item(), 5.0)
+    loss.fit_scale(td)
+    assert loss(td)["loss_actor"].isfinite()  # the next context is this one
 
 
 def test_a_policy_acts_in_the_predictors_space():

@@ -137,10 +137,11 @@ def test_entries_of_another_shape_are_named(make_ensemble, key, shape):
         ModelLoss(model)(batch)
 
 
-def test_mask_and_weights_may_keep_a_last_axis(make_ensemble):
-    model = make_ensemble()
-    batch = make_batch(model, valid=True, weight=True)
-    loss = ModelLoss(model)
+@pytest.mark.parametrize("shape", [(N,), (2, N), (2, 2)])
+def test_mask_and_weights_may_keep_a_last_axis(make_ensemble, shape):
+    model = make_ensemble(n_models=2)
+    batch = make_batch(model, shape, valid=True, weight=True)
+    loss = ModelLoss(model, per_member=len(shape) == 2)
     expected = loss(batch)
     for key in ("valid", "weight"):
         batch[key] = batch[key].unsqueeze(-1)

@@ -249,6 +249,27 @@ def test_plain_callables_are_known_and_not_trained(parts, terms):
     assert {key for key in out.keys() if key.startswith("loss_")} == terms
 
 
+class Sum(nn.Module):
+    """A reward or value of one's own, which tells no scale of its values."""
+
+    def forward(self, state, context, action):
+        return state.sum(-1) + context.sum(-1)
+
+
+def test_by_default_single_steps_count_and_modules_of_ones_own_in_the_unit_of_rewards():
+    batch = make_slices(2)
+    batch["valid"][:] = True
+    loss = PredictorLoss(make_encoder(), Sum(), Sum(), gamma=0.5)
+    out = loss(batch)
+    value = Sum()(*loss.encoder(batch["observation"][:, 0]), None)
+    after = Sum()(*loss.encoder(batch["next", "observation"][:, 0]), None)
+    reward = batch["next", "reward"][:, 0, 0]
+    target = reward + 0.5 * after * ~batch["next", "terminated"][:, 0, 0]
+    torch.testing.assert_close(out["loss_reward"], (value - reward).square().mean())
+    torch.testing.assert_close(out["loss_value"], (value - target).square().mean())
+    torch.testing.assert_close(out["value_mean"], value.mean())
+
+
 def spoil(key, change):
     def spoiled(batch):
         batch[key] = change(batch[key])

@@ -174,6 +174,12 @@ def test_the_consistency_loss_is_the_error_of_the_next_state_and_moves_the_encod
     padded[key].zero_()
     with pytest.raises(ValueError, match="no row counts"):
         loss(padded)
+    for key in ("observation", ("next", "observation")):
+        broken = rows.clone()
+        broken[key][2] = torch.nan
+        with pytest.raises(ValueError, match="non-finite"):
+            loss(broken)
+    assert not any(p.requires_grad for p in loss.parameters())  # the encoder is the predictor's
     found.backward()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
     mine = encoder.module.weight.grad.clone()

@@ -158,3 +158,15 @@ def test_strict_false_loads_what_is_there():
     first.load_state_dict(part, strict=False)
     torch.testing.assert_close(first.model.state_dict(), second.model.state_dict())
     assert torch.equal(first.val_func.net[0].weight, value)
+
+
+@pytest.mark.parametrize("part", [None, "model", "rew_func", "model_loss", "predictor_loss"])
+def test_by_default_all_is_loaded_and_parameters_stay_the_same_objects(part):
+    first, second = (getattr(p, part) if part else p for p in (make_predictor(), make_predictor()))
+    before, state = list(first.parameters()), second.state_dict()
+    first.load_state_dict(state)
+    torch.testing.assert_close(first.state_dict(), state, rtol=0, atol=0)
+    assert all(a is b for a, b in zip(first.parameters(), before, strict=True))
+    del state[next(iter(state))]
+    with unchanged(first), pytest.raises(ValueError, match="not saved"):
+        first.load_state_dict(state)

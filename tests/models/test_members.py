@@ -79,6 +79,22 @@ def test_one_network_for_all_members_is_refused(kind, box, request):
     ProbabilisticEnsemble(*spaces, partial_net=lambda *_: net, n_models=2)
 
 
+def test_defaults_are_those_that_are_documented(box):
+    """What an ensemble is by default decides what anybody's model learns."""
+    model = ProbabilisticEnsemble(box(D), box(C), box(A))
+    sizes = model.n_models, model.n_modes, model.n_particles_per_model
+    assert (sizes, model.ema_decay) == ((5, 1, 1), 0.99)
+    units = model.scaling
+    flags = units.predict_delta, units.normalize_inputs, units.normalize_targets, units.clip
+    assert flags == (True, True, True, True)
+    assert not ProbabilisticEnsemble(*[box(D)] * 3, normalize_inputs=False).scaling.clip
+    widths = [weight.shape[1:] for weight in model.members.weights]
+    assert widths == [(D + A, 128), (128, 128), (128, 2 * D + 2)]  # without the context
+    assert isinstance(model.members.activation, nn.Hardswish)
+    low, high = (model.members.log_std_bounds(torch.tensor(x)) for x in (-1e9, 1e9))
+    assert (low.item(), high.item()) == (-6.0, 1.0)
+
+
 # -- members that differ -------------------------------------------------------------------
 
 

@@ -100,7 +100,7 @@ def test_a_value_stands_in_an_axis_of_its_own(batch, context_dim):
 
 
 def test_hidden_layers_are_normalised_unless_it_is_said_otherwise():
-    """And heads of one's own are plain networks."""
+    """Two of 128 by default; and heads of one's own are plain networks."""
 
     class Head(ScalarHead):
         def features(self, state, context, action):
@@ -114,6 +114,9 @@ def test_hidden_layers_are_normalised_unless_it_is_said_otherwise():
         (partial(ValueNet, 2, 0), True),
         (partial(Head, 2, nonlinearity=nn.SiLU), False),
     ):
+        if normalised:
+            widths = [part.out_features for part in make().modules() if isinstance(part, nn.Linear)]
+            assert widths[:-1] == [128, 128]
         for options, expected in (
             ({}, normalised),
             ({"layer_norm": True}, True),

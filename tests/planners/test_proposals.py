@@ -70,6 +70,7 @@ def test_the_middle_of_a_stochastic_policy_comes_first(linear, noisy_actor):
         assert torch.equal(first[0], second[0])
         assert not torch.isclose(first[1:], second[1:]).any()
         assert len(first.unique(dim=0)) == 5
+    assert len(PolicyProposal(predictor, noisy_actor)(state, state[:0], 4)) == 8
     only = PolicyProposal(predictor, noisy_actor, n=1)(state, state[:0], 4)
     torch.testing.assert_close(only[0], first[0])
 

@@ -28,6 +28,7 @@ from layeredrl_torchrl import (
     get_task,
     reads_next_state,
 )
+from layeredrl_torchrl.nets import check_step_function
 from layeredrl_torchrl.predictors import value_operator
 from layeredrl_torchrl.predictors._functions import StepFunctions
 
@@ -298,6 +299,10 @@ def test_tensordict_modules_are_functions_of_their_keys(func):
     message = r"takes the arguments of its in_keys \['state', 'action'\], but is called with"
     with pytest.raises(TypeError, match=message):
         PredictorFactory(rew_func=short)
+
+
+def test_functions_that_do_not_say_what_they_take_are_taken():
+    check_step_function("rew_func", torch.maximum)  # as many of torch
 
 
 def test_functions_that_declare_a_next_state_take_one():

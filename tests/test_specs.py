@@ -158,6 +158,9 @@ def test_a_continuous_action_of_another_shape_or_kind_is_refused(shape, batch):
         canonical_action(spec, torch.zeros(shape), torch.Size(batch))
     with pytest.raises(TypeError, match=r"action must be a torch\.Tensor, got list"):
         canonical_action(spec, [0.0, 0.0], torch.Size())
+    for dtype in (torch.bool, torch.complex64):
+        with pytest.raises(TypeError, match=rf"action has dtype {dtype}, expected floats"):
+            canonical_action(spec, torch.zeros(*batch, 2, dtype=dtype), torch.Size(batch))
 
 
 # -- canonical_action: discrete ------------------------------------------------------------

@@ -182,6 +182,12 @@ def test_another_entry_of_that_name_masks_nothing(other):
     assert len(rows["number"].unique()) == 12
 
 
+def test_transitions_that_say_that_they_are_single_steps_are_taken():
+    data = Lane(0, [(12, "goes on")], "done").tensordict(0, 12)
+    data["steps_to_next_obs"] = torch.ones(12, 1, dtype=torch.long)
+    assert len(TransitionSlices(filled_with(data)).sample(200, 1)["number"].unique()) == 12
+
+
 def test_images_and_entries_that_are_no_tensors():
     data = Lane(0, [(4, "terminated"), (6, "truncated")], "observation").tensordict(0, 10)
     data["observation"] = data["number"].view(10, 1, 1, 1).expand(10, 3, 4, 4).byte()

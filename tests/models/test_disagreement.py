@@ -51,6 +51,7 @@ def test_bad_input_is_named(fc, recorded):
     ensemble, _ = recorded(fc, n_models=1)
     with pytest.raises(ValueError, match="n_models >= 2"):
         EnsembleDisagreement(ensemble)
+    EnsembleDisagreement(recorded(fc, n_models=2)[0])
     with pytest.raises(TypeError, match="needs a ProbabilisticEnsemble, got int"):
         EnsembleDisagreement(3)
     with pytest.raises(TypeError, match="needs a ProbabilisticEnsemble, got Model"):

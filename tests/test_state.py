@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from helpers import make_ensemble
 from torch import nn
 
 from layeredrl_torchrl import EncoderNet, IdentityEncoder
@@ -120,6 +121,11 @@ def test_what_is_loaded_in_part_says_which_part():
     assert net.weight.tolist() == [1.0, 1.0]
     with pytest.raises(ValueError, match=r"top: saved is \(3,\), IdentityNet has \(2,\)"):
         net.load_state_dict({"top": torch.zeros(3)}, strict=False)
+
+
+def test_nothing_is_saved_that_only_says_where_a_part_computes():
+    for part in (EncoderNet((3,), 2, 1), make_ensemble()):
+        assert not any("floats" in key for key in part.state_dict())
 
 
 def other(*sizes, groups=1):

@@ -151,5 +151,8 @@ def test_an_ensemble_begins_anew(whole, box):
     assert ensemble.n_averaged == 0
     given = torch.randn(4, 3), None, torch.randn(4, 2)
     mean = ensemble.predict(*given)[0]
+    moved = copy.deepcopy(ensemble)
+    train(moved)  # before there is an average again, predictions come from the weights
+    assert not torch.allclose(moved.predict(*given)[0], mean)
     ensemble.update_average()  # of weights that have not moved since
     torch.testing.assert_close(ensemble.predict(*given)[0], mean)

@@ -191,6 +191,8 @@ def test_saved_landmarks_and_no_landmarks():
     state = torch.randn(7, 4)
     assert not landmarks.value(state, state[:, :2]).any()
     assert not landmarks.is_strange(state, state, state, state).any()
+    value = landmarks.value_of(at_goal, speed=1.0, discount=0.9)
+    assert torch.equal(value(state, state[:, :2]), torch.zeros(7))
     landmarks.extend(walks())
     assert landmarks.count == 20  # as many as there is room for
     other.load_state_dict(landmarks.state_dict())

@@ -145,6 +145,11 @@ def test_shifting_lets_time_pass(make, make_gaussian, steps, discrete):
         assert torch.equal(shifted[key], expected)
 
 
+@pytest.mark.parametrize("discrete", [False, True])
+def test_nothing_is_saved_of_what_follows_from_the_arguments(make, make_gaussian, discrete):
+    assert not make(CategoricalSearch(3) if discrete else make_gaussian(2)).state_dict()
+
+
 def test_no_gradient_is_kept(make):
     optimizer, weight = make(), torch.ones((), requires_grad=True)
 

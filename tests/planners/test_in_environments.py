@@ -5,7 +5,7 @@ from __future__ import annotations
 import gymnasium as gym
 import pytest
 import torch
-from helpers import SMALL_FACTORY, SMALL_PLANNER, collected, known
+from helpers import SMALL_FACTORY, SMALL_PLANNER, collected, known, make_point
 from torchrl.data import Bounded
 from torchrl.envs import (
     ActionDiscretizer,
@@ -16,6 +16,10 @@ from torchrl.envs import (
     TransformedEnv,
 )
 from torchrl.envs.utils import check_env_specs
+
+from layeredrl_torchrl import PredictorEnv
+from layeredrl_torchrl.optimizers import CEM, GaussianSearch
+from layeredrl_torchrl.planners import PredictorPlanner
 
 
 @pytest.fixture
@@ -103,3 +107,10 @@ def test_random_steps_first_leave_the_memory_cold(planner):
     assert not random["planner", "warm"].any()
     assert not first["planner", "warm"][0]
     assert first["next", "planner", "warm"].all()
+
+
+def test_an_environment_is_no_predictor(kind):
+    env, optimizer = PredictorEnv(make_point()), CEM(GaussianSearch(-torch.ones(1), torch.ones(1)))
+    for build in (kind, lambda env: PredictorPlanner(env, optimizer)):
+        with pytest.raises(TypeError, match=r"predictor must be .*: env\.predictor"):
+            build(env)

@@ -75,6 +75,19 @@ def test_the_known_reward_is_the_environments_reward(name, play):
     torch.testing.assert_close(again.flatten().double(), ours[:6].double(), atol=2e-3, rtol=1e-4)
 
 
+def test_a_double_pendulums_cart_pays_for_its_place():
+    """Random forces leave it near the middle."""
+    task = TASKS["InvertedDoublePendulum-v5"]
+    env = task.make_gym()
+    env.reset(seed=0)
+    for place in (-0.9, 0.9):
+        env.unwrapped.set_state(np.array([place, 0.0, 0.0]), np.zeros(3))
+        obs, reward, *_ = env.step(np.zeros(1, np.float32))
+        state = split(task, torch.as_tensor(obs))[0]
+        assert task.reward(None, None, None, state).item() == pytest.approx(reward, abs=2e-3)
+    env.close()
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_the_known_termination_is_the_environments(name, play):
     task = TASKS[name]
@@ -97,6 +110,8 @@ def test_ranges_end_where_gymnasiums_do(name):
     env.reset(seed=0)
     height, angles = (2, ()) if name == "Ant-v5" else (1, body._healthy_angle_range)
     bounds = [(height, z) for z in body._healthy_z_range] + [(2, a) for a in angles]
+    if name.startswith("Hopper"):
+        bounds += [(joint, end) for joint in (3, 4, 5) for end in body._healthy_state_range]
     for d, bound in bounds:
         for off in (-1e-3, 1e-3):
             qpos = body.init_qpos.copy()

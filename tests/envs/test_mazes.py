@@ -144,6 +144,7 @@ def test_options_of_the_maze_have_their_effect():
     data = sparse.make(seed=0).rollout(50)
     assert data.shape == (7,)
     assert set(data["next", "reward"].flatten().tolist()) <= {0.0, 1.0}
+    assert point_maze("mine", OPEN).horizon == 300  # as the smaller mazes of gymnasium-robotics
     dense = point_maze("mine", OPEN).make(seed=0).rollout(2)["next", "reward"]
     assert ((dense > 0) & (dense < 1)).all()
 

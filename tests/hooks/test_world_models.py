@@ -20,19 +20,20 @@ ACTION = Bounded(-1.0, 1.0, (1,))
 LATENT = {"in_keys": ["latent", "action"], "out_keys": [("next", "latent")]}
 
 
-def world_model(obs_dim=3, latent_dim=4):
+def world_model(obs_dim=3, latent_dim=4, rewarded=("next", "latent")):
     torch.manual_seed(0)
     return WorldModel(
         Mod(MLP(obs_dim, latent_dim), ["observation"], ["latent"]),
         Mod(MLP(latent_dim + 1, latent_dim), **LATENT),
-        Mod(MLP(latent_dim, 1), [("next", "latent")], [("next", "reward")]),
+        Mod(MLP(latent_dim, 1), [rewarded], [("next", "reward")]),
         done_head=Mod(lambda x: x[..., :1] > 0.3, [("next", "latent")], [("next", "done")]),
     )
 
 
+@pytest.mark.parametrize("rewarded", ["latent", ("next", "latent")])
 @torch.no_grad()
-def test_a_rollout_is_what_the_world_model_says_step_by_step():
-    world = world_model()
+def test_a_rollout_is_what_the_world_model_says_step_by_step(rewarded):
+    world = world_model(rewarded=rewarded)
     predictor = from_world_model(world, (3,), ACTION, latent_dim=4)
     obs, actions = torch.randn(5, 3), 2 * torch.rand(5, 4, 1) - 1
     traj = predictor.rollout(obs, actions)[:, 0, 0]

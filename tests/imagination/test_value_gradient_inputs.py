@@ -9,6 +9,7 @@ import torch
 from gradient_parts import (
     ACTION,
     make_learned,
+    make_line,
     make_steps,
 )
 from tensordict import TensorDict
@@ -20,6 +21,7 @@ from layeredrl_torchrl import (
     PredictorFactory,
     ValueGradientLoss,
 )
+from layeredrl_torchrl.imagination._following import follow
 from layeredrl_torchrl.nets import QValueOperator, TanhActor
 
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater")
@@ -263,3 +265,17 @@ def test_compiled_it_gives_the_same_losses_and_gradients(backend):
     next(loss.predictor.model.members.parameters()).data.fill_(torch.nan)
     with pytest.raises(ValueError, match="not finite"):
         loss(td)
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_each_part_of_compiled_steps_is_checked(part):
+    """Compiled steps check nothing by themselves; these stand in for them."""
+    loss, state = make_line(horizon=2), torch.zeros(3, 1)
+
+    def steps(*_):
+        found = [torch.zeros(2, 3), torch.zeros(3, 3), torch.ones(3, 3), *[torch.zeros(3, 1)] * 3]
+        found[part][1, 1] = torch.inf
+        return tuple(found)
+
+    with pytest.raises(ValueError, match="imagined rewards, terminations or log-probabilities"):
+        follow(loss.predictor, loss.actor_network, (state, state[:, :0]), 2, 0.9, steps)

@@ -146,14 +146,14 @@ def transitions():
     return data
 
 
-@pytest.mark.parametrize("std", [1.0, 0.3, torch.tensor([0.5, 2.0])])
-def test_it_is_the_density_of_the_standardised_change(predictor, transitions, std):
+@pytest.mark.parametrize("options", [{}, {"std": 0.3}, {"std": torch.tensor([0.5, 2.0])}])
+def test_it_is_the_density_of_the_standardised_change(predictor, transitions, options):
     learn(predictor, make_buffer(transitions))
     obs, act = transitions["observation"][:6], transitions["action"][:6]
     next_obs = transitions["next", "observation"][:6]
     shape = (2, 3)
     log_prob, term_prob, info = predictor.get_standardized_log_prob(
-        *(x.reshape(*shape, -1) for x in (obs, act, next_obs)), std=std
+        *(x.reshape(*shape, -1) for x in (obs, act, next_obs)), **options
     )
     assert log_prob.shape == term_prob.shape == shape
     assert info["means"].shape == (*shape, 2, 2)
@@ -162,7 +162,7 @@ def test_it_is_the_density_of_the_standardised_change(predictor, transitions, st
         (state, _), (next_state, _) = predictor.encode(obs), predictor.encode(next_obs)
         mean, weights, _, _, term = predictor.predict(obs, act)
         standardize = predictor.delta_standardizer
-        spread = torch.as_tensor(std).expand(2)
+        spread = torch.as_tensor(options.get("std", 1.0)).expand(2)
         for i in range(6):
             change, density = standardize(next_state[i] - state[i]), 0.0
             for m in range(2):

@@ -10,6 +10,7 @@ from torch import nn
 
 from layeredrl_torchrl import ProbabilisticEnsemble, ProbFCDynamics
 from layeredrl_torchrl.models._members import LoopMembers, VmapMembers
+from layeredrl_torchrl.models._output_checks import check_parameters
 from layeredrl_torchrl.nets import StackedProbFCDynamics
 
 D, C, A = 3, 2, 2
@@ -93,6 +94,17 @@ def test_defaults_are_those_that_are_documented(box):
     assert isinstance(model.members.activation, nn.Hardswish)
     low, high = (model.members.log_std_bounds(torch.tensor(x)) for x in (-1e9, 1e9))
     assert (low.item(), high.item()) == (-6.0, 1.0)
+
+
+def test_members_are_named_by_parameters_that_are_not_finite_and_not_by_large_ones():
+    weights, biases = torch.full((3, 2, 2), 1e30), torch.zeros(3, 1)  # squares overflow
+    check_parameters([weights, biases])
+    for broken, value in ((weights, torch.nan), (biases, -torch.inf)):
+        before = broken[1].clone()
+        broken[1].flatten()[0] = value
+        with pytest.raises(ValueError, match=r"member\(s\) \[1\] of 3 have parameters"):
+            check_parameters([weights, biases])
+        broken[1] = before
 
 
 # -- members that differ -------------------------------------------------------------------

@@ -181,6 +181,13 @@ def test_autocast_runs_the_products_in_bfloat16_and_keeps_states_in_float32(
     assert not torch.equal(half[0], full[0])
     scale = ensemble.scaling.target.scale
     assert ((half[0] - full[0]).abs() < 0.1 * scale).all()
+    state, context, action = given
+    full = ensemble.rollout(state, context, action.unsqueeze(1), True)["next", "state"]
+    with torch.autocast("cpu", torch.bfloat16):
+        half = ensemble.rollout(state, context, action.unsqueeze(1), True)["next", "state"]
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, full)
+    assert ((half - full).abs() < 0.1 * scale).all()
 
 
 @pytest.mark.usefixtures("no_bf16_units")

@@ -312,6 +312,14 @@ def test_a_rollout_that_diverges_names_the_member_and_the_step(box):
         ensemble.rollout(state, None, torch.zeros(2, 5, 1), deterministic=True)
 
 
+def test_large_states_whose_sum_overflows_have_not_diverged(box):
+    options = {"predict_delta": False, "clip_inputs": False}
+    ensemble = ProbabilisticEnsemble(box(1), None, box(1), lambda *_: Growing(1.0), 1, **options)
+    state = torch.full((3, 1), 3e38)
+    traj = ensemble.rollout(state, None, torch.zeros(3, 2, 1), deterministic=True)
+    assert torch.equal(traj["next", "state"][:, 0, 0, 1], state)
+
+
 # -- the fast way of stepping ---------------------------------------------------------------
 
 

@@ -23,7 +23,13 @@ from torchrl.data import (
 )
 
 from layeredrl_torchrl import to_spec
-from layeredrl_torchrl.specs import action_features, canonical_action, is_discrete, width
+from layeredrl_torchrl.specs import (
+    ActionForm,
+    action_features,
+    canonical_action,
+    is_discrete,
+    width,
+)
 
 BATCHES = [(), (1,), (3,), (2, 3)]
 
@@ -124,7 +130,8 @@ def test_actions_inside_their_space_pass_unchanged(dtype):
 
 
 @pytest.mark.parametrize(
-    ("excess", "accepted"), [(0.0, True), (1e-6, True), (5e-5, True), (1e-3, False), (1.0, False)]
+    ("excess", "accepted"),
+    [(0.0, True), (1e-6, True), (9e-5, True), (1.5e-4, False), (1.0, False)],
 )
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("limit", [0.1, 1.0, 100.0])
@@ -161,6 +168,15 @@ def test_a_continuous_action_of_another_shape_or_kind_is_refused(shape, batch):
     for dtype in (torch.bool, torch.complex64):
         with pytest.raises(TypeError, match=rf"action has dtype {dtype}, expected floats"):
             canonical_action(spec, torch.zeros(*batch, 2, dtype=dtype), torch.Size(batch))
+
+
+def test_bounds_of_actions_are_no_saved_state_and_stay_exact():
+    spec = to_spec(gym.spaces.Box(float32(-0.1, -2), float32(0.3, 5)))
+    form = ActionForm(spec).to(torch.bfloat16)
+    assert not form.state_dict()
+    action = torch.stack([spec.space.low, spec.space.high])
+    assert form(action, torch.Size((2,))) is action
+    assert torch.equal(form.project(3.0 * action), action)
 
 
 # -- canonical_action: discrete ------------------------------------------------------------

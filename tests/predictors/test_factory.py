@@ -218,6 +218,16 @@ def test_a_learned_encoder():
         PredictorFactory(partial_encoder=make, context_dims=(1,))
 
 
+@pytest.mark.parametrize(
+    ("key", "dim"), [(("agent", "sight"), 3), ([("agent", "sight"), "desired_goal"], 5)]
+)
+def test_observations_may_be_nested(key, dim):
+    spec = Composite(agent=Composite(sight=Unbounded((3,))), desired_goal=Unbounded((2,)))
+    predictor = PredictorFactory(**SMALL, observation_key=key)(spec, ACTION)
+    assert predictor.encoder.in_keys == (key if isinstance(key, list) else [key])
+    assert (predictor.encoder.obs_dim, predictor.latent_state_dim) == (dim, 3)
+
+
 def test_predictors_share_nothing():
     factory = PredictorFactory(**SMALL)
     first, second = factory(BOX, ACTION), factory(BOX, ACTION)

@@ -190,10 +190,10 @@ def main(config: Config) -> None:
     found = {"data": in_data, "cloned": evaluate(config, clone(config, data, env))}
     found["planned"] = evaluate(config, make_planner(config, predictor))
     found["imagined SAC"] = evaluate(config, imagined_sac(config, data, predictor))
-    with (config.output / "results.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["policy", "mean return"], *found.items()])
     for name, value in found.items():
         print(f"{name:12} {value:7.1f}")
+    with (config.output / "results.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["policy", "mean return"], *found.items()])
 
 
 if __name__ == "__main__":

@@ -73,6 +73,11 @@ class Config(runs.RunOptions):
         super().check()
         if self.steps_per_evaluation or self.video:
             raise runs.RunError("leave out --steps-per-evaluation and --video: nobody acts here")
+        if self.n_envs > 1:
+            raise runs.RunError(f"--n-envs is {self.n_envs}, expected 1: there is one environment")
+        if self.n_steps >= min(self.steps_per_batch, self.total_env_steps):
+            told = f"--n-steps is {self.n_steps}, expected fewer than"
+            raise runs.RunError(f"{told} --steps-per-batch and --total-env-steps")
 
 
 class AllLosses(LossModule):
@@ -168,6 +173,7 @@ def main(config: Config) -> None:
             # It saves what it knows beside what the run keeps.
             checkpoint=run.checkpoint,
             checkpoint_rotation=run.rotation,
+            checkpoint_metadata=lambda _: config.settings(),
             save_trainer_interval=config.steps_per_checkpoint,
         )
         length = losses.predictor_loss.k_steps + losses.predictor_loss.n_steps

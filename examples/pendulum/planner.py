@@ -21,6 +21,10 @@ parser.add_argument("--random-steps", type=int, default=200)
 parser.add_argument("--updates-per-step", type=int, default=2)
 parser.add_argument("--steps-per-evaluation", type=int, default=500)
 args = parser.parse_args()
+if not (0 <= args.seed < 2**32 and min(vars(args).values()) >= 0):
+    parser.error("--seed must be from 0 to 4294967295, and no number below 0")
+if min(args.total_env_steps, args.steps_per_evaluation) < 1:
+    parser.error("--total-env-steps and --steps-per-evaluation must be at least 1")
 torch.manual_seed(args.seed)
 
 env = TransformedEnv(GymEnv("Pendulum-v1"), RewardScaling(loc=0.0, scale=0.1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -46,7 +47,7 @@ def command(
     """Run ``main`` with the options of the command line.
 
     The errors that a user can mend end the program with one line: those of a run, those of the
-    package that begin with the name of an option, an extra that is not installed, an output that
+    package that are about an option, an extra that is not installed, an output that
     cannot be written. So does Ctrl-C. A resumed run takes the options
     that are not given from its folder. Needs tyro, which the extra ``examples`` installs.
 
@@ -69,8 +70,8 @@ def command(
     except UnregisteredEnv as error:
         _end(f"--task: {error}")
     except (TypeError, ValueError) as error:
-        option = str(error).partition(" ")[0]
-        if given is None or option not in {f.name for f in fields(given)}:  # type: ignore[arg-type]
+        option = None if given is None else _option_of(error, given)
+        if option is None:
             raise
         _end(f"--{option.replace('_', '-')}: {error}")
     except KeyboardInterrupt as error:
@@ -88,6 +89,19 @@ def command(
         if output is None or not _concerns(error, Path(output)):
             raise
         _end(f"--output {output} cannot be written: {error.strerror} ({error.filename})")
+
+
+def _option_of(error: Exception, given: Any) -> str | None:
+    """Return the name of the option that an error of the package is about, if it is about one.
+
+    It begins with it, also after what says where, or it has ``name=value`` in it.
+    """
+    text = str(error)
+    for name in (f.name for f in fields(given)):
+        value = re.escape(repr(getattr(given, name)))
+        if re.search(rf"(^|: ){name} |(^|[ (]){name}={value}(?![\w.])", text):
+            return name
+    return None
 
 
 def _end(line: str, status: int = 1) -> NoReturn:

@@ -186,7 +186,10 @@ class Run:
         if self.resumed is None:
             tqdm.write(f"{self.folder} has no checkpoint yet: starting from the beginning")
             return
-        self._own.refuse_others(SafeCheckpoint.manifest(self.resumed)["metadata"], self.resumed)
+        metadata = SafeCheckpoint.manifest(self.resumed)["metadata"]
+        own = self.options.settings()  # a Trainer notes its counts beside them
+        told = {name: value for name, value in metadata.items() if name in own}
+        self._own.refuse_others(told, self.resumed)
         self._checkpoints.load("run", "curve")
         self._checkpoints.saved_at = self.steps
 

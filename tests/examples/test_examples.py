@@ -93,6 +93,29 @@ def test_learns_on_a_gpu(name, run, capsys, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_resumed_trainer_goes_on_as_if_it_had_not_been_stopped(run, curve, tmp_path):
+    small = ("--steps-per-batch=40", "--updates-per-batch=2", "--held-out-steps=20")
+    small += ("--hidden-size=8", "--n-models=2")
+    for name, total in (("resumed", 80), ("at_once", 160)):
+        run(
+            "train_with_trainer",
+            *small,
+            f"--output={tmp_path / name}",
+            f"--total-env-steps={total}",
+        )
+    again = ("train_with_trainer", *small, f"--output={tmp_path / 'resumed'}", "--resume")
+    run(*again, "--total-env-steps=160")
+    rows = [
+        [{**row, "seconds": 0.0} for row in curve(tmp_path / name)]
+        for name in ("resumed", "at_once")
+    ]
+    assert len(rows[0]) == 5
+    assert rows[0] == rows[1]
+    with pytest.raises(RunError, match=r"was made with \{'n_models': 2\}"):
+        run(*again, "--n-models=3")
+
+
+@pytest.mark.slow
 def test_the_trainer_learns_to_predict(run, capsys, tmp_path):
     run("train_with_trainer", f"--output={tmp_path}")
     lines = capsys.readouterr().out.splitlines()
@@ -238,6 +261,8 @@ def test_a_job_pays_and_shows_what_it_says(example):
         *((name, "--steps-per-evaluation=-1", "--steps-per-evaluation must") for name in RUNS),
         *((name, "--gamma=0", "--gamma must be") for name in LEARNS if name != "dyna_sac"),
         ("train_with_trainer", "--steps-per-evaluation=9", "leave out --steps-per-evaluation"),
+        ("train_with_trainer", "--n-envs=2", "--n-envs is 2, expected 1"),
+        ("train_with_trainer", "--n-steps=500", "--n-steps is 500, expected fewer than"),
         ("dyna_sac", "--imagined-share=1.5", "--imagined-share must be"),
         ("skill_hierarchy", "--duration=999", "--duration is 999, episodes have 300 steps"),
         ("skill_hierarchy", "--landmarks=-1", "--landmarks must be"),

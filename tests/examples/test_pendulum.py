@@ -47,6 +47,26 @@ def test_the_page_shows_the_difference():
         assert text.splitlines() == found[1:]
 
 
+@pytest.mark.parametrize("name", ["sac", *WITH_MODEL])
+@pytest.mark.parametrize(
+    ("option", "line"),
+    [
+        ("--seed=-1", "--seed must be from 0"),
+        ("--seed=4294967296", "--seed must be from 0"),
+        ("--random-steps=-1", "no number below 0"),
+        ("--updates-per-step=-1", "no number below 0"),
+        ("--total-env-steps=0", "must be at least 1"),
+        ("--steps-per-evaluation=0", "must be at least 1"),
+        ("--total-env-steps=many", "invalid int value"),
+    ],
+)
+def test_what_an_option_cannot_be_is_one_line(name, option, line, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [name, option])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+    assert line in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sac", *WITH_MODEL])
 def test_runs(name, monkeypatch, capsys):

@@ -223,13 +223,17 @@ def test_options_that_cannot_be_saved_are_named_before_anything_is_written(tmp_p
         (OSError(28, "No space left"), None, ""),
         (ValueError("natural must be at least 2, got 1"), 1, "--natural: natural must be at least"),
         (ValueError("another must be at least 2, got 1"), None, ""),
+        (ValueError("level 0 (A) above B: natural must be 2, got 1"), 1, "--natural: level 0 (A)"),
+        (ValueError("ratio=0.1 of natural=1 makes 0"), 1, "--natural: ratio=0.1 of"),
+        (ValueError("ratio=0.1 of natural=12 makes 0"), None, ""),
+        (ValueError("what is natural must be natural=77"), None, ""),
         (ModuleNotFoundError(name="something"), None, ""),
         (FileNotFoundError(2, "No such file", "/elsewhere"), None, ""),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(error, status, line, monkeypatch, capsys):
     pytest.importorskip("tyro")
-    monkeypatch.setattr("sys.argv", ["run", "--output=/there/it"])
+    monkeypatch.setattr("sys.argv", ["run", "--output=/there/it", "--natural=1"])
 
     def main(options):
         raise error

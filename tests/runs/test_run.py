@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 
 from layeredrl_torchrl import SafeCheckpoint, make_batched
 from layeredrl_torchrl.runs import Run, RunError, RunOptions
+from layeredrl_torchrl.runs._folder import RunFolder
 from layeredrl_torchrl.runs._interrupts import Interrupts
 
 
@@ -200,6 +202,20 @@ def test_a_folder_belongs_to_one_run(options, message, small):
     with pytest.raises(RunError, match="holds no run"):
         small(resume=True)
     assert not run.folder.exists()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"total_env_steps": 120, "steps_per_checkpoint": 7},
+        {"eval_episodes": 3, "video": True},
+        {"logger": "tensorboard", "device": "cuda", "threads": 2},
+    ],
+)
+def test_what_a_resumed_run_may_change(changed, small):
+    """Nothing of it changes what is learned."""
+    options = small(seed=3).options
+    RunFolder(replace(options, resume=True, **changed), ()).check(any_saved=True)
 
 
 @pytest.mark.parametrize("name", ["settings.json", "curve.csv", "evaluation.csv", "video.gif"])

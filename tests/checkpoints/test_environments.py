@@ -94,6 +94,7 @@ class Windy(gym.Wrapper):
         super().__init__(env)
         self.wind = np.random.default_rng(3)
         self.past = []
+        self.place = env.unwrapped.data.qpos  # the simulator's memory
         self.mean = {"n": 0, "sum": np.zeros(1)}
 
     def step(self, action):
@@ -102,7 +103,8 @@ class Windy(gym.Wrapper):
         self.mean["n"] += 1
         self.mean["sum"] = self.mean["sum"] + gust
         obs, reward, *ends = self.env.step(np.clip(action + sum(g for g, _ in self.past), -1, 1))
-        return obs, reward + float(self.mean["sum"][0]) / self.mean["n"], *ends
+        reward += float(self.mean["sum"][0]) / self.mean["n"] + float(self.place[0])
+        return obs, reward, *ends
 
 
 def make_windy(seed):
@@ -183,6 +185,11 @@ def test_what_cannot_be_saved_says_so():
         EnvState(make_batched("Reacher-v5", 2)).load_state_dict(state)
     with pytest.raises(ValueError, match="parts"):
         EnvState(make_env("serial", 0)).load_state_dict(state)
+
+
+def test_environments_that_have_not_started_yet():
+    fresh = EnvState(SerialEnv(2, partial(GymEnv, "Hopper-v5")))
+    assert len(fresh.state_dict()["parts"]) == 2
 
 
 def test_collectors_with_workers_are_refused():

@@ -72,6 +72,15 @@ def test_a_collector_gets_back_all_that_is_carried(three):
     assert (here == there).all()
 
 
+def test_what_is_below_next_stays(three):
+    env, hierarchy = three(2)
+    td = set_up(env, hierarchy).reset()
+    alone = hierarchy(td.clone())["next"]
+    found = hierarchy(td.set(("next", "kept"), torch.ones(2, 1)))["next"]
+    assert (found.pop("kept") == 1).all()
+    assert (found == alone).all()
+
+
 def test_levels_act_only_where_they_are_due(three):
     env, hierarchy = three(4)
     env = set_up(env, hierarchy)

@@ -86,6 +86,20 @@ def test_levels_of_choices_can_be_cast(dtype):
 
 
 @pytest.mark.parametrize("make", [planner_level, model_free_level])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_learning_goes_on_after_a_cast_with_its_moments(make, dtype):
+    level, data = make(*SPACES), make_transitions()
+    level.learn(data)
+    n = {id(p): int(state["step"]) for p, state in level.optim.state.items()}
+    assert n
+    level.to(dtype)
+    done = level.learn(data)["n_updates"]
+    for p, state in level.optim.state.items():
+        assert state["exp_avg"].dtype == p.dtype
+        assert int(state["step"]) == n[id(p)] + done
+
+
+@pytest.mark.parametrize("make", [planner_level, model_free_level])
 def test_a_frozen_level_says_so(make):
     level = make(*SPACES).requires_grad_(False)
     with (

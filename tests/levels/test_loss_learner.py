@@ -305,7 +305,10 @@ def test_acting_changes_nothing_and_each_row_acts_alone_with_batch_norm():
         )
         return CrossQLoss(actor, normed(n_in, spec), action_spec=spec)
 
-    learner = learner_of(make)(3, Bounded(-1.0, 1.0, (1,))).train()
+    learner = learner_of(make)(3, Bounded(-1.0, 1.0, (1,)))
+    with unchanged(learner):
+        learner.act(torch.randn(8, 3), explore=False)
+    learner.train()
     seen = learner.state_dict()["loss.actor_network_params.module.0.module.0.running_mean"].clone()
     learner.update(batch_of())
     key = "loss.actor_network_params.module.0.module.0.running_mean"

@@ -228,6 +228,23 @@ def test_what_is_missing_is_named():
         ModelFreeLevel(learner_factory=SMALL_SAC)(transitions(3))
 
 
+@pytest.mark.parametrize(
+    ("spec", "value", "error"),
+    [
+        (INPUT, torch.full((20, 1), 1.5), ValueError),
+        (INPUT, torch.zeros(20, 2), ValueError),
+        (Categorical(3), torch.full((20,), 3), ValueError),
+        (Categorical(3), torch.full((20,), 0.5), TypeError),
+    ],
+)
+def test_inputs_outside_their_spec_are_not_learned_from(spec, value, error):
+    level = model_free_level(*SPACES, input_spec=spec, duration=4)
+    data = transitions(20).set("input", value)
+    with unchanged(level), pytest.raises(error, match=r"input: .*nothing of the data is stored"):
+        level.learn(data)
+    assert not len(level.buffer)
+
+
 def test_float64_that_float32_rounds_off_is_refused():
     level, data = make_skill(), transitions(20)
     far = {key: 1e9 + data[key].double() for key in ("observation", ("next", "observation"))}

@@ -285,3 +285,28 @@ def test_the_mean_reward_of_skills_is_reported():
     last = stored[(stored["n_actions"] == DURATION - 1).squeeze(-1)]
     up = (last["next", "parent_observation"][:, 0] > 0).float().mean()
     assert abs(info["SkillLevel/reward"] - (0.5 + 2.0 * up)) < 0.1
+
+
+class Pays(SPlaTESReward):
+    """Pays the same for all."""
+
+    pay = 100.0
+
+    def forward(self, predictor, spec, observation, skill, *_):
+        return torch.full((len(skill),), self.pay)
+
+
+def test_what_was_paid_before_an_error_is_not_reported(monkeypatch):
+    env, reward = Plane(2), Pays()
+    hierarchy = make_agent(env, reward=reward, n_initial_random_steps=0, updates_per_step=0.2)
+
+    def fail(batch):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(hierarchy.levels[1].learner, "update", fail)
+    (data,) = collected(env, hierarchy, 1, n_steps=40)
+    with pytest.raises(OSError, match="disk full"):
+        hierarchy.learn(data)
+    monkeypatch.undo()
+    reward.pay = 1.0
+    assert hierarchy.learn(data)["SkillLevel/reward"] == 1.0

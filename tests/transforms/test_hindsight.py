@@ -116,6 +116,17 @@ def test_goals_of_the_own_episode_when_old_rows_are_overwritten(strategy, capaci
         assert lost(buffer) == 0
 
 
+def test_sampling_leaves_the_ends_as_they_were_stored():
+    """Also the last place of a ring, where an episode goes on at the beginning."""
+    buffer = relabelling().make_buffer(storage=LazyTensorStorage(10), batch_size=1)
+    for length in (7, 7):
+        buffer.extend(numbered(1, length))
+    stored = buffer[:]["next", "goal_end"].clone()
+    assert not stored[-1]
+    buffer.sample(50)
+    assert torch.equal(buffer[:]["next", "goal_end"], stored)
+
+
 def test_goals_of_the_own_episode_after_loading(tmp_path):
     def build(*shape):
         options = {"her_ratio": 1.0, "strategy": "final", "batch_size": 1}
@@ -278,3 +289,5 @@ def test_transforms_of_what_is_relabelled():
     assert len(buffer.transform) == 1
     buffer.append_transform(lambda td: td.set("two", torch.full(td.shape, 2.0)))
     assert (buffer.sample()["two"] == 2).all()
+    with pytest.raises(ValueError, match=r"AffineReward writes .*reward.*relabelled"):
+        buffer.append_transform(scale)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from tensordict import NonTensorData, TensorDict
-from torchrl.checkpoint import Checkpoint, CheckpointError, GlobalRNGState
+from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointOptions, GlobalRNGState
 from torchrl.data import (
     CompressedListStorage,
     LazyTensorStorage,
@@ -191,6 +191,21 @@ def test_checkpoints_of_others_are_refused(tmp_path):
         SafeCheckpoint(format="archive")
     with pytest.raises(ValueError, match="format must be 'directory'"):
         SafeCheckpoint(a=1).save(tmp_path / "a", format="archive")
+
+
+def test_options_of_single_components_are_passed_on(tmp_path):
+    class Noting:
+        def state_dict(self, *, noted=0):
+            return {"noted": noted}
+
+        def load_state_dict(self, state, *, factor=1):
+            self.found = factor * state["noted"]
+
+    part = Noting()
+    own = CheckpointOptions(save_kwargs={"noted": 7}, load_kwargs={"factor": 2})
+    path = SafeCheckpoint(part=part).save(tmp_path / "a", component_options={"part": own})
+    SafeCheckpoint(part=part).load(path, component_options={"part": own})
+    assert part.found == 14
 
 
 def test_a_file_in_its_place_is_replaced_and_leaves_nothing(tmp_path):

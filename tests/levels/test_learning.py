@@ -174,6 +174,9 @@ def test_what_only_acting_needs_is_not_stored():
     for key in ("observation", "action", "random_action", ("next", "reward")):
         assert torch.equal(stored[key], data[key])
     assert "planner" in data.keys()  # what was passed is as it was
+    other = level_with_diary()  # of what was random nobody has to know
+    other.learn(data.exclude("random_action"))
+    assert "random_action" not in other.buffer[:].keys()
 
 
 def test_the_value_function_is_not_taught_by_random_actions():

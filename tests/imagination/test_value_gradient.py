@@ -149,6 +149,30 @@ def test_targets_count_the_entropy_of_what_follows():
     assert info["value"].mean().item() == pytest.approx(expected + alpha * entropy, abs=0.02)
 
 
+@pytest.mark.parametrize("mean_qvalue", [False, True])
+def test_each_step_is_paid_with_its_own_entropy(mean_qvalue):
+    """By hand, start by start and step by step; the critics' return leaves the first one out."""
+    loss = make_learned(horizon=3, alpha_init=0.5, mean_qvalue=mean_qvalue)
+    starts = TensorDict({"state": torch.randn(4, 2)}, [4])
+    torch.manual_seed(0)
+    episode = loss._imagine(starts)
+    torch.manual_seed(0)
+    found = loss.actor_loss(starts)[1]["value"]
+    critics = loss.qvalues(episode.last)
+    last = critics.mean(0) if mean_qvalue else critics.min(0).values
+    returns, targets = loss._return_of(episode), loss.qvalues(episode.last, loss._targets())
+    for i in range(4):
+        value, worth = 0.0, 0.0
+        for h in range(3):
+            value += episode.share[h, i] * (episode.reward[h, i] - 0.5 * episode.log_prob[h, i])
+            worth += episode.share[h, i] * episode.reward[h, i]
+            worth -= episode.share[h + 1, i] * 0.5 * episode.log_prob[h + 1, i]
+        value += episode.share[3, i] * (last[i] - 0.5 * episode.log_prob[3, i])
+        worth += episode.share[3, i] * targets[:, i].min()
+        assert found[i].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-4)
+        assert returns[i].item() == pytest.approx(worth.item(), rel=1e-4, abs=1e-4)
+
+
 def test_what_follows_a_termination_does_not_count():
     ended, alone = (make_line(horizon=h, term_prob=1.0, std=0.1) for h in (4, 1))
     starts = TensorDict({"state": torch.randn(16, 1)}, [16])

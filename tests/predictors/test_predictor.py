@@ -219,6 +219,9 @@ def test_compiling_reaches_reward_and_value(part):
 
     predictor = build(model={"n_models": 1})
     predictor.compile(backend=noting)
+    assert predictor.model_loss.is_compiled
+    assert predictor.predictor_loss.is_compiled
+    assert predictor.updates.graphs is None  # those are asked for by cudagraphs=True
     obs, act = make_inputs((3,))
     state, context = predictor.encode(obs)
     with torch.no_grad():

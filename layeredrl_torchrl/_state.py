@@ -239,9 +239,9 @@ class Snapshot:
         self._parameters = None if parameters is None else set(parameters)
         self._state: dict[Any, Any]
         if isinstance(stateful, nn.Module):
-            self._state = {name: copy.deepcopy(v) for name, v in stateful.state_dict().items()}
+            self._state = _copies(stateful.state_dict())
         else:
-            self._state = {p: copy.deepcopy(moments) for p, moments in self._moments()}
+            self._state = {p: _copies(moments) for p, moments in self._moments()}
 
     def restore(self) -> None:
         """Put back what was copied, in place."""
@@ -262,3 +262,11 @@ class Snapshot:
             for p, moments in self._of.state.items()
             if self._parameters is None or p in self._parameters
         ]
+
+
+def _copies(values: Mapping[str, Any]) -> dict[str, Any]:
+    # A third of deepcopy's time; a level copies at each call of learn.
+    return {
+        name: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+        for name, value in values.items()
+    }

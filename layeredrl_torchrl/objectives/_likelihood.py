@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -145,7 +146,7 @@ def _relative(log_std: Tensor, beta: Tensor | float, weight: Tensor) -> Tensor:
     v = torch.mul(log_std, 2.0 * beta).exp_()
     shares = weight.to(v.dtype).repeat_interleave(n_modes, -1).unsqueeze(1) / n_modes
     mean = torch.bmm(shares, v.flatten(1, 2)).unsqueeze(1)  # [M, 1, 1, D]
-    return v.div_(mean.clamp_min(torch.finfo(v.dtype).tiny))
+    return v.mul_(mean.clamp_min(torch.finfo(v.dtype).tiny).reciprocal_())
 
 
 def _of_modes(row: Tensor, log_weights: Tensor, log_r: Tensor, weight: Tensor) -> Tensor:
@@ -172,3 +173,7 @@ def _log_sum_exp(joint: Tensor) -> Tensor:
         return joint
     joint = joint.clamp_min(joint.detach().amax(-1, keepdim=True) + _UNLIKELY)
     return joint.logsumexp(-1, keepdim=True)
+
+
+# torch binds the arguments of each call by the signature, and would read it anew each time.
+_Surprise.forward.__signature__ = inspect.signature(_Surprise.forward)  # type: ignore[attr-defined]

@@ -280,12 +280,12 @@ class SoftActorCritic(LossModule):
     def fit_scale(self, episodes: TensorDictBase, rate: float = 1.0) -> None:
         """Set the critics' scale, and the bounds of targets, from the rewards of ``episodes``.
 
-        The bounds are the 1 % and 99 % quantiles of rewards and entropy bonus, for ever:
-        divided by ``1 - gamma``. Where nearly all rewards are 0, those that are not lie within
-        them, too, however seldom they are. The scale is half of the larger one, and stays where
-        both are 0. Until the first call targets are not bounded, and the scale is 1. The critics'
-        functions stay what they are (PopArt, arXiv 1602.07714), as far as they are
-        :class:`~layeredrl_torchrl.nets.ScalarHead`.
+        The bounds hold the 1 % and 99 % quantiles of rewards and entropy bonus, paid once (an
+        episode may terminate) and for ever: divided by ``1 - gamma``. Where nearly all rewards are
+        0, those that are not lie within them, too, however seldom they are. The scale is half of
+        the larger one, and stays where both are 0. Until the first call targets are not bounded,
+        and the scale is 1. The critics' functions stay what they are (PopArt, arXiv 1602.07714), as
+        far as they are :class:`~layeredrl_torchrl.nets.ScalarHead`.
 
         Args:
             episodes: ``[*B]`` with state, context and ``("next", reward)``.
@@ -305,7 +305,10 @@ class SoftActorCritic(LossModule):
             log_prob = act(episodes.select(state, context, strict=False))
         gain = (reward.squeeze(-1) - self.alpha * log_prob).flatten().to(self.bounds)
         shares = gain.new_tensor([0.01, 0.99])
-        ends = gain.quantile(shares) / (1.0 - self.gamma)
+        once = gain.quantile(shares)
+        forever = once / (1.0 - self.gamma)
+        # Without the reward of a last step falls would be worth as much as the worst that goes on.
+        ends = torch.stack((torch.minimum(once[0], forever[0]), torch.maximum(once[1], forever[1])))
         bounds = torch.where(self.bounds.isfinite(), self.bounds.lerp(ends, rate), ends)
         paid = reward.flatten().to(bounds)
         # The quantiles do not see the rare reward of a goal, which would be cut to the entropy's.

@@ -275,6 +275,21 @@ def test_a_goal_that_is_hardly_ever_reached_keeps_its_worth(pay):
     assert abs(loss.bounds[0 if pay > 0 else 1].item()) < 0.2
 
 
+@pytest.mark.parametrize("pay", [-3.0, -0.01, 0.0, 0.01, 3.0])
+@pytest.mark.parametrize("gamma", [0.5, 0.99])
+@pytest.mark.parametrize("lmbda", [0.0, 0.9])
+def test_what_terminates_is_worth_what_it_is_paid(pay, gamma, lmbda):
+    """A fall among steps that pay 1 is not worth 1 / (1 - gamma), nor a goal -1 / (1 - gamma)."""
+    loss = make_learned(horizon=1, alpha_init=1e-5, fixed_alpha=True)
+    loss.make_value_estimator(gamma=gamma, lmbda=lmbda)
+    steps = make_steps(300)
+    steps["next", "reward"].fill_(pay)
+    steps["next", "terminated"][::7] = steps["next", "done"][::7] = True
+    loss.fit_scale(steps)
+    ended = loss.value_targets(steps)["value_target"][::7]
+    torch.testing.assert_close(ended, torch.full_like(ended, pay), atol=1e-3, rtol=0)
+
+
 def test_where_nothing_is_paid_the_scale_stays():
     """It would be so small that weights overflow."""
     loss, steps = make_learned(horizon=1, alpha_init=1e-37, fixed_alpha=True), make_steps(50)

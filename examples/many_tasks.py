@@ -138,6 +138,7 @@ class Config(runs.RunOptions):
     """Real steps between two checkpoints; the last two are kept."""
     output: Path = Path("output/many_tasks")
     """Folder of the learning curve, the checkpoints and the returns."""
+    without_effect = frozenset({"task", "steps_per_evaluation", "episodes_per_evaluation", "video"})
 
 
 def no_reward(state: Tensor, context: Tensor, action: Tensor) -> Tensor:
@@ -163,9 +164,8 @@ def make_skills(config: Config) -> SkillLevel:
     """Skills that are told apart by the place they lead to."""
     sac = partial(SACLearner, hidden_sizes=(64, 64), lr=1e-3, tau=0.01, alpha_init=0.1)
     reward = SPlaTESReward(state_dims=[0, 1], n_symmetry_breaking_steps=15_000)
-    how = {"input_spec": Bounded(-1.0, 1.0, (2,)), "duration": DURATION}
-    how |= {"n_initial_random_steps": config.steps_per_batch, "learner_factory": sac}
-    skills = SkillLevel(skill_reward=reward, **how)
+    how = {"input_spec": Bounded(-1.0, 1.0, (2,)), "duration": DURATION, "learner_factory": sac}
+    skills = SkillLevel(skill_reward=reward, n_initial_random_steps=config.steps_per_batch, **how)
     skills.interrupt_after = DURATION // 2  # in the jobs: plans are made twice as often
     return skills
 

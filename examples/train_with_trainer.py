@@ -69,12 +69,13 @@ class Config(runs.RunOptions):
     output: Path = Path("output/train_with_trainer")
     """Folder of the scores (CSV) and the checkpoints."""
 
+    # Nobody acts here, and there is one environment.
+    without_effect = frozenset(
+        {"n_envs", "eval_episodes", "steps_per_evaluation", "episodes_per_evaluation", "video"}
+    )
+
     def check(self) -> None:
         super().check()
-        if self.steps_per_evaluation or self.video:
-            raise runs.RunError("leave out --steps-per-evaluation and --video: nobody acts here")
-        if self.n_envs > 1:
-            raise runs.RunError(f"--n-envs is {self.n_envs}, expected 1: there is one environment")
         if self.n_steps >= min(self.steps_per_batch, self.total_env_steps):
             told = f"--n-steps is {self.n_steps}, expected fewer than"
             raise runs.RunError(f"{told} --steps-per-batch and --total-env-steps")

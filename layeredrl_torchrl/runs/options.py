@@ -139,6 +139,9 @@ class RunOptions:
         }
     )
 
+    #: Options that nothing of this program reads; others than their defaults are refused.
+    without_effect: ClassVar[frozenset[str]] = frozenset()
+
     @property
     def folder(self) -> Path:
         """The folder of this run; a subclass may divide ``output`` among several runs."""
@@ -156,9 +159,15 @@ class RunOptions:
         """Check every option; a subclass adds checks that involve several.
 
         Raises:
-            RunError: An option out of range; the message names it, its value and its range.
+            RunError: An option out of range, or without effect; the message names it, its value
+                and its range.
         """
         check_ranges(self)
+        for name in sorted(self.without_effect):
+            value, default = getattr(self, name), getattr(type(self), name)
+            if value != default:
+                option = "--" + name.replace("_", "-")
+                raise RunError(f"{option} {value} has no effect here; leave it out ({default})")
         if self.logger != "csv" and importlib.util.find_spec(self.logger) is None:
             raise RunError(
                 f"--logger {self.logger} needs a package that is not installed; install the extra "

@@ -280,16 +280,16 @@ class SoftActorCritic(LossModule):
     def fit_scale(self, episodes: TensorDictBase, rate: float = 1.0) -> None:
         """Set the critics' scale, and the bounds of targets, from the rewards of ``episodes``.
 
-        The bounds hold the 1 % and 99 % quantiles of rewards and entropy bonus, paid once (an
-        episode may terminate) and for ever: divided by ``1 - gamma``. Where nearly all rewards are
-        0, those that are not lie within them, too, however seldom they are. The scale is half of
-        the larger one, and stays where both are 0. Until the first call targets are not bounded,
-        and the scale is 1. The critics' functions stay what they are (PopArt, arXiv 1602.07714), as
-        far as they are :class:`~layeredrl_torchrl.nets.ScalarHead`.
+        The bounds hold the 1 % and 99 % quantiles of rewards and entropy bonus, for ever (divided
+        by ``1 - gamma``) and once, and every reward once, since an episode may terminate. The scale
+        is half of the larger one, and stays where both are 0. Until the first call targets are not
+        bounded, and the scale is 1. The critics' functions stay what they are (PopArt, arXiv
+        1602.07714), as far as they are :class:`~layeredrl_torchrl.nets.ScalarHead`.
 
         Args:
             episodes: ``[*B]`` with state, context and ``("next", reward)``.
-            rate: How far the bounds move from what they were, in ``(0, 1]``.
+            rate: How far the bounds move from what they were, in ``(0, 1]``; what is paid once lies
+                within them at once.
 
         Raises:
             ValueError: A discount of 1, which bounds no return.
@@ -307,20 +307,13 @@ class SoftActorCritic(LossModule):
         shares = gain.new_tensor([0.01, 0.99])
         once = gain.quantile(shares)
         forever = once / (1.0 - self.gamma)
-        # Without the reward of a last step falls would be worth as much as the worst that goes on.
-        ends = torch.stack((torch.minimum(once[0], forever[0]), torch.maximum(once[1], forever[1])))
-        bounds = torch.where(self.bounds.isfinite(), self.bounds.lerp(ends, rate), ends)
-        paid = reward.flatten().to(bounds)
-        # The quantiles do not see the rare reward of a goal, which would be cut to the entropy's.
-        rare = ~paid.quantile(shares).any()
-        low, high = paid.min(), paid.max()
-        wide = torch.stack(
-            (
-                torch.where(low < 0, torch.minimum(bounds[0], low), bounds[0]),
-                torch.where(high > 0, torch.maximum(bounds[1], high), bounds[1]),
-            )
-        )
-        bounds = torch.where(rare, wide, bounds)
+        bounds = torch.where(self.bounds.isfinite(), self.bounds.lerp(forever, rate), forever)
+        # An episode may end with any reward: a fall is not worth as much as going on badly, and the
+        # bonus of a goal, which quantiles do not see, not as little as what is paid on the way.
+        paid = reward.to(bounds)
+        low = torch.stack((bounds[0], once[0], paid.min())).min()
+        high = torch.stack((bounds[1], once[1], paid.max())).max()
+        bounds = torch.stack((low, high))
         most = bounds.abs().max()
         # A scale of almost 0 would blow up the critics' weights.
         scale = torch.where(most > _LEAST, most / 2, self._scale())

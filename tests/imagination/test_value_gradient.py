@@ -290,6 +290,21 @@ def test_what_terminates_is_worth_what_it_is_paid(pay, gamma, lmbda):
     torch.testing.assert_close(ended, torch.full_like(ended, pay), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("bonus", [10.0, -10.0])
+def test_a_bonus_at_the_end_is_worth_what_it_is(bonus):
+    """Each step costs 0.01; one of 500 reaches the goal, or crashes."""
+    loss = make_learned(horizon=1, alpha_init=1e-5, fixed_alpha=True)
+    steps = make_steps(500)
+    steps["next", "reward"].fill_(-0.01)
+    loss.fit_scale(steps)
+    steps["next", "reward"][123] = bonus
+    steps["next", "terminated"][123] = steps["next", "done"][123] = True
+    loss.fit_scale(steps, rate=0.05)
+    torch.testing.assert_close(
+        loss.value_targets(steps)["value_target"][123], torch.full((1,), bonus)
+    )
+
+
 def test_where_nothing_is_paid_the_scale_stays():
     """It would be so small that weights overflow."""
     loss, steps = make_learned(horizon=1, alpha_init=1e-37, fixed_alpha=True), make_steps(50)

@@ -113,10 +113,11 @@ def with_known_ends(data: TensorDictBase, key: NestedKey, name: str) -> TensorDi
     """Leave out ends of episodes whose last observation is unknown, with a warning.
 
     Environments that reset themselves give the next episode's first observation instead, and
-    TorchRL writes NaN in place of the last one.
+    TorchRL writes NaN in place of the last one. Where each environment has a lane, none can be
+    shorter: in place of such a row, another of the batch is given again, as an episode of one step.
 
     Args:
-        data: ``[T]`` or ``[env, T]``; ``[N]`` is returned if any row is left out.
+        data: ``[T]`` or ``[env, T]``.
         key: Key of the observation.
         name: Name of the level, for the warning.
     """
@@ -132,7 +133,18 @@ def with_known_ends(data: TensorDictBase, key: NestedKey, name: str) -> TensorDi
         "nothing is learned of how episodes end; let TorchRL reset the environment",
         stacklevel=4,
     )
-    return data[~unknown]
+    known = (~unknown).flatten().nonzero().squeeze(-1)
+    if data.ndim == 1 or not len(known):
+        return data.flatten()[known]
+    rows = data.flatten()
+    places = unknown.flatten().nonzero().squeeze(-1)
+    again = rows[known[torch.arange(len(places)) * len(known) // len(places)]]
+    ends = again.get("next").set("done", torch.ones_like(again.get(("next", "done"))))
+    if ends.get("truncated", None) is not None:
+        ends.set("truncated", ~ends.get("terminated"))
+    rows = rows.clone()
+    rows[places] = again
+    return rows.reshape(data.shape)
 
 
 def without_cut(data: TensorDictBase) -> TensorDictBase:

@@ -34,7 +34,7 @@ from torchrl.data import (
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 from torchrl.envs import MultiStepTransform, RenameTransform, StepCounter
 
-from layeredrl_torchrl import PredictorFactory, get_task
+from layeredrl_torchrl import PredictorFactory, TransitionSlices, get_task
 
 # -- gradients and casts ----------------------------------------------------------------------
 
@@ -170,6 +170,41 @@ def test_ends_that_nobody_saw_are_left_out(make, shape):
         info = level.learn(data.reshape(shape))
     assert info["n_env_steps"] == 60
     assert torch.equal(level.buffer[:]["observation"], data["observation"][~unseen])
+
+
+@pytest.mark.parametrize("n_steps", [1, 20])
+def test_ends_that_nobody_saw_do_not_shorten_the_lanes_of_environments(n_steps):
+    """In batches with and without them; what is stored in their place is an episode of its own."""
+    level = planner_level(*SPACES)
+    seen, n_unseen = [], 0
+    for i in range(4):
+        data = TensorDict.stack(
+            [make_transitions(n_steps=n_steps, episode_length=7) for _ in range(2)]
+        )
+        if i in (0, 2):  # of one environment only where there is but one step
+            unseen = data["next", "done"].squeeze(-1).clone()
+            unseen[0, -1] = n_steps > 1
+            unseen[1, -1] = True
+            data["next", "done"][unseen] = True
+            data["next", "observation"][unseen] = torch.nan
+            n_unseen += int(unseen.sum())
+            with pytest.warns(UserWarning, match=f"{int(unseen.sum())} of {data.numel()}"):
+                level.learn(data)
+        else:
+            level.learn(data)
+        seen.append(data.reshape(-1))
+    stored, seen = level.buffer.storage[:].reshape(-1), torch.cat(seen)
+    assert len(stored) == int(level.n_env_steps) == 8 * n_steps
+    known = seen[~seen["next", "observation"].isnan().any(-1)]
+    assert len(known) == len(seen) - n_unseen
+    kinds = ["observation", "action", ("next", "observation"), ("next", "reward")]
+    rows, all_known = (torch.cat([d[k] for k in kinds], -1) for d in (stored, known))
+    found = (rows.unsqueeze(1) == all_known).all(-1)
+    assert found.any(1).all()
+    assert found.any(0).all()  # nothing that is known is missing
+    slices = TransitionSlices(level.buffer).sample(500, 2)
+    follows = slices["next", "observation"][:, 0] == slices["observation"][:, 1]
+    assert follows.all(-1)[slices["valid"][:, 1]].all()
 
 
 @both

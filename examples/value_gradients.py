@@ -59,6 +59,8 @@ class Config(runs.RunOptions):
     """Width of the three hidden layers of the model's networks."""
     lr: runs.Positive = 1e-3
     """Learning rate of policy and critics, which falls to a tenth over the run."""
+    falls_cost: bool = False
+    """Whether critics are told that falls end the reward of staying alive: see the manual."""
     compile: bool = False
     """Whether model and loss are compiled, and on a GPU updates captured as CUDA graphs."""
     steps_per_batch: runs.Count = 250
@@ -151,7 +153,7 @@ class Agent:
         env = env.append_transform(TruncateWhere(OutOfRange(self.predictor.model)))
         with set_exploration_type(ExplorationType.RANDOM):
             episodes = env.rollout(config.episode_steps, self.actor, break_when_any_done=False)
-        self.loss.fit_scale(episodes, rate=0.05)
+        self.loss.fit_scale(episodes, rate=0.05, falls_cost=self.config.falls_cost)
         self.imagined.extend(self.loss.value_targets(episodes).select(*KEYS).reshape(-1))
 
     def update(self, rows: TensorDictBase) -> TensorDict:

@@ -277,24 +277,30 @@ class SoftActorCritic(LossModule):
         return self._bounded(td0_return_estimate(self.gamma, value, reward, terminated))
 
     @torch.no_grad()
-    def fit_scale(self, episodes: TensorDictBase, rate: float = 1.0) -> None:
+    def fit_scale(
+        self, episodes: TensorDictBase, rate: float = 1.0, *, falls_cost: bool = True
+    ) -> None:
         """Set the critics' scale, and the bounds of targets, from the rewards of ``episodes``.
 
-        The bounds hold the 1 % and 99 % quantiles of rewards and entropy bonus, for ever (divided
-        by ``1 - gamma``) and once, and every reward once, since an episode may terminate. The scale
-        is half of the larger one, and stays where both are 0. Until the first call targets are not
-        bounded, and the scale is 1. The critics' functions stay what they are (PopArt, arXiv
-        1602.07714), as far as they are :class:`~layeredrl_torchrl.nets.ScalarHead`.
+        The bounds hold the 1 % and 99 % quantiles of rewards and entropy bonus, for ever: divided
+        by ``1 - gamma``. They also hold these and every reward once, since an episode may
+        terminate. The scale is half of the larger one, and stays where both are 0. Until the first
+        call targets are not bounded, and the scale is 1. The critics' functions stay what they are
+        (PopArt, arXiv 1602.07714), as far as they are
+        :class:`~layeredrl_torchrl.nets.ScalarHead`.
 
         Args:
             episodes: ``[*B]`` with state, context and ``("next", reward)``.
             rate: How far the bounds move from what they were, in ``(0, 1]``; what is paid once lies
-                within them at once.
+                within them immediately.
+            falls_cost: Without it, where nearly all rewards are positive, to terminate is worth as
+                much as the least of them for ever: nothing is paid for staying alive.
 
         Raises:
-            ValueError: A discount of 1, which bounds no return.
+            ValueError: A discount of 1, which bounds no return. TypeError: No bool.
         """
         check_number("rate", rate, 0.0, 1.0, open_low=True)
+        check_flag("falls_cost", falls_cost)
         if self.gamma == 1.0:
             raise ValueError("with gamma=1 returns have no bounds; leave fit_scale out")
         state, context, _ = self.step_keys
@@ -305,14 +311,16 @@ class SoftActorCritic(LossModule):
             log_prob = act(episodes.select(state, context, strict=False))
         gain = (reward.squeeze(-1) - self.alpha * log_prob).flatten().to(self.bounds)
         shares = gain.new_tensor([0.01, 0.99])
-        once = gain.quantile(shares)
-        forever = once / (1.0 - self.gamma)
+        ends = gain.quantile(shares)
+        forever = ends / (1.0 - self.gamma)
         bounds = torch.where(self.bounds.isfinite(), self.bounds.lerp(forever, rate), forever)
-        # An episode may end with any reward: a fall is not worth as much as going on badly, and the
-        # bonus of a goal, which quantiles do not see, not as little as what is paid on the way.
+        # A fall is not worth as much as going on badly, and the bonus of a goal, which quantiles do
+        # not see, not as little as what is paid on the way.
         paid = reward.to(bounds)
-        low = torch.stack((bounds[0], once[0], paid.min())).min()
-        high = torch.stack((bounds[1], once[1], paid.max())).max()
+        low = torch.stack((bounds[0], ends[0], paid.min())).min()
+        high = torch.stack((bounds[1], ends[1], paid.max())).max()
+        if not falls_cost:
+            low = torch.where(ends[0] > 0, bounds[0], low)
         bounds = torch.stack((low, high))
         most = bounds.abs().max()
         # A scale of almost 0 would blow up the critics' weights.

@@ -290,6 +290,20 @@ def test_what_terminates_is_worth_what_it_is_paid(pay, gamma, lmbda):
     torch.testing.assert_close(ended, torch.full_like(ended, pay), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("pay", [-3.0, 3.0])
+def test_falls_need_not_cost_the_reward_of_staying_alive(pay):
+    """Where rewards are positive, that is; to end costs is worth what it is in any case."""
+    loss = make_learned(horizon=1, alpha_init=1e-5, fixed_alpha=True)
+    loss.make_value_estimator(gamma=0.9, lmbda=0.9)
+    steps = make_steps(300)
+    steps["next", "reward"].fill_(pay)
+    steps["next", "terminated"][::7] = steps["next", "done"][::7] = True
+    loss.fit_scale(steps, falls_cost=False)
+    ended = loss.value_targets(steps)["value_target"][::7]
+    expected = torch.full_like(ended, pay / (1 - 0.9) if pay > 0 else pay)
+    torch.testing.assert_close(ended, expected, atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("bonus", [10.0, -10.0])
 def test_a_bonus_at_the_end_is_worth_what_it_is(bonus):
     """Each step costs 0.01; one of 500 reaches the goal, or crashes."""

@@ -153,7 +153,7 @@ class Agent:
         env = env.append_transform(TruncateWhere(OutOfRange(self.predictor.model)))
         with set_exploration_type(ExplorationType.RANDOM):
             episodes = env.rollout(config.episode_steps, self.actor, break_when_any_done=False)
-        self.loss.fit_scale(episodes, rate=0.05, falls_cost=self.config.falls_cost)
+        self.loss.fit_scale(episodes, rate=0.05, falls_cost=config.falls_cost)
         self.imagined.extend(self.loss.value_targets(episodes).select(*KEYS).reshape(-1))
 
     def update(self, rows: TensorDictBase) -> TensorDict:

@@ -141,7 +141,8 @@ class Encoder(WholeState):
         Integers, such as the bytes of an image, become floats of the same value.
 
         Raises:
-            KeyError: A missing entry. ValueError: An entry of another shape.
+            KeyError: A missing entry. ValueError: An entry of another shape, or of other batch axes
+                than the others.
         """
         hint = "rename it with in_keys=[...], or in the mapping of shapes"
         found = [
@@ -159,6 +160,14 @@ class Encoder(WholeState):
                 )
             value = value if value.is_floating_point() else value.to(self._floats.dtype)
             flat.append(value.reshape(*value.shape[:n], prod(shape)))
+        if len({part.shape[:-1] for part in flat}) > 1:
+            several = {
+                key: tuple(part.shape[:-1]) for key, part in zip(self.entries, flat, strict=True)
+            }
+            raise ValueError(
+                f"the entries of an observation differ in their batch axes *B: {several}; give all "
+                "of them one for each row"
+            )
         return torch.cat(flat, -1)
 
     def part(self, observation: Tensor) -> list[Tensor]:

@@ -25,6 +25,7 @@ from layeredrl_torchrl._graphs import Graphs
 from layeredrl_torchrl._signatures import passes_on
 from layeredrl_torchrl._watch import watched
 from layeredrl_torchrl.imagination import PredictorEnv
+from layeredrl_torchrl.models import TSInfinity
 from layeredrl_torchrl.nets import StackedProbFCDynamics
 from layeredrl_torchrl.optimizers import Optimizer, Solution
 from layeredrl_torchrl.planners.proposals import Proposal
@@ -92,7 +93,8 @@ class PredictorPlanner(MPCPlannerBase):
     Raises:
         TypeError: Parts of another kind, also a class where an object is meant. ValueError: A
             predictor without reward function, or without value function where one is used; an
-            optimizer for other actions; numbers outside their range; an unknown return mode. When
+            optimizer for other actions; a risk that gives other than one number for each plan;
+            numbers outside their range; an unknown return mode. When
             called: KeyError without the observation or the memory; ValueError for another number
             of these, masked actions, a return mode that gives no sequence, and an imagined return
             that is not finite.
@@ -146,6 +148,7 @@ class PredictorPlanner(MPCPlannerBase):
         self.deterministic_mode = find_return_mode(deterministic_mode, "deterministic_mode")
         self.options = options
         self.risk = Mean() if risk is None else risk
+        self._try_risk()
         self.proposal = proposal
         self.callback = callback
         self._graphs: Graphs | None = None
@@ -155,6 +158,13 @@ class PredictorPlanner(MPCPlannerBase):
         entries = [(*below, entry) for entry in optimizer.memory_spec.keys()]
         self.in_keys = [*predictor.encoder.in_keys, *entries]
         self.out_keys = [self.action_key, *(("next", *entry) for entry in entries)]
+
+    @torch.no_grad()
+    def _try_risk(self) -> None:
+        """Refuse a risk measure of another shape now, not at the first plan, after random steps."""
+        model, propagation = self.predictor.model, self.options.propagation or TSInfinity()
+        spread = propagation.particles(model.n_models, model.n_particles_per_model)
+        score(self.risk, torch.zeros(1, 2, *spread, device=self.env.device))
 
     @property
     def env(self) -> PredictorEnv:

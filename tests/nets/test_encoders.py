@@ -138,6 +138,9 @@ def test_entries_of_another_shape_or_none_are_refused():
             encoder(entries(()).set(("inner", "a"), torch.zeros(shape)))
     with pytest.raises(KeyError, match="IdentityEncoder reads 'c'"):
         encoder(td.exclude("c"))
+    wide = entries(()).set("b", torch.zeros(5, 2))
+    with pytest.raises(ValueError, match=r"differ in their batch axes.*'b': \(5,\)"):
+        encoder(wide)
     with pytest.raises(ValueError, match="leave in_keys out"):
         IdentityEncoder(ENTRIES, in_keys=["x"])
 

@@ -285,16 +285,33 @@ class LastMember(RiskMeasure):
     [
         (
             LastMember(),
-            r"risk \(LastMember\) gave torch.float32 \(2, \d+, 1\) for .*\(2, \d+\); reduce",
+            r"risk \(LastMember\) gave torch.float32 \(1, 2, 1\) for .*\(1, 2\); reduce",
         ),
         (lambda returns: returns.mean(), r"risk \(<lambda>\) gave torch.float32 \(\) for"),
         (lambda returns: returns.flatten(-2).min(-1), r"risk \(<lambda>\) gave a min for"),
-        (lambda returns: (returns > 0).all(-1).all(-1), r"gave torch.bool \(2, \d+\) for"),
+        (lambda returns: (returns > 0).all(-1).all(-1), r"gave torch.bool \(1, 2\) for"),
     ],
 )
-def test_a_risk_that_gives_something_else_is_named(kind, risk, message):
+def test_a_risk_that_gives_something_else_is_refused_when_built(kind, risk, message):
     with pytest.raises(ValueError, match=message):
-        first(kind, gamble(), torch.zeros(2, 1), horizon=2, risk=risk)
+        kind(gamble(), horizon=2, n_samples=200, risk=risk)
+
+
+@pytest.mark.parametrize(
+    ("propagation", "spread"), [(None, (4, 3)), (TSInfinity(5), (4, 5)), (Expectation(), (1, 1))]
+)
+def test_a_risk_is_tried_on_as_many_particles_as_it_will_be_given(propagation, spread):
+    seen = []
+    predictor = make_predictor(model={"n_models": 4, "n_particles_per_model": 3})
+
+    def mean(returns):
+        seen.append(tuple(returns.shape[-2:]))
+        return returns.mean((-2, -1))
+
+    planner = CEMPlanner(predictor, horizon=2, n_samples=20, risk=mean, propagation=propagation)
+    assert seen == [spread]
+    planner(observed(planner, torch.zeros(2, 2)))
+    assert set(seen) == {spread}
 
 
 def test_a_risk_may_count():

@@ -1,4 +1,4 @@
-"""Far goals that alone pay: a planner over skills and flat agents, over seeds.
+"""Distant goals, with a reward only at the goal: a planner over skills and flat agents, over seeds.
 
     python benchmarks/mazes.py                            # every agent, seeds 0 1 2
     python benchmarks/mazes.py --agents her --seeds 0

@@ -213,7 +213,7 @@ class _HindsightBuffer(HERReplayBuffer):
 
     def _harmless(self, transform: Any) -> Any:
         written = {unravel_key(key) for key in getattr(transform, "out_keys", None) or ()}
-        goals: Any = self.transform[0]
+        goals = next(each for each in self.transform if isinstance(each, RelabelGoals))
         if both := written & set(goals.relabelled_keys):
             raise ValueError(
                 f"{type(transform).__name__} writes {sorted(map(str, both))}, which are relabelled "

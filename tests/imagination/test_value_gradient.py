@@ -65,6 +65,14 @@ def test_the_gradient_is_that_of_finite_differences(mean_qvalue):
     assert slope.item() == pytest.approx((value(1e-6) - value(-1e-6)) / 2e-6, rel=1e-4)
 
 
+def test_the_defaults_are_those_that_are_documented():
+    loss, steps = make_learned(), make_steps(4)
+    terms = loss(steps)
+    assert terms["alpha"].item() == pytest.approx(0.1)
+    assert (loss.horizon, loss.num_qvalue_nets) == (5, 2)
+    assert loss.target_entropy.item() == -2.0  # minus the number of action dimensions
+
+
 def test_without_imagined_steps_it_is_sac():
     loss = make_learned(horizon=0, alpha_init=0.3)
     actor, critic = TanhActor(2, 0, ACTION, (8,)), QValueOperator(2, 0, 2, (8,))

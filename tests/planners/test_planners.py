@@ -328,6 +328,13 @@ def test_a_return_mode_gives_a_sequence(kind, mode):
         planner(TensorDict({"observation": torch.zeros(3, 2)}, [3]).update(planner.forget([3])))
 
 
+def test_a_memory_of_another_kind_is_named(kind):
+    planner = kind(make_point(), horizon=2, n_samples=24)
+    td = TensorDict({"observation": torch.zeros(3, 2), "planner": torch.zeros(3, 2)}, [3])
+    with pytest.raises(TypeError, match=r"memory 'planner'.*Tensor.*planner\.forget\(\)"):
+        planner(td)
+
+
 def test_there_is_one_memory_for_each_observation(kind):
     planner = kind(make_point(), horizon=2, n_samples=24)
     td = TensorDict({"observation": torch.zeros(4, 2)}).update(planner.forget())

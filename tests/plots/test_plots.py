@@ -111,6 +111,19 @@ def test_axes_and_what_is_drawn_are_named(plot):
     assert (first.get_yscale() == "log") == (plot is plot_error_by_horizon)
 
 
+@pytest.mark.parametrize(("margin", "share"), [({}, 0.5), ({"margin": 0.0}, 0.0)])
+def test_the_map_reaches_beyond_the_data_by_half_their_range(margin, share):
+    data = make_transitions(40)
+    data["observation"] = data["observation"].clamp(-1, 1)
+    data["observation"][:2] = torch.tensor([[-1.0, 1.0], [1.0, -1.0]])
+    (mesh,) = plot_disagreement(make_predictor(), data, n=5, **margin).axes[0].collections
+    corners = mesh.get_coordinates().reshape(-1, 2)
+    step = 2 * (1 + 2 * share) / 4  # of the five points, which the fields are around
+    end = pytest.approx(1 + 2 * share + step / 2)
+    assert list(-corners.min(0)) == [end, end]
+    assert list(corners.max(0)) == [end, end]
+
+
 def test_the_error_by_horizon_is_counted_up_to_the_end_of_each_episode(drifting):
     torch.manual_seed(0)
     data = episodes(5, 4, 2.0)

@@ -12,7 +12,7 @@ from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
 from torchrl.collectors import Collector
 from torchrl.data import HERReplayBuffer, LazyTensorStorage, ListStorage
-from torchrl.envs import DoubleToFloat, TransformedEnv
+from torchrl.envs import DoubleToFloat, Transform, TransformedEnv
 from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import SACLoss, SoftUpdate
 
@@ -278,6 +278,13 @@ def test_entries_that_would_be_overwritten_or_cut():
         buffer.sample(10)
 
 
+class Threes(Transform):
+    """Adds an entry of threes where rows are drawn."""
+
+    def forward(self, tensordict):
+        return tensordict.set("three", torch.full(tensordict.shape, 3.0))
+
+
 def test_transforms_of_what_is_relabelled():
     """They would be applied before relabelling, so to the other rows only."""
     buffer = buffer_of(walk(), batch_size=10)
@@ -289,5 +296,8 @@ def test_transforms_of_what_is_relabelled():
     assert len(buffer.transform) == 1
     buffer.append_transform(lambda td: td.set("two", torch.full(td.shape, 2.0)))
     assert (buffer.sample()["two"] == 2).all()
+    buffer.insert_transform(0, Threes())
+    assert (buffer.sample()["three"] == 3).all()  # when rows are drawn, not when they are stored
+    assert "three" not in buffer.storage[:].keys()
     with pytest.raises(ValueError, match=r"AffineReward writes .*reward.*relabelled"):
         buffer.append_transform(scale)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import collected, known_level
 from torchrl.collectors import Collector
-from torchrl.data import Bounded, Categorical, OneHot, Unbounded
+from torchrl.data import Bounded, Categorical, Composite, OneHot, Unbounded
 from torchrl.envs import RenameTransform, SerialEnv, TransformedEnv
 from torchrl.envs.utils import ExplorationType, check_env_specs, set_exploration_type
 from torchrl.modules.utils import get_primers_from_module
@@ -218,6 +218,33 @@ def test_discrete_inputs(toy, n):
         upper, lower = hierarchy.transitions(data)
         assert upper["action"].dtype == lower["input"].dtype == spec.dtype
         assert spec.is_in(upper["action"])
+
+
+@pytest.mark.parametrize("n", [None, 3])
+def test_what_a_level_records_may_have_any_shape(toy, n):
+    class Notes(toy.Level):
+        record = Composite(
+            {
+                "table": Unbounded((2, 3)),
+                "count": Unbounded((), dtype=torch.int64),
+                ("notes", "double"): Unbounded((1,)),
+            }
+        )
+
+        def forward(self, tensordict):
+            action = super().forward(tensordict)["action"]
+            tensordict["table"] = action.unsqueeze(-1) * torch.arange(6.0).reshape(2, 3)
+            tensordict["count"] = action.squeeze(-1).long()
+            return tensordict
+
+    env = toy.Env(n)
+    hierarchy = Hierarchy([Notes(1), toy.Level(2, input_spec=ONE, duration=3)], env)
+    (data,) = collected(env, hierarchy, 1, 12 * (n or 1))
+    upper, _ = hierarchy.transitions(data)
+    assert len(upper["action"].unique()) > 1
+    expected = upper["action"].unsqueeze(-1) * torch.arange(6.0).reshape(2, 3)
+    assert torch.equal(upper["table"], expected)
+    assert torch.equal(upper["count"], upper["action"].squeeze(-1).long())
 
 
 def test_needs_observation_and_memory(three):

@@ -112,6 +112,17 @@ def test_the_loss_of_dqn_by_hand(spec, double):
     torch.testing.assert_close(loss(batch)["loss"], expected)
 
 
+def test_networks_are_as_wide_as_documented_by_default():
+    sac, dqn = SACLearner(F, BOX).loss, DQNLearner(F, OneHot(2)).loss
+    for network, reads in (
+        (sac.actor_network_params, F),
+        (sac.qvalue_network_params, F + 2),
+        (dqn.value_network_params, F),
+    ):
+        weights = [w for name, w in network.flatten_keys(".").items() if "weight" in name]
+        assert [tuple(w.shape[-2:]) for w in weights[:2]] == [(128, reads), (128, 128)]
+
+
 @pytest.mark.parametrize(
     "make", [lambda **o: SACLearner(F, BOX, **o), lambda **o: DQNLearner(F, OneHot(2), **o)]
 )

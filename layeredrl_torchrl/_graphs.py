@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from layeredrl_torchrl._precision import uncached_autocast
 from layeredrl_torchrl._watch import Error, gather, refuse
 
-__all__ = ["Graphs"]
+__all__ = ["Graphs", "Same"]
 
 R = TypeVar("R")
 
@@ -93,6 +93,24 @@ class Graphs:
         with torch.cuda.device(device):
             result: R = graph(inputs, leaves)
         return result
+
+
+class Same:
+    """Stands for an object in the name of a function, and keeps it alive.
+
+    Its address alone would do only until another object is given the same one.
+    """
+
+    __slots__ = ("of",)
+
+    def __init__(self, of: object) -> None:
+        self.of = of
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and other.of is self.of
+
+    def __hash__(self) -> int:
+        return id(self.of)
 
 
 class _Graph:

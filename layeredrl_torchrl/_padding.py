@@ -6,7 +6,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-__all__ = ["check_mask", "padding_mask"]
+__all__ = ["check_mask", "padding_mask", "until_padding"]
 
 
 def padding_mask(rows: TensorDictBase, key: NestedKey) -> Tensor | None:
@@ -30,6 +30,23 @@ def padding_mask(rows: TensorDictBase, key: NestedKey) -> Tensor | None:
         return named if named.shape == rows.batch_size else None
     check_mask(key, mask, rows.batch_size)
     return mask
+
+
+def until_padding(rows: TensorDictBase, done: Tensor) -> Tensor:
+    """Return ``done [*B, T, n]``, true also in the last step before padding.
+
+    An episode that is cut off there goes on, but not in the rows that follow.
+
+    Args:
+        rows: ``[*B, T]``, in the order of time.
+        done: Where episodes end.
+    """
+    mask = padding_mask(rows, ("collector", "mask"))
+    if mask is None:
+        return done
+    done = done.clone()
+    done[..., :-1, :] |= mask.reshape(rows.shape)[..., 1:].logical_not().unsqueeze(-1)
+    return done
 
 
 def check_mask(key: NestedKey, mask: Tensor, batch: torch.Size) -> None:

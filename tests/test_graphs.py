@@ -6,9 +6,12 @@ import copy
 import pickle
 
 import torch
+from helpers import make_point
 from tensordict import TensorDict
 
-from layeredrl_torchrl._graphs import Graphs, _copied, _leaves, _own
+from layeredrl_torchrl._graphs import Graphs, Same, _copied, _leaves, _own
+from layeredrl_torchrl.planners import CEMPlanner, CVaR
+from layeredrl_torchrl.predictors import ReturnOptions
 
 
 def test_without_a_gpu_a_function_runs_as_it_is():
@@ -35,6 +38,36 @@ def test_inputs_are_told_apart_by_their_tensors_and_not_by_their_order():
     first, second = ([leaf.mean().item() for leaf in leaves[1:-2]] for leaves in found)
     assert first == second
     assert sorted(first) == [0.0, 1.0, 2.0]
+
+
+def test_names_keep_objects_apart_that_no_longer_are_used():
+    """Another object may be given the address of one that nobody holds."""
+    assert len({Same(object()) for _ in range(100)}) == 100
+    one, equal = [1], [1]
+    assert Same(one) == Same(one)
+    assert Same(one) != Same(equal)
+
+
+def test_a_planner_is_captured_anew_for_each_risk_and_option(monkeypatch):
+    """What a GPU would find under the same name was captured with others."""
+    captured = {}
+
+    def run(self, name, function, inputs, reads, *, changes=False):
+        if name[0] == "plan":
+            used = f"{planner.risk} {planner.options}"  # without holding them
+            assert captured.setdefault(name, used) == used
+        return function(*inputs)
+
+    monkeypatch.setattr(Graphs, "run", run)
+    planner = CEMPlanner(make_point(), horizon=2, n_samples=20, n_iterations=1)
+    planner._graphs = Graphs()
+    td = TensorDict({"observation": torch.zeros(2, 2)}, [2]).update(planner.forget([2]))
+    for share in torch.linspace(0.1, 1.0, 10).tolist():
+        planner.risk = CVaR(share)
+        planner(td.clone())
+        planner.options = ReturnOptions(discount=share)
+        planner(td.clone())
+    assert len(captured) == 20
 
 
 def test_copies_are_apart_from_what_they_copy():

@@ -56,7 +56,7 @@ def follow(
         steps: From :func:`compile_following`, to make all steps by one compiled function.
     """
     run = _steps if steps is None else steps
-    with hold_out_net(predictor):
+    with _HeldOut(predictor):
         found = run(predictor, actor, *start, horizon, gamma)
     reward, log_prob, share, first, state, action = found
     if steps is not None:  # where the check of each step is left out
@@ -65,6 +65,32 @@ def follow(
     keys = predictor.model.in_keys
     last = TensorDict(dict(zip(keys, (state, start[1], action), strict=True)), [len(state)])
     return FollowedPolicy(reward, log_prob, share, first, last)
+
+
+class _HeldOut(hold_out_net):
+    """Keeps gradients from parameters, and leaves each of them as it was, trainable or frozen.
+
+    TorchRL's looks at the first parameter alone, and makes all of them trainable in the end.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(network)
+        self.mode = True  # for traced code, which is given other tensors meanwhile
+
+    def __enter__(self) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            super().__enter__()
+            return
+        self._trainable = [p for p in self.network.parameters() if p.requires_grad]
+        for parameter in self._trainable:
+            parameter.requires_grad_(False)
+
+    def __exit__(self, *error: Any) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            super().__exit__(*error)
+            return
+        for parameter in self._trainable:
+            parameter.requires_grad_(True)
 
 
 def _steps(

@@ -32,6 +32,7 @@ from layeredrl_torchrl._checks import (
     check_positive_int,
     require,
 )
+from layeredrl_torchrl._padding import until_padding
 from layeredrl_torchrl.imagination._networks import check_keys, check_networks
 from layeredrl_torchrl.nets import ScalarHead
 
@@ -248,8 +249,9 @@ class SoftActorCritic(LossModule):
         """Write soft lambda-returns ``"value_target" [*B, T, 1]`` of the actions taken.
 
         Steps are in order along the last batch axis, as ``env.rollout`` and collectors have them.
-        Every return ends where an episode is done, or at ``T``, with the target critics' value of
-        the state there, unless the episode terminated.
+        Every return ends where an episode is done, at ``T``, or before what TorchRL marks as
+        padding (``split_trajectories``), with the target critics' value of the state there, unless
+        the episode terminated.
 
         Args:
             episodes: ``[*B, T]`` with state, context, action and ``("next", ...)`` state, reward,
@@ -262,6 +264,7 @@ class SoftActorCritic(LossModule):
         if not self.lmbda:
             return episodes.set(keys.value_target, self._one_step(episodes))
         value, reward = self._soft_step(episodes, reward, terminated)
+        done = until_padding(episodes, done)
         target = vec_td_lambda_return_estimate(
             self.gamma, self.lmbda, value, reward, done, terminated
         )

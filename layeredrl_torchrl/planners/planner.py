@@ -21,7 +21,7 @@ from layeredrl_torchrl._checks import (
     require,
 )
 from layeredrl_torchrl._dispatch import dispatched
-from layeredrl_torchrl._graphs import Graphs
+from layeredrl_torchrl._graphs import Graphs, Same
 from layeredrl_torchrl._signatures import passes_on
 from layeredrl_torchrl._watch import watched
 from layeredrl_torchrl.imagination import PredictorEnv
@@ -355,7 +355,7 @@ class PredictorPlanner(MPCPlannerBase):
         name = (
             "plan",
             predictor.training,
-            *map(id, (self.options, *functions, self.risk, self._mode)),
+            *map(Same, (self.options, *functions, self.risk, self._mode)),
             noise is None,
             proposals is None,
         )

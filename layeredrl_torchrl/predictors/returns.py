@@ -16,6 +16,7 @@ from layeredrl_torchrl._checks import (
     check_per_item,
     check_probability,
 )
+from layeredrl_torchrl._graphs import Same
 from layeredrl_torchrl._watch import refuse
 from layeredrl_torchrl.models import Model, Propagation, TSInfinity
 from layeredrl_torchrl.models._blocks import starts_at_once
@@ -104,7 +105,7 @@ def imagined_returns(
     bonus = options.exploration_bonus
     name = (
         *("returns", options.discount, options.use_term_prob, options.deterministic),
-        *(*map(id, functions), id(bonus), propagation_key(propagation)),
+        *(*map(Same, (*functions, bonus)), propagation_key(propagation)),
     )
     inputs = (state, actions) if context is None else (state, actions, context)
     (total,) = model.run(name, run, inputs, (*functions, bonus))

@@ -6,7 +6,7 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.data import MultiStep
 
-from layeredrl_torchrl._padding import padding_mask
+from layeredrl_torchrl._padding import until_padding
 
 __all__ = ["sum_rewards"]
 
@@ -42,13 +42,9 @@ def sum_rewards(data: TensorDictBase, gamma: float) -> TensorDictBase:
     if "truncated" in data["next"].keys():
         flags.append("truncated")
     ends = data["next"].select(*flags)
-    mask = padding_mask(data, ("collector", "mask"))
-    if mask is not None:
-        # MultiStep stops at ends only, so the last step before the padding becomes one.
-        before = mask.reshape(data.shape)[:, 1:].logical_not().unsqueeze(-1)
-        done = data["next", "done"].reshape(*data.shape, -1).clone()
-        done[:, :-1] |= before
-        data = data.clone(recurse=False).set(("next", "done"), done)
+    # MultiStep stops at ends only, so the last step before the padding becomes one.
+    done = until_padding(data, data["next", "done"].reshape(*data.shape, -1))
+    data = data.clone(recurse=False).set(("next", "done"), done)
     data = MultiStep(gamma=gamma, n_steps=data.shape[1])(data)
     steps = data["steps_to_next_obs"]
     last = torch.arange(data.shape[1], device=steps.device) + steps - 1

@@ -13,6 +13,7 @@ from gradient_parts import (
     make_steps,
 )
 from tensordict import TensorDict
+from torchrl.collectors.utils import split_trajectories
 from torchrl.objectives import SACLoss, ValueEstimators
 
 from layeredrl_torchrl.nets import QValueOperator, TanhActor
@@ -140,6 +141,27 @@ def test_targets_are_lambda_returns(kind, options, lmbda):
             following = after["reward"][i, t] + gamma * alive * on
             expected[i, t] = following
     torch.testing.assert_close(steps["value_target"], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["root", "collector"])
+def test_targets_end_before_padding(where):
+    """A trajectory that is cut off has the targets that it has by itself."""
+    loss = make_line(horizon=2, weight=0.5).make_value_estimator(gamma=0.9, lmbda=0.8)
+    steps = make_steps(12)
+    for part in (steps, steps["next"]):
+        part["state"] = part["state"][..., :1]
+    steps["action"] = steps["action"][..., :1]
+    steps["next", "done"][:] = steps["next", "terminated"][:] = False
+    lengths = (2, 7, 3)
+    ids = torch.arange(3).repeat_interleave(torch.tensor(lengths))
+    steps["traj_ids" if where == "root" else ("collector", "traj_ids")] = ids
+    key = "traj_ids" if where == "root" else ("collector", "traj_ids")
+    padded = split_trajectories(steps, trajectory_key=key)
+    assert padded.shape == (3, 7)
+    loss.value_targets(padded)
+    for found, alone in zip(padded, steps.split(lengths), strict=True):
+        expected = loss.value_targets(alone.clone().unsqueeze(0))["value_target"][0]
+        torch.testing.assert_close(found["value_target"][: len(alone)], expected)
 
 
 def test_targets_count_the_entropy_of_what_follows():

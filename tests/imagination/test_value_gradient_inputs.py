@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -38,6 +39,22 @@ def test_forward_leaves_the_predictor_alone_and_takes_any_batch(batch):
     members = loss.predictor.model.members
     assert all(p.requires_grad and p.grad is None for p in members.parameters())
     assert not set(map(id, loss.parameters())) & set(map(id, loss.predictor.parameters()))
+
+
+@pytest.mark.parametrize("frozen", [[], ["model"], ["rew_func"], ["model", "rew_func", "val_func"]])
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_was_frozen_stays_so_and_nothing_of_the_predictor_gets_a_gradient(frozen, fails):
+    loss = make_learned(horizon=2)
+    predictor = loss.predictor
+    for name in frozen:
+        getattr(predictor, name).requires_grad_(False)
+    before = {name: p.requires_grad for name, p in predictor.named_parameters()}
+    assert not all(before.values())  # target networks are frozen in any case
+    td = TensorDict({"state": torch.full((6, 2), torch.nan if fails else 0.5)}, [6])
+    with pytest.raises(ValueError, match="finite") if fails else nullcontext():
+        loss(td)["loss_actor"].backward()
+    assert {name: p.requires_grad for name, p in predictor.named_parameters()} == before
+    assert all(p.grad is None for p in predictor.parameters())
 
 
 def test_reductions_and_names():

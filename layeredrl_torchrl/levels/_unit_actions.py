@@ -17,7 +17,8 @@ def finite_bounds(name: str, action_spec: TensorSpec, *, hint: str) -> tuple[Ten
         hint: What to do about another kind of spec, for the message.
 
     Raises:
-        TypeError: No ``Bounded`` spec. ValueError: Bounds that are not finite, or not in order.
+        TypeError: No ``Bounded`` spec. ValueError: Bounds that are not finite, not in order, or so
+            far apart that scaling overflows.
     """
     if not isinstance(action_spec, Bounded):
         raise TypeError(
@@ -29,7 +30,16 @@ def finite_bounds(name: str, action_spec: TensorSpec, *, hint: str) -> tuple[Ten
             f"{name} needs finite bounds with high above low, got low={low.tolist()}, "
             f"high={high.tolist()}; bound the actions in the environment"
         )
-    return low.clone().float(), high.clone().float()
+    low, high = low.clone().float(), high.clone().float()
+    far = (~(2.0 * (high - low)).isfinite()).nonzero().flatten().tolist()
+    if far:
+        raise ValueError(
+            f"{name} cannot scale to bounds that are too far apart for {low.dtype}, those of "
+            f"dimension(s) {far} (low {low.tolist()}, high {high.tolist()}); such bounds usually "
+            "stand for none: bound the actions in the environment by the range that they are "
+            "really taken from"
+        )
+    return low, high
 
 
 def to_unit(action: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -261,6 +261,20 @@ def test_dqn_finds_the_choice_that_the_input_asks_for(spec):
 
 # -- bad input ------------------------------------------------------------------------------
 
+FAR = torch.finfo(torch.float32).max
+DOUBLE_BOX = Bounded(
+    torch.tensor([-1.0, -1e300], dtype=torch.float64),
+    torch.tensor([1.0, 1e300], dtype=torch.float64),
+    dtype=torch.float64,
+)
+
+
+def test_wide_bounds_that_can_be_scaled_to_are_kept():
+    learner = SACLearner(F, Bounded(-1e37, 1e37, (2,)), hidden_sizes=(8,))
+    ends = torch.tensor([[-1e37, 1e37]])
+    torch.testing.assert_close(learner.prepare(ends), torch.tensor([[-1.0, 1.0]]))
+    assert learner.act(torch.randn(50, F), explore=True).abs().max() <= 1e37
+
 
 @pytest.mark.parametrize(
     ("kind", "spec", "error", "message"),
@@ -268,6 +282,9 @@ def test_dqn_finds_the_choice_that_the_input_asks_for(spec):
         (SACLearner, OneHot(3), TypeError, "(?s)Bounded spec.*pass DQNLearner"),
         (SACLearner, Unbounded((2,)), TypeError, "Bounded spec"),
         (SACLearner, Bounded(0.0, torch.inf, (2,)), ValueError, "finite bounds"),
+        (SACLearner, Bounded(-FAR, FAR, (2,)), ValueError, r"too far apart .*\[0, 1\]"),
+        (SACLearner, Bounded(-FAR, 0.0, (2,)), ValueError, r"too far apart .*\[0, 1\]"),
+        (SACLearner, DOUBLE_BOX, ValueError, r"too far apart .*\[1\]"),
         (DQNLearner, BOX, TypeError, "(?s)OneHot or Categorical.*pass SACLearner"),
     ],
 )

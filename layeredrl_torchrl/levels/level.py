@@ -57,8 +57,8 @@ class Level(OnePrimer, WholeState):
         duration: Own actions after which it hands control back to the level above; only with an
             ``input_spec``.
         reward_func: Computes a reward of its own, ``[N]`` or ``[N, 1]``, from the transitions
-            ``[N]`` that :meth:`learn` is given. By default the environment's reward, summed over
-            the action, is used.
+            ``[N]`` that :meth:`learn` is given; flags and integers count as floats. By default the
+            environment's reward, summed over the action, is used.
         each_step: Whether it learns from every environment step under its action instead of from
             the action as a whole. Not for the lowest level, where both are the same.
 
@@ -250,7 +250,7 @@ class Level(OnePrimer, WholeState):
         return TensorDictPrimer(Composite(), expand_specs=True)
 
     def own_reward(self, data: TensorDictBase) -> Tensor:
-        """Compute the reward by ``reward_func``, ``[*B, 1]``.
+        """Compute the reward by ``reward_func``, ``[*B, 1]``; flags and integers become floats.
 
         Args:
             data: Transitions ``[*B]``.
@@ -263,6 +263,8 @@ class Level(OnePrimer, WholeState):
         if not isinstance(reward, Tensor) or reward.shape not in ((n,), (n, 1)):
             got = tuple(reward.shape) if isinstance(reward, Tensor) else type(reward).__name__
             raise ValueError(f"{self.name}.reward_func gave {got}, expected ({n},) or ({n}, 1)")
+        if not (reward.is_floating_point() or reward.is_complex()):
+            reward = reward.float()  # such as whether a goal is reached
         return reward.reshape((*data.shape, 1))
 
     # -- acting and learning ----------------------------------------------------------------

@@ -374,3 +374,17 @@ def test_a_reward_of_its_own_counts_without_a_hierarchy_too(make, shape, column)
     wrong = make(*SPACES, reward_func=lambda data: data["observation"])
     with pytest.raises(ValueError, match=r"reward_func gave \(60, 2\), expected \(60,\) or"):
         wrong.learn(data)
+
+
+@both
+@pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.uint8])
+def test_a_reward_of_its_own_may_be_a_flag_or_a_count(make, kind):
+    level = make(*SPACES, reward_func=lambda data: (data["action"] > 0).to(kind))
+    data = make_transitions()
+    expected = (data["action"] > 0).float()
+    assert level.learn(data)["reward"] == pytest.approx(expected.mean().item())
+    assert torch.equal(level.buffer[:]["next", "reward"], expected)
+    broken = make(*SPACES, reward_func=lambda data: data["action"] * torch.nan)
+    with pytest.raises(ValueError, match=r"reward.* holds 60 non-finite values"):
+        broken.learn(data)
+    assert not len(broken.buffer)

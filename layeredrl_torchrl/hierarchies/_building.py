@@ -9,6 +9,7 @@ from torchrl.data import Bounded, TensorSpec
 
 from layeredrl_torchrl.hierarchies._maps import Choice, ObservationMap
 from layeredrl_torchrl.levels import Level
+from layeredrl_torchrl.specs import to_spec
 
 __all__ = ["assemble", "label", "names"]
 
@@ -68,6 +69,13 @@ def _check_levels(levels: Sequence[Level]) -> None:
                 f"{pair} needs a level above that learns with each_step={level.parent_each_step}, "
                 f"got {levels[i - 1].each_step}; build that one so"
             )
+        if level.parent_each_step and not level.each_step and level is not levels[-1]:
+            raise ValueError(
+                f"{pair} is rated by what that one expects of single environment steps, but its "
+                f"own actions, which {label(levels, i + 1)} carries out, may take several; put it "
+                "lowest, build it with each_step=True too, or rate whole actions (a SkillLevel "
+                "does with SPlaTESReward, below a level without each_step)"
+            )
         if level.duration is None and level.ends_by_duration:
             raise ValueError(
                 f"{pair} never hands control back to it; build it with duration=, or override "
@@ -124,7 +132,8 @@ def assemble(
             level.setup(maps[i].space, expected)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{label(levels, i)} above {lower}: {error}") from error
-        if level.action_spec.cpu() != expected.cpu():
+        # Levels and their inputs are in this form, but what an environment says may not be.
+        if level.action_spec.cpu() != to_spec(expected).cpu():
             raise ValueError(
                 f"{label(levels, i)} was set up for {_short(level.action_spec)}, but {lower} "
                 f"takes {_short(expected)}; build a new level"

@@ -77,7 +77,8 @@ class Level(OnePrimer, WholeState):
     reward_key: NestedKey = "reward"
     done_key: NestedKey = "done"
     terminated_key: NestedKey = "terminated"
-    #: The ``each_step`` that the level above must have; ``None`` for either.
+    #: The ``each_step`` that the level above must have; ``None`` for either. With ``True`` it is
+    #: rated by single environment steps, and so is the lowest or has ``each_step`` itself.
     parent_each_step: bool | None = None
     #: The buffer that transitions are stored in; ``None`` if they are not stored.
     buffer: ReplayBuffer | None = None
@@ -136,11 +137,17 @@ class Level(OnePrimer, WholeState):
             ("observation", self.observation_space, observation_space),
             ("action", self._action_spec, action_spec),
         ):
-            if has is not None and _shape(has) != _shape(got):
+            if has is not None and self._shape(has) != self._shape(got):
                 raise ValueError(
                     f"{self.name} was set up for the {what} space {has}, got {got}; build a new "
                     "level for other spaces"
                 )
+
+    def _shape(self, space: TensorSpec | Space) -> object:
+        """Return the shape of one observation or action, or of the entry that the level reads."""
+        if isinstance(space, Composite) and self.observation_key in space.keys(True, True):
+            space = space[self.observation_key]
+        return getattr(space, "shape", None)
 
     @property
     def action_spec(self) -> TensorSpec:
@@ -284,10 +291,3 @@ class Level(OnePrimer, WholeState):
         Returns:
             Terms of the loss and counts, by name.
         """
-
-
-def _shape(space: TensorSpec | Space) -> object:
-    """Return the shape of one observation or action, or of a Composite's ``"observation"``."""
-    if isinstance(space, Composite) and "observation" in space.keys():
-        space = space["observation"]
-    return getattr(space, "shape", None)

@@ -298,7 +298,8 @@ class SPlaTESReward(SkillReward):
 class DADSReward(SkillReward):
     """Rewards every step of a skill, as in DADS (arXiv 1907.01657).
 
-    The level above has to predict single steps under a skill: build it with ``each_step=True``.
+    The level above has to predict single steps under a skill: build it with ``each_step=True``, and
+    the level of the skills too, where it is not the lowest.
 
     >>> DADSReward(n_skill_samples=64, std=0.2).n_skill_samples
     64

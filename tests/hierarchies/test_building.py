@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import SMALL_FACTORY, known, known_level, planner_level
+from helpers import SMALL_FACTORY, known, known_level, model_free_level, planner_level
 from torchrl.data import Binary, Bounded, OneHot, Unbounded
-from torchrl.envs import InitTracker, StepCounter
+from torchrl.envs import (
+    ActionDiscretizer,
+    InitTracker,
+    RenameTransform,
+    StepCounter,
+    TransformedEnv,
+)
 
-from layeredrl_torchrl import Hierarchy
+from layeredrl_torchrl import DQNLearner, Hierarchy, PredictorFactory, RandomLevel
 
 ONE = Unbounded((1,))
 BOX = Bounded(-1.0, 1.0, (2,))
@@ -75,6 +81,59 @@ def test_a_level_that_was_built_for_the_environment(toy):
     level = planner_level(env=env)
     predictor = level.predictor
     assert Hierarchy([level], env).levels[0].predictor is predictor
+
+
+@pytest.mark.parametrize("key", ["obs", ("seen", "obs")])
+@pytest.mark.parametrize("plans", [True, False])
+def test_a_level_that_was_built_for_an_observation_of_another_name(toy, plans, key):
+    env = TransformedEnv(toy.Env(), RenameTransform(["observation"], [key]))
+    if plans:
+        factory = PredictorFactory(hidden_sizes=(8,), n_models=2, observation_key=key)
+        level = planner_level(env=env, predictor_factory=factory)
+    else:
+        level = model_free_level(env=env, observation_key=key)
+    hierarchy = Hierarchy([level], env, observation_key=key)
+    with pytest.raises(ValueError, match=r"level 0 .* was set up for the observation space"):
+        Hierarchy([level], env, observation_key=key, observation_maps=[[0, 1]])
+    data = env.append_transform(hierarchy.make_tensordict_primer()).rollout(3, hierarchy)
+    assert data[key].shape == (3, 4)
+
+
+@pytest.mark.parametrize("categorical", [True, False])
+@pytest.mark.parametrize("learns", [True, False])
+def test_an_environment_of_one_choice_in_the_form_of_several(toy, learns, categorical):
+    def choosing(n):
+        return TransformedEnv(toy.Env(), ActionDiscretizer(n, categorical=categorical))
+
+    env = choosing(3)
+    level = model_free_level(learner_factory=DQNLearner) if learns else RandomLevel()
+    hierarchy = Hierarchy([level], env)
+    data = env.append_transform(hierarchy.make_tensordict_primer()).rollout(3, hierarchy)
+    assert bool(env.action_spec.is_in(data["action"][0]))
+    with pytest.raises(ValueError, match=r"(?s)level 0 .* was set up for "):
+        Hierarchy([level], choosing(5))
+
+
+def rated(toy, **options):
+    """A level that is rated by the single steps of the one above."""
+    level = toy.Level(2, input_spec=ONE, duration=2, **options)
+    level.parent_each_step = True
+    return level
+
+
+def test_a_level_rated_by_single_steps_whose_actions_take_several(build, lower, toy):
+    def top():
+        return toy.Level(1, each_step=True)
+
+    message = (
+        r"level 1 \(Formula\) below level 0 .* level 2 \(Formula, the lowest\) carries out, may "
+        ".* put it lowest, build it with each_step=True too"
+    )
+    with pytest.raises(ValueError, match=message):
+        build(top(), rated(toy), lower())
+    build(top(), rated(toy))
+    build(top(), rated(toy, each_step=True), lower())
+    build(top(), lower(), lower())
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ class PlannerLevel(LearningLevel):
         model_batch_size: Transitions in a batch for the dynamics model; ``batch_size`` is in
             slices, for reward, value and encoder.
         device: Device to move predictor and planner to; by default they are not moved.
-        random_action_key: See above.
+        random_action_key: See above; the predictor's loss is told.
         state_key: Key of the state of random phases, which travels from step to step: 0 until the
             level has acted, then 1 plus the random steps that are left.
         **options: Those of :class:`LearningLevel`: the buffer, the schedule, ``batch_size``,
@@ -176,9 +176,20 @@ class PlannerLevel(LearningLevel):
     def _check_learned_keys(self, predictor: Predictor) -> None:
         """Raise unless the predictor learns from the entries that the level reads and writes."""
         loss = getattr(predictor, "predictor_loss", None)
-        if loss is None or predictor.encoder.joins:
+        if loss is None:
             return
         keys = loss.tensor_keys
+        # It is optional for the loss, which would value random actions without a word.
+        if unravel_key(keys.random_action) != self.random_action_key:
+            if keys.random_action != type(loss).default_keys().random_action:
+                raise ValueError(
+                    f"the predictor learns which actions are random from {keys.random_action!r}, "
+                    f"but the level writes it to {self.random_action_key!r}; pass "
+                    f"random_action_key={keys.random_action!r}"
+                )
+            loss.set_keys(random_action=self.random_action_key)
+        if predictor.encoder.joins:
+            return
         following = unravel_key(("next", self.observation_key))
         for name, own, learned in (
             ("observation", self.observation_key, keys.observation),

@@ -29,6 +29,7 @@ from tensordict import TensorDict
 from torchrl.checkpoint import Checkpoint, GlobalRNGState
 from torchrl.data import (
     Bounded,
+    Composite,
     LazyTensorStorage,
     ListStorage,
     OneHot,
@@ -179,15 +180,36 @@ def test_what_only_acting_needs_is_not_stored():
     assert "random_action" not in other.buffer[:].keys()
 
 
-def test_the_value_function_is_not_taught_by_random_actions():
+@pytest.mark.parametrize("key", ["random_action", "explored", ("note", "explored")])
+def test_the_value_function_is_not_taught_by_random_actions(key):
     """The flag that the level writes is the one that the value targets read."""
-    level, data = planner_level(*SPACES), make_transitions()
+    level, data = planner_level(*SPACES, random_action_key=key), make_transitions()
     value = [p.clone() for p in level.predictor.val_func.parameters()]
     for random in (True, False):
-        data["random_action"] = torch.full((60, 1), random)
+        data[key] = torch.full((60, 1), random)
         level.learn(data)
         same = map(torch.equal, value, level.predictor.val_func.parameters())
         assert all(same) == random
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_the_loss_and_the_level_call_random_actions_the_same(joined):
+    parts = {name: OBS.clone() for name in ("observation", "achieved_goal", "desired_goal")}
+    spaces = Composite(parts) if joined else OBS, ACTIONS
+
+    def called(name):
+        def make(*spaces):
+            predictor = SMALL_FACTORY(*spaces)
+            predictor.predictor_loss.set_keys(random_action=name)
+            return predictor
+
+        return make
+
+    level = planner_level(*spaces, random_action_key="explored")
+    assert level.predictor.predictor_loss.tensor_keys.random_action == "explored"
+    planner_level(*spaces, random_action_key="mine", predictor_factory=called("mine"))
+    with pytest.raises(ValueError, match="pass random_action_key='mine'"):
+        planner_level(*spaces, predictor_factory=called("mine"))
 
 
 def test_buffers_fit_the_data_of_the_environment():

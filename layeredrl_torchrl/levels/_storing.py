@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase, unravel_key
@@ -24,6 +25,26 @@ _BUFFER_SIZE = 100_000
 _REPLACE = "pass TensorDictReplayBuffer(storage=LazyTensorStorage(n)), or leave buffer out"
 
 
+class _Storage(LazyTensorStorage):
+    """A storage with the axes of its first rows, whether they are written or loaded.
+
+    TorchRL's would take loaded lanes of environments for parts of single rows.
+    """
+
+    max_size: int
+
+    def _init(self, data: TensorDictBase) -> None:
+        self.ndim = 1 + data.ndim
+        super()._init(data)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if self.initialized:
+            self.ndim, n_lanes = self._storage.ndim, self._storage.shape[1:].numel()
+            self.max_size = -(self.max_size // -n_lanes) * n_lanes  # as TorchRL rounds it
+            self.__dict__.pop("_total_shape_value", None)
+
+
 def make_buffer(buffer: ReplayBuffer | None, size: int | None, n_axes: int) -> ReplayBuffer:
     """Return ``buffer`` if a level can write to it, or make one for data of ``n_axes`` axes.
 
@@ -39,7 +60,7 @@ def make_buffer(buffer: ReplayBuffer | None, size: int | None, n_axes: int) -> R
     """
     if buffer is None:
         size = check_positive_int("buffer_size", _BUFFER_SIZE if size is None else size)
-        return TensorDictReplayBuffer(storage=LazyTensorStorage(size, ndim=n_axes))
+        return TensorDictReplayBuffer(storage=_Storage(size, ndim=n_axes))
     if size is not None:
         raise ValueError(f"buffer_size={size} has no effect beside a buffer; leave it out")
     check_instance("buffer", buffer, ReplayBuffer, hint="a torchrl ReplayBuffer; " + _REPLACE)
@@ -93,9 +114,11 @@ def select_stored(
         ValueError: Other axes, another number of environments, other shapes or dtypes.
     """
     storage = buffer.storage
-    if adapt and not storage.initialized:
+    if adapt:
+        if not storage.initialized:
+            storage.ndim = data.ndim
         # TorchRL reads the axis of time from the storage only when the buffer is built.
-        storage.ndim, buffer._dim_extend = data.ndim, data.ndim - 1
+        buffer._dim_extend = storage.ndim - 1
     if data.ndim != storage.ndim:
         raise ValueError(
             f"data has the batch shape {tuple(data.shape)}, but the buffer stores {storage.ndim} "

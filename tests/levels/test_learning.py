@@ -43,10 +43,12 @@ from layeredrl_torchrl import (
     IdentityEncoder,
     ModelFreeLevel,
     PlannerLevel,
+    SafeCheckpoint,
     StaticPredictor,
     get_task,
     make_batched,
 )
+from layeredrl_torchrl.levels import LevelHook
 
 
 class Diary(StaticPredictor):
@@ -289,6 +291,55 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, name):
     assert [resumed.learn(data) for data in batches[2:]] == expected
     assert [info["n_updates"] for info in expected] == [6, 7]
     torch.testing.assert_close(resumed.state_dict(), level.state_dict(), rtol=0, atol=0)
+
+
+def saved_by_hook(level, path):
+    torch.save(LevelHook(level).state_dict(), path)
+
+
+def loaded_by_hook(level, path):
+    LevelHook(level).load_state_dict(torch.load(path, weights_only=False))
+
+
+def as_parts(level):
+    return {"level": level, "optim": level.optim, "buffer": level.buffer}
+
+
+@pytest.mark.parametrize("shape", [(2, 10), (2, 2, 5)])
+@pytest.mark.parametrize(
+    ("save", "load"),
+    [
+        (saved_by_hook, loaded_by_hook),
+        *(
+            (
+                lambda level, path, kind=kind: kind(**as_parts(level)).save(path),
+                lambda level, path, kind=kind: kind(**as_parts(level)).load(path),
+            )
+            for kind in (Checkpoint, SafeCheckpoint)
+        ),
+    ],
+    ids=["hook", "Checkpoint", "SafeCheckpoint"],
+)
+def test_built_from_spaces_it_goes_on_with_the_axes_that_it_loads(tmp_path, save, load, shape):
+    batches = [make_transitions(20, episode_length=10).reshape(shape) for _ in range(5)]
+    level, resumed = (planner_level(*SPACES, buffer_size=59) for _ in range(2))
+    for data in batches[:2]:
+        level.learn(data)
+    save(level, tmp_path / "saved")
+    load(resumed, tmp_path / "saved")
+    infos = []
+    for one in (level, resumed):  # 59 is rounded up to 60
+        torch.manual_seed(3)
+        infos.append([one.learn(data) for data in batches[2:]])  # beyond the end of the ring
+    assert infos[0] == infos[1]
+    assert infos[0][-1]["n_updates"] == 2
+    assert resumed.buffer.storage.shape == level.buffer.storage.shape
+    torch.testing.assert_close(resumed.state_dict(), level.state_dict(), rtol=0, atol=0)
+    for stored in (level.buffer.storage[:], resumed.buffer.storage[:]):
+        assert len(stored.reshape(-1)) == 60
+    torch.testing.assert_close(
+        resumed.buffer.storage[:].to_dict(), level.buffer.storage[:].to_dict(), rtol=0, atol=0
+    )
 
 
 @both

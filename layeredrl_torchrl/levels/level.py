@@ -15,7 +15,7 @@ from layeredrl_torchrl._checks import check_callable, check_flag, check_positive
 from layeredrl_torchrl._primers import OnePrimer
 from layeredrl_torchrl._state import WholeState
 from layeredrl_torchrl.predictors import Predictor
-from layeredrl_torchrl.specs import Space, to_spec
+from layeredrl_torchrl.specs import Space, is_discrete, to_spec
 
 __all__ = ["Level"]
 
@@ -122,7 +122,8 @@ class Level(OnePrimer, WholeState):
             action_space: Spec (or gymnasium space) of one action.
 
         Raises:
-            ValueError: It is set up for other spaces already. And as the level's parts raise.
+            ValueError: It is set up for other spaces already: observations of another shape or
+                kind, or any other action space. And as the level's parts raise.
         """
         action_spec = to_spec(action_space, name="action_spec")
         if self._action_spec is None:
@@ -133,21 +134,23 @@ class Level(OnePrimer, WholeState):
                 self.observation_space = self._action_spec = None
                 raise
             return
-        for what, has, got in (
-            ("observation", self.observation_space, observation_space),
-            ("action", self._action_spec, action_spec),
+        # Bounds of observations may be known in one place and not in the other.
+        for what, has, got, form in (
+            ("observation", self.observation_space, observation_space, self._kind),
+            ("action", self._action_spec, action_spec, lambda spec: spec.cpu()),
         ):
-            if has is not None and self._shape(has) != self._shape(got):
+            if has is not None and form(has) != form(got):
                 raise ValueError(
                     f"{self.name} was set up for the {what} space {has}, got {got}; build a new "
                     "level for other spaces"
                 )
 
-    def _shape(self, space: TensorSpec | Space) -> object:
-        """Return the shape of one observation or action, or of the entry that the level reads."""
+    def _kind(self, space: TensorSpec | Space) -> tuple[object, bool]:
+        """Return the shape of the observation that the level reads, and whether it is a choice."""
         if isinstance(space, Composite) and self.observation_key in space.keys(True, True):
             space = space[self.observation_key]
-        return getattr(space, "shape", None)
+        choice = isinstance(space, TensorSpec) and is_discrete(space)
+        return getattr(space, "shape", None), choice
 
     @property
     def action_spec(self) -> TensorSpec:

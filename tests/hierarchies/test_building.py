@@ -218,11 +218,7 @@ def test_a_level_set_up_for_other_spaces(build, lower, toy):
     # The same shape, and yet another space.
     top = toy.Level(1)
     top.setup(Unbounded((4,)), Bounded(-1.0, 1.0, (1,)))
-    with pytest.raises(
-        ValueError,
-        match=r"level 0 .* was set up for Bounded\w* of shape \(1,\) \(torch.float32\) from "
-        r"\[-1.0\] to \[1.0\], but level 1 .* takes Unbounded\w* of shape \(1,\) ",
-    ):
+    with pytest.raises(ValueError, match="(?s)" + both + ".*set up for the action space Bounded"):
         build(top, lower())
     top = toy.Level(1)
     top.setup(Unbounded((4,)), ONE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gymnasium as gym
 import pytest
 import torch
 from helpers import (
@@ -57,9 +58,14 @@ def test_set_up_again_it_stays_what_it_learned(make):
     level.learn(make_transitions())
     with unchanged(level, level.optim):
         level.setup(Unbounded((2,)), Bounded(-1.0, 1.0, (1,)))
+        level.setup(Bounded(-9.0, 9.0, (2,)), gym.spaces.Box(-1.0, 1.0, (1,)))
     for spaces, message in (
         ((Unbounded((3,)), ACTIONS), "set up for the observation space"),
+        ((OneHot(2), ACTIONS), "set up for the observation space"),
         ((OBS, Bounded(-1.0, 1.0, (2,))), "set up for the action space"),
+        ((OBS, Bounded(-5.0, -4.0, (1,))), "set up for the action space"),
+        ((OBS, Unbounded((1,))), "set up for the action space"),
+        ((OBS, Bounded(-1.0, 1.0, (1,), dtype=torch.float64)), "set up for the action space"),
     ):
         with unchanged(level), pytest.raises(ValueError, match=message):
             level.setup(*spaces)

@@ -165,6 +165,8 @@ class Cut:
             own.set("n_actions", self.layout.get(held, i, "n_actions"))
             cut_short = torch.zeros_like(done) if each_row else done & ~below_done
             own.set(("next", "interrupted"), cut_short)
+            if each_row:
+                own.set(("next", "n_actions"), own.get("n_actions") + below_done.long())
         for key in level.record.keys(True, True):
             own.set(key, self.layout.get(held, i, key))
         earned = rows.get(unravel_key(("next", self.keys.reward)))

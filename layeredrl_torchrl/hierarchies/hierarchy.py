@@ -268,9 +268,10 @@ class Hierarchy(OnePrimer, WholeState):
         ==================================  =======================================================
 
         The highest level has no input, ``"input_done"``, and nothing of the level above. With
-        ``each_step`` each environment step under an action is a transition, and the
-        ``"parent_observation"`` of the level below is what its parent sees where the transition of
-        that level begins.
+        ``each_step`` each environment step under an action is a transition, of which
+        ``("next", "n_actions")`` says how many of its own actions on this input are over at its
+        end, and the ``"parent_observation"`` of the level below is what its parent sees where the
+        transition of that level begins.
 
         Args:
             data: ``[T]`` or ``[env, T]``.

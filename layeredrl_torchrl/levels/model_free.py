@@ -52,6 +52,7 @@ __all__ = ["ModelFreeLevel"]
 
 # Updates whose batches are drawn, and turned into features, at once.
 _N_AHEAD = 16
+_NEXT_COUNT = ("next", "n_actions")
 _HINT = "pass what a collector of this level yields; what comes from above is given by a Hierarchy"
 
 
@@ -61,6 +62,10 @@ class ModelFreeLevel(LearningLevel):
     As a lower level it reads the observation, the input, and the remaining share of its duration
     (a skill that is rewarded at its last step needs to know when that is). By default its value
     ends with the input. Alone it is a policy for any TorchRL collector; give it ``env=`` then.
+
+    With ``each_step=True`` and an input, a transition may end in the middle of an action. So it
+    learns from ``("next", "n_actions")`` too, its own actions that are over at the end, which a
+    hierarchy gives: values go on at the remaining share at which it acts next.
 
     After its initial random steps (1,000 by default) its learner explores; in evaluation it does
     neither. Rewards are divided by their root mean square, so their scale does not matter, and
@@ -228,6 +233,8 @@ class ModelFreeLevel(LearningLevel):
         ends = [("next", key) for key in done]
         following = unravel_key(("next", self.observation_key))
         keys = [*self.in_keys, self.action_key, following, self.next_reward_key, *ends]
+        if self._counts_ahead:
+            keys.append(_NEXT_COUNT)
         return [*keys, *self.record.keys(True, True)], []
 
     def _checked(self, data: TensorDictBase) -> TensorDictBase:
@@ -308,9 +315,7 @@ class ModelFreeLevel(LearningLevel):
         terminated = data.get(("next", "terminated"))
         n_next = None
         if n_actions is not None:
-            n_next = n_actions + 1
-            record = {key: data.get(key) for key in self.record.keys(True, True)}
-            ended = self._input_ended(following, given, n_next, record)
+            n_next, ended = self._counted(data)
             if self.input_ends:
                 # A time limit in the middle of an input is no end of it.
                 done = data.get(("next", "done"))
@@ -329,6 +334,23 @@ class ModelFreeLevel(LearningLevel):
             action = action.to(features.dtype)
         now = {"features": features, "action": action}
         return TensorDict({**now, "next": TensorDict(after, data.batch_size)}, data.batch_size)
+
+    @property
+    def _counts_ahead(self) -> bool:
+        """Whether a transition may be less than one of its actions, so that it says the count."""
+        return self.each_step and self.input_spec is not None
+
+    def _counted(self, data: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """Return its actions on the input that are over at the end of transitions ``[N]``.
+
+        And whether it hands control back there, where one of its actions is over; both ``[N, 1]``.
+        """
+        given, n_actions = data.get(self.input_key), data.get("n_actions")
+        following = data.get(unravel_key(("next", self.observation_key)))
+        n_next: Tensor = data.get(_NEXT_COUNT) if self._counts_ahead else n_actions + 1
+        record = {key: data.get(key) for key in self.record.keys(True, True)}
+        ended = self._input_ended(following, given, n_next, record)
+        return n_next, ended & (n_next > n_actions)
 
     def _input_ended(
         self,

@@ -217,6 +217,8 @@ def plain_loop(levels, sees, episode, instance, n_steps, lengths):
             if not lowest:
                 cut = ended & (not back[i + 1] and not level.each_step)
                 now["next", "interrupted"] = cut
+                if level.each_step:
+                    now["next", "n_actions"] = now["n_actions"] + int(back[i + 1])
             found[i].append((t, now))
         fresh = bool(ended)
         if fresh:

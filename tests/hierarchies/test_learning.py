@@ -6,11 +6,11 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import collected, model_free_level, planner_level
+from helpers import SMALL_SAC, collected, model_free_level, planner_level
 from tensordict import TensorDict
 from torchrl.data import Bounded, Unbounded
 
-from layeredrl_torchrl import Hierarchy, RandomLevel
+from layeredrl_torchrl import Hierarchy, ModelFreeLevel, RandomLevel
 
 ONE = Unbounded((1,))
 BOX = Bounded(-1.0, 1.0, (1,))
@@ -106,6 +106,56 @@ def test_a_reward_of_its_own_is_computed_once(toy):
     hierarchy.learn(data)
     expected = 3 * data["next", "reward"].reshape(-1, 1)
     assert torch.equal(lower.buffer[:]["next", "reward"], expected)
+
+
+class Reaching(ModelFreeLevel):
+    """Hands back where the sum of actions is above its input, too."""
+
+    def hands_back(self, tensordict):
+        above = tensordict["observation"][..., -1:] > tensordict["input"]
+        return super().hands_back(tensordict) | above
+
+
+@pytest.mark.parametrize("input_ends", [True, False])
+@pytest.mark.parametrize("each_step", [True, False])
+@pytest.mark.parametrize(("kind", "duration"), [(ModelFreeLevel, 2), (Reaching, 3), (Reaching, 1)])
+def test_the_state_at_an_end_is_seen_as_the_one_it_acts_on_next(
+    toy, kind, duration, each_step, input_ends
+):
+    """Where a transition is one environment step of several under an action, too."""
+    env = toy.Env(2, lengths=(20, 31))
+    middle = kind(
+        input_spec=Bounded(-5.0, 5.0, (1,)),
+        duration=duration,
+        each_step=each_step,
+        input_ends=input_ends,
+        learner_factory=SMALL_SAC,
+        n_initial_random_steps=10_000,
+    )
+    low = RandomLevel(input_spec=BOX, duration=3)
+    hierarchy = Hierarchy([RandomLevel(), middle, low], env)
+    (data,) = collected(env, hierarchy, 1, 240)
+    rows = hierarchy.transitions(data)[1]
+    middle.learn(rows)
+    rows = rows[~rows["next", "interrupted"].squeeze(-1)]
+    seen, after = middle._prepare(rows), rows["next"]
+    follows = (after["observation"][:-1] == rows["observation"][1:]).all(-1, keepdim=True)
+    goes_on = (follows & ~after["input_done"][:-1]).squeeze(-1)
+    # A single action, as a whole, is all of its input.
+    assert goes_on.any() == (duration > 1 or each_step)
+    now, then = seen["features"][1:][goes_on], seen["next", "features"][:-1][goes_on]
+    assert torch.equal(then, now)
+    # An end of the input: nothing follows, or the same input is given again.
+    over = after["input_done"] & ~after["done"]
+    assert over.any()
+    if input_ends:
+        assert bool(seen["next", "terminated"][over].all())
+    else:
+        anew = torch.zeros_like(rows["n_actions"])
+        again = middle.features(after["observation"], rows["input"], anew)
+        assert torch.equal(seen["next", "features"][over.squeeze(-1)], again[over.squeeze(-1)])
+    ends, inside = over & input_ends, ~after["done"]
+    assert torch.equal(seen["next", "terminated"][inside], ends[inside])
 
 
 def test_trajectories_are_told_apart(toy):

@@ -189,9 +189,10 @@ class SkillLevel(ModelFreeLevel):
     def _sampled(self, data: TensorDictBase) -> TensorDictBase:
         """Replace the reward of sampled transitions ``[N]``."""
         key, reward_of = self.next_reward_key, self.skill_reward
-        duration, n_actions = self.duration or 1, data.get("n_actions")
-        if self._end_prob:
-            n_actions = n_actions.masked_fill(data.get(self.ended_key), duration - 1)
+        duration, (_, ended) = self.duration or 1, self._counted(data)
+        # By the level's own rule, which may end skills earlier or later than the duration.
+        n_actions = data.get("n_actions").clamp_max(duration - 2)
+        n_actions = n_actions.masked_fill(ended, duration - 1)
         reward = torch.zeros_like(data.get(key))
         paid = reward_of.pays(n_actions, duration).squeeze(-1).nonzero().squeeze(-1)
         if len(paid):

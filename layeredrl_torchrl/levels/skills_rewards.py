@@ -120,7 +120,7 @@ class SkillReward(nn.Module, ABC):
 
         Args:
             n_actions: Actions of the skill before this one, ``[N, 1]``; ``duration - 1`` where the
-                skill ended at random with this one.
+                skill ended with this one, by any rule, and less where it went on.
             duration: Actions in a skill.
         """
 

@@ -164,6 +164,61 @@ def test_a_skill_may_end_at_random():
     assert not skills.ends_by_duration
 
 
+class Pays(SPlaTESReward):
+    """Pays the same for all."""
+
+    pay = 100.0
+
+    def forward(self, predictor, spec, observation, skill, *_):
+        return torch.full((len(skill),), self.pay)
+
+
+RULES = {
+    "after fewer actions": lambda skills, td: td["n_actions"] >= 2,
+    "after more actions": lambda skills, td: td["n_actions"] >= DURATION + 1,
+    "at a place": lambda skills, td: td["observation"][..., :1] > 0.5,
+    "at a place, or": lambda skills, td: (
+        SkillLevel.hands_back(skills, td) | (td["observation"][..., :1] > 0.5)
+    ),
+}
+
+
+@pytest.mark.parametrize("middle", [False, True])
+@pytest.mark.parametrize("end_prob", [0.0, 0.1])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_skill_is_paid_for_where_it_ends_by_any_rule(rule, end_prob, middle):
+    class Own(SkillLevel):
+        def hands_back(self, tensordict):
+            done = RULES[rule](self, tensordict)
+            return done | tensordict["ended"] if end_prob else done
+
+    env, reward = Plane(10), Pays()
+    planner, model = make_agent(env).levels
+    planner = planner_level(
+        predictor_factory=planner.predictor_factory,
+        planner_factory=planner.planner_factory,
+        n_initial_random_steps=10_000,
+    )
+    skills = Own(
+        input_spec=model.input_spec,
+        duration=DURATION,
+        skill_reward=reward,
+        learner_factory=model.learner_factory,
+        end_prob=end_prob,
+        each_step=middle,
+        n_initial_random_steps=10_000,
+    )
+    below = [RandomLevel(input_spec=Bounded(-1.0, 1.0, (2,)), duration=2)] if middle else []
+    agent = Hierarchy([planner, skills, *below], env)
+    (data,) = collected(env, agent, 1, 480)
+    rows = agent.transitions(data)[1]
+    ended = rows["next", "input_done"] & ~rows["next", "done"]
+    assert ended.any()
+    paid = skills._sampled(rows.clone())["next", "reward"]
+    inside = ~rows["next", "done"]
+    assert torch.equal(paid[inside], reward.pay * ended[inside].float())
+
+
 def test_in_the_middle_of_three_levels_skills_learn_by_the_predictor_above():
     """Skills of two places to go to, each of which the lowest level goes to in two steps."""
     env = Plane(10)
@@ -285,15 +340,6 @@ def test_the_mean_reward_of_skills_is_reported():
     last = stored[(stored["n_actions"] == DURATION - 1).squeeze(-1)]
     up = (last["next", "parent_observation"][:, 0] > 0).float().mean()
     assert abs(info["SkillLevel/reward"] - (0.5 + 2.0 * up)) < 0.1
-
-
-class Pays(SPlaTESReward):
-    """Pays the same for all."""
-
-    pay = 100.0
-
-    def forward(self, predictor, spec, observation, skill, *_):
-        return torch.full((len(skill),), self.pay)
 
 
 def test_what_was_paid_before_an_error_is_not_reported(monkeypatch):

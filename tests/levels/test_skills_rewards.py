@@ -59,6 +59,7 @@ def transitions(n=12, obs=2, skill_dim=2):
         "reward": torch.full((n, 1), 7.0),
         "input_done": step == 2,
     }
+    following["observation"] = following["parent_observation"]
     now = {"parent_observation": torch.randn(n, obs), "input": skill, "n_actions": step}
     return TensorDict({**now, "next": following}, [n])
 

@@ -29,24 +29,22 @@ class Answers:
     def __init__(self, level: Level, memory: Composite) -> None:
         self.level = level
         record = level.record
-        #: Specs of its action and its record.
-        self.specs = {level.action_key: level.action_spec}
-        self.specs |= {key: record[key] for key in record.keys(True, True)}
+        self._record = {key: record[key] for key in record.keys(True, True)}
         self._memory = list(memory.keys(True, True))
         self._following = {unravel_key(("next", key)): memory[key] for key in self._memory}
 
     def read(self, handed: TensorDictBase, key: NestedKey) -> Tensor:
-        """Return an entry of what it was called with, ``[*B]``.
+        """Return an entry of its record, ``[*B]``.
 
         Raises:
             KeyError: It is missing. TypeError: Another kind of numbers. ValueError: Another shape.
         """
-        return self._fitting(handed, key, self.specs[key])
+        return self._fitting(handed, key, self._record[key])
 
     def action(self, handed: TensorDictBase) -> Tensor:
         """Return the action; raises as :meth:`read`, and ``ValueError`` where it is not finite."""
         key = self.level.action_key
-        action = self.read(handed, key)
+        action = self._fitting(handed, key, self.level.action_spec)
         if action.is_floating_point():
             hint = "repair the level: what is below it would act on that, or the environment"
             check_finite(f"{key!r}, which {self.level.name} wrote,", action, hint=hint)

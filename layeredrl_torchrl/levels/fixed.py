@@ -9,6 +9,7 @@ from torchrl.data import Composite, TensorSpec, Unbounded
 from torchrl.envs import TensorDictPrimer
 
 from layeredrl_torchrl._checks import refuse_mask, require
+from layeredrl_torchrl.levels._keys import KeysOf
 from layeredrl_torchrl.levels._random_actions import RandomActions
 from layeredrl_torchrl.levels.level import Level
 from layeredrl_torchrl.specs import Space, canonical_action
@@ -18,6 +19,9 @@ __all__ = ["ActionSequenceLevel", "ConstantLevel", "RandomLevel"]
 
 class _FixedLevel(Level):
     """A level that has nothing to learn."""
+
+    _in_keys = KeysOf(lambda self: [self.observation_key])
+    _out_keys = _out_keys_apparent = KeysOf(lambda self: [self.action_key])
 
     def learn(self, data: TensorDictBase) -> dict[str, float]:
         """Do nothing; there are no terms."""
@@ -48,7 +52,6 @@ class RandomLevel(_FixedLevel):
         self, *, input_spec: TensorSpec | Space | None = None, duration: int | None = None
     ) -> None:
         super().__init__(input_spec=input_spec, duration=duration)
-        self.in_keys, self.out_keys = [self.observation_key], [self.action_key]
 
     def _build(self, observation_space: TensorSpec, action_spec: TensorSpec) -> None:
         self.random_actions = RandomActions(action_spec)
@@ -89,7 +92,6 @@ class ConstantLevel(_FixedLevel):
     ) -> None:
         super().__init__(input_spec=input_spec, duration=duration)
         self.register_buffer("action", torch.as_tensor(action))
-        self.in_keys, self.out_keys = [self.observation_key], [self.action_key]
 
     def _build(self, observation_space: TensorSpec, action_spec: TensorSpec) -> None:
         self.action = canonical_action(action_spec, self.action, torch.Size(()))
@@ -125,6 +127,14 @@ class ActionSequenceLevel(_FixedLevel):
             :meth:`setup`: an action outside the action spec.
     """
 
+    _in_keys = KeysOf(lambda self: [self.observation_key, self.position_key])
+    _out_keys = _out_keys_apparent = KeysOf(
+        lambda self: [
+            self.action_key,
+            *([("next", self.position_key)] if self.input_spec is None else []),
+        ]
+    )
+
     actions: Tensor
 
     def __init__(
@@ -144,10 +154,6 @@ class ActionSequenceLevel(_FixedLevel):
         super().__init__(input_spec=input_spec, duration=duration)
         self.register_buffer("actions", actions)
         self.position_key = "n_played" if self.input_spec is None else "n_actions"
-        self.in_keys = [self.observation_key, self.position_key]
-        self.out_keys = [self.action_key]
-        if self.input_spec is None:
-            self.out_keys.append(("next", self.position_key))
 
     def _build(self, observation_space: TensorSpec, action_spec: TensorSpec) -> None:
         batch = torch.Size((len(self.actions),))

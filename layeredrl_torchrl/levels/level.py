@@ -64,7 +64,8 @@ class Level(OnePrimer, WholeState):
 
     Attributes:
         observation_key, input_key, action_key, reward_key, done_key, terminated_key: Keys that it
-            reads and writes, the last three below ``"next"``. Set others before the level is used.
+            reads and writes, the last three below ``"next"``. Set others before the level is used;
+            those of a ``PlannerLevel`` are its predictor's.
 
     Raises:
         TypeError, ValueError: As :func:`~layeredrl_torchrl.to_spec`; a duration below 1, or without

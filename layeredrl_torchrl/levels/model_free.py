@@ -33,6 +33,7 @@ from layeredrl_torchrl._checks import (
 from layeredrl_torchrl._reporting import log_terms, updates
 from layeredrl_torchrl._watch import flush, watched
 from layeredrl_torchrl.levels._features import InputFeatures
+from layeredrl_torchrl.levels._keys import KeysOf
 from layeredrl_torchrl.levels._learning import LearningLevel, LearningOptions, spaces_of
 from layeredrl_torchrl.levels._random_actions import RandomActions
 from layeredrl_torchrl.levels._reward_scale import RewardScale
@@ -106,6 +107,16 @@ class ModelFreeLevel(LearningLevel):
 
     #: Whether to divide rewards by the root mean square of the stored ones.
     scales_rewards: bool = True
+    in_keys: list[NestedKey]
+    _in_keys = KeysOf(
+        lambda self: [
+            self.observation_key,
+            *([] if self.input_spec is None else [self.input_key, "n_actions"]),
+        ]
+    )
+    _out_keys = _out_keys_apparent = KeysOf(
+        lambda self: [self.action_key, *self.record.keys(True, True)]
+    )
 
     def __init__(
         self,
@@ -142,10 +153,6 @@ class ModelFreeLevel(LearningLevel):
         if env is not None:
             self.action_key, self.reward_key = env.action_key, env.reward_key
             self.done_key, self.terminated_key = end_keys(env)
-        self.out_keys = [self.action_key]
-        self.in_keys = [self.observation_key]
-        if self.input_spec is not None:
-            self.in_keys += [self.input_key, "n_actions"]
         if observation_space is not None:
             self.setup(observation_space, action_space)
 

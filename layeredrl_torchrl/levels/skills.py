@@ -91,8 +91,6 @@ class SkillLevel(ModelFreeLevel):
             input_spec=spec, duration=duration, learner_factory=learner_factory, **options
         )
         self._end_prob = check_number("end_prob", end_prob, 0.0, 1.0)
-        if self._end_prob:
-            self.out_keys = [*self.out_keys, self.ended_key]
         self.skill_reward = skill_reward
         self._rated: list[Tensor] = []  # by the updates of a call
         self.parent_each_step = skill_reward.each_step

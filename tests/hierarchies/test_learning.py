@@ -10,7 +10,15 @@ from helpers import SMALL_SAC, collected, model_free_level, planner_level
 from tensordict import TensorDict
 from torchrl.data import Bounded, Unbounded
 
-from layeredrl_torchrl import Hierarchy, ModelFreeLevel, RandomLevel
+from layeredrl_torchrl import (
+    ActionSequenceLevel,
+    ConstantLevel,
+    Hierarchy,
+    ModelFreeLevel,
+    RandomLevel,
+    SkillLevel,
+    SPlaTESReward,
+)
 
 ONE = Unbounded((1,))
 BOX = Bounded(-1.0, 1.0, (1,))
@@ -156,6 +164,60 @@ def test_the_state_at_an_end_is_seen_as_the_one_it_acts_on_next(
         assert torch.equal(seen["next", "features"][over.squeeze(-1)], again[over.squeeze(-1)])
     ends, inside = over & input_ends, ~after["done"]
     assert torch.equal(seen["next", "terminated"][inside], ends[inside])
+
+
+def kinds_of_lower_levels():
+    learns = {"learner_factory": SMALL_SAC, "n_initial_random_steps": 20, "updates_per_step": 0.1}
+    given = {"input_spec": BOX, "duration": 2}
+    return {
+        "model-free": lambda: ModelFreeLevel(**given, **learns),
+        "skills": lambda: SkillLevel(
+            **given, **learns, skill_reward=SPlaTESReward(n_skill_samples=4), end_prob=0.2
+        ),
+        "random": lambda: RandomLevel(**given),
+        "constant": lambda: ConstantLevel(torch.ones(1), **given),
+        "sequence": lambda: ActionSequenceLevel(torch.ones(2, 1), **given),
+    }
+
+
+KEYS = ["observation", "input", "action", "reward", "done", "terminated"]
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("kind", kinds_of_lower_levels())
+def test_keys_that_are_set_after_a_level_was_built(toy, kind, late):
+    """It does and learns the same under any."""
+    outcomes = []
+    for named in (False, True):
+        torch.manual_seed(0)
+        level, env = kinds_of_lower_levels()[kind](), toy.Env(2)
+        if not late:
+            hierarchy = Hierarchy([make_learner(), level], env)
+        for key in KEYS if named else ():
+            setattr(level, f"{key}_key", f"my_{key}")
+        if late:
+            hierarchy = Hierarchy([make_learner(), level], env)
+        reads, writes = set(level.in_keys), set(level.out_keys)
+        assert level.observation_key in reads
+        assert level.action_key in writes
+        assert (level.input_key in reads) == (kind in ("model-free", "skills"))
+        outcomes.append(run(hierarchy, env, 3))
+    (one, infos), (other, more) = outcomes
+    assert torch.equal(one, other)
+    assert infos == more
+    if level.buffer is not None:
+        assert level.learn(hierarchy.transitions(next(collected(env, hierarchy, 1)))[1])
+        stored = {key for key in level.buffer[:].keys(True, True) if key != "index"}
+        assert {"my_observation", "my_action", "my_input", ("next", "my_reward")} <= stored
+        assert not {"observation", "action", "input", ("next", "reward")} & stored
+
+
+def test_a_subclass_may_have_its_own_lists_of_keys():
+    level = RandomLevel()
+    level.in_keys = ["observation", "more"]
+    level.observation_key = "seen"
+    assert level.in_keys == ["observation", "more"]
+    assert RandomLevel().in_keys == ["observation"]
 
 
 def test_trajectories_are_told_apart(toy):

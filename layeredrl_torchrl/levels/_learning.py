@@ -28,7 +28,7 @@ from layeredrl_torchrl._watch import is_at_once
 from layeredrl_torchrl.levels._rows import collected, n_env_steps, without_cut
 from layeredrl_torchrl.levels._storing import make_buffer, select_stored, write
 from layeredrl_torchrl.levels._undo import all_or_nothing
-from layeredrl_torchrl.levels.level import Level
+from layeredrl_torchrl.levels.level import OWN_REWARD, Level
 from layeredrl_torchrl.specs import ObservationSpace, Space
 
 __all__ = ["LearningLevel", "LearningOptions", "spaces_of"]
@@ -259,10 +259,10 @@ class LearningLevel(KeepsDoubles, Level):
         self.action_spec  # noqa: B018 - raises before setup
         made = collected(data, (self.done_key, self.terminated_key))
         paid: dict[str, float] = {}
-        if self.reward_func is not None and not self._in_hierarchy and made.numel():
-            # A hierarchy has computed and reported it already.
+        if self.reward_func is not None and made.numel() and not self._is_paid(made):
+            made = made.copy()
             own = self.own_reward(made)
-            made, paid = made.copy().set(self.next_reward_key, own), {"reward": own.mean().item()}
+            made, paid = made.set(self.next_reward_key, own), {"reward": own.mean().item()}
         rows, n_steps = made, 0
         if made.shape.numel():
             rows, n_steps = without_cut(self._checked(made)), n_env_steps(made)
@@ -276,6 +276,11 @@ class LearningLevel(KeepsDoubles, Level):
             all_or_nothing(self, rows.shape.numel()),
         ):
             return paid | self._learn(self.buffer, rows, n_steps)
+
+    def _is_paid(self, data: TensorDictBase) -> bool:
+        """Return whether a hierarchy has computed, and will report, the reward of its own."""
+        own, reward = data.get(OWN_REWARD, None), data.get(self.next_reward_key, None)
+        return own is not None and reward is not None and torch.equal(own, reward)
 
     def _learn(self, buffer: ReplayBuffer, rows: TensorDictBase, n_steps: int) -> dict[str, float]:
         before = int(self.n_env_steps)

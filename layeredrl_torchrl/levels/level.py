@@ -17,7 +17,10 @@ from layeredrl_torchrl._state import WholeState
 from layeredrl_torchrl.predictors import Predictor
 from layeredrl_torchrl.specs import Space, is_discrete, to_spec
 
-__all__ = ["Level"]
+__all__ = ["OWN_REWARD", "Level"]
+
+# What a reward_func gave, beside the reward that it replaced.
+OWN_REWARD = ("next", "own_reward")
 
 
 class Level(OnePrimer, WholeState):
@@ -108,7 +111,6 @@ class Level(OnePrimer, WholeState):
         self.observation_space: TensorSpec | None = None
         self._action_spec: TensorSpec | None = None
         self._parent_predictor: Predictor | None = None
-        self._in_hierarchy = False
 
     # -- spaces -----------------------------------------------------------------------------
 
@@ -201,7 +203,6 @@ class Level(OnePrimer, WholeState):
                 f"parent_predictor must be a Predictor or None, got "
                 f"{type(parent_predictor).__name__}; pass the upper level's .predictor"
             )
-        self._in_hierarchy = True
         # Not registered, since its weights belong to the level above.
         self.__dict__["_parent_predictor"] = parent_predictor
 
@@ -263,8 +264,11 @@ class Level(OnePrimer, WholeState):
     def own_reward(self, data: TensorDictBase) -> Tensor:
         """Compute the reward by ``reward_func``, ``[*B, 1]``; flags and integers become floats.
 
+        It is also noted in ``data``, so that :meth:`learn` sees in transitions of a hierarchy that
+        their reward is this one already.
+
         Args:
-            data: Transitions ``[*B]``.
+            data: Transitions ``[*B]``. Gets ``("next", "own_reward")``, unless it is locked.
 
         Raises:
             ValueError: Another shape than ``[N]`` or ``[N, 1]``.
@@ -276,7 +280,10 @@ class Level(OnePrimer, WholeState):
             raise ValueError(f"{self.name}.reward_func gave {got}, expected ({n},) or ({n}, 1)")
         if not (reward.is_floating_point() or reward.is_complex()):
             reward = reward.float()  # such as whether a goal is reached
-        return reward.reshape((*data.shape, 1))
+        reward = reward.reshape((*data.shape, 1))
+        if not data.is_locked:
+            data.set(OWN_REWARD, reward)
+        return reward
 
     # -- acting and learning ----------------------------------------------------------------
 

@@ -193,6 +193,24 @@ def test_members_that_differ_stay_themselves(kind, box):
     assert count == sum(p.numel() for net in nets for p in net.parameters())
 
 
+@pytest.mark.parametrize("ignored", [True, False])
+@pytest.mark.parametrize("hidden", [(4, 4, 4), (4, 5, 6)])
+def test_a_context_that_no_member_reads_may_lie_far_from_the_data(ignored, hidden, box):
+    widths = iter(hidden)
+
+    def partial_net(*spaces):
+        return ProbFCDynamics(*spaces, hidden_sizes=(next(widths),), ignore_context=ignored)
+
+    ensemble = ProbabilisticEnsemble(
+        box(D), box(C), box(A), partial_net, n_models=3, clip_inputs=True
+    )
+    state, context, action = (torch.rand(50, k) for k in (D, C, A))
+    ensemble.fit_statistics(state, context, action, state + 0.1 * torch.rand(50, D))
+    for far in torch.eye(C) * 100:
+        near, away = (ensemble.predict(state, x, action)[2] for x in (context, context + far))
+        assert torch.equal(near, away) == ignored
+
+
 def with_dropout(*_):
     return Activated(nn.Dropout(0.5), offset=1.0)
 

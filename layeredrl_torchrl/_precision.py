@@ -16,6 +16,7 @@ __all__ = [
     "KeepsFloats",
     "full_precision",
     "product_dtype",
+    "rounding_of",
     "uncached_autocast",
     "worthwhile_autocast",
 ]
@@ -55,6 +56,11 @@ class KeepsFloats(nn.Module):
             if moved is not None and value is not None and _is_lower(moved.dtype):
                 self._buffers[name] = value.to(moved.device, torch.float32)
         return self
+
+
+def rounding_of(*dtypes: torch.dtype) -> float:
+    """Return the share of a number below which its changes are rounding, in these dtypes."""
+    return 1e-10 if all(dtype == torch.float64 for dtype in dtypes) else 1e-6
 
 
 def _is_lower(dtype: torch.dtype) -> bool:

@@ -35,11 +35,17 @@ class OutOfRange:
         limit: Standard deviations of the data that a dimension of the state may lie from its mean.
 
     Raises:
-        TypeError, ValueError: A model of another kind, a limit that is not positive.
+        TypeError, ValueError: A model of another kind, or that does not normalise its inputs; a
+            limit that is not positive.
     """
 
     def __init__(self, model: ProbabilisticEnsemble, limit: float = 20.0) -> None:
         check_instance("model", model, ProbabilisticEnsemble, hint="pass predictor.model")
+        if not model.scaling.normalize_inputs:
+            raise ValueError(
+                "a model with normalize_inputs=False has no statistics of its states; build it "
+                "without that, or pass a function of your own"
+            )
         self.model = model
         self.limit = check_number("limit", limit, 0.0, open_low=True)
 

@@ -33,7 +33,8 @@ class EnsembleDisagreement(TensorDictModuleBase):
 
     Args:
         model: The ensemble, of at least two members.
-        scale: Reward units per unit of disagreement.
+        scale: Reward units per unit of disagreement, which is that of the states themselves where
+            the model was built with ``normalize_targets=False``.
         out_keys: The key that is written when called with a TensorDict.
 
     Shapes:

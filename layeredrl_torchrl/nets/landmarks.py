@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
+from math import inf, prod
 
 import torch
 from torch import Tensor, nn
@@ -75,8 +75,8 @@ class Landmarks(nn.Module):
         self.radius = check_number("radius", radius, 0.0, open_low=True)
         self.scale = check_number("scale", scale, 0.0, open_low=True)
         self.top = check_number("top", top)
-        self.register_buffer("places", torch.full((capacity, dim), math.inf))
-        self.register_buffer("ways", torch.full((capacity, capacity), math.inf))
+        self.register_buffer("places", torch.full((capacity, dim), inf))
+        self.register_buffer("ways", torch.full((capacity, capacity), inf))
         self.register_buffer("visits", torch.zeros(capacity))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
@@ -99,7 +99,7 @@ class Landmarks(nn.Module):
         if self.count > before:
             known = self.places[: self.count]
             ways = _between(known, known)
-            ways = ways.where(ways <= self._reach, math.inf).fill_diagonal_(0.0)
+            ways = ways.where(ways <= self._reach, inf).fill_diagonal_(0.0)
             for middle in range(len(known)):  # Floyd and Warshall
                 torch.minimum(ways, ways[:, middle : middle + 1] + ways[middle], out=ways)
             self.ways[: self.count, : self.count] = ways
@@ -119,7 +119,7 @@ class Landmarks(nn.Module):
     def _off(self, places: Tensor) -> Tensor:
         """How far places ``[N, P]`` are from the nearest landmark, ``[N]``."""
         if not self.count:
-            return torch.full_like(places[:, 0], math.inf)
+            return torch.full_like(places[:, 0], inf)
         known = self.places[: self.count]
         return torch.cat([_between(some, known).amin(-1) for some in places.split(_ROWS)])
 
@@ -130,7 +130,7 @@ class Landmarks(nn.Module):
         landmark that is nearest to it.
         """
         if not self.count:
-            return torch.full_like(place[..., 0], math.inf)
+            return torch.full_like(place[..., 0], inf)
         rows = zip(
             place.reshape(-1, place.shape[-1]).split(_ROWS),
             goal.reshape(-1, goal.shape[-1]).split(_ROWS),
@@ -141,7 +141,7 @@ class Landmarks(nn.Module):
         for some, aims in rows:
             first = _between(some, known)
             last = _between(aims, known).argmin(-1)
-            found.append((first.where(first <= self._reach, math.inf) + ways[last]).amin(-1))
+            found.append((first.where(first <= self._reach, inf) + ways[last]).amin(-1))
         return torch.cat(found).reshape(place.shape[:-1]).to(place.dtype)
 
     def value(self, state: Tensor, context: Tensor, action: Tensor | None = None) -> Tensor:
@@ -177,7 +177,7 @@ class Landmarks(nn.Module):
         found = []
         for some in place.split(_ROWS):
             first = _between(some, known)
-            near = torch.exp(-first.where(first <= self._reach, math.inf) / self.scale)
+            near = torch.exp(-first.where(first <= self._reach, inf) / self.scale)
             found.append((near * worth).amax(-1))
         return self.top * torch.cat(found).reshape(state.shape[:-1]).to(state.dtype)
 
@@ -211,7 +211,10 @@ class Landmarks(nn.Module):
         if not self.count:
             return torch.zeros_like(state[..., 0])
         known = self.places[: self.count]
-        contexts, which = context.reshape(-1, context.shape[-1]).unique(dim=0, return_inverse=True)
+        n, width = prod(state.shape[:-1]), context.shape[-1]
+        contexts, which = context.new_zeros(1, 0), state.new_zeros(n, dtype=torch.long)
+        if width:
+            contexts, which = context.reshape(n, width).unique(dim=0, return_inverse=True)
         rows = (len(contexts), len(known))
         at = state.new_zeros(*rows, state.shape[-1])
         at[..., : known.shape[-1]] = known
@@ -222,7 +225,7 @@ class Landmarks(nn.Module):
             """Worth of going to the best of landmarks, of ``distance`` in the last axis."""
             left = discount ** (distance / speed)
             worth = (1.0 - left) * forever * paid + left * value
-            return worth.where(distance <= self._reach, -math.inf).amax(-1)
+            return worth.where(distance <= self._reach, -inf).amax(-1)
 
         value, gaps = paid * forever, _between(known, known)
         for _ in range(len(known)):

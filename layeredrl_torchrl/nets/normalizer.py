@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from layeredrl_torchrl._checks import check_finite
+from layeredrl_torchrl._precision import rounding_of
 
 __all__ = ["Normalizer"]
 
@@ -62,8 +63,8 @@ class Normalizer(nn.Module):
     def fit(self, x: Tensor) -> None:
         """Set the statistics to mean and standard deviation of ``x [N, n]``, floats or integers.
 
-        A feature that does not vary (beyond float32 rounding) keeps ``scale = 1``: it is centred,
-        and its rounding errors are not magnified.
+        A feature that does not vary (beyond rounding, of float32 or float64) keeps ``scale = 1``:
+        it is centred, and its rounding errors are not magnified.
 
         Raises:
             ValueError: A sample of another shape, without rows, or with NaN; nothing is changed.
@@ -80,7 +81,8 @@ class Normalizer(nn.Module):
         unit = torch.where(half > 0, half, 1.0)
         std, mean = torch.std_mean((x - center) / unit, dim=0, correction=0)
         std, mean = std * unit, center + mean * unit
-        constant = std <= 1e-6 * torch.maximum(low.abs(), high.abs())
+        rounding = rounding_of(x.dtype, self.loc.dtype)
+        constant = std <= rounding * torch.maximum(low.abs(), high.abs())
         std = torch.where(constant, 1.0, std)
         if self.clip:
             margin = 0.1 * (high - low)

@@ -146,7 +146,8 @@ def _relative(log_std: Tensor, beta: Tensor | float, weight: Tensor) -> Tensor:
     v = torch.mul(log_std, 2.0 * beta).exp_()
     shares = weight.to(v.dtype).repeat_interleave(n_modes, -1).unsqueeze(1) / n_modes
     mean = torch.bmm(shares, v.flatten(1, 2)).unsqueeze(1)  # [M, 1, 1, D]
-    return v.mul_(mean.clamp_min(torch.finfo(v.dtype).tiny).reciprocal_())
+    # The mean is 0 for a member without rows, whose shares have to stay finite.
+    return v.mul_(mean.clamp_min(torch.finfo(v.dtype).tiny ** 0.75).reciprocal_())
 
 
 def _of_modes(row: Tensor, log_weights: Tensor, log_r: Tensor, weight: Tensor) -> Tensor:

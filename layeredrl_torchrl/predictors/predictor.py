@@ -289,9 +289,9 @@ class Predictor(WholeState):
             reward = self.reward_of(state, context, action, next_state)
             traj.set(("next", "reward"), reward.unsqueeze(-1))
         if self.term_func is not None:
-            predicted = traj.get(("next", "term_prob")).squeeze(-1)
-            ends = self.term_prob_of(state, context, action, next_state, predicted)
-            traj.set(("next", "term_prob"), ends.unsqueeze(-1))
+            key = self.model.out_keys[3]
+            ends = self.term_prob_of(state, context, action, next_state, traj.get(key).squeeze(-1))
+            traj.set(key, ends.unsqueeze(-1))
         return traj
 
     @watched

@@ -11,6 +11,7 @@ from layeredrl_torchrl._checks import (
     check_positive_int,
     check_width,
 )
+from layeredrl_torchrl._precision import rounding_of
 
 __all__ = ["DeltaStandardizer"]
 
@@ -62,7 +63,7 @@ class DeltaStandardizer(nn.Module):
     def fit(self, delta: Tensor) -> None:
         """Set the map from a sample of changes ``[N, D]``.
 
-        A dimension that does not change (beyond float32 rounding) keeps its unit.
+        A dimension that does not change (beyond rounding) keeps its unit.
 
         Raises:
             ValueError: A sample of another shape, without rows, or with NaN; nothing is changed.
@@ -77,7 +78,8 @@ class DeltaStandardizer(nn.Module):
         # In double precision: small eigenvalues are differences of large numbers.
         x = delta.double()
         std, loc = torch.std_mean(x, dim=0, correction=0)
-        std = torch.where(std <= 1e-6 * x.abs().amax(0), 1.0, std)
+        rounding = rounding_of(delta.dtype, self.loc.dtype)
+        std = torch.where(std <= rounding * x.abs().amax(0), 1.0, std)
         x = (x - loc) / std
         correlation = x.mT @ x / len(x)
         # A constant dimension correlates with none, and has a variance of 1 like the others.

@@ -9,11 +9,10 @@ from gradient_parts import (
     make_learned,
     make_line,
 )
+from torchrl.data import Unbounded
 from torchrl.envs import ExcludeTransform, StepCounter, TransformedEnv
 
-from layeredrl_torchrl import (
-    PredictorEnv,
-)
+from layeredrl_torchrl import PredictorEnv, ProbabilisticEnsemble
 from layeredrl_torchrl.imagination import Disagrees, OutOfRange, TruncateWhere
 
 
@@ -76,6 +75,12 @@ def test_what_else_truncates_is_heeded(first):
     assert torch.equal(after["truncated"], expected)
     assert torch.equal(after["done"], expected)
     assert (expected & (after["step_count"] < 4)).any()
+
+
+def test_a_range_in_stds_needs_statistics():
+    model = ProbabilisticEnsemble(Unbounded((2,)), None, ACTION, normalize_inputs=False)
+    with pytest.raises(ValueError, match=r"normalize_inputs=False has no statistics"):
+        OutOfRange(model)
 
 
 def test_a_condition_gives_bools_and_finds_what_it_reads():

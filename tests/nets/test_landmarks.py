@@ -168,6 +168,24 @@ def test_the_value_of_a_goal_falls_along_a_line():
     torch.testing.assert_close(nowhere, expected[0, :1])  # as little as from the far end
 
 
+@pytest.mark.parametrize("batch", [(), (6,), (2, 3)])
+def test_a_value_needs_no_context(batch):
+    line = torch.stack([torch.arange(6.0), torch.zeros(6)], -1)
+    landmarks = Landmarks(2, radius=0.5)
+    landmarks.extend(line)
+
+    def at_five(state, context, action):
+        return (state[..., 0] > 4.9).float()
+
+    value = landmarks.value_of(at_five, speed=0.5, discount=0.9)
+    states = line.reshape(*batch, 2) if batch else line[0]
+    with_goal = value(states, torch.zeros(*batch, 3))
+    found = value(states, torch.zeros(*batch, 0))
+    assert found.shape == batch
+    assert found.max() > found.min() or not batch
+    torch.testing.assert_close(found, with_goal)
+
+
 def test_a_bad_place_is_passed_by_on_the_other_side():
     angle = torch.arange(12.0) * math.pi / 6
     ring = torch.stack([angle.cos(), angle.sin()], -1)

@@ -62,6 +62,20 @@ def test_a_constant_feature_is_centred_and_not_blown_up(value):
     assert normalizer.scale[1] == pytest.approx(by_hand(data)[1][1], rel=1e-4)
 
 
+@pytest.mark.parametrize("offset", [1e5, 1e7, 1e9])
+def test_in_float64_what_varies_far_from_0_is_no_constant(offset):
+    data = offset + torch.rand(1000, 2, dtype=torch.float64)
+    data[:, 1] = offset
+    normalizer = Normalizer(2).double()
+    normalizer.fit(data)
+    (_, std), _ = by_hand(data)
+    assert normalizer.scale.tolist() == [pytest.approx(std, rel=1e-3), 1.0]
+    assert normalizer(data)[:, 0].std() == pytest.approx(1.0, rel=1e-2)
+    rounded = Normalizer(2)  # float32 cannot tell these apart
+    rounded.fit(data.float())
+    assert offset == 1e5 or rounded.scale.tolist() == [1.0, 1.0]
+
+
 def test_one_row_is_a_constant():
     normalizer = Normalizer(2)
     normalizer.fit(torch.tensor([[3.0, -4.0]]))

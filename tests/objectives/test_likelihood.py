@@ -11,7 +11,7 @@ from model_batches import Constant, D, N, fit, gradients, make_batch
 from torch import nn
 
 from layeredrl_torchrl import ModelLoss
-from layeredrl_torchrl.objectives._likelihood import _Surprise
+from layeredrl_torchrl.objectives._likelihood import _Surprise, mixture_loss
 
 
 class Slope(nn.Module):
@@ -117,6 +117,32 @@ def test_beta_of_means_falls_where_they_explain_once_that_of_the_stds_does(
         v = std ** (2 * power)
         expected = (counted * v / (share * v).sum(0).mean(0) * gradient).sum(0)
         torch.testing.assert_close(grads[name], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1e-8, 1.0, 1e4])
+@pytest.mark.parametrize("of_stds", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("of_means", [0.5, 1.0])
+def test_a_member_without_rows_loses_nothing_and_changes_no_other(of_means, of_stds, size):
+    shape = (2, 9, 3, D)
+    mean = (size * torch.randn(shape)).requires_grad_()
+    std = (size * (0.5 + torch.rand(shape))).requires_grad_()
+    log_weights = torch.rand(shape[:-1]).softmax(-1).log()
+    target = size * torch.randn(2, 9, 1, D)
+    weight = torch.stack([torch.full((9,), 1 / 9), torch.zeros(9)])
+    options = {"of_means": of_means, "of_stds": torch.tensor(of_stds), "limit": 10.0}
+
+    def run(rows):
+        parts = mean[rows], std[rows], log_weights[rows]
+        loss, nll = mixture_loss(parts, target[rows], weight[rows], **options)
+        return loss, nll, *torch.autograd.grad(loss.sum(), (mean, std))
+
+    loss, nll, *grads = run(slice(None))
+    alone_loss, alone_nll, *alone_grads = run(slice(1))
+    assert loss[1] == nll[1] == 0
+    torch.testing.assert_close((loss[:1], nll[:1]), (alone_loss, alone_nll))
+    for found, alone in zip(grads, alone_grads, strict=True):
+        assert not found[1].any()
+        torch.testing.assert_close(found, alone)
 
 
 def test_each_mode_is_weighted_by_its_own_std(make_ensemble):

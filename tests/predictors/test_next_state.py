@@ -97,6 +97,17 @@ def test_a_rollout_asks_about_each_particles_own_next_state(propagation, term_fu
         assert traj["next", "reward"][0, ..., -1, 0].std() > 0.01
 
 
+def test_a_rollout_writes_the_known_termination_under_the_models_key():
+    keys = [("next", key) for key in ("loc", "weights", "scale", "ends", "state")]
+    model = make_ensemble(2, 1, n_models=3, out_keys=keys)
+    encoder = FixedEncoderNet((3,), [0, 1], [2])
+    predictor = StaticPredictor(model, None, progress, encoder, 2, 1, term_func=fallen)
+    traj = predictor.rollout(torch.randn(5, 3), 2 * torch.rand(5, 4, 1) - 1)
+    assert ("next", "term_prob") not in traj.keys(True)
+    expected = (traj["next", "state"][..., 1:] > 0.2).float()
+    assert torch.equal(traj["next", "ends"], expected)
+
+
 @pytest.mark.parametrize("rows", [1, 2048])
 @pytest.mark.parametrize(
     "options",

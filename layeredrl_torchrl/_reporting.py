@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor
 from torchrl.record.loggers import Logger
 from tqdm import tqdm
 
-__all__ = ["check_logger", "log_terms", "updates"]
+__all__ = ["Renamed", "check_logger", "log_terms", "updates"]
 
 # Seconds between two displays of the terms, since reading one waits for the GPU.
 _EVERY = 1.0
@@ -34,6 +35,32 @@ def log_terms(logger: Logger | None, name: str, info: Mapping[str, float], step:
     """Log every term of ``info`` as the scalar ``"<name>/<term>"`` at ``step``."""
     if logger is not None:
         logger.log_metrics({f"{name}/{term}": value for term, value in info.items()}, step=step)
+
+
+class Renamed:
+    """A logger that gets the scalars of a part under the name of the whole.
+
+    Args:
+        logger: What gets them.
+        part: The name that the part logs under.
+        whole: The name to put in its place.
+    """
+
+    def __init__(self, logger: Logger, part: str, whole: str) -> None:
+        self.logger, self.part, self.whole = logger, part, whole
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log all of ``metrics``, those of the part under the other name."""
+        part = f"{self.part}/"
+        renamed = {
+            f"{self.whole}/{key.removeprefix(part)}" if key.startswith(part) else key: value
+            for key, value in metrics.items()
+        }
+        self.logger.log_metrics(renamed, step=step)
+
+    def __getattr__(self, name: str) -> Any:
+        """Take everything else from the logger."""
+        return getattr(self.logger, name)
 
 
 def updates(

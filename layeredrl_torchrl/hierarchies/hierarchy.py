@@ -295,8 +295,9 @@ class Hierarchy(OnePrimer, WholeState):
 
         Returns:
             The results of the levels' ``learn``, under ``"<name of the level>/"``, or under
-            ``"<name>_<position>/"`` for levels that share a name. ``"reward"`` is the mean one of a
-            level with a ``reward_func``, and of the updates of a ``SkillLevel``.
+            ``"<name>_<position>/"`` for levels that share a name; they log under the same names.
+            ``"reward"`` is the mean one of a level with a ``reward_func``, and of the updates of a
+            ``SkillLevel``.
 
         Raises:
             ValueError: In evaluation, with a level that is interrupted (``interrupt_after``); and
@@ -308,6 +309,7 @@ class Hierarchy(OnePrimer, WholeState):
         refuse_interruptions(levels)
         with ExitStack() as all_levels:
             for level, name, own in zip(levels, names(levels), self.transitions(data), strict=True):
+                level.logs_as = name
                 if len(own):
                     all_levels.enter_context(all_or_nothing(level, len(own)))
                     paid = own.get(("next", "reward")) if level.reward_func else None

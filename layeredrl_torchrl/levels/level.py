@@ -38,7 +38,8 @@ class Level(OnePrimer, WholeState):
     action space of a level is the ``input_spec`` of the level below it, and that of the lowest is
     the environment's.
 
-    ``name`` is used in messages and logs. It is the name of the class unless you set another.
+    ``name`` is used in messages and logs. It is the name of the class unless you set another. In a
+    hierarchy, levels that share a name log under theirs and their position.
 
     A subclass implements ``forward`` and ``learn``, and ``_build``, which :meth:`setup` calls once.
     It may use other keys, carry memory, and hand back control by another rule.
@@ -84,6 +85,8 @@ class Level(OnePrimer, WholeState):
     #: The ``each_step`` that the level above must have; ``None`` for either. With ``True`` it is
     #: rated by single environment steps, and so is the lowest or has ``each_step`` itself.
     parent_each_step: bool | None = None
+    #: What :meth:`learn` logs under in a hierarchy, which sets it; ``None`` for a level alone.
+    logs_as: str | None = None
     #: The buffer that transitions are stored in; ``None`` if they are not stored.
     buffer: ReplayBuffer | None = None
 

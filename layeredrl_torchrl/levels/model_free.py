@@ -292,7 +292,8 @@ class ModelFreeLevel(LearningLevel):
     def _update(self, buffer: ReplayBuffer, n_updates: int) -> dict[str, float]:
         totals: dict[str, Tensor] = {}
         counts: Counter[str] = Counter()
-        bar = self.name if self.progress else None
+        own_name = self.logs_as or self.name
+        bar = own_name if self.progress else None
         batches: list[TensorDictBase] = []
         self.learner.begin(int(self.n_env_steps))
         for i in updates(n_updates, totals, counts, bar=bar):
@@ -310,7 +311,7 @@ class ModelFreeLevel(LearningLevel):
         flush()
         info = {name: float(total) / counts[name] for name, total in totals.items()}
         info |= self._sampled_terms()
-        log_terms(self.logger, self.name, info, int(self.n_env_steps))
+        log_terms(self.logger, own_name, info, int(self.n_env_steps))
         return info | {"n_updates": float(n_updates)}
 
     @torch.no_grad()

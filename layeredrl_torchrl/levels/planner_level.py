@@ -20,6 +20,7 @@ from layeredrl_torchrl._checks import (
     refuse_mask,
     require,
 )
+from layeredrl_torchrl._reporting import Renamed
 from layeredrl_torchrl._watch import is_at_once, watched
 from layeredrl_torchrl.levels._learning import LearningLevel, LearningOptions, spaces_of
 from layeredrl_torchrl.levels._random_actions import RandomActions
@@ -358,13 +359,16 @@ class PlannerLevel(LearningLevel):
         return n_rows_along_time(buffer) >= self.predictor.n_steps_needed
 
     def _update(self, buffer: ReplayBuffer, n_updates: int) -> dict[str, float]:
+        logger: Any = self.logger
+        if logger is not None and self.logs_as is not None:
+            logger = Renamed(logger, self.predictor.name, self.logs_as)
         _, terms = self.predictor.learn(
             buffer,
             n_updates,
             self.batch_size,
             self.model_batch_size,
             int(self.n_env_steps),
-            logger=self.logger,
+            logger=logger,
             progress=self.progress,
         )
         return terms

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import SMALL_SAC, collected, model_free_level, planner_level
+from helpers import SMALL_SAC, Kept, collected, model_free_level, planner_level
 from tensordict import TensorDict
 from torchrl.data import Bounded, Unbounded
 
@@ -218,6 +218,24 @@ def test_a_subclass_may_have_its_own_lists_of_keys():
     level.observation_key = "seen"
     assert level.in_keys == ["observation", "more"]
     assert RandomLevel().in_keys == ["observation"]
+
+
+@pytest.mark.parametrize("named", [(), ("Feet",), ("Feet", "Feet", "Feet")])
+@pytest.mark.parametrize("kinds", ["p", "m", "pm", "pmm", "mm", "mmm"])
+def test_levels_log_under_the_names_that_results_have(toy, kinds, named):
+    env, kept = toy.Env(2), Kept()
+    make = {"p": planner_level, "m": model_free_level}
+    below = {"input_spec": BOX, "duration": 2}
+    levels = [make[k](logger=kept, **(below if i else {})) for i, k in enumerate(kinds)]
+    for level, name in zip(levels, named, strict=False):
+        level.name = name
+    hierarchy = Hierarchy(levels, env)
+    (data,) = collected(env, hierarchy, 1, 80)
+    info = hierarchy.learn(data)
+    logged = [(name, value) for metrics, _ in kept.logged for name, value in metrics.items()]
+    assert len({name for name, _ in logged}) == len(logged)
+    assert all(info[name] == value for name, value in logged)
+    assert {name.split("/")[0] for name, _ in logged} == {name.split("/")[0] for name in info}
 
 
 def test_trajectories_are_told_apart(toy):

@@ -19,7 +19,14 @@ from torchrl.envs.transforms import MultiStepTransform
 from layeredrl_torchrl._checks import check_instance, check_positive_int
 from layeredrl_torchrl._state import empty_storage
 
-__all__ = ["Overwritten", "make_buffer", "n_rows_along_time", "select_stored", "write"]
+__all__ = [
+    "Overwritten",
+    "make_buffer",
+    "n_rows_along_time",
+    "newest",
+    "select_stored",
+    "write",
+]
 
 _BUFFER_SIZE = 100_000
 _REPLACE = "pass TensorDictReplayBuffer(storage=LazyTensorStorage(n)), or leave buffer out"
@@ -171,6 +178,26 @@ def write(buffer: ReplayBuffer, rows: TensorDictBase) -> None:
         rows = rows.to(device)
     # TensorDictReplayBuffer.extend also writes indices into the rows, which fails for [env, 1].
     ReplayBuffer.extend(buffer, rows)
+
+
+def newest(buffer: ReplayBuffer, written: TensorDictBase, n: int | None) -> TensorDictBase:
+    """Return rows as the buffer's transforms give them to learning, which stay stored as they are.
+
+    Args:
+        buffer: With one axis.
+        written: The rows ``[N]`` that were just written.
+        n: How many of the newest to return, at most ``N``; ``None`` for all that are stored.
+    """
+    storage, transform = buffer.storage, buffer.transform
+    if not len(transform):
+        return storage[:] if n is None else written
+    if n is None:
+        index = torch.arange(len(storage))
+    else:
+        # Of more rows than there is room for, only the last are left.
+        ahead = torch.arange(-min(n, len(storage)), 0)
+        index = (buffer.writer._cursor + ahead) % storage._storage.shape[0]
+    return transform(storage[index])  # by index they are copies
 
 
 class Overwritten:

@@ -45,6 +45,7 @@ from layeredrl_torchrl.levels._rows import (
     end_keys,
     with_known_ends,
 )
+from layeredrl_torchrl.levels._storing import newest
 from layeredrl_torchrl.levels._trial import try_out
 from layeredrl_torchrl.levels.learners import Learner
 from layeredrl_torchrl.specs import ObservationSpace, Space, is_discrete, to_spec, width
@@ -264,8 +265,10 @@ class ModelFreeLevel(LearningLevel):
         return rows
 
     def _observe(self, data: TensorDictBase) -> None:
-        if self.buffer is not None and not int(self.features.n_seen):
-            data = self.buffer.storage[:]  # with what was there before, such as demonstrations
+        if self.buffer is not None:
+            # The first time with what was there before, such as demonstrations.
+            n = len(data) if int(self.features.n_seen) else None
+            data = newest(self.buffer, data, n)
         data = data.to(self.features.mean.device)
         self.features.observe(*self._arguments(data))
         if self.scales_rewards:

@@ -21,20 +21,28 @@ from hypothesis import strategies as st
 from level_states import assert_same, everything
 from tensordict import TensorDict
 from torchrl.data import (
+    LazyMemmapStorage,
     LazyStackStorage,
     LazyTensorStorage,
     ListStorage,
     MultiStep,
     PrioritizedSampler,
     RandomSampler,
+    ReplayBuffer,
     SliceSampler,
     TensorDictMaxValueWriter,
     TensorDictReplayBuffer,
 )
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
-from torchrl.envs import MultiStepTransform, RenameTransform, StepCounter
+from torchrl.envs import Compose, MultiStepTransform, RenameTransform, StepCounter, Transform
 
-from layeredrl_torchrl import PredictorFactory, TransitionSlices, get_task
+from layeredrl_torchrl import (
+    AffineReward,
+    PredictorFactory,
+    TransitionSlices,
+    get_task,
+)
+from layeredrl_torchrl.transforms import RelabelGoals
 
 # -- gradients and casts ----------------------------------------------------------------------
 
@@ -145,6 +153,58 @@ def test_a_model_free_level_knows_the_units_of_what_was_stored_before():
     torch.testing.assert_close(level.features.normalizer.loc, both["observation"].mean(0))
     square = both["next", "reward"].double().square().mean()
     torch.testing.assert_close(level.reward_scale.square, square, rtol=1e-5, atol=0)
+
+
+class Doubled(Transform):
+    """Doubles observations in place, and counts the rows that it is given."""
+
+    n_rows = 0
+
+    def forward(self, tensordict):
+        self.n_rows += len(tensordict)
+        for key in ("observation", ("next", "observation")):
+            tensordict[key].mul_(2.0)
+        return tensordict
+
+
+@pytest.mark.parametrize("storage", [LazyTensorStorage, LazyMemmapStorage])
+@pytest.mark.parametrize("room", [13, 30, 100])
+def test_a_model_free_level_knows_the_units_that_the_buffers_transforms_give(storage, room):
+    before, data = make_transitions(8), make_transitions(40)
+    doubled = Doubled()
+    reward = AffineReward(1000.0, 7.0, in_keys=[("next", "reward")])
+    buffer = TensorDictReplayBuffer(storage=storage(room), transform=Compose(doubled, reward))
+    level = model_free_level(*SPACES, buffer=buffer, n_initial_random_steps=1000)
+    required, _ = level.stored_keys
+    ReplayBuffer.extend(buffer, before.select(*required))
+    first, second = data[:20], data[20:]
+    for rows in (first, second):
+        level.learn(rows)
+    # Those that were written over before they were seen were not learned from either.
+    seen = torch.cat([torch.cat([before, first])[-room:], second[-room:]])
+    assert doubled.n_rows == len(seen)
+    mean = 2.0 * seen["observation"].mean(0)
+    torch.testing.assert_close(level.features.normalizer.loc, mean)
+    paid = 1000.0 * seen["next", "reward"].double() + 7.0
+    torch.testing.assert_close(level.reward_scale.square, paid.square().mean(), rtol=1e-5, atol=0)
+    stored = buffer.storage[:]
+    for key in ("observation", ("next", "reward")):
+        expected = torch.cat([before, data])[-room:][key]
+        assert torch.equal(stored[key].sort(0).values, expected.sort(0).values)
+
+
+def test_the_goals_of_a_hindsight_buffer_are_as_stored_to_the_units():
+    reached = lambda achieved, desired: (achieved == desired).float()  # noqa: E731
+    hindsight = RelabelGoals(2, achieved=[0], desired=[1], reward_func=reached)
+    levels = [
+        model_free_level(*SPACES, buffer=own, n_initial_random_steps=1000)
+        for own in (None, hindsight.make_buffer(storage=LazyTensorStorage(100)))
+    ]
+    for data in (make_transitions(), make_transitions(20)):
+        for level in levels:
+            level.learn(data)
+    assert_same(*({**level.features.state_dict()} for level in levels))
+    assert_same(*({**level.reward_scale.state_dict()} for level in levels))
 
 
 def test_transitions_of_several_steps_are_refused():

@@ -21,6 +21,7 @@ __all__ = [
     "empty_storage",
     "follow_parameters",
     "load_whole",
+    "not_saved",
     "refuse_other_shapes",
     "undone_on_error",
 ]
@@ -67,8 +68,13 @@ class WholeState(TensorDictModuleBase):
 def load_whole(
     module: nn.Module, load: Callable[..., Any], state_dict: Mapping[str, Any], *, strict: bool
 ) -> Any:
-    """Let ``load`` load a state, if everything in it fits ``module``."""
+    """Let ``load`` load a state, if everything in it fits ``module``.
+
+    Options that are buffers, and no part of the state now, were part of it once: they are ignored.
+    """
     own = module.state_dict()
+    options = not_saved(module)
+    state_dict = {name: value for name, value in state_dict.items() if name not in options}
     label = getattr(module, "name", type(module).__name__)
     _check_parameters(label, {name for name, _ in module.named_parameters()}, state_dict)
     _check_state(label, own, state_dict, strict=strict)
@@ -79,6 +85,15 @@ def load_whole(
     result.missing_keys.extend(name for name in own if name not in state_dict)
     result.unexpected_keys.extend(name for name in state_dict if name not in own)
     return result
+
+
+def not_saved(module: nn.Module) -> set[str]:
+    """Return the names of buffers that are no part of the state, such as options."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in module.named_modules(remove_duplicate=False)
+        for name in part._non_persistent_buffers_set
+    }
 
 
 def _check_parameters(name: str, parameters: set[str], saved: Mapping[str, Any]) -> None:

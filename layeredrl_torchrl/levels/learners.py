@@ -13,6 +13,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
 from torchrl.objectives import LossModule, SoftUpdate, ValueEstimators
+from torchrl.objectives.value import ValueEstimatorBase
 
 from layeredrl_torchrl._checks import (
     check_callable,
@@ -20,7 +21,7 @@ from layeredrl_torchrl._checks import (
     check_positive_int,
     check_trainable,
 )
-from layeredrl_torchrl._state import follow_parameters, refuse_other_shapes
+from layeredrl_torchrl._state import follow_parameters, not_saved, refuse_other_shapes
 from layeredrl_torchrl._watch import refuse
 from layeredrl_torchrl.predictors._learning_rates import LearningRate
 
@@ -28,6 +29,11 @@ __all__ = ["Learner", "has_targets"]
 
 _TARGETS = re.compile(r"target_\w+_params\.")
 _ACTOR = re.compile(r"loss_actor|loss_alpha$")
+# Arguments of TorchRL's losses and value estimators that these keep as buffers. (log_alpha is one
+# where it is fixed, and a parameter where it is learned.)
+_OPTIONS = {"gamma", "lmbda", "alpha_init", "log_alpha", "min_log_alpha", "max_log_alpha"}
+_OPTIONS |= {"_target_entropy", "target_entropy", "target_entropy_buffer"}
+_OPTIONS |= {"min_action", "max_action"}
 
 
 class Learner(nn.Module, ABC):
@@ -38,7 +44,8 @@ class Learner(nn.Module, ABC):
     policy in it. Gradient steps are taken on the sum of the loss's terms that begin with
     ``"loss"``; where it has target networks, TorchRL's ``SoftUpdate`` updates them afterwards.
 
-    All parameters belong to ``loss``, as TorchRL has it. Copies and pickles can act but not learn.
+    All parameters belong to ``loss``, as TorchRL has it. Options, such as ``gamma``, are no part of
+    the state: a state may be loaded to go on with others. Copies and pickles can act but not learn.
 
     >>> learner = SACLearner(3, Bounded(-1.0, 1.0, (1,)))
     >>> "features" in learner.loss.in_keys
@@ -106,6 +113,7 @@ class Learner(nn.Module, ABC):
                 f"{name} has no target networks, but tau={tau} and "
                 f"targets_every={targets_every} are about them; leave them out"
             )
+        _leave_out_options(loss)
         self._count = 0
         if max(actor_every, targets_every) > 1:
             self.register_buffer("n_updates", torch.zeros((), dtype=torch.int64))
@@ -127,6 +135,14 @@ class Learner(nn.Module, ABC):
             if isinstance(part, TensorDictParams):
                 part._erase_cache()
         return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Pass over options, which states once had."""
+        for name in not_saved(self):
+            state_dict.pop(prefix + name, None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _lr(self, n_env_steps: int) -> float:
         if callable(self.lr):
@@ -210,6 +226,14 @@ class Learner(nn.Module, ABC):
             self.n_updates += 1
         detached = ((name, value.detach()) for name, value in terms.items())
         return {name: value.mean() if value.ndim else value for name, value in detached}
+
+
+def _leave_out_options(loss: LossModule) -> None:
+    """Leave options out of the state of ``loss``, so that loading one does not replace them."""
+    for part in loss.modules():
+        if isinstance(part, LossModule | ValueEstimatorBase):
+            for name in _OPTIONS & part._buffers.keys():
+                part.register_buffer(name, part._buffers[name], persistent=False)
 
 
 def has_targets(loss: LossModule) -> bool:

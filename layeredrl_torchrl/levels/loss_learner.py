@@ -123,8 +123,9 @@ class LossLearner(KeepsFloats, Learner):
         if bounds is None:
             self.random_actions = RandomActions(action_spec)
         else:
-            self.register_buffer("low", bounds[0])
-            self.register_buffer("high", bounds[1])
+            # Not part of the state dict: they follow from the arguments.
+            self.register_buffer("low", bounds[0], persistent=False)
+            self.register_buffer("high", bounds[1], persistent=False)
         self._set_mode(False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -196,7 +197,7 @@ class LossLearner(KeepsFloats, Learner):
 def _know_target_entropy(loss: LossModule, action_spec: TensorSpec) -> None:
     """Let ``loss`` create the buffer of its target entropy, if it has one.
 
-    TorchRL does so when it is first read, which is too late for loading a state.
+    TorchRL does so when it is first read, and it is to be known as an option before.
     """
     if not hasattr(type(loss), "target_entropy"):
         return

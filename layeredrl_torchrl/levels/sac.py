@@ -105,11 +105,12 @@ class SACLearner(KeepsFloats, Learner):
             alpha_init=alpha_init,
             target_entropy=float(-n if target_entropy is None else target_entropy),
         )
-        # TorchRL creates this buffer when it is first read, which is too late for loading a state.
+        # TorchRL creates this buffer when it is first read; it is to be known as an option before.
         loss.target_entropy  # noqa: B018
         super().__init__(loss, gamma=gamma, lr=lr, tau=tau)
-        self.register_buffer("low", low)
-        self.register_buffer("high", high)
+        # Not part of the state dict: they follow from the arguments.
+        self.register_buffer("low", low, persistent=False)
+        self.register_buffer("high", high, persistent=False)
         self.action_spec = action_spec
 
     def act(self, features: Tensor, *, explore: bool) -> Tensor:

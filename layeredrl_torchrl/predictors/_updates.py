@@ -106,6 +106,14 @@ class Updates(nn.Module):
             self.own_losses.append(loss)
         self.losses[name] = weighted
 
+    def trains(self, part: object) -> bool:
+        """Whether any parameter of a module is trained: the optimizer has it, and it isn't frozen.
+
+        Modules without parameters, and what is no module, are not.
+        """
+        known = {p for group in self.optim.param_groups for p in group["params"]}
+        return any(p in known for p in _trainable(part))
+
     # -- running ----------------------------------------------------------------------------
 
     def run(

@@ -28,22 +28,27 @@ class Upkeep(nn.Module):
     """Refits normalisers, output scales, the encoder's mask and the calibration.
 
     Statistics are taken anew whenever a tenth of the data is new: the buffer has grown by a tenth,
-    a tenth of what it held has been overwritten, or it is another buffer.
+    a tenth of what it held has been overwritten, or it is another buffer; and when a part is
+    trained that was not before. Weights that nobody trains mean something under the statistics
+    that they were learned with, which stay.
 
     Args:
         model: Has the normalisers and the calibration.
         encoder: Its context is watched.
         learn_encoder: Whether an :class:`~layeredrl_torchrl.EncoderNet` gets its mask.
         rew_func: Is scaled if it is a :class:`~layeredrl_torchrl.ScalarHead`.
-        value_heads: Likewise.
+        val_func: Likewise.
+        target_val_func: Likewise, with ``val_func``, which it follows.
         delta_standardizer: Is fitted to changes of the state.
         gamma: Discount over one environment step.
+        trains: Whether anything of a module is trained.
     """
 
     n_since_calibration: Tensor  # []: updates of the model
     n_written_at_statistics: Tensor  # []: transitions
     n_stored_at_statistics: Tensor  # []: transitions
     fingerprints: Tensor  # [64]: of what was stored
+    trained_at_statistics: Tensor  # [3] bool: model, reward and value function
 
     def __init__(
         self,
@@ -51,19 +56,23 @@ class Upkeep(nn.Module):
         encoder: Encoder,
         learn_encoder: bool,
         rew_func: Callable[..., Tensor] | None,
-        value_heads: tuple[object, ...],
+        val_func: Callable[..., Tensor] | None,
+        target_val_func: nn.Module | None,
         delta_standardizer: DeltaStandardizer | None,
         gamma: float,
+        trains: Callable[[object], bool],
     ) -> None:
         super().__init__()
         self._gamma = gamma
         # The parts belong to the predictor: a tuple keeps them from being registered twice.
         self._parts = model, encoder if learn_encoder else None, rew_func, delta_standardizer
+        self._values = val_func, target_val_func
+        self._trains = trains
         self._context_watch = ContextWatch(encoder)
-        self._value_heads = value_heads
         for name in ("n_since_calibration", "n_written_at_statistics", "n_stored_at_statistics"):
             self.register_buffer(name, torch.zeros((), dtype=torch.long))
         self.register_buffer("fingerprints", torch.zeros(_N_PROBES, dtype=torch.long))
+        self.register_buffer("trained_at_statistics", torch.zeros(3, dtype=torch.bool))
 
     @torch.no_grad()
     def refit(self, experience: Experience, *, anew: bool = False) -> None:
@@ -79,14 +88,15 @@ class Upkeep(nn.Module):
         n_stored = len(experience)
         rows = experience.sample(experience.at_most(min(max(n_stored, 1), N_STATISTICS)))
         reward = experience.rewards(rows)
-        if isinstance(encoder, EncoderNet):
+        if isinstance(encoder, EncoderNet) and self._lacks_mask(encoder):
             experience.encode(rows)  # raises for bad data before anything is changed
             encoder.update_mask(*experience.observations(rows))
         data = experience.encode(rows)
         self._context_watch.look(*experience.observations(rows), experience.goes_on(rows))
         state, context, action = (data.get(key) for key in ("state", "context", "action"))
         next_state = data.get(("next", "state"))
-        model.fit_statistics(state, context, action, next_state)
+        if self._model_learns:
+            model.fit_statistics(state, context, action, next_state)
         if delta_standardizer is not None:
             delta_standardizer.fit(next_state - state)
         discount = None
@@ -96,6 +106,7 @@ class Upkeep(nn.Module):
         self.n_written_at_statistics.fill_(experience.n_written)
         self.n_stored_at_statistics.fill_(n_stored)
         self.fingerprints.copy_(experience.fingerprints(n_stored, _N_PROBES))
+        self.trained_at_statistics.copy_(self._trained())
 
     @torch.no_grad()
     def calibrate(self, experience: Experience, n_updates: int) -> None:
@@ -105,6 +116,8 @@ class Upkeep(nn.Module):
             experience: Its held-out transitions are used; without any, nothing happens.
             n_updates: How often the model was updated since the last call of this function.
         """
+        if not self._model_learns:
+            return
         self.n_since_calibration += n_updates
         if not experience.holdout_share or int(self.n_since_calibration) < _CALIBRATE_EVERY:
             return
@@ -115,12 +128,29 @@ class Upkeep(nn.Module):
         self._parts[0].calibrate(*(data.get(key) for key in keys))
         self.n_since_calibration.zero_()
 
+    @property
+    def _model_learns(self) -> bool:
+        """Whether the members are trained, or are known dynamics without anything to train."""
+        members = self._parts[0].members
+        return self._trains(members) or next(members.parameters(), None) is None
+
+    def _lacks_mask(self, encoder: EncoderNet) -> bool:
+        """Whether the mask has to follow the data; frozen weights were learned under theirs."""
+        return self._trains(encoder) or not bool(encoder.mask.any())
+
+    def _trained(self) -> Tensor:
+        """Whose statistics are taken: model, reward and value function, bool ``[3]``."""
+        heads = (self._parts[2], self._values[0])
+        return torch.tensor([self._model_learns, *(self._trains(head) for head in heads)])
+
     def _up_to_date(self, experience: Experience) -> bool:
         """Whether less than a tenth of the data is new since the statistics were taken."""
         n_written, n_stored = int(self.n_written_at_statistics), int(self.n_stored_at_statistics)
         if not n_written or len(experience) < n_stored:
             return False
         if 10 * experience.n_written >= 11 * n_written:
+            return False
+        if bool((self._trained() & ~self.trained_at_statistics.cpu()).any()):
             return False
         found = experience.fingerprints(n_stored, _N_PROBES)
         n_changed = int((found != self.fingerprints.cpu()).sum())
@@ -156,18 +186,28 @@ class Upkeep(nn.Module):
         # Rewards that differ by what float32 rounds off are the same.
         std = torch.where(std > 1e-6 * reward.abs().amax(), std, 0.0)
         rew_func = self._parts[2]
-        if isinstance(rew_func, ScalarHead):
+        if isinstance(rew_func, ScalarHead) and self._trains(rew_func):
             rew_func.fit_inputs(*taken, *((next_state,) if needs_next_state(rew_func) else ()))
-            rew_func.rescale(mean, torch.where(std > 0, std, _size(reward)))
+            if _may_rescale(rew_func):
+                rew_func.rescale(mean, torch.where(std > 0, std, _size(reward)))
         offset = forever = torch.zeros_like(mean)
         if discount is not None and discount < 1.0:
             share = ((mean.abs() - 5.0 * std) / (15.0 * std)).clamp(0.0, 1.0)
             offset = torch.where(std > 0, share * mean, 0.0)
             forever = offset / (1.0 - discount)
-        for head in self._value_heads:
+        val_func = self._values[0]
+        if not isinstance(val_func, ScalarHead) or not self._trains(val_func):
+            return
+        for head in self._values:
             if isinstance(head, ScalarHead):
                 head.fit_inputs(*taken)
-                head.rescale(forever, _size(reward - offset))
+                if _may_rescale(val_func):
+                    head.rescale(forever, _size(reward - offset))
+
+
+def _may_rescale(head: ScalarHead) -> bool:
+    """Whether the last layer, which compensates a change of the scale, is free to change."""
+    return all(p.requires_grad for p in head.net[-1].parameters())
 
 
 def _size(reward: Tensor) -> Tensor:

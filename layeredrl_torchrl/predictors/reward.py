@@ -93,7 +93,8 @@ class RewardPredictor(Predictor):
 
     The parameters are updated by :meth:`learn` only; so are the statistics that normalise
     inputs and outputs, and the encoder's mask, at the start of a call whenever the buffer has
-    grown by a tenth (and once more when the encoder's warm-up is over).
+    grown by a tenth (and once more when the encoder's warm-up is over). A part that is frozen
+    (``requires_grad_(False)``) keeps its weights and its statistics, averages and calibration.
 
     Raises:
         TypeError, ValueError: As :class:`Predictor`; a model that is no ensemble; numbers
@@ -185,15 +186,6 @@ class RewardPredictor(Predictor):
             if check_flag("delta_standardizer", delta_standardizer)
             else None
         )
-        self.upkeep = Upkeep(
-            model,
-            encoder,
-            learn_encoder,
-            rew_func,
-            (val_func, self.target_val_func),
-            self.delta_standardizer,
-            gamma,
-        )
         check_number("consistency_loss_weight", consistency_loss_weight, 0.0)
         check_number("termination_loss_weight", termination_loss_weight, 0.0)
         if term_func is not None:  # nobody asks the model for what is known
@@ -221,7 +213,18 @@ class RewardPredictor(Predictor):
             rates=rates,
             decays={"model": model_training.weight_decay},
             clip_grad_max_norm=clip_grad_max_norm,
-            followers={"loss_dynamics": model.update_average, "loss_value": self.update_target},
+            followers={"loss_dynamics": self._update_average, "loss_value": self.update_target},
+        )
+        self.upkeep = Upkeep(
+            model,
+            encoder,
+            learn_encoder,
+            rew_func,
+            val_func,
+            self.target_val_func,
+            self.delta_standardizer,
+            gamma,
+            self.updates.trains,
         )
 
     def compile(self, *, cudagraphs: bool = False, **options: Any) -> None:
@@ -301,6 +304,11 @@ class RewardPredictor(Predictor):
     def _states_move(self) -> bool:
         """Whether the encoder learns."""
         return self.learn_encoder and any(p.requires_grad for p in self.encoder.parameters())
+
+    def _update_average(self) -> None:
+        """Move the model's averaged weights, by which a model predicts, unless it is frozen."""
+        if any(p.requires_grad for p in self.model.members.parameters()):
+            self.model.update_average()
 
     def update_target(self) -> None:
         """Move the target network towards the value function by a share of ``tau``."""

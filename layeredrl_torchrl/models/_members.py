@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from layeredrl_torchrl.nets import MemberOutput
+from layeredrl_torchrl.nets import MemberOutput, stackable
 
 __all__ = ["LoopMembers", "VmapMembers", "check_distinct", "check_net", "stack_members"]
 
@@ -19,7 +19,8 @@ class VmapMembers(nn.Module):
     """Equally built modules of any kind, evaluated by ``torch.vmap`` over stacked parameters.
 
     Args:
-        nets: The ``M`` members; their parameters and buffers are copied.
+        nets: The ``M`` members, for which :func:`~layeredrl_torchrl.nets.stackable` holds; their
+            parameters and buffers are copied.
 
     Shapes:
         state ``[M, N, D]``, context ``[M, N, C]``, action ``[M, N, ...]`` -> each output of a
@@ -31,6 +32,17 @@ class VmapMembers(nn.Module):
         self.params = TensorDict.from_modules(*nets, as_module=True)
         # A module without values to put parameters into; in a list, so that it is not registered.
         self._template = [copy.deepcopy(nets[0]).to("meta")]
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw new weights for each member, by ``reset_parameters`` of its parts."""
+        template = self._template[0]
+        for member in range(self.params.batch_size[0]):
+            with self.params.data[member].to_module(template):
+                for part in reversed(list(template.modules())):  # parts before what they are in
+                    reset = getattr(part, "reset_parameters", None)
+                    if callable(reset):
+                        reset()
 
     def _call(
         self, params: TensorDict, state: Tensor, context: Tensor, action: Tensor
@@ -164,7 +176,8 @@ def stack_members(nets: Sequence[nn.Module], probe: tuple[Tensor, Tensor, Tensor
 
     A class may define a static method ``stack(nets)``, like the built-in network, which returns
     ``None`` for nets that it cannot stack. Other modules that differ in their parameters only go
-    through :class:`VmapMembers`, the rest through :class:`LoopMembers`.
+    through :class:`VmapMembers`, the rest through :class:`LoopMembers`: also those of which some
+    are frozen and others are not, and networks that use a parameter twice.
 
     Args:
         nets: The members.
@@ -177,7 +190,7 @@ def stack_members(nets: Sequence[nn.Module], probe: tuple[Tensor, Tensor, Tensor
         return stacked
     same = all(type(n) is type(first) and _shapes(n) == _shapes(first) for n in nets)
     parameter = next(first.parameters(), None)
-    if not same or parameter is None:
+    if not same or parameter is None or not stackable(nets):
         return LoopMembers(nets)
     members = VmapMembers(nets).eval()
     given = [

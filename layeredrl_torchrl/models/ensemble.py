@@ -50,6 +50,7 @@ class ProbabilisticEnsemble(Model):
             once for each member; returns a module with ``forward(state, context, action) ->
             (mean [*B, K, D], std [*B, K, D]), weights [*B, K], term_prob [*B]``. It is fed
             normalised inputs and predicts the normalised target, as the options below say.
+            Parameters that it freezes stay so, and those that it uses twice stay one.
         n_models: ``M``.
         n_modes: ``K``.
         n_particles_per_model: ``P``.
@@ -289,8 +290,9 @@ class ProbabilisticEnsemble(Model):
         Members of your own are reset by the ``reset_parameters`` of their parts.
         """
         self._reset_parameters(self.members)
-        if isinstance(self.members, StackedProbFCDynamics):
-            self.members.reset_parameters()
+        stacked = getattr(self.members, "reset_parameters", None)
+        if callable(stacked):
+            stacked()
         if self.ema_decay is not None:
             self.averaged_members.load_state_dict(self.members.state_dict())
         self.n_averaged.zero_()

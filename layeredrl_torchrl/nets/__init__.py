@@ -2,7 +2,12 @@
 
 from layeredrl_torchrl.nets._averaging import move_towards
 from layeredrl_torchrl.nets._gaussians import LogStdBounds, MemberOutput
-from layeredrl_torchrl.nets._stacked import StackedProbFCDynamics, hidden_layers, product
+from layeredrl_torchrl.nets._stacked import (
+    StackedProbFCDynamics,
+    hidden_layers,
+    product,
+    stackable,
+)
 from layeredrl_torchrl.nets.actor_critic import QValueNet, QValueOperator, TanhActor
 from layeredrl_torchrl.nets.dynamics import ProbFCDynamics
 from layeredrl_torchrl.nets.encoders import (
@@ -57,4 +62,5 @@ __all__ = [
     "product",
     "reads_next_state",
     "refuse_next_state",
+    "stackable",
 ]

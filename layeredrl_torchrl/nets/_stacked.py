@@ -22,6 +22,7 @@ __all__ = [
     "hidden_layers",
     "init_layers",
     "product",
+    "stackable",
 ]
 
 _IN_PLACE: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
@@ -52,7 +53,7 @@ class StackedProbFCDynamics(ConcatenatedInputs):
     losses; rollouts (``models/_step.py``) evaluate columns with the same weights.
 
     Args:
-        nets: The members; their parameters are copied.
+        nets: The members; their parameters are copied. What is frozen in one is frozen in all.
 
     Shapes:
         Every input and output of a member with a leading ``M``: state ``[M, N, D]`` ->
@@ -71,13 +72,19 @@ class StackedProbFCDynamics(ConcatenatedInputs):
         linears = [net.layers for net in nets]
         self.weights = nn.ParameterList(
             [
-                nn.Parameter(torch.stack([layer.weight.detach().T for layer in layers]).clone())
+                nn.Parameter(
+                    torch.stack([layer.weight.detach().T for layer in layers]).clone(),
+                    requires_grad=layers[0].weight.requires_grad,
+                )
                 for layers in zip(*linears, strict=True)
             ]
         )  # [M, in, out] each
         self.biases = nn.ParameterList(
             [
-                nn.Parameter(torch.stack([layer.bias.detach() for layer in layers])[:, None])
+                nn.Parameter(
+                    torch.stack([layer.bias.detach() for layer in layers])[:, None],
+                    requires_grad=layers[0].bias.requires_grad,
+                )
                 for layers in zip(*linears, strict=True)
             ]
         )  # [M, 1, out] each
@@ -96,6 +103,20 @@ class StackedProbFCDynamics(ConcatenatedInputs):
             x = hidden_layers(x, weights, biases, self.activation)
             out = torch.baddbmm(last_bias, x, last)
         return mixture_parameters(out, self.n_modes, self.state_dim, self.log_std_bounds)
+
+
+def stackable(nets: Sequence[nn.Module]) -> bool:
+    """Whether parameters stay what they are when those of equally built networks are stacked.
+
+    A stacked parameter is trained in all members or in none, and one that a network has under
+    several names, or in a layer that it has twice, would become several.
+    """
+    tensors = [
+        [*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)]
+        for net in nets
+    ]
+    trained = {tuple((name, x.requires_grad) for name, x in own) for own in tensors}
+    return len(trained) == 1 and all(len({id(x) for _, x in own}) == len(own) for own in tensors)
 
 
 @torch.no_grad()

@@ -16,7 +16,12 @@ from layeredrl_torchrl._checks import (
     check_sizes,
 )
 from layeredrl_torchrl.nets._gaussians import LogStdBounds, MemberOutput, mixture_parameters
-from layeredrl_torchrl.nets._stacked import ConcatenatedInputs, StackedProbFCDynamics, init_layers
+from layeredrl_torchrl.nets._stacked import (
+    ConcatenatedInputs,
+    StackedProbFCDynamics,
+    init_layers,
+    stackable,
+)
 from layeredrl_torchrl.specs import Space, to_spec, width
 
 __all__ = ["ProbFCDynamics"]
@@ -102,14 +107,14 @@ class ProbFCDynamics(ConcatenatedInputs):
     def stack(nets: Sequence[nn.Module]) -> StackedProbFCDynamics | None:
         """Combine equally built networks into one module that evaluates them together.
 
-        Return ``None`` for networks that differ in more than their weights, or whose activation
-        has parameters.
+        Return ``None`` for networks that differ in more than their weights, also in which of them
+        are frozen, that share a weight between layers, or whose activation has parameters.
         """
         # A subclass may compute something else, so it has to define its own stack().
         same = [net for net in nets if type(net) is ProbFCDynamics]
         if len(same) != len(nets) or len({net._build() for net in same}) != 1:
             return None
-        if any(True for _ in same[0].activation.parameters()):
+        if any(True for _ in same[0].activation.parameters()) or not stackable(same):
             return None
         return StackedProbFCDynamics(same)
 

@@ -25,6 +25,7 @@ from layeredrl_torchrl.nets import (
     Encoder,
     StepFunction,
     check_step_function,
+    move_towards,
     needs_next_state,
     on_step,
 )
@@ -136,6 +137,9 @@ class PredictorLoss(TermsLoss):
         elapsed_steps: NestedKey = ("next", "elapsed_steps")
         valid: NestedKey = "valid"
         random_action: NestedKey = "random_action"
+
+    #: Share by which :meth:`after_update` moves the target network; None for not at all.
+    tau: float | None = None
 
     default_keys = _AcceptedKeys
     out_keys = ["loss_reward", "loss_value", "value_mean"]
@@ -282,6 +286,16 @@ class PredictorLoss(TermsLoss):
             out["loss_value"] = error.square().sum() / counts.sum().clamp_min(1)
             out["value_mean"] = value.detach().mean()
         return out
+
+    def after_update(self) -> None:
+        """Move the target network by ``tau``, which adding the loss to a predictor sets.
+
+        It stays where it is if one of TorchRL's target updaters is to move it.
+        """
+        if self.tau is None or self._has_update_associated.get("value", True):
+            return
+        if isinstance(self.val_func, nn.Module):
+            move_towards(self.target_val_func, self.val_func, self.tau)
 
     @property
     def _learns_of_next_state(self) -> bool:

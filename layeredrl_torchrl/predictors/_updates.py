@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from itertools import chain, islice
 from typing import Any
 
@@ -17,7 +17,7 @@ from layeredrl_torchrl._graphs import Graphs
 from layeredrl_torchrl._precision import uncached_autocast
 from layeredrl_torchrl._state import follow_parameters, refuse_other_shapes
 from layeredrl_torchrl._watch import flush, watched
-from layeredrl_torchrl.objectives import MemberBatches, ModelLoss
+from layeredrl_torchrl.objectives import MemberBatches, ModelLoss, PredictorLoss
 from layeredrl_torchrl.objectives.terms import TermsLoss
 from layeredrl_torchrl.predictors._experience import Experience
 from layeredrl_torchrl.predictors._learning_rates import LearningRate, LearningRates, share_left
@@ -31,6 +31,8 @@ __all__ = ["Updates"]
 # accelerator many take as many operations as one, and each draw waits.
 _N_AHEAD = 32
 _N_AHEAD_ON_ACCELERATOR = 64
+# What is reported beside the terms.
+_REPORTED = {"loss", "n_updates", "model_updates", "holdout_nll"}
 
 
 class Updates(nn.Module):
@@ -71,6 +73,8 @@ class Updates(nn.Module):
             check_number("clip_grad_max_norm", clip_grad_max_norm, 0.0, open_low=True)
         self.clip_grad_max_norm = clip_grad_max_norm
         self.losses = dict(losses)
+        self._first = frozenset(losses)
+        self._own_names = _REPORTED.union(*(_names(one.loss) for one in losses.values()))
         self.followers = dict(followers)
         self.graphs: Graphs | None = None
         self._sums = Sums()
@@ -93,8 +97,26 @@ class Updates(nn.Module):
         # Torch warns of capturable optimizers that run uncaptured, but only of copied ones.
         self.optim._warned_capturable_if_run_uncaptured = True
 
-    def add(self, loss: TermsLoss, weights: Mapping[str, float], rate: LearningRate) -> None:
-        """Minimise one more loss; see :meth:`RewardPredictor.add_loss`."""
+    def add(
+        self,
+        loss: TermsLoss,
+        weights: Mapping[str, float],
+        rate: LearningRate,
+        *,
+        saved: Iterable[object],
+        tau: float,
+    ) -> None:
+        """Minimise one more loss; see :meth:`RewardPredictor.add_loss`.
+
+        Args:
+            loss: The loss.
+            weights: Of its terms.
+            rate: Learning rate of its own parameters.
+            saved: Tensors that are saved with the predictor as it is; a loss that has others is
+                saved, too.
+            tau: Share by which the target network of a :class:`PredictorLoss` follows, where
+                nothing else moves it.
+        """
         name = f"{type(loss).__name__}_{len(self.losses)}"
         weighted = WeightedLoss(loss, weights)
         known = {p for group in self.optim.param_groups for p in group["params"]}
@@ -102,8 +124,15 @@ class Updates(nn.Module):
         if own:
             self.optim.add_param_group({"params": own, "name": name})
             self.rates.add(name, rate)
-        if own or any(p not in known for p in loss.parameters()):  # a target network, say
+        held = {id(x) for x in saved}
+        # A target network, say, or a count in a buffer.
+        if own or any(id(x) not in held for x in loss.state_dict(keep_vars=True).values()):
             self.own_losses.append(loss)
+        if isinstance(loss, PredictorLoss) and loss.tau is None:
+            target = getattr(loss, "target_val_func", None)
+            alone = target is not None and all(id(p) not in held for p in target.parameters())
+            if alone and type(loss).after_update is PredictorLoss.after_update:
+                loss.tau = tau
         self.losses[name] = weighted
 
     def trains(self, part: object) -> bool:
@@ -234,7 +263,12 @@ class Updates(nn.Module):
         with torch.enable_grad(), uncached_autocast(device.type):
             found = [self.losses[name](prepared) for name, prepared in batch.items()]
             loss = torch.stack([value for weighted, _ in found for value in weighted]).sum()
-        terms = {name: value for _, several in found for name, value in several.items()}
+        terms: dict[str, Tensor] = {}
+        for name, (_, several) in zip(batch, found, strict=True):
+            added = name not in self._first
+            for term, value in several.items():
+                taken = added and (term in self._own_names or term in terms)
+                terms[f"{name}.{term}" if taken else term] = value
         check_trainable("the predictor", loss)
         self.optim.zero_grad()
         loss.backward()
@@ -301,6 +335,17 @@ class Updates(nn.Module):
             if limit is not None and (norm.device.type != "cpu" or float(norm) > limit):
                 clip_grads_with_norm_(group["params"], limit, norm)
         return norms
+
+
+def _names(loss: TermsLoss) -> set[str]:
+    """Return the names of the terms of a predictor's own loss."""
+    names = set(loss.out_keys)
+    if isinstance(loss, PredictorLoss):
+        if not isinstance(loss.rew_func, nn.Module):
+            names -= {"loss_reward"}
+        if not isinstance(loss.val_func, nn.Module):
+            names -= {"loss_value", "value_mean"}
+    return names
 
 
 def _trainable(part: object) -> list[nn.Parameter]:

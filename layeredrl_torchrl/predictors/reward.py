@@ -273,12 +273,19 @@ class RewardPredictor(Predictor):
             weights: Of its terms that begin with ``"loss_"``.
             lr: Learning rate of those of its parameters that no part of the predictor has.
 
+        Its buffers and parameters are saved and restored with the predictor, and the target network
+        of a :class:`~layeredrl_torchrl.PredictorLoss` follows by the predictor's ``tau``, unless a
+        target updater of TorchRL's is associated with it. A term whose name the predictor, or a
+        loss that was added before, has already is reported under that of the loss and its place:
+        ``"PredictorLoss_2.loss_reward"``.
+
         Raises:
             TypeError, ValueError: Not a :class:`~layeredrl_torchrl.objectives.TermsLoss`; weights
                 that are no finite numbers of at least 0. In :meth:`learn`, ``ValueError`` for a
                 term without a weight.
         """
-        self.updates.add(loss, weights, lr)
+        saved = self.state_dict(keep_vars=True).values()
+        self.updates.add(loss, weights, lr, saved=saved, tau=self.tau)
 
     def _check_schedule(self) -> None:
         """Refuse a warm-up and early stopping that cannot do what they are for."""

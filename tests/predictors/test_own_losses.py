@@ -8,8 +8,16 @@ import pytest
 import torch
 from helpers import LEARN, learn, make_buffer, make_predictor, unchanged
 from torch import nn
+from torchrl.objectives import SoftUpdate
 
-from layeredrl_torchrl import EncoderNet, ModelTraining, TermsLoss
+from layeredrl_torchrl import (
+    EncoderNet,
+    ModelTraining,
+    PredictorLoss,
+    RewardNet,
+    TermsLoss,
+    ValueNet,
+)
 
 
 class Reconstruction(TermsLoss):
@@ -78,3 +86,115 @@ def test_a_term_without_a_weight_is_refused():
 def test_a_weight_that_is_none_is_refused(weight):
     with pytest.raises((TypeError, ValueError), match=r"weight of loss_decoder"):
         build({"loss_decoder": weight})
+
+
+class Fading(TermsLoss):
+    """Counts in a less and less; its only state is a buffer."""
+
+    fails_at = -1
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+        self.register_buffer("n", torch.zeros(()))
+
+    def terms(self, prepared):
+        state, _ = self.encoder(prepared["observation"])
+        return {"loss_fading": state.square().mean() * 0.9**self.n, "nll": self.n + 0.0}
+
+    def after_update(self):
+        self.n += 1
+        if self.n == self.fails_at:
+            raise RuntimeError("stop")
+
+
+def faded(n=1):
+    predictor = make_predictor(EncoderNet((2,), 2, 0))
+    losses = [Fading(predictor.encoder) for _ in range(n)]
+    for i, loss in enumerate(losses):
+        predictor.add_loss(loss, {"loss_fading": 1.0 + i})
+    return predictor, losses
+
+
+def test_buffers_of_a_loss_are_saved_and_put_back_after_an_error():
+    predictor, (loss,) = faded()
+    learn(predictor, make_buffer())
+    resumed, (other,) = faded()
+    resumed.load_state_dict(predictor.state_dict())
+    assert other.n == loss.n == predictor.n_learn_updates > 0
+    n, loss.fails_at = loss.n.clone(), int(loss.n) + 2
+    with unchanged(predictor), pytest.raises(RuntimeError, match="stop"):
+        learn(predictor, make_buffer())
+    assert loss.n == n
+
+
+def test_a_loss_without_anything_of_its_own_adds_nothing_to_the_state():
+    class Small(TermsLoss):
+        def __init__(self, whole):
+            super().__init__()
+            self.whole = whole
+
+        def terms(self, prepared):
+            return {"loss_small": self.whole.encoder(prepared["observation"])[0].square().mean()}
+
+    predictor = make_predictor(EncoderNet((2,), 2, 0))
+    before = set(predictor.state_dict())
+    predictor.add_loss(Small(predictor), {"loss_small": 1.0})
+    learn(predictor, make_buffer())
+    assert set(predictor.state_dict()) == before
+
+
+def test_terms_of_equal_names_are_all_reported():
+    """Also one that has the name of a term of the predictor's."""
+    predictor, _ = faded(2)
+    torch.manual_seed(0)
+    loss, info = predictor.learn(make_buffer(), **LEARN | {"n_updates": 3})
+    assert info["Fading_2.nll"] == info["Fading_3.nll"] == 1.0  # of 0, 1, 2
+    assert info["nll"] != 1.0
+    assert info["model_updates"] == 3.0
+    parts = info["loss_dynamics"] + 30.0 * info["loss_termination"]
+    parts += info["loss_reward"] + info["loss_value"]
+    parts += info["loss_fading"] + 2.0 * info["Fading_3.loss_fading"]
+    assert loss.item() == pytest.approx(parts, rel=1e-5)
+
+
+def auxiliary(predictor, **options):
+    parts = RewardNet(2, 0, 1), ValueNet(2, 0, (4,))
+    return PredictorLoss(
+        predictor.encoder, *parts, gamma=0.9, action_spec=predictor.model.action_form, **options
+    )
+
+
+def test_a_second_predictor_loss_hides_nothing_and_its_target_follows():
+    predictor = make_predictor(EncoderNet((2,), 2, 0), tau=0.25)
+    loss = auxiliary(predictor)
+    predictor.add_loss(loss, {"loss_reward": 2.0, "loss_value": 3.0})
+    before = [p.clone() for p in loss.target_val_func.parameters()]
+    total, info = predictor.learn(make_buffer(), **LEARN | {"n_updates": 1})
+    for old, now, online in zip(
+        before, loss.target_val_func.parameters(), loss.val_func.parameters(), strict=True
+    ):
+        torch.testing.assert_close(now, old + 0.25 * (online - old))
+    parts = info["loss_dynamics"] + 30.0 * info["loss_termination"]
+    parts += info["loss_reward"] + info["loss_value"]
+    parts += 2.0 * info["PredictorLoss_2.loss_reward"] + 3.0 * info["PredictorLoss_2.loss_value"]
+    assert total.item() == pytest.approx(parts, rel=1e-5)
+
+
+class Still(PredictorLoss):
+    def after_update(self):
+        """Somebody else moves the target."""
+
+
+def test_a_target_that_something_else_moves_is_left_to_it():
+    predictor = make_predictor(EncoderNet((2,), 2, 0))
+    associated = auxiliary(predictor)
+    SoftUpdate(associated, tau=0.5)
+    own = Still(predictor.encoder, None, ValueNet(2, 0, (4,)))
+    for loss in (associated, own):
+        predictor.add_loss(loss, {"loss_reward": 1.0, "loss_value": 1.0})
+        with unchanged(loss.target_val_func):
+            learn(predictor, make_buffer())
+    shared = auxiliary(predictor, target_val_func=predictor.target_val_func)
+    predictor.add_loss(shared, {"loss_reward": 1.0, "loss_value": 1.0})
+    assert shared.tau is None  # the predictor moves it

@@ -138,8 +138,32 @@ class TransitionSlices:
         # Another thread or process may be extending the buffer between the checks and the copy.
         with self._stored.locked():
             rows, valid, index = self._read(batch_size, length, generator)
+        return self._finished(rows, valid, index)
+
+    def every(self) -> TensorDictBase:
+        """Return each stored transition once, ``[N]``, as :meth:`sample` draws single ones.
+
+        Raises:
+            As :meth:`sample`.
+        """
+        with self._stored.locked():
+            contents, n_rows = self._stored.contents(1)
+            n_stored = n_rows * contents.batch_size[1:].numel()
+            mask = None if self._mask_key is None else padding_mask(contents, self._mask_key)
+            if mask is None:
+                device = contents.get(self._end_keys[0]).device
+                places = torch.arange(n_stored, device=device)
+            else:
+                places = _real(mask, n_stored)
+            index = places.unsqueeze(1)
+            rows, valid, index = _copy(contents, index, index[:, 1:].bool())
+        return self._finished(rows, valid, index)[:, 0]
+
+    def _finished(self, rows: TensorDictBase, valid: Tensor, index: Tensor) -> TensorDictBase:
+        """Return stored rows ``[B, L]`` checked, transformed and with what is added to them."""
         check_single_steps(rows)
-        rows = self._transformed(rows.reshape(-1)).reshape(batch_size, length)
+        shape = rows.batch_size
+        rows = self._transformed(rows.reshape(-1)).reshape(shape)
         added = {"valid_key": (self._valid_key, valid), "index_key": (self._index_key, index)}
         for name, (key, value) in added.items():
             if key is None:
@@ -234,12 +258,18 @@ class TransitionSlices:
         shape = (batch_size, 1)
         if mask is None:
             return torch.randint(n_stored, shape, generator=generator, device=device)
-        real = mask.reshape(-1)[:n_stored].nonzero().squeeze(-1)
-        if not len(real):
-            raise ValueError(
-                f"buffer: got {n_stored} rows of padding and no transition; check its mask."
-            )
+        real = _real(mask, n_stored)
         return real[torch.randint(len(real), shape, generator=generator, device=device)]
+
+
+def _real(mask: Tensor, n_stored: int) -> Tensor:
+    """Return the flat places [N] of transitions that are no padding; raise if there are none."""
+    real = mask.reshape(-1)[:n_stored].nonzero().squeeze(-1)
+    if not len(real):
+        raise ValueError(
+            f"buffer: got {n_stored} rows of padding and no transition; check its mask."
+        )
+    return real
 
 
 def _copy(

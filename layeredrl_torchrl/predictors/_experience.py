@@ -89,6 +89,14 @@ class Experience:
         """Stored transitions ``[N]``, drawn with replacement."""
         return self._draw(n, 1)[:, 0]
 
+    def overview(self, n: int) -> TensorDictBase:
+        """Stored transitions ``[N]``: each once if ``n`` places hold them, else ``n`` draws.
+
+        Draws with replacement would miss a third of them, and so what happened only once.
+        """
+        n = self.at_most(n)
+        return self._brought(self._slices.every()) if 0 < len(self) <= n else self.sample(n)
+
     @torch.no_grad()
     def encode(self, rows: TensorDictBase) -> TensorDict:
         """The model's inputs, targets and weights ``[N]`` of stored transitions ``[N]``.
@@ -163,7 +171,7 @@ class Experience:
 
     def held_out(self, n_sampled: int) -> TensorDict:
         """Encoded transitions that are held out among ``n_sampled``, each once; may be none."""
-        rows = self.sample(self.at_most(n_sampled))
+        rows = self.overview(n_sampled)
         rows = rows[self._is_held_out(rows.get("storage_index"))]
         # Drawn with replacement: each place of the storage counts once.
         order = rows.get("storage_index").argsort(stable=True)
@@ -234,7 +242,10 @@ class Experience:
             yield from loss.prepare(self._draw(batch_size * n_ahead, loss.length)).split(batch_size)
 
     def _draw(self, n: int, length: int) -> TensorDictBase:
-        rows = self._slices.sample(n, length)
+        return self._brought(self._slices.sample(n, length))
+
+    def _brought(self, rows: TensorDictBase) -> TensorDictBase:
+        """Bring rows to the device, with the entries that are joined."""
         return self._joined(rows if self._device is None else rows.to(self._device))
 
     def _joined(self, rows: TensorDictBase) -> TensorDictBase:

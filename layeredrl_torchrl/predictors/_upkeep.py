@@ -86,7 +86,7 @@ class Upkeep(nn.Module):
             return
         model, encoder, _, delta_standardizer = self._parts
         n_stored = len(experience)
-        rows = experience.sample(experience.at_most(min(max(n_stored, 1), N_STATISTICS)))
+        rows = experience.overview(N_STATISTICS)
         reward = experience.rewards(rows)
         if isinstance(encoder, EncoderNet) and self._lacks_mask(encoder):
             experience.encode(rows)  # raises for bad data before anything is changed

@@ -1,19 +1,22 @@
-"""What is held out of a buffer, and when the model is calibrated with it."""
+"""What is held out of a buffer, what statistics are from, and when the model is calibrated."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from helpers import make_buffer, make_predictor, make_transitions
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
-from layeredrl_torchrl import BootstrappedBatches, IdentityEncoder
+from layeredrl_torchrl import BootstrappedBatches, EncoderNet, IdentityEncoder
 from layeredrl_torchrl.predictors._experience import Experience
 
 
-def experience(data, share, **options):
+def experience(data, share, buffer=None, **options):
     predictor = make_predictor(**options)
     keys, form = predictor.predictor_loss.tensor_keys, predictor.model.action_form
-    drawn = Experience(make_buffer(data), predictor.encoder, form, keys, holdout_share=share)
+    drawn = Experience(
+        buffer or make_buffer(data), predictor.encoder, form, keys, holdout_share=share
+    )
     return predictor, drawn
 
 
@@ -52,3 +55,39 @@ def test_the_model_is_calibrated_at_every_200th_update():
         assert int(predictor.upkeep.n_since_calibration) == (left + n_updates) % 200
         after = predictor.model.calibration(torch.ones(2, 1, 2))
         assert torch.equal(after, before) != calibrated
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_statistics_see_what_happened_once(seed):
+    """A third of the places is missed by as many draws with replacement."""
+    torch.manual_seed(seed)
+    data = make_transitions(400)
+    data["next", "reward"] += 100.0
+    data["next", "terminated"][200] = True  # so an offset is the worth of staying alive
+    data["observation"][:, 1], data["next", "observation"][:, 1] = 0.0, 0.0
+    data["next", "observation"][300, 1] = 1.0  # a door that opens
+    predictor, drawn = experience(data, 0.0, encoder=EncoderNet((2,), 2, 0))
+    predictor.upkeep.refit(drawn)
+    assert predictor.val_func.out_loc == 0.0
+    assert predictor.encoder.mask.all()
+    torch.testing.assert_close(predictor.rew_func.out_loc, data["next", "reward"].mean())
+
+
+@pytest.mark.parametrize("ndim", [1, 2])
+@pytest.mark.parametrize("padded", [False, True])
+def test_each_place_that_is_no_padding_is_looked_at_once(ndim, padded):
+    data = make_transitions(30)
+    if padded:
+        data["collector", "mask"] = torch.arange(30) % 4 != 3
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(50, ndim=ndim))
+    buffer.extend(data if ndim == 1 else data.reshape(2, 15))
+    _, drawn = experience(None, 0.0, buffer)
+    rows = drawn.overview(30)
+    # Lanes are interleaved in memory: time first.
+    stored = data if ndim == 1 else data.reshape(2, 15).transpose(0, 1).reshape(-1)
+    kept = torch.arange(30)
+    if padded:
+        kept = kept[stored["collector", "mask"]]
+    assert rows["storage_index"].tolist() == kept.tolist()
+    assert torch.equal(rows["observation"], stored["observation"][kept])
+    assert len(drawn.overview(29)) == 29  # draws

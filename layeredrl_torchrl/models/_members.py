@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from layeredrl_torchrl.nets import MemberOutput, stackable
 
-__all__ = ["LoopMembers", "VmapMembers", "check_distinct", "check_net", "stack_members"]
+__all__ = ["LoopMembers", "VmapMembers", "check_distinct", "check_net", "detached", "stack_members"]
 
 
 class VmapMembers(nn.Module):
@@ -53,8 +55,16 @@ class VmapMembers(nn.Module):
 
     def forward(self, state: Tensor, context: Tensor, action: Tensor) -> MemberOutput:
         """Evaluate member ``m`` on row block ``m``; shapes in the class docstring."""
+        return self._evaluate(self.params, state, context, action)
+
+    def detached(self, state: Tensor, context: Tensor, action: Tensor) -> MemberOutput:
+        """The same, without gradients for the parameters."""
+        return self._evaluate(self.params.data, state, context, action)
+
+    def _evaluate(self, params: TensorDict, *given: Tensor) -> MemberOutput:
         self._template[0].train(self.training)
-        return torch.vmap(self._call, randomness="different")(self.params, state, context, action)
+        out: MemberOutput = torch.vmap(self._call, randomness="different")(params, *given)
+        return out
 
 
 class LoopMembers(nn.Module):
@@ -75,6 +85,15 @@ class LoopMembers(nn.Module):
             torch.stack([weights for _, weights, _ in outs]),
             torch.stack([term_prob for _, _, term_prob in outs]),
         )
+
+
+def detached(members: nn.Module, *given: Tensor) -> MemberOutput:
+    """Evaluate members of any kind, without gradients for their parameters."""
+    if isinstance(members, VmapMembers):  # whose parameters are locked
+        return members.detached(*given)
+    frozen = {name: p.detach() for name, p in members.named_parameters()}
+    out: MemberOutput = functional_call(members, frozen, given)
+    return out
 
 
 def check_net(
@@ -202,6 +221,10 @@ def stack_members(nets: Sequence[nn.Module], probe: tuple[Tensor, Tensor, Tensor
     training = [net.training for net in nets]
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            # Some layers do more in training; on a copy, since they may change buffers. That they
+            # want more rows than these says nothing about vmap.
+            with suppress(ValueError):
+                copy.deepcopy(members).train()(*given)
             ours = members(*given)
             theirs = LoopMembers(nets).eval()(*given)
     except RuntimeError as error:

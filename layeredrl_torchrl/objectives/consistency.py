@@ -7,11 +7,11 @@ import copy
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torch.func import functional_call
 
 from layeredrl_torchrl._checks import check_instance, check_number
 from layeredrl_torchrl._watch import refuse, watched
 from layeredrl_torchrl.models import ProbabilisticEnsemble
+from layeredrl_torchrl.models._members import detached
 from layeredrl_torchrl.nets import Encoder, move_towards
 from layeredrl_torchrl.objectives.terms import TermsLoss
 from layeredrl_torchrl.specs import canonical_action, is_discrete
@@ -104,8 +104,7 @@ class ConsistencyLoss(TermsLoss):
             following, _ = target.encode_checked(rows.get("following"))
         n = model.n_models
         given = (x.expand(n, *x.shape) for x in (state, context, rows.get("action")))
-        frozen = {name: p.detach() for name, p in model.members.named_parameters()}
-        (mean, _), weights, _ = functional_call(model.members, frozen, model.scaling.inputs(*given))
+        (mean, _), weights, _ = detached(model.members, *model.scaling.inputs(*given))
         predicted = (weights.unsqueeze(-1) * mean).sum(-2)  # [M, B, D]
         error = (predicted - model.target(state, following)).square().mean((0, 2))
         counts = rows.get("counts")

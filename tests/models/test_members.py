@@ -382,3 +382,30 @@ def test_own_networks_are_drawn_anew(second, box, request):
         assert not (weight[0] == weight[1]).any()
     average = model.averaged_members.state_dict()
     assert all(torch.equal(average[key], value) for key, value in after.items())
+
+
+class Spectral(nn.Module):
+    """Has a layer that ``torch.vmap`` can evaluate, but not train."""
+
+    def __init__(self, *_):
+        super().__init__()
+        self.linear = nn.utils.parametrizations.spectral_norm(nn.Linear(D, D))
+
+    def forward(self, state, context, action):
+        mean = self.linear(state).unsqueeze(-2)
+        ones = torch.ones_like(state[..., 0])
+        return (mean, torch.ones_like(mean)), ones.unsqueeze(-1), 0 * ones
+
+
+def test_members_that_cannot_be_trained_together_take_turns(box):
+    with pytest.warns(UserWarning, match=r"Spectral cannot run under torch\.vmap"):
+        model = ProbabilisticEnsemble(box(D), box(C), box(A), Spectral, 2)
+    step(model.train().members)
+    model.update_average()
+    model.predict(torch.zeros(2, D), torch.zeros(2, C), torch.zeros(2, A))
+
+
+def test_trying_members_out_changes_no_buffers(box):
+    model = ProbabilisticEnsemble(box(D), box(C), box(A), Doubling, 2)
+    assert isinstance(model.members, VmapMembers)
+    assert not model.members.state_dict()["params.norm.num_batches_tracked"].any()

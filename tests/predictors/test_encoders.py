@@ -206,3 +206,50 @@ def test_the_slow_copy_is_saved_with_the_predictor():
     resumed.load_state_dict(predictor.state_dict())
     for a, b in zip(loss.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+class OwnNet(nn.Module):
+    """A member somebody wrote; ``extra`` makes members differ, and ``tied`` uses a weight twice."""
+
+    def __init__(self, *_, extra=0, tied=False):
+        super().__init__()
+        self.torso, self.head = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.extra = nn.Parameter(torch.zeros(extra))
+        if tied:
+            self.head.weight = self.torso.weight
+
+    def forward(self, state, context, action):
+        out = self.head(torch.tanh(self.torso(torch.cat([state, action], -1))))
+        mean, ones = out[..., :2].unsqueeze(-2), torch.ones_like(out[..., :1])
+        return (mean, torch.ones_like(mean)), ones, out[..., 2].sigmoid()
+
+
+@pytest.mark.parametrize("kind", ["vmap", "different", "tied"])
+def test_the_consistency_loss_takes_members_of_any_kind(kind):
+    torch.manual_seed(0)
+    sizes = iter([1, 2])
+
+    def partial_net(*spaces):
+        return OwnNet(*spaces, extra=next(sizes) if kind == "different" else 0, tied=kind == "tied")
+
+    encoder = ModuleEncoder(nn.Linear(2, 2), (2,), 2)
+    predictor, buffer = make_predictor(encoder, model={"partial_net": partial_net}), make_buffer()
+    loss = ConsistencyLoss(encoder, predictor.model)
+    predictor.add_loss(loss, {"loss_consistency": 1.0})
+    learn(predictor, buffer)
+    predictor.zero_grad()
+    rows, model = buffer[:5].unsqueeze(1), predictor.model
+    found = loss(rows)["loss_consistency"]
+    state, context = encoder(rows["observation"][:, 0])
+    following, _ = encoder(rows["next", "observation"][:, 0])
+    given = (x.expand(2, *x.shape) for x in (state, context, rows["action"][:, 0]))
+    (mean, _), _, _ = model.predict_normalized(*given)
+    expected = (mean[:, :, 0] - model.target(state, following.detach())).square().mean()
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    ours = [p.grad.clone() for p in encoder.parameters()]
+    encoder.zero_grad()
+    expected.backward()
+    for one, p in zip(ours, encoder.parameters(), strict=True):
+        torch.testing.assert_close(one, p.grad)

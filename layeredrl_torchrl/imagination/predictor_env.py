@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from layeredrl_torchrl._checks import (
     require,
 )
 from layeredrl_torchrl._signatures import SignatureOfInit
-from layeredrl_torchrl._watch import watched
+from layeredrl_torchrl._watch import refuse, watched
 from layeredrl_torchrl.imagination._members import (
     draw_members,
     step_by_any,
@@ -54,12 +55,14 @@ class PredictorEnv(ModelBasedEnvBase):
       one particle, and the member is drawn anew at every step.
     - :class:`~layeredrl_torchrl.TSInfinity`: likewise, but an entry keeps its member for an
       episode. It is carried in the TensorDict under ``"imagined_member"``, int64 ``[*B, 1]``; where
-      it is absent, as in a plan, it is drawn at the first step.
+      it is absent, as in a plan, it is drawn at the first step, and a reset begins with the one
+      that it is given.
 
     For planning, leave ``batch_size`` and ``initial_states`` out: TensorDicts of any batch shape
     are stepped, all instances at once, and nothing is reset within a plan. For imagined data, give
     both: then this is an environment like any other, for ``env.rollout`` and TorchRL's collectors,
-    which reset single instances as they end; TorchRL's ``StepCounter`` limits the horizon.
+    which reset single instances as they end; TorchRL's ``StepCounter`` limits the horizon. Random
+    numbers are torch's: ``torch.manual_seed`` repeats an episode, and ``set_seed`` changes nothing.
 
     >>> from torchrl.collectors import Collector
     >>> from torchrl.envs import StepCounter, TransformedEnv
@@ -103,7 +106,8 @@ class PredictorEnv(ModelBasedEnvBase):
         initial_states: Called with a number ``n`` at resets, returns a TensorDict ``[n]`` with
             state ``[n, D]`` and context ``[n, C]``; for example
             :class:`~layeredrl_torchrl.FromBuffer`. Without it, resets give zeros, and instances
-            that have ended go on instead of starting over.
+            that have ended go on instead of starting over; under a transform they start over, at
+            zeros, with a warning.
         batch_size: Batch size of the environment; by default it has none of its own, which
             TorchRL's planners need.
         use_value_func: Whether rewards are shaped as above; needs a value function.
@@ -296,8 +300,12 @@ class PredictorEnv(ModelBasedEnvBase):
         if chosen is None and tensordict is not None:
             given = {key: tensordict.get(key, None) for key in widths}
             if any(value is not None for value in given.values()):
+                member = {_MEMBER} & set(out.keys())
+                out.update(tensordict.select(*member, strict=False))
                 return out.update(_checked_starts(given, out))
         if self.initial_states is None:
+            if chosen is not None:
+                refuse(chosen.any(), _warn_of_zeros)
             return out
         if chosen is None:
             chosen = torch.ones(batch, dtype=torch.bool, device=self.device)
@@ -323,6 +331,15 @@ class PredictorEnv(ModelBasedEnvBase):
         if self.initial_states is None:
             return tensordict
         return super().maybe_reset(tensordict)
+
+
+def _warn_of_zeros(_: Tensor) -> None:
+    warnings.warn(
+        "an imagined episode has ended and starts over in a state and context of zeros, since a "
+        "transformed PredictorEnv is reset and there are no initial_states: give them, or stop at "
+        "the end (break_when_any_done=True). A planner does not count what comes after the end",
+        stacklevel=6,
+    )
 
 
 def _checked_starts(given: dict[Any, Tensor | None], like: TensorDictBase) -> dict[Any, Tensor]:

@@ -52,7 +52,7 @@ def plot_error_by_horizon(
         ValueError: Another batch shape; states that do not change. KeyError: Data without
             observations or actions. ModuleNotFoundError: No matplotlib.
     """
-    alive = is_real(predictor, episodes)
+    alive = is_real(predictor, episodes).clone()
     if episodes.ndim != 2:
         raise ValueError(
             f"episodes have the shape {tuple(episodes.shape)}, expected [E, H]: the first H steps "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -10,7 +12,14 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.data import Bounded, Categorical, OneHot, Unbounded
-from torchrl.envs import CatTensors, ExcludeTransform, RenameTransform, TransformedEnv
+from torchrl.envs import (
+    CatTensors,
+    ExcludeTransform,
+    RenameTransform,
+    RewardSum,
+    StepCounter,
+    TransformedEnv,
+)
 from torchrl.envs.model_based import ModelBasedEnvBase
 from torchrl.envs.utils import check_env_specs
 from torchrl.modules import CEMPlanner, MPPIPlanner
@@ -21,6 +30,7 @@ from layeredrl_torchrl import (
     IdentityEncoder,
     PredictorEnv,
     Propagation,
+    TSInfinity,
 )
 
 BATCHES = [(), (3,), (2, 3)]
@@ -130,6 +140,33 @@ def test_nothing_is_reset_within_a_plan(make_point, batch):
     contexts = start["context"].unsqueeze(-2).expand(*batch, 6, 1)
     assert torch.equal(data["next", "context"], contexts)
     assert torch.equal(data["context"], contexts)
+
+
+@pytest.mark.parametrize("transform", [RewardSum, lambda: StepCounter(max_steps=2)])
+def test_what_starts_over_at_zeros_under_a_transform_is_warned_of(make_point, transform):
+    start = TensorDict({"state": torch.zeros(3, 1), "context": torch.ones(3, 1)}, [3])
+    act = lambda td: td.set("action", torch.ones(3, 1))  # noqa: E731
+    options = {"policy": act, "tensordict": start, "break_when_any_done": False}
+    plain = PredictorEnv(make_point(ends_beyond(0.6)), batch_size=[3])
+    starts = lambda n: start[:1].expand(n).clone()  # noqa: E731
+    given = PredictorEnv(plain.predictor, batch_size=[3], initial_states=starts)
+    for env in (plain, TransformedEnv(given, transform())):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            assert (env.rollout(6, **options)["context"] == 1).all()
+    with pytest.warns(UserWarning, match=r"starts over in a state and context of zeros"):
+        data = TransformedEnv(plain, transform()).rollout(6, **options)
+    assert not data["context"].all()
+
+
+def test_a_reset_begins_with_the_member_that_it_is_given(build):
+    env = PredictorEnv(build(), propagation=TSInfinity(), batch_size=[30])
+    start = env.reset()
+    start["imagined_member"][:] = 2
+    assert (
+        env.reset(start.select("state", "context", "imagined_member"))["imagined_member"] == 2
+    ).all()
+    assert len(env.reset(start.select("state", "context"))["imagined_member"].unique()) == 3
 
 
 # -- the value beyond the horizon -------------------------------------------------------------

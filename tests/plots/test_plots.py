@@ -124,6 +124,19 @@ def test_the_map_reaches_beyond_the_data_by_half_their_range(margin, share):
     assert list(corners.max(0)) == [end, end]
 
 
+@pytest.mark.parametrize("plot", PLOTS)
+def test_plots_leave_the_data_as_they_are(plot):
+    data = make_transitions(24, episode_length=8).reshape(3, 8)
+    if plot is plot_error_by_horizon:
+        data["next", "done"][:, 2] = True  # several episodes in a row
+    data["collector", "mask"] = torch.ones(3, 8, dtype=torch.bool)
+    data["collector", "mask"][1, 6:] = False
+    given = PLOTS[plot](data)
+    before = given.clone()
+    plot(make_predictor(), given)
+    assert (given == before).all()
+
+
 def test_the_error_by_horizon_is_counted_up_to_the_end_of_each_episode(drifting):
     torch.manual_seed(0)
     data = episodes(5, 4, 2.0)

@@ -178,8 +178,12 @@ class Experience:
         rows = rows[order]
         places = rows.get("storage_index")
         rows = rows[places.diff(prepend=places.new_full((1,), -1)) > 0]
+        return self.encode(self.counted(rows))
+
+    def counted(self, rows: TensorDictBase) -> TensorDictBase:
+        """Those of stored transitions ``[N]`` that count for the model: of a weight above 0."""
         weight = rows.get(_WEIGHT, None)
-        return self.encode(rows if weight is None else rows[weight.reshape(len(rows)) > 0])
+        return rows if weight is None else rows[weight.reshape(len(rows)) > 0]
 
     def model_batches(
         self,

@@ -95,10 +95,14 @@ class Upkeep(nn.Module):
         self._context_watch.look(*experience.observations(rows), experience.goes_on(rows))
         state, context, action = (data.get(key) for key in ("state", "context", "action"))
         next_state = data.get(("next", "state"))
-        if self._model_learns:
-            model.fit_statistics(state, context, action, next_state)
-        if delta_standardizer is not None:
-            delta_standardizer.fit(next_state - state)
+        # Reward and value learn from rows of any weight.
+        counted = experience.counted(data)
+        if len(counted):
+            before, after = counted.get("state"), counted.get(("next", "state"))
+            if self._model_learns:
+                model.fit_statistics(before, counted["context"], counted["action"], after)
+            if delta_standardizer is not None:
+                delta_standardizer.fit(after - before)
         discount = None
         if not bool((data.get(("next", "terminated")) > 0).any()):
             discount = self._gamma ** experience.elapsed_steps(rows).double().mean().item()

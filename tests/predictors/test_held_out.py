@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import make_buffer, make_predictor, make_transitions
+from helpers import make_buffer, make_predictor, make_transitions, unchanged
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from layeredrl_torchrl import BootstrappedBatches, EncoderNet, IdentityEncoder
@@ -91,3 +91,31 @@ def test_each_place_that_is_no_padding_is_looked_at_once(ndim, padded):
     assert rows["storage_index"].tolist() == kept.tolist()
     assert torch.equal(rows["observation"], stored["observation"][kept])
     assert len(drawn.overview(29)) == 29  # draws
+
+
+@pytest.mark.parametrize("shape", [(60,), (60, 1)])
+def test_the_models_units_are_those_of_the_rows_that_count(shape):
+    """Reward and value learn from the others, too."""
+    data = make_transitions()
+    data["weight"] = (torch.arange(60) % 3).float().reshape(shape)
+    least = data["weight"].reshape(60) > 0
+    data["observation"][~least] += 1e3
+    data["next", "observation"][~least] -= 1e3
+    predictor, drawn = experience(data, 0.0)
+    predictor.upkeep.refit(drawn)
+    state, change = data["observation"], data["next", "observation"] - data["observation"]
+    found = predictor.model.scaling
+    torch.testing.assert_close(found.state.loc, state[least].mean(0))
+    torch.testing.assert_close(found.target.scale, change[least].std(0, correction=0))
+    torch.testing.assert_close(predictor.delta_standardizer.loc, change[least].mean(0))
+    for head in (predictor.rew_func, predictor.val_func):
+        torch.testing.assert_close(head.inputs.loc[:2], state.mean(0))
+
+
+def test_rows_none_of_which_counts_leave_the_models_units_alone():
+    data = make_transitions()
+    data["weight"] = torch.zeros(60)
+    predictor, drawn = experience(data, 0.0)
+    with unchanged(predictor.model, predictor.delta_standardizer):
+        predictor.upkeep.refit(drawn)
+    assert predictor.rew_func.inputs.loc.any()

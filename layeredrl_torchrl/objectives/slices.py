@@ -23,6 +23,12 @@ from layeredrl_torchrl.objectives._stored import (
 
 __all__ = ["TransitionSlices"]
 
+# What is wrong with an entry where a mask is looked for, and the way out of it for a predictor.
+_NO_MASK = (
+    ", and which is no mask that was stored (torch.bool, one for each row)",
+    " (before learn: predictor_loss.set_keys(valid=...))",
+)
+
 
 class TransitionSlices:
     """Draws slices of consecutive transitions, which start at any stored one with equal chance.
@@ -38,7 +44,8 @@ class TransitionSlices:
     - is not followed by padding, and
     - leads to the observation that the next row starts from.
 
-    Padding, which TorchRL marks as false in ``("collector", "mask")``, never starts a slice either.
+    Padding, which TorchRL marks as false in ``("collector", "mask")``, never starts a slice either,
+    nor does a row that the buffer itself marks as false under ``valid_key``.
 
     The last condition needs no bookkeeping, so it also separates episodes that the others miss:
     in batches flattened over environments, in data of collectors whose ids collide, where a run
@@ -65,7 +72,8 @@ class TransitionSlices:
         trajectory_key: Key of the trajectory ids, if the buffer has any; None to ignore them.
         mask_key: Key of the mask that is false for padding, if the buffer has one; at the root,
             where ``split_trajectories`` writes it without a collector, it is found by its name.
-        valid_key: Key under which :meth:`sample` writes which steps belong to the slice.
+        valid_key: Key under which :meth:`sample` writes which steps belong to the slice. What the
+            buffer has under it, one bool for each row, is read as a mask like that of padding.
         index_key: Key under which :meth:`sample` writes the place of each step in the flattened
             storage, int64 ``[B, L]``; ``None`` to leave it out.
 
@@ -149,7 +157,7 @@ class TransitionSlices:
         with self._stored.locked():
             contents, n_rows = self._stored.contents(1)
             n_stored = n_rows * contents.batch_size[1:].numel()
-            mask = None if self._mask_key is None else padding_mask(contents, self._mask_key)
+            mask = self._mask(contents)
             if mask is None:
                 device = contents.get(self._end_keys[0]).device
                 places = torch.arange(n_stored, device=device)
@@ -159,19 +167,33 @@ class TransitionSlices:
             rows, valid, index = _copy(contents, index, index[:, 1:].bool())
         return self._finished(rows, valid, index)[:, 0]
 
+    def _mask(self, contents: TensorDictBase) -> Tensor | None:
+        """Return the mask that is false for padding and for rows stored as not valid, if any."""
+        mask = None if self._mask_key is None else padding_mask(contents, self._mask_key)
+        counts = contents.get(self._valid_key, None)
+        if not isinstance(counts, Tensor) or not _is_mask(counts, contents.batch_size):
+            return mask
+        counts = counts.reshape(contents.batch_size)
+        return counts if mask is None else mask.reshape(counts.shape) & counts
+
     def _finished(self, rows: TensorDictBase, valid: Tensor, index: Tensor) -> TensorDictBase:
         """Return stored rows ``[B, L]`` checked, transformed and with what is added to them."""
         check_single_steps(rows)
         shape = rows.batch_size
+        if _is_mask(rows.get(self._valid_key, None), shape):  # it has been heeded
+            rows = rows.exclude(self._valid_key)
         rows = self._transformed(rows.reshape(-1)).reshape(shape)
-        added = {"valid_key": (self._valid_key, valid), "index_key": (self._index_key, index)}
-        for name, (key, value) in added.items():
+        added = {
+            "valid_key": (self._valid_key, valid, *_NO_MASK),
+            "index_key": (self._index_key, index, "", ""),
+        }
+        for name, (key, value, wrong, way) in added.items():
             if key is None:
                 continue
             if rows.get(key, None) is not None:
                 raise ValueError(
-                    f"{name}: got {key!r}, which the buffer's rows already have, expected an "
-                    f"unused key; pass another {name}."
+                    f"{name}: got {key!r}, which the buffer's rows already have{wrong}; rename "
+                    f"that entry, or pass another {name}{way}."
                 )
             rows.set(key, value)
         return rows
@@ -218,7 +240,7 @@ class TransitionSlices:
         # next row of a lane is ``n_lanes`` rows further on, modulo the ring.
         n_lanes = contents.batch_size[1:].numel()
         n_stored = n_rows * n_lanes
-        mask = None if self._mask_key is None else padding_mask(contents, self._mask_key)
+        mask = self._mask(contents)
         start = self._starts(mask, n_stored, batch_size, generator, steps.device)
         index = (start + n_lanes * steps) % n_stored
         if length == 1:  # nothing is continued
@@ -267,9 +289,17 @@ def _real(mask: Tensor, n_stored: int) -> Tensor:
     real = mask.reshape(-1)[:n_stored].nonzero().squeeze(-1)
     if not len(real):
         raise ValueError(
-            f"buffer: got {n_stored} rows of padding and no transition; check its mask."
+            f"buffer: got {n_stored} rows of padding and no transition; check its mask, "
+            "and what says which rows are valid."
         )
     return real
+
+
+def _is_mask(stored: object, batch: torch.Size) -> bool:
+    """Whether a stored entry says of each row of ``batch`` whether it counts."""
+    if not isinstance(stored, Tensor) or stored.dtype != torch.bool:
+        return False
+    return stored.shape.numel() == batch.numel()
 
 
 def _copy(

@@ -182,6 +182,43 @@ def test_padding_is_never_drawn_and_ends_a_slice():
 
 
 @pytest.mark.parametrize("shape", [(60,), (60, 1)])
+def test_rows_that_are_stored_as_not_valid_are_left_out_everywhere(shape):
+    """By statistics, by the losses and as the inside of slices, together with TorchRL's mask."""
+    data = make_transitions(60)
+    counts = (torch.arange(60) % 5 < 3).logical_and(torch.arange(60) != 0)
+    data["valid"] = counts.reshape(shape)
+    for key in ("observation", "action", ("next", "observation"), ("next", "reward")):
+        data[key][~counts] = float("nan")
+    rows = TransitionSlices(make_buffer(data)).sample(2000, 2)
+    assert rows["observation"].isfinite().all()
+    assert rows["valid"].shape == (2000, 2)
+    goes_on = counts[:-1] & counts[1:] & ~data["next", "done"][:-1, 0]
+    goes_on &= (data["next", "observation"][:-1] == data["observation"][1:]).all(1)
+    share = (goes_on.sum() / counts.sum()).item()
+    assert rows["valid"][:, 1].float().mean().item() == pytest.approx(share, abs=0.05)
+    predictor = make_predictor(n_steps=2)
+    learn(predictor, make_buffer(data))
+    real = data["observation"][counts]
+    torch.testing.assert_close(predictor.model.scaling.state.loc, real.mean(0), atol=0.3, rtol=0)
+    data["collector"] = {"mask": torch.arange(60) >= 30}
+    both = TransitionSlices(make_buffer(data), index_key="at").sample(500, 1)["at"].unique()
+    assert both.tolist() == [i for i in range(30, 60) if counts[i]]
+    data["valid"].zero_()
+    with pytest.raises(ValueError, match=r"no transition; check its mask, and .* valid"):
+        learn(predictor, make_buffer(data))
+
+
+def test_an_entry_of_that_name_that_is_no_mask_is_refused_with_the_way_out():
+    data = make_transitions(60)
+    data["valid"] = torch.zeros(60, 3)
+    predictor = make_predictor()
+    with pytest.raises(ValueError, match=r"'valid'.*no mask.*predictor_loss\.set_keys"):
+        learn(predictor, make_buffer(data))
+    predictor.predictor_loss.set_keys(valid="in_slice")
+    learn(predictor, make_buffer(data))
+
+
+@pytest.mark.parametrize("shape", [(60,), (60, 1)])
 def test_weights_of_the_buffer_count_for_the_model(shape):
     data = make_transitions(60)
     data["weight"] = (torch.arange(60) % 3).float().reshape(shape)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
 from tensordict import NestedKey, TensorDict
+from torch import Tensor
 
 __all__ = ["dispatched"]
 
@@ -18,7 +20,8 @@ def dispatched(forward: Callable[..., R]) -> Callable[..., R]:
 
     A nested key is joined by underscores: ``("next", "state")`` is ``next_state``. What is returned
     then are the entries below ``out_keys``, a tensor if there is one and a tuple if there are more.
-    (tensordict's own ``dispatch`` does not know which axes are the batch's: all but the last.)
+    (tensordict's own ``dispatch`` does not know which axes are the batch's: all but those of an
+    entry that an encoder names, or all but the last of a vector of floats.)
 
     Args:
         forward: Reads ``in_keys`` of a TensorDict, its first argument, and returns one with
@@ -36,8 +39,7 @@ def dispatched(forward: Callable[..., R]) -> Callable[..., R]:
                 f"{type(self).__name__} takes a TensorDict, or tensors by name: {', '.join(keys)}; "
                 f"got {', '.join(kwargs) or 'nothing'}"
             )
-        batch = next(iter(given.values())).shape[:-1]
-        tensordict = TensorDict({}, batch)
+        tensordict = TensorDict({}, _batch(self, given))
         for key, value in given.items():
             tensordict.set(key, value)
         out: Any = forward(self, tensordict, **kwargs)
@@ -45,6 +47,28 @@ def dispatched(forward: Callable[..., R]) -> Callable[..., R]:
         return found[0] if len(found) == 1 else found
 
     return call
+
+
+def _batch(module: Any, given: Mapping[NestedKey, Any]) -> torch.Size:
+    """Return the batch axes of tensors that a module was given."""
+    shapes = _entries(module)
+    for key, value in given.items():
+        if key in shapes:
+            return torch.Size(value.shape[: value.ndim - len(shapes[key])])
+    # Choices have no axis of their own; states come first among the keys of a module.
+    ordered = [given[key] for key in module.in_keys if key in given]
+    vectors = [x for x in ordered if isinstance(x, Tensor) and x.is_floating_point() and x.ndim]
+    return torch.Size((vectors or ordered)[0].shape[:-1])
+
+
+def _entries(module: Any) -> Mapping[NestedKey, Sequence[int]]:
+    """Return the shapes of the entries of an observation, by the encoder that a module has."""
+    predictor = getattr(module, "predictor", None)
+    for owner in (module, getattr(module, "encoder", None), getattr(predictor, "encoder", None)):
+        found = getattr(owner, "entries", None)
+        if isinstance(found, Mapping):
+            return found
+    return {}
 
 
 def _name(key: NestedKey) -> str:

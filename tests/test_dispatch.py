@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.data import Bounded, Unbounded
+from torch import nn
+from torchrl.data import Bounded, Categorical, Composite, Unbounded
 
-from layeredrl_torchrl import ICEMPlanner, PredictorFactory
+from layeredrl_torchrl import ICEMPlanner, IdentityEncoder, PredictorFactory
+from layeredrl_torchrl.nets import ModuleEncoder
 
 NO = torch.zeros(5, 4, 1, dtype=torch.bool)
 GIVEN = {
@@ -52,3 +54,70 @@ def test_by_name_and_by_tensordict(predictor, part):
         torch.testing.assert_close(value, expected[key])
     with pytest.raises(TypeError, match=rf"by name: {next(iter(named))}.*got foo"):
         module(foo=1)
+
+
+def given(module, data):
+    """The same tensors by name, in the module's order and in the other one."""
+    keys = [key for key in module.in_keys if key in data.keys(True)]
+    for order in (keys, keys[::-1]):
+        yield {key if isinstance(key, str) else "_".join(key): data[key] for key in order}
+
+
+def assert_by_name_is_by_tensordict(module, data):
+    torch.manual_seed(1)
+    expected = module(data.clone())
+    for named in given(module, data):
+        torch.manual_seed(1)
+        found = module(**named)
+        for key, value in zip(module.out_keys, found, strict=True):
+            torch.testing.assert_close(value, expected[key])
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3)])
+def test_images_by_name(batch):
+    """Whatever entry comes first, and of integers, too."""
+    data = TensorDict(
+        {
+            "camera": torch.randint(0, 255, (*batch, 3, 2, 2), dtype=torch.uint8),
+            ("arm", "position"): torch.randn(*batch, 2),
+            "action": torch.zeros(*batch, 1),
+        },
+        batch,
+    )
+    shapes = {"camera": (3, 2, 2), ("arm", "position"): (2,)}
+    assert_by_name_is_by_tensordict(IdentityEncoder(shapes), data)
+    factory = PredictorFactory(
+        hidden_sizes=(8,),
+        n_models=5,
+        observation_key=["camera"],
+        partial_encoder=lambda shape: ModuleEncoder(Flat(), shape, 4),
+    )
+    spec = Composite(camera=Unbounded((3, 2, 2), dtype=torch.uint8))
+    predictor = factory(spec, Bounded(-1.0, 1.0, (1,)))
+    assert_by_name_is_by_tensordict(predictor.encoder, data)
+    assert_by_name_is_by_tensordict(predictor, data)
+    planner = ICEMPlanner(predictor, horizon=2, n_samples=24)
+    assert_by_name_is_by_tensordict(planner, data.update(planner.forget(batch)))
+
+
+class Flat(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(12, 4)
+
+    def forward(self, pixels):
+        return self.linear(pixels.flatten(1) / 255)
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_choices_by_name(one_hot):
+    """They have no axis of their own as integers, and one as flags."""
+    predictor = PredictorFactory(hidden_sizes=(8,), n_models=5)(Unbounded((3,)), Categorical(2))
+    action = torch.randint(2, (5, 4))
+    data = TensorDict(GIVEN, [5, 4]).set("action", action)
+    if one_hot:
+        data.set("action", nn.functional.one_hot(action, 2).bool())
+    assert_by_name_is_by_tensordict(predictor, data.select("observation", "action"))
+    assert_by_name_is_by_tensordict(predictor.model, data.select("state", "context", "action"))
+    for loss in (predictor.model_loss, predictor.predictor_loss):
+        assert_by_name_is_by_tensordict(loss, data)

@@ -65,6 +65,28 @@ class WholeState(TensorDictModuleBase):
         return None
 
 
+def draw_anew(module: nn.Module) -> None:
+    """Draw new weights in all parts of ``module``, by their ``reset_parameters``.
+
+    Frozen parameters, and parts that have no others, stay: nobody would train what was drawn.
+    """
+    for child in module.children():
+        parameters = list(child.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            continue
+        draw_anew(child)
+        reset = getattr(child, "reset_parameters", None)
+        if callable(reset):
+            # It may reach frozen parameters further down, unless it looks after them by itself.
+            own = getattr(child, "keeps_frozen", False)
+            frozen = [] if own else [p for p in parameters if not p.requires_grad]
+            before = [p.detach().clone() for p in frozen]
+            reset()
+            with torch.no_grad():
+                for p, old in zip(frozen, before, strict=True):
+                    p.copy_(old)
+
+
 def load_whole(
     module: nn.Module, load: Callable[..., Any], state_dict: Mapping[str, Any], *, strict: bool
 ) -> Any:

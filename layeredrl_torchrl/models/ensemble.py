@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from layeredrl_torchrl._checks import check_flag, check_number
 from layeredrl_torchrl._graphs import Graphs
 from layeredrl_torchrl._precision import full_precision
+from layeredrl_torchrl._state import draw_anew
 from layeredrl_torchrl.models._members import check_distinct, check_net, stack_members
 from layeredrl_torchrl.models._output_checks import check_parameters
 from layeredrl_torchrl.models._parts import step_parts
@@ -79,6 +80,8 @@ class ProbabilisticEnsemble(Model):
             output has another shape, a std that is not positive, or parameters that another
             member has too.
     """
+
+    keeps_frozen = True  # in reset_parameters, which copies the averaged weights
 
     def __init__(
         self,
@@ -285,14 +288,11 @@ class ProbabilisticEnsemble(Model):
         self.calibration.fit(mean, std, weights, self.target(state, next_state))
 
     def reset_parameters(self) -> None:
-        """Draw new weights, drop average and calibration; the statistics stay.
+        """Draw new weights, drop average and calibration; statistics and frozen weights stay.
 
         Members of your own are reset by the ``reset_parameters`` of their parts.
         """
-        self._reset_parameters(self.members)
-        stacked = getattr(self.members, "reset_parameters", None)
-        if callable(stacked):
-            stacked()
+        draw_anew(nn.ModuleList([self.members]))
         if self.ema_decay is not None:
             self.averaged_members.load_state_dict(self.members.state_dict())
         self.n_averaged.zero_()

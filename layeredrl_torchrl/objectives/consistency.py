@@ -110,6 +110,11 @@ class ConsistencyLoss(TermsLoss):
         counts = rows.get("counts")
         return {"loss_consistency": (error * counts).sum() / counts.sum().clamp_min(1)}
 
+    def after_reset(self) -> None:
+        """Make the copy one of the new encoder."""
+        if self.target_encoder is not None:
+            self.target_encoder.load_state_dict(self.encoder.state_dict())
+
     def after_update(self) -> None:
         """Move the copy towards the encoder."""
         if self.target_encoder is not None:

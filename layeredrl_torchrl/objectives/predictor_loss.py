@@ -188,9 +188,8 @@ class PredictorLoss(TermsLoss):
         self.value_params = TensorDict.from_module(self.val_func, as_module=True)
         self.target_value_params = TensorDict.from_module(self.target_val_func, as_module=True)
 
-    def reset_parameters_recursive(self) -> None:
-        """Draw new weights; the target network becomes a copy of the new value function."""
-        super().reset_parameters_recursive()
+    def after_reset(self) -> None:
+        """Make the target network a copy of the new value function."""
         if isinstance(self.val_func, nn.Module):
             self.target_val_func.load_state_dict(self.val_func.state_dict())
 

@@ -14,7 +14,7 @@ from torchrl.objectives import LossModule
 
 from layeredrl_torchrl._dispatch import dispatched
 from layeredrl_torchrl._padding import check_mask
-from layeredrl_torchrl._state import load_whole
+from layeredrl_torchrl._state import draw_anew, load_whole
 
 __all__ = ["TermsLoss"]
 
@@ -99,9 +99,16 @@ class TermsLoss(LossModule):
         return TensorDict(self.terms(self.prepare(tensordict)))
 
     def reset_parameters_recursive(self) -> None:
-        """Draw new weights, by ``reset_parameters`` of the parts."""
+        """Draw new weights, by ``reset_parameters`` of the parts; frozen ones keep theirs."""
         # TorchRL's method looks for the parts of functional losses only, and finds none here.
-        self._reset_parameters(self)
+        draw_anew(self)
+        self.after_reset()
+
+    def after_reset(self) -> None:
+        """Copy anew what follows a part, such as a target network; called after new weights.
+
+        A predictor calls it, too, for each of its losses. By default there is nothing.
+        """
 
     @property
     def functional(self) -> bool:

@@ -13,7 +13,7 @@ from torchrl.data import ReplayBuffer
 from torchrl.record.loggers import Logger
 
 from layeredrl_torchrl._dispatch import dispatched
-from layeredrl_torchrl._state import WholeState
+from layeredrl_torchrl._state import WholeState, draw_anew
 from layeredrl_torchrl._watch import watched
 from layeredrl_torchrl.models import Model, Propagation
 from layeredrl_torchrl.nets import (
@@ -399,6 +399,10 @@ class Predictor(WholeState):
         return self.step(self.encode(tensordict))
 
     # -- state ------------------------------------------------------------------------------
+
+    def reset_parameters(self) -> None:
+        """Draw new weights for all parts but frozen ones."""
+        draw_anew(self)
 
     def _step_keys(self) -> list[Any]:
         keys = [*self.model.out_keys, ("next", self.model.in_keys[1])]

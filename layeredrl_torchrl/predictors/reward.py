@@ -333,10 +333,10 @@ class RewardPredictor(Predictor):
         return self.val_func if self.target_val_func is None else self.target_val_func
 
     def reset_parameters(self) -> None:
-        """Draw new weights for all parts; statistics, counts and the optimizer stay."""
-        self._reset_parameters(self)
-        if self.target_val_func is not None and isinstance(self.val_func, nn.Module):
-            self.target_val_func.load_state_dict(self.val_func.state_dict())
+        """Draw new weights for all parts; statistics, counts, frozen parts and optimizer stay."""
+        super().reset_parameters()
+        for weighted in self.updates.losses.values():
+            weighted.loss.after_reset()
 
     # -- learning ---------------------------------------------------------------------------
 

@@ -6,10 +6,20 @@ import copy
 
 import pytest
 import torch
-from helpers import learn, make_buffer, make_predictor, make_transitions, unchanged
+from helpers import (
+    learn,
+    make_buffer,
+    make_predictor,
+    make_transitions,
+    moved,
+    parameters,
+    unchanged,
+)
 from torch import nn
 
-from layeredrl_torchrl import EncoderNet
+from layeredrl_torchrl import EncoderNet, StaticPredictor
+from layeredrl_torchrl.nets import ModuleEncoder
+from layeredrl_torchrl.objectives import ConsistencyLoss
 
 PARTS = ["model", "rew_func", "val_func", "encoder"]
 
@@ -112,3 +122,70 @@ def test_known_dynamics_are_fitted_as_ever():
     learn(predictor, make_buffer(data), n_updates=200)
     assert (predictor.model.scaling.state.loc - 5.0).abs().max() < 1.0
     assert predictor.model.calibration.shift.abs().min() > 0.0
+
+
+class Ends(nn.Module):
+    """A known termination, with weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def forward(self, state, context, action):
+        return self.layer(state).squeeze(-1).sigmoid()
+
+
+def begin_anew(predictor):
+    """Every part by itself, which reaches what is frozen as the whole does."""
+    predictor.reset_parameters_recursive()
+    predictor.predictor_loss.reset_parameters_recursive()
+    predictor.model_loss.reset_parameters_recursive()
+
+
+def test_parts_that_nobody_trains_stay_when_the_others_begin_anew():
+    torso = nn.Linear(2, 4).requires_grad_(False)
+    encoder = ModuleEncoder(nn.Sequential(torso, nn.Tanh(), nn.Linear(4, 2)), (2,), 2)
+    predictor = make_predictor(encoder, term_func=Ends().requires_grad_(False))
+    head, members = predictor.rew_func.net[0], predictor.model.members
+    head.requires_grad_(False)
+    members.weights[0].requires_grad_(False)
+    learn(predictor, make_buffer())
+    frozen = [predictor.term_func, torso, head]
+    before, first = parameters(predictor), members.weights[0].clone()
+    with unchanged(*frozen):
+        begin_anew(predictor)
+    assert torch.equal(members.weights[0], first)
+    trained = {name for name, p in predictor.named_parameters() if p.requires_grad}
+    assert trained <= moved(predictor, before) | {"rew_func.net.1.weight", "rew_func.net.1.bias"}
+
+
+def test_what_is_given_keeps_its_frozen_parts_too():
+    made = make_predictor()
+    args = made.model, made.val_func, made.rew_func, made.encoder, 2
+    static = StaticPredictor(*args, term_func=Ends())
+    static.term_func.requires_grad_(False)
+    static.model.requires_grad_(False)
+    nn.init.ones_(static.rew_func.net[-1].weight)
+    with unchanged(static.term_func, static.model):
+        static.reset_parameters_recursive()
+    assert not static.rew_func.net[-1].weight.any()
+
+
+def test_targets_follow_what_begins_anew():
+    encoder = EncoderNet((2,), 2, 0)
+    predictor = make_predictor(encoder)
+    loss = ConsistencyLoss(encoder, predictor.model, tau=0.01)
+    predictor.add_loss(loss, {"loss_consistency": 1.0})
+    learn(predictor, make_buffer())
+    before = encoder.state_net.weight.clone()
+    predictor.reset_parameters()
+    assert not torch.equal(encoder.state_net.weight, before)
+    for target, source in (
+        (loss.target_encoder, encoder),
+        (predictor.target_val_func, predictor.val_func),
+        (predictor.model.averaged_members, predictor.model.members),
+    ):
+        torch.testing.assert_close(target.state_dict(), source.state_dict(), rtol=0, atol=0)
+    nn.init.ones_(encoder.state_net.weight)
+    loss.reset_parameters_recursive()
+    assert loss.target_encoder.state_net.weight.eq(1.0).all()

@@ -25,7 +25,7 @@ from layeredrl_torchrl.predictors._sums import Sums
 from layeredrl_torchrl.predictors._weighted_loss import WeightedLoss
 from layeredrl_torchrl.predictors.early_stopping import HoldoutWatch
 
-__all__ = ["Updates"]
+__all__ = ["Updates", "trained_by"]
 
 # Batches that are drawn and prepared at once, which takes most of the time of small updates. On an
 # accelerator many take as many operations as one, and each draw waits.
@@ -120,7 +120,7 @@ class Updates(nn.Module):
         name = f"{type(loss).__name__}_{len(self.losses)}"
         weighted = WeightedLoss(loss, weights)
         known = {p for group in self.optim.param_groups for p in group["params"]}
-        own = [p for p in _trainable(loss) if p not in known]
+        own = [p for p in trained_by(loss) if p not in known]
         if own:
             self.optim.add_param_group({"params": own, "name": name})
             self.rates.add(name, rate)
@@ -346,6 +346,14 @@ def _names(loss: TermsLoss) -> set[str]:
         if not isinstance(loss.val_func, nn.Module):
             names -= {"loss_value", "value_mean"}
     return names
+
+
+def trained_by(loss: TermsLoss) -> list[nn.Parameter]:
+    """Return the parameters that a loss trains, as far as can be seen."""
+    still: set[nn.Parameter] = set()
+    if isinstance(loss, PredictorLoss) and not loss.learn_encoder:
+        still.update(loss.encoder.parameters())
+    return [p for p in _trainable(loss) if p not in still]
 
 
 def _trainable(part: object) -> list[nn.Parameter]:

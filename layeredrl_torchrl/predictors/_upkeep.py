@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -35,7 +36,8 @@ class Upkeep(nn.Module):
     Args:
         model: Has the normalisers and the calibration.
         encoder: Its context is watched.
-        learn_encoder: Whether an :class:`~layeredrl_torchrl.EncoderNet` gets its mask.
+        learn_encoder: Whether an :class:`~layeredrl_torchrl.EncoderNet` that nothing trains gets a
+            mask if it has none; one that learns has its mask kept up to date.
         rew_func: Is scaled if it is a :class:`~layeredrl_torchrl.ScalarHead`.
         val_func: Likewise.
         target_val_func: Likewise, with ``val_func``, which it follows.
@@ -65,7 +67,8 @@ class Upkeep(nn.Module):
         super().__init__()
         self._gamma = gamma
         # The parts belong to the predictor: a tuple keeps them from being registered twice.
-        self._parts = model, encoder if learn_encoder else None, rew_func, delta_standardizer
+        self._parts = model, encoder, rew_func, delta_standardizer
+        self._learn_encoder = learn_encoder
         self._values = val_func, target_val_func
         self._trains = trains
         self._context_watch = ContextWatch(encoder)
@@ -140,7 +143,18 @@ class Upkeep(nn.Module):
 
     def _lacks_mask(self, encoder: EncoderNet) -> bool:
         """Whether the mask has to follow the data; frozen weights were learned under theirs."""
-        return self._trains(encoder) or not bool(encoder.mask.any())
+        if self._trains(encoder):
+            return True
+        if bool(encoder.mask.any()):
+            return False
+        if not self._learn_encoder:
+            warnings.warn(
+                "the encoder does not learn (learn_encoder=False) and its mask is empty, so all "
+                "states are 0; call its update_mask(observation, next_observation), load a trained "
+                "one, or pass learn_encoder=True",
+                stacklevel=6,  # whoever called learn
+            )
+        return self._learn_encoder
 
     def _trained(self) -> Tensor:
         """Whose statistics are taken: model, reward and value function, bool ``[3]``."""

@@ -22,11 +22,11 @@ from layeredrl_torchrl._graphs import Graphs
 from layeredrl_torchrl._state import undone_on_error
 from layeredrl_torchrl.models import ProbabilisticEnsemble
 from layeredrl_torchrl.nets import Encoder, StepFunction, move_towards
-from layeredrl_torchrl.objectives import ModelLoss, PredictorLoss
+from layeredrl_torchrl.objectives import ConsistencyLoss, ModelLoss, PredictorLoss
 from layeredrl_torchrl.objectives.terms import TermsLoss
 from layeredrl_torchrl.predictors._experience import JOINED, Experience
 from layeredrl_torchrl.predictors._learning_rates import LearningRate
-from layeredrl_torchrl.predictors._updates import Updates
+from layeredrl_torchrl.predictors._updates import Updates, trained_by
 from layeredrl_torchrl.predictors._upkeep import N_STATISTICS, Upkeep
 from layeredrl_torchrl.predictors._weighted_loss import WeightedLoss
 from layeredrl_torchrl.predictors.early_stopping import HoldoutWatch
@@ -155,7 +155,6 @@ class RewardPredictor(Predictor):
         for part, rate in rates.items():
             if not callable(rate):
                 check_number(f"{part}_lr", rate, 0.0)
-        self._check_schedule()
         # The losses share this module's parameters, so they are not registered a second time;
         # the target network is the one thing that they add to the state.
         predictor_loss = PredictorLoss(
@@ -226,6 +225,7 @@ class RewardPredictor(Predictor):
             gamma,
             self.updates.trains,
         )
+        self._check_schedule()
 
     def compile(self, *, cudagraphs: bool = False, **options: Any) -> None:
         """Compile what is imagined, and the losses; with ``cudagraphs`` also capture updates.
@@ -282,10 +282,30 @@ class RewardPredictor(Predictor):
         Raises:
             TypeError, ValueError: Not a :class:`~layeredrl_torchrl.objectives.TermsLoss`; weights
                 that are no finite numbers of at least 0. In :meth:`learn`, ``ValueError`` for a
-                term without a weight.
+                term without a weight. A ``ConsistencyLoss`` whose encoder nothing trains; a loss
+                that trains the encoder beside ``early_stopping``.
         """
+        self._check_added(loss, weights)
         saved = self.state_dict(keep_vars=True).values()
         self.updates.add(loss, weights, lr, saved=saved, tau=self.tau)
+
+    def _check_added(self, loss: TermsLoss, weights: Mapping[str, float]) -> None:
+        """Refuse a loss that could not do what it is for, or that undoes what another option is."""
+        if isinstance(loss, ConsistencyLoss) and isinstance(weights, Mapping):
+            if any(weights.values()) and not self.updates.trains(loss.encoder):
+                raise ValueError(
+                    "ConsistencyLoss trains the encoder, but nothing here updates that encoder; "
+                    "pass predictor.encoder, build the predictor with learn_encoder=True and an "
+                    "encoder whose parameters are not frozen, or give its term a weight of 0"
+                )
+        elif self.model_training.early_stopping is not None and isinstance(loss, nn.Module):
+            of_encoder = {p for p in self.encoder.parameters() if p.requires_grad}
+            if any(p in of_encoder for p in trained_by(loss)):
+                raise ValueError(
+                    f"early_stopping needs states that stay the same, but {type(loss).__name__} "
+                    "trains the encoder; freeze it (encoder.requires_grad_(False)), or leave "
+                    "early_stopping out"
+                )
 
     def _check_schedule(self) -> None:
         """Refuse a warm-up and early stopping that cannot do what they are for."""
@@ -309,8 +329,8 @@ class RewardPredictor(Predictor):
 
     @property
     def _states_move(self) -> bool:
-        """Whether the encoder learns."""
-        return self.learn_encoder and any(p.requires_grad for p in self.encoder.parameters())
+        """Whether the encoder learns, by the reward loss or by one that was added."""
+        return self.updates.trains(self.encoder)
 
     def _update_average(self) -> None:
         """Move the model's averaged weights, by which a model predicts, unless it is frozen."""

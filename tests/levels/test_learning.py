@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import pickle
 import re
 from fractions import Fraction
 from functools import partial
@@ -26,7 +24,6 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
-from torchrl.checkpoint import Checkpoint, GlobalRNGState
 from torchrl.data import (
     Bounded,
     Composite,
@@ -39,18 +36,14 @@ from torchrl.data import (
 
 from layeredrl_torchrl import (
     DQNLearner,
-    Hierarchy,
     ICEMPlanner,
     IdentityEncoder,
     ModelFreeLevel,
     PlannerLevel,
-    RandomLevel,
-    SafeCheckpoint,
     StaticPredictor,
     get_task,
     make_batched,
 )
-from layeredrl_torchrl.levels import LevelHook
 
 
 class Diary(StaticPredictor):
@@ -253,118 +246,6 @@ def test_a_buffer_of_ones_own(make):
         make(*SPACES, buffer=other).learn(make_transitions(4))
 
 
-# -- state ----------------------------------------------------------------------------------
-
-LEARNERS = {
-    "planner": (planner_level, ACTIONS, (20,), {}),
-    "planner of two": (planner_level, ACTIONS, (2, 10), {}),
-    "SAC": (model_free_level, ACTIONS, (20,), {}),
-    "DQN": (
-        model_free_level,
-        OneHot(3),
-        (20,),
-        {"learner_factory": partial(DQNLearner, hidden_sizes=(8,))},
-    ),
-}
-
-
-@pytest.mark.parametrize("name", LEARNERS)
-def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, name):
-    make, spec, shape, options = LEARNERS[name]
-    batches = [make_transitions(20, episode_length=10).reshape(shape) for _ in range(4)]
-    for data in batches:
-        data["action"] = spec.rand(shape)
-
-    def start():
-        storage = LazyTensorStorage(60, ndim=len(shape))  # as env= would have it
-        given = {"buffer": TensorDictReplayBuffer(storage=storage), "n_initial_random_steps": 15}
-        level = make(OBS, spec, **given, updates_per_step=0.33, **options)
-        parts = {"level": level, "optim": level.optim, "buffer": level.buffer}
-        return level, Checkpoint(**parts, rng=GlobalRNGState())
-
-    level, checkpoint = start()
-    for data in batches[:2]:
-        level.learn(data)
-    checkpoint.save(tmp_path / "checkpoint")
-    expected = [level.learn(data) for data in batches[2:]]
-    torch.manual_seed(9)
-    resumed, checkpoint = start()
-    checkpoint.load(tmp_path / "checkpoint")
-    assert [resumed.learn(data) for data in batches[2:]] == expected
-    assert [info["n_updates"] for info in expected] == [6, 7]
-    torch.testing.assert_close(resumed.state_dict(), level.state_dict(), rtol=0, atol=0)
-
-
-def saved_by_hook(level, path):
-    torch.save(LevelHook(level).state_dict(), path)
-
-
-def loaded_by_hook(level, path):
-    LevelHook(level).load_state_dict(torch.load(path, weights_only=False))
-
-
-def as_parts(level):
-    return {"level": level, "optim": level.optim, "buffer": level.buffer}
-
-
-@pytest.mark.parametrize("shape", [(2, 10), (2, 2, 5)])
-@pytest.mark.parametrize(
-    ("save", "load"),
-    [
-        (saved_by_hook, loaded_by_hook),
-        *(
-            (
-                lambda level, path, kind=kind: kind(**as_parts(level)).save(path),
-                lambda level, path, kind=kind: kind(**as_parts(level)).load(path),
-            )
-            for kind in (Checkpoint, SafeCheckpoint)
-        ),
-    ],
-    ids=["hook", "Checkpoint", "SafeCheckpoint"],
-)
-def test_built_from_spaces_it_goes_on_with_the_axes_that_it_loads(tmp_path, save, load, shape):
-    batches = [make_transitions(20, episode_length=10).reshape(shape) for _ in range(5)]
-    level, resumed = (planner_level(*SPACES, buffer_size=59) for _ in range(2))
-    for data in batches[:2]:
-        level.learn(data)
-    save(level, tmp_path / "saved")
-    load(resumed, tmp_path / "saved")
-    infos = []
-    for one in (level, resumed):  # 59 is rounded up to 60
-        torch.manual_seed(3)
-        infos.append([one.learn(data) for data in batches[2:]])  # beyond the end of the ring
-    assert infos[0] == infos[1]
-    assert infos[0][-1]["n_updates"] == 2
-    assert resumed.buffer.storage.shape == level.buffer.storage.shape
-    torch.testing.assert_close(resumed.state_dict(), level.state_dict(), rtol=0, atol=0)
-    for stored in (level.buffer.storage[:], resumed.buffer.storage[:]):
-        assert len(stored.reshape(-1)) == 60
-    torch.testing.assert_close(
-        resumed.buffer.storage[:].to_dict(), level.buffer.storage[:].to_dict(), rtol=0, atol=0
-    )
-
-
-@both
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_copies_do_not_learn(make, duplicate):
-    level = make(*SPACES)
-    level.learn(make_transitions())
-    other = duplicate(level)
-    with pytest.raises(RuntimeError, match="is a copy that was made to act"):
-        other.learn(make_transitions())
-    if make is planner_level:
-        other.buffer = level.buffer
-        assert other.learn(make_transitions())["n_updates"] == 6
-    else:
-        assert other.optim is None
-
-
-def test_of_what_cannot_learn_there_is_no_optimizer():
-    assert level_with_diary().optim is None
-    level = planner_level(*SPACES)
-    assert level.optim is level.predictor.optim
-
-
 # -- bad options ----------------------------------------------------------------------------
 
 ENV = partial(get_task("InvertedPendulum-v5").make)
@@ -424,88 +305,3 @@ def test_spaces_come_in_pairs():
             PlannerLevel(**one, **GIVEN)
     with pytest.raises(TypeError, match="expected a vector of floats"):
         ModelFreeLevel(OneHot(3), ACTIONS, learner_factory=DQNLearner)
-
-
-# -- a reward of its own --------------------------------------------------------------------
-
-
-@both
-@pytest.mark.parametrize("shape", [(60,), (3, 20)])
-@pytest.mark.parametrize("column", [True, False])
-def test_a_reward_of_its_own_counts_without_a_hierarchy_too(make, shape, column):
-    def leftwards(data):
-        assert data.ndim == 1
-        reward = data["action"] - 2 * data["next", "reward"]
-        return reward if column else reward.squeeze(-1)
-
-    level = make(*SPACES, reward_func=leftwards, n_initial_random_steps=1000)
-    data = make_transitions().reshape(*shape)
-    given = data["next", "reward"].clone()
-    info = level.learn(data)
-    assert torch.equal(data["next", "reward"], given)
-    assert info["reward"] == pytest.approx((data["action"] - 2 * given).mean().item(), abs=1e-6)
-    stored = level.buffer[:]["next", "reward"]
-    assert torch.equal(stored.flatten(), (data["action"] - 2 * given).flatten())
-    wrong = make(*SPACES, reward_func=lambda data: data["observation"])
-    with pytest.raises(ValueError, match=r"reward_func gave \(60, 2\), expected \(60,\) or"):
-        wrong.learn(data)
-
-
-@both
-@pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.uint8])
-def test_a_reward_of_its_own_may_be_a_flag_or_a_count(make, kind):
-    level = make(*SPACES, reward_func=lambda data: (data["action"] > 0).to(kind))
-    data = make_transitions()
-    expected = (data["action"] > 0).float()
-    assert level.learn(data)["reward"] == pytest.approx(expected.mean().item())
-    assert torch.equal(level.buffer[:]["next", "reward"], expected)
-    broken = make(*SPACES, reward_func=lambda data: data["action"] * torch.nan)
-    with pytest.raises(ValueError, match=r"reward.* holds 60 non-finite values"):
-        broken.learn(data)
-    assert not len(broken.buffer)
-
-
-def level_with_reward(make, env):
-    options = {"env": env, "n_initial_random_steps": 1000}
-    return make(**options, reward_func=lambda data: 3 * data["next", "reward"] + 1)
-
-
-def last_rewards(level, n):
-    return level.buffer[:]["next", "reward"][-n:]
-
-
-@both
-@pytest.mark.parametrize("built", [True, False])
-def test_a_level_that_was_in_a_hierarchy_is_paid_by_its_own_reward_alone(make, built):
-    env = get_task("InvertedPendulum-v5").make(seed=0)
-    level = level_with_reward(make, env)
-    if built:
-        Hierarchy([level], env)
-    else:
-        below = RandomLevel(input_spec=Bounded(-1.0, 1.0, (2,)), duration=2)
-        with pytest.raises(ValueError, match="set up for the action space"):
-            Hierarchy([level, below], env)
-    data = env.append_transform(level.make_tensordict_primer()).rollout(4, level)
-    given = data["next", "reward"].clone()
-    expected = 3 * given + 1
-    for _ in range(2):  # nor does it change what it is given
-        torch.testing.assert_close(level.own_reward(data), expected)
-        assert level.learn(data)["reward"] == pytest.approx(expected.mean().item())
-        assert torch.equal(data["next", "reward"], given)
-        assert torch.equal(last_rewards(level, len(data)), expected)
-    assert torch.equal(level.own_reward(data.lock_()), expected)
-
-
-@both
-def test_what_a_hierarchy_paid_is_not_paid_twice_wherever_it_is_kept(make):
-    env = get_task("InvertedPendulum-v5").make(seed=0)
-    level = level_with_reward(make, env)
-    hierarchy = Hierarchy([level], env)
-    data = env.append_transform(hierarchy.make_tensordict_primer()).rollout(4, hierarchy)
-    (own,) = hierarchy.transitions(data)
-    expected = 3 * data["next", "reward"] + 1
-    for rows in (own, own.clone(), own[torch.arange(len(own))]):
-        assert "reward" not in level.learn(rows)
-        assert torch.equal(last_rewards(level, len(own)), expected)
-    assert hierarchy.learn(data)[f"{level.name}/reward"] == pytest.approx(expected.mean().item())
-    assert torch.equal(last_rewards(level, len(own)), expected)

@@ -157,6 +157,12 @@ def test_its_parts_learn_and_report_to_logger_and_bar(make, capsys):
     assert not capsys.readouterr().err
 
 
+def test_of_what_cannot_learn_there_is_no_optimizer():
+    assert level_with_diary().optim is None
+    level = planner_level(*SPACES)
+    assert level.optim is level.predictor.optim
+
+
 # -- the buffer -----------------------------------------------------------------------------
 
 

@@ -11,7 +11,6 @@ import torch
 from helpers import (
     ACTIONS,
     OBS,
-    SMALL_FACTORY,
     SPACES,
     both,
     make_transitions,
@@ -27,28 +26,9 @@ from torchrl.data import (
 
 from layeredrl_torchrl import (
     DQNLearner,
-    IdentityEncoder,
     SafeCheckpoint,
-    StaticPredictor,
 )
 from layeredrl_torchrl.levels import LevelHook
-
-
-class Diary(StaticPredictor):
-    """Writes down what it is asked to learn."""
-
-    def __init__(self, *_):
-        reward = lambda state, context, action: state.sum(-1)  # noqa: E731
-        super().__init__(SMALL_FACTORY(*SPACES).model, None, reward, IdentityEncoder((2,)), 2)
-        self.calls = []
-
-    def learn(self, buffer, n_updates, batch_size, model_batch_size, n_total_env_steps, **_):
-        self.calls.append((len(buffer), n_updates, batch_size, model_batch_size, n_total_env_steps))
-        return torch.zeros(()), {"n_updates": float(n_updates)}
-
-
-level_with_diary = partial(planner_level, *SPACES, predictor_factory=Diary)
-
 
 LEARNERS = {
     "planner": (planner_level, ACTIONS, (20,), {}),
@@ -152,9 +132,3 @@ def test_copies_do_not_learn(make, duplicate):
         assert other.learn(make_transitions())["n_updates"] == 6
     else:
         assert other.optim is None
-
-
-def test_of_what_cannot_learn_there_is_no_optimizer():
-    assert level_with_diary().optim is None
-    level = planner_level(*SPACES)
-    assert level.optim is level.predictor.optim

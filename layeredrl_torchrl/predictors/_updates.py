@@ -119,7 +119,7 @@ class Updates(nn.Module):
         """
         name = f"{type(loss).__name__}_{len(self.losses)}"
         weighted = WeightedLoss(loss, weights)
-        known = {p for group in self.optim.param_groups for p in group["params"]}
+        known = self._optimized()
         own = [p for p in trained_by(loss) if p not in known]
         if own:
             self.optim.add_param_group({"params": own, "name": name})
@@ -135,13 +135,16 @@ class Updates(nn.Module):
                 loss.tau = tau
         self.losses[name] = weighted
 
+    def _optimized(self) -> set[nn.Parameter]:
+        """Return the parameters that the optimizer has, also those that were frozen since."""
+        return {p for group in self.optim.param_groups for p in group["params"]}
+
     def trains(self, part: object) -> bool:
         """Whether any parameter of a module is trained: the optimizer has it, and it isn't frozen.
 
         Modules without parameters, and what is no module, are not.
         """
-        known = {p for group in self.optim.param_groups for p in group["params"]}
-        return any(p in known for p in _trainable(part))
+        return not self._optimized().isdisjoint(_trainable(part))
 
     # -- running ----------------------------------------------------------------------------
 

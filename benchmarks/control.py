@@ -26,7 +26,7 @@ from layeredrl_torchrl import get_task
 from layeredrl_torchrl.runs import Count, Seed, command, find_task
 
 # What differs from the examples' defaults.
-FALLS = "--known-termination"
+WALKS = "--known-termination --late-gamma 0.995"
 OPTIONS = {
     "learn_to_control": {
         "InvertedPendulum-v5": "--n-envs 2",  # so that an episode of full length fits in 2,000
@@ -39,8 +39,8 @@ OPTIONS = {
     },
     "value_gradients": {
         "HalfCheetah-v5": "",
-        "Hopper-v5": FALLS,
-        "Walker2d-v5": FALLS,
+        "Hopper-v5": WALKS,
+        "Walker2d-v5": WALKS,
         "InvertedPendulum-v5": "--total-env-steps 1000",
         "InvertedDoublePendulum-v5": "",
         "Swimmer-v5": "",

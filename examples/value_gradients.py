@@ -1,9 +1,8 @@
 """Learn any task of `layeredrl_torchrl.envs` by gradients through a learned world model.
 
-The policy follows the gradient of its own return in the model: `ValueGradientLoss` rolls it out for
-a few steps that keep gradients and end in the critics. These learn from lambda-returns of long
-imagined episodes that keep none, and the states of those are where the short ones start (as in
-DHMBPO, arXiv 2512.15439). One update for each real step is enough.
+`ValueGradientLoss` rolls the policy out in the model for a few steps that keep gradients and end in
+the critics. These learn from lambda-returns of long imagined episodes without gradients, at whose
+states the short ones start (DHMBPO, arXiv 2512.15439). One update for each real step is enough.
 
     python examples/value_gradients.py --task Hopper-v5
     python examples/value_gradients.py --resume
@@ -41,6 +40,8 @@ class Config(runs.RunOptions):
     """Whether the task says which steps end an episode, instead of the model."""
     gamma: runs.PositiveShare = 0.99
     """Discount."""
+    late_gamma: runs.PositiveShare | None = None
+    """Discount after the first quarter of the run, where it differs."""
     horizon: runs.Count = 5
     """Imagined steps that the policy's gradient flows through."""
     episode_steps: runs.Count = 40
@@ -80,8 +81,8 @@ class Agent:
     """Everything that learns or stores."""
 
     def __init__(self, config: Config, task: lt.Task, env: EnvBase, total: int) -> None:
-        self.config, n_random = config, config.random_steps
-        self.random_steps = min(1000, total // 4) if n_random is None else n_random
+        self.config, self.quarter, n_random = config, total // 4, config.random_steps
+        self.random_steps = min(1000, self.quarter) if n_random is None else n_random
         dims = {"latent_state_dims": task.state_dims, "context_dims": task.context_dims}
         make_predictor = lt.PredictorFactory(
             hidden_sizes=(config.model_size,) * 3,
@@ -128,6 +129,8 @@ class Agent:
         counts["steps"] += n_steps
         if counts["steps"] < self.random_steps:
             return {}
+        if config.late_gamma and counts["steps"] > self.quarter:
+            self.loss.gamma = config.late_gamma
         # The first phase makes up for those in which there was nothing to learn for.
         n_steps = n_steps if counts["updates"] else counts["steps"]
         n_fits, n = max(round(config.model_updates_per_step * n_steps), 1), config.batch_size
@@ -141,8 +144,7 @@ class Agent:
             found.append(self.take(self.imagined.sample(5 * config.batch_size // 2)))
         counts["updates"] += n_updates
         self.schedule.step()
-        terms = torch.stack(found).mean()
-        return info | {name: value.item() for name, value in terms.items()}
+        return info | {name: term.item() for name, term in torch.stack(found).mean().items()}
 
     @torch.no_grad()
     def imagine(self) -> None:

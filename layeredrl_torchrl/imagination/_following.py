@@ -40,7 +40,7 @@ def follow(
     actor: ProbabilisticTensorDictSequential,
     start: tuple[Tensor, Tensor],
     horizon: int,
-    gamma: float,
+    gamma: Tensor,
     steps: Steps | None = None,
 ) -> FollowedPolicy:
     """Follow a policy through a predictor, whose parameters get no gradient.
@@ -52,7 +52,7 @@ def follow(
         actor: The policy, whose actions are reparameterised.
         start: State ``[B, D]`` and context ``[B, C]``.
         horizon: ``H``, may be 0.
-        gamma: Discount.
+        gamma: Discount, a scalar.
         steps: From :func:`compile_following`, to make all steps by one compiled function.
     """
     run = _steps if steps is None else steps
@@ -99,7 +99,7 @@ def _steps(
     state: Tensor,
     context: Tensor,
     horizon: int,
-    gamma: float,
+    gamma: Tensor,
 ) -> tuple[Tensor, ...]:
     """All but the last field of :class:`FollowedPolicy`, then the last state and action."""
     state_key, context_key, _ = predictor.model.in_keys

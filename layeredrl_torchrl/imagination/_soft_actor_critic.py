@@ -81,7 +81,7 @@ class SoftActorCritic(LossModule):
     target_qvalue_network_params: TensorDictParams
     log_alpha: Tensor
     target_entropy: Tensor
-    gamma: float
+    discount: Tensor
     lmbda: float
     bounds: Tensor
 
@@ -137,6 +137,9 @@ class SoftActorCritic(LossModule):
         check_number("target_entropy", target_entropy, -math.inf)
         self.register_buffer("target_entropy", torch.tensor(target_entropy, device=device))
         self.register_buffer("bounds", torch.tensor([-math.inf, math.inf], device=device))
+        # The discount, where compiled and captured code reads it, so that it may change.
+        discount = torch.empty((), dtype=torch.float64, device=device)
+        self.register_buffer("discount", discount, persistent=False)
         self.make_value_estimator()
 
     def make_value_estimator(
@@ -148,6 +151,8 @@ class SoftActorCritic(LossModule):
             value_type: ``TD0`` for one step, ``TD1`` for the whole episode, ``TDLambda`` (the
                 default) for what lies between.
             **hyperparams: ``gamma``, of all that is discounted here, and ``lmbda`` of ``TDLambda``.
+                Both may change while a policy learns, also when updates were compiled or captured
+                as CUDA graphs.
 
         Raises:
             NotImplementedError: Another estimator. TypeError: Another option.
@@ -160,12 +165,27 @@ class SoftActorCritic(LossModule):
         known = ["gamma", "lmbda"] if fixed[kind] is None else ["gamma"]
         if unknown := sorted(given.keys() - {*known, "differentiable"}):
             raise TypeError(f"{kind} has no option {unknown}; it has {known}")
-        self.gamma = check_number("gamma", float(given["gamma"]), 0.0, 1.0)
+        self.gamma = given["gamma"]
         lmbda = fixed[kind]
         if lmbda is None:
             lmbda = check_number("lmbda", float(given["lmbda"]), 0.0, 1.0)
         self.lmbda = lmbda
         self.value_type = kind
+        return self
+
+    @property
+    def gamma(self) -> float:
+        """Discount over one step."""
+        return self._gamma
+
+    @gamma.setter
+    def gamma(self, value: float) -> None:
+        self._gamma = check_number("gamma", float(value), 0.0, 1.0)
+        self.discount.fill_(self._gamma)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor]) -> Self:  # as TorchRL's
+        super()._apply(fn)
+        self.discount = self.discount.to(torch.float64).fill_(self._gamma)  # casts round it
         return self
 
     def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
@@ -239,7 +259,7 @@ class SoftActorCritic(LossModule):
         with self._acting() as act:
             entropy = -self.alpha * act(following).unsqueeze(-1)
         value = self.qvalues(following, self._targets()).amin(0).unsqueeze(-1)
-        return value, reward + self.gamma * ~terminated * entropy
+        return value, reward + self.discount * (~terminated * entropy)
 
     def _bounded(self, target: Tensor) -> Tensor:
         return torch.maximum(torch.minimum(target, self.bounds[1]), self.bounds[0])
@@ -277,7 +297,8 @@ class SoftActorCritic(LossModule):
         reward, terminated = (self.read(tensordict, ("next", name)) for name in names)
         terminated = terminated.bool()  # of bytes, ~ is no negation
         value, reward = self._soft_step(tensordict, reward, terminated)
-        return self._bounded(td0_return_estimate(self.gamma, value, reward, terminated))
+        gamma = self.discount.to(value.dtype)
+        return self._bounded(td0_return_estimate(gamma, value, reward, terminated))
 
     @torch.no_grad()
     def fit_scale(

@@ -262,7 +262,7 @@ class ValueGradientLoss(SoftActorCritic):
                 self.actor_network,
                 (state, context),
                 self.horizon,
-                self.gamma,
+                self.discount,
                 compile_following(self, self._compile_options),
             )
 

@@ -10,7 +10,7 @@ import gymnasium as gym
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.collectors import Collector
-from torchrl.envs import EnvBase, GymWrapper, SerialEnv, TransformedEnv
+from torchrl.envs import EnvBase, GymWrapper, ParallelEnv, SerialEnv, TransformedEnv
 
 from layeredrl_torchrl.checkpoints._objects import load, save
 
@@ -22,9 +22,9 @@ class EnvState:
 
     It supports TorchRL's ``GymEnv``, ``GymWrapper`` and ``SerialEnv`` of these, with any
     transforms, and so ``Task.make`` and ``make_batched``. The state contains that of the
-    transforms, all numbers and random generators in gymnasium's environments and wrappers, and
-    MuJoCo's full state with time, warm start and computed fields. Other TorchRL environments have
-    to override ``state_dict``.
+    transforms, all numbers, choices and random generators in gymnasium's environments and wrappers,
+    which are shared as they were, and MuJoCo's full state with time, warm start and computed
+    fields. Other TorchRL environments have to override ``state_dict``.
 
     >>> env, twin = (make_batched("Reacher-v5", 2, seed=seed) for seed in (0, 7))
     >>> data = env.rollout(5)[:, -1]
@@ -149,6 +149,12 @@ def _parts(env: EnvBase) -> Iterator[torch.nn.Module | gym.Env[Any, Any]]:
             yield from _parts(one)
     elif isinstance(env, GymWrapper):
         yield env._env
+    elif isinstance(env, ParallelEnv):
+        # Its state_dict is that of the workers' transforms, without their environments.
+        raise TypeError(
+            f"the state of a {type(env).__name__} cannot be saved: its workers keep it; use "
+            "make_batched, or a SerialEnv"
+        )
     elif type(env).state_dict is not EnvBase.state_dict:
         yield env
     else:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import enum
 import json
 import math
+import random
+from collections import OrderedDict, defaultdict, namedtuple
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +16,15 @@ import numpy as np
 import pytest
 import torch
 from torchrl.collectors import Collector, MultiSyncCollector
-from torchrl.envs import GymEnv, GymWrapper, PendulumEnv, RewardSum, SerialEnv, StepCounter
+from torchrl.envs import (
+    GymEnv,
+    GymWrapper,
+    ParallelEnv,
+    PendulumEnv,
+    RewardSum,
+    SerialEnv,
+    StepCounter,
+)
 
 from layeredrl_torchrl import (
     CollectorState,
@@ -137,9 +148,27 @@ class Odd:
     held: object
 
 
+class Phase(enum.Enum):
+    """Where a task stands."""
+
+    REACH = "reach"
+    GRASP = "grasp"
+
+
+class Sides(enum.Flag):
+    """Several at once."""
+
+    LEFT = 1
+    RIGHT = 2
+
+
+Place = namedtuple("Place", "x y")
+
 KINDS = {
     "flags": [True, False, None],
-    "numbers": [3, -2.5, "text", math.inf],
+    "choices": [Phase.GRASP, Sides.LEFT | Sides.RIGHT, Sides(0)],
+    "chosen": {Phase.GRASP: 1, Phase.REACH: Phase.GRASP, (Phase.REACH, 1): 2},
+    "numbers": [3, -2.5, "text", math.inf, np.float64(0.5), np.str_("text")],
     "scalars": [np.float32(0.1), np.int8(-3), np.bool_(True)],
     "arrays": [np.arange(6, dtype=np.int16).reshape(2, 3), np.zeros((0, 2)), np.array(1.5)],
     "tuples": (1, (2.0, [3, (4,)]), ()),
@@ -164,6 +193,90 @@ def test_values_of_any_kind_come_back_as_they_were(name):
         assert list(map(type, found)) == list(map(type, value))
 
 
+def through_json(held, other):
+    """``held`` as it comes back in place of ``other``."""
+    return load(Odd(other), json.loads(json.dumps(save(Odd(held), "odd", {}))), "odd").held
+
+
+def test_named_tuples_and_dictionaries_keep_their_class():
+    assert through_json([Place(1, 2)], [Place(0, 0)])[0].y == 2
+    counts = through_json(defaultdict(int, a=2), defaultdict(int, b=1))
+    assert counts == {"a": 2}
+    assert counts["new"] == 0
+    assert type(through_json(OrderedDict(a=1), OrderedDict())) is OrderedDict
+
+
+def test_what_became_none_is_none():
+    """As a thing that was taken away."""
+    assert through_json([1, None], [1, Odd(3)]) == [1, None]
+    assert through_json(Odd(None), Odd(3)).held is None
+
+
+def sharing():
+    """What is held in several places, with views of arrays and a generator that all draw from."""
+    rng, rows = np.random.default_rng(5), np.zeros((3, 2))
+    rooms = [Odd({"n": i, "rng": rng}) for i in range(3)]
+    return {"rng": rng, "rows": rows, "row": rows[1], "back": rows[::-1, 1], "rooms": rooms}
+
+
+def test_what_is_shared_stays_shared():
+    held, other = sharing(), sharing()
+    for made, at in ((held, 2), (other, 0)):
+        made["at"], made["path"] = made["rooms"][at], [made["rooms"][at]]
+    found = through_json(held, other)
+    assert found["at"] is found["path"][0] is found["rooms"][2]
+    assert [room.held["n"] for room in found["rooms"]] == [0, 1, 2]
+    assert all(room.held["rng"] is found["rng"] for room in found["rooms"])
+    assert found["rng"].normal() == held["rng"].normal()
+    found["rows"][1] = [3, 4]
+    assert found["row"].tolist() == [3, 4]
+    assert found["back"].tolist() == [0, 4, 0]
+
+
+def test_what_cannot_be_shared_as_it_was_is_refused():
+    """The first room is found where the third was, and would have two states."""
+    first, other = ({"at": None} | sharing() for _ in range(2))
+    first["at"], other["at"] = first["rooms"][2], other["rooms"][0]
+    with pytest.raises(ValueError, match=r"\['rooms'\]\[0\] is an object that was loaded for"):
+        through_json(first, other)
+
+
+def test_parts_of_a_simulators_memory_stay_parts_of_it():
+    held, other = (get_task("Reacher-v5").make_gym().unwrapped for _ in range(2))
+    for env, seed in ((held, 0), (other, 1)):
+        env.reset(seed=seed)
+        env.tips = [env.data.qpos[:2], env.data.body("fingertip").xpos]
+    load(other, json.loads(json.dumps(save(held, "env", {}))), "env")
+    assert [tip.tolist() for tip in other.tips] == [tip.tolist() for tip in held.tips]
+    other.data.qpos[:] = 0.5
+    assert other.tips[0].tolist() == [0.5, 0.5]
+
+
+def test_another_function_in_its_place_is_refused():
+    """A function cannot be read from a file without running code."""
+    assert through_json({len: 2}, {len: 1}) == {len: 2}
+    assert through_json(len, len) is len
+    with pytest.raises(ValueError, match=r"odd\.held is max, saved was len, which cannot be put"):
+        through_json(len, max)
+    with pytest.raises(ValueError, match=r"odd\.held has no key len"):
+        through_json({len: 2}, {max: 1})
+
+
+@pytest.mark.parametrize(
+    ("held", "name"),
+    [
+        (torch.zeros(2), "torch.Tensor"),
+        (random.Random(0), "random.Random"),
+        (type("Queue", (set,), {})([1]), "Queue"),
+        ({Odd(0).__class__.__init__.__code__: 1}, "code"),
+    ],
+)
+def test_what_holds_its_state_in_c_is_refused(held, name):
+    """They have a ``__dict__``, too, in which it is not."""
+    with pytest.raises(TypeError, match=rf"odd\.held cannot be saved.*{name}"):
+        save(Odd(held), "odd", {})
+
+
 class Engine:
     """As a simulator in C: nothing of it can be seen from Python."""
 
@@ -179,6 +292,8 @@ def test_what_cannot_be_saved_says_so():
         EnvState(env)
     with pytest.raises(TypeError, match="PendulumEnv cannot be saved"):
         EnvState(PendulumEnv())
+    with pytest.raises(TypeError, match="ParallelEnv cannot be saved: its workers keep it; use"):
+        EnvState(ParallelEnv(2, partial(GymEnv, "Pendulum-v1")).append_transform(RewardSum()))
     env = make_batched("InvertedPendulum-v5", 2, seed=0)
     state = EnvState(env).state_dict()
     with pytest.raises(ValueError, match="saved was"):

@@ -12,7 +12,7 @@ _LEGEND = """
 state, context, action: their dimensions. horizon: steps of an episode. budget: real steps in which
 the benchmarks learn the task. solved at: return of an episode. known reward, known end: what
 `get_task(name).reward` and `.termination` tell without learning. Point mazes need the extra
-robotics: in the clone, python -m pip install -e '.[robotics]'
+robotics: in the clone, python -m pip install -e ".[robotics]"
 """
 _HEAD = (
     *("task", "state", "context", "action", "horizon", "budget", "solved at"),

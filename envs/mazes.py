@@ -99,7 +99,7 @@ def _make(rows: tuple[str, ...], sparse: bool, horizon: int, **kwargs: Any) -> g
     if importlib.util.find_spec("gymnasium_robotics") is None:
         raise ImportError(
             "point mazes come from gymnasium-robotics, which is not installed; "
-            "in the clone, python -m pip install -e '.[robotics]'",
+            'in the clone, python -m pip install -e ".[robotics]"',
             name="gymnasium_robotics",
         )
     # A spec of our own: nothing has to be registered with gymnasium.

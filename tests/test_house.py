@@ -114,6 +114,13 @@ def allowed(here):
     return below | {name for name, users in USED_BY.items() if here in users}
 
 
+def test_what_to_install_is_quoted_as_every_shell_takes_it():
+    """Windows' own takes double quotes only."""
+    texts = [path.read_text("utf-8") for root in ROOTS.values() for path in root.rglob("*.py")]
+    assert any('".[' in text for text in texts)
+    assert not any("'.[" in text for text in texts)
+
+
 def test_no_file_is_in_a_circle():
     circles = {name for name in graph() if name in reachable(name)}
     assert not circles

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import shutil
 import warnings
 from pathlib import Path
@@ -55,7 +56,7 @@ class SafeRotation(CheckpointRotation):
 
     def clear(self) -> None:
         """Remove checkpoints that were only partly written, or partly removed."""
-        for path in self.directory.glob(f".*{self.prefix}-*"):
+        for path in self.directory.glob(f".*{glob.escape(self.prefix)}-*"):
             shutil.rmtree(path, ignore_errors=True)
 
     def latest(self) -> Path | None:
@@ -67,7 +68,8 @@ class SafeRotation(CheckpointRotation):
             CheckpointError: There are checkpoints, and all are damaged.
         """
         first: CheckpointError | None = None
-        for path in sorted(self.directory.glob(f"{self.prefix}-[0-9]*"), reverse=True):
+        found = self.directory.glob(f"{glob.escape(self.prefix)}-[0-9]*")
+        for path in sorted(found, reverse=True):
             try:
                 SafeCheckpoint.verify(path)
             except CheckpointError as error:

@@ -44,7 +44,7 @@ def new_figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "pictures need matplotlib: in the clone, python -m pip install -e '.[plots]'",
+            'pictures need matplotlib: in the clone, python -m pip install -e ".[plots]"',
             name="matplotlib",
         ) from error
     return Figure(figsize=(width, height), layout="constrained")

@@ -81,7 +81,7 @@ def command(
         if extra is None:
             raise
         if isinstance(error, ModuleNotFoundError):
-            install = f"python -m pip install -e '.[{extra}]'"
+            install = f'python -m pip install -e ".[{extra}]"'
             _end(f"{error.name} is not installed; install it by {install}")
         _end(str(error))
     except OSError as error:

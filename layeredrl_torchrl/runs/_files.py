@@ -6,12 +6,13 @@ import csv
 import io
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Curve", "lock", "write_rows", "write_whole"]
+__all__ = ["Curve", "lock", "staged", "write_rows", "write_whole"]
 
 
 class Curve:
@@ -44,7 +45,7 @@ class Curve:
         columns = list(row)
         if self.rows and columns != list(self.rows[0]):
             raise ValueError(f"{self.path} has columns {list(self.rows[0])}, got {columns}")
-        with self.path.open("a", newline="") as file:
+        with self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             if not self.rows:
                 writer.writerow(columns)
@@ -78,16 +79,30 @@ def write_rows(path: Path, columns: list[str], rows: Iterable[Iterable[float]]) 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file atomically: at any moment there is either the old one or the new one."""
-    stage = path.with_name(f".{path.name}.stage")
-    with stage.open("w", newline="") as file:
+    with staged(path) as stage, stage.open("w", newline="", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(stage, path)
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """Yield a path to write to; what was written takes the place of ``path`` at the end."""
+    stage = path.with_name(f".{path.stem}.stage{path.suffix}")
+    try:
+        yield stage
+        os.replace(stage, path)
+    finally:
+        stage.unlink(missing_ok=True)
 
 
 def lock(file: int) -> None:
-    """Lock an open file until this process ends; ``OSError`` if another process has the lock."""
+    """Lock an open file until this process ends.
+
+    Raises:
+        BlockingIOError, PermissionError: Another process has the lock. OSError: The disk, of
+            another machine for instance, knows no locks.
+    """
     if sys.platform == "win32":
         import msvcrt
 

@@ -73,7 +73,7 @@ class RunFolder:
         """Make the folder, and hold its lock; it ends with the process in any case.
 
         Raises:
-            RunError: It cannot be written, or another process has the lock.
+            RunError: It cannot be written or locked, or another process has the lock.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -83,9 +83,14 @@ class RunFolder:
         with file:
             try:
                 lock(file.fileno())
-            except OSError:
+            except (BlockingIOError, PermissionError):  # the latter on Windows
                 raise RunError(
                     f"another process runs in {self.path}; wait for it, or choose another --output"
+                ) from None
+            except OSError as error:
+                raise RunError(
+                    f"--output {self.path} cannot be locked: {error.strerror}; choose a folder on "
+                    "a disk of this machine"
                 ) from None
             yield
 

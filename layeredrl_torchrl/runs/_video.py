@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import math
 import os
 import sys
 import warnings
@@ -20,6 +21,7 @@ from torchrl.envs import EnvBase
 from torchrl.record import PixelRenderTransform, VideoRecorder
 
 from layeredrl_torchrl.envs import Task
+from layeredrl_torchrl.runs._files import staged
 from layeredrl_torchrl.runs._playing import play_episodes
 
 __all__ = ["check_rendering", "record"]
@@ -82,7 +84,7 @@ def record(
     # it would take what this one draws with, and leave black pictures.
     gc.collect()
     fps = env.metadata.get("render_fps") or _FPS
-    skip = max(round(fps / _FPS), 1)
+    skip = math.ceil(fps / _FPS)
     env.append_transform(PixelRenderTransform(preproc=_shrink))
     env.append_transform(
         VideoRecorder(
@@ -108,7 +110,8 @@ class _GifWriter:
         import imageio
 
         frames = video[0].permute(0, 2, 3, 1).numpy()
-        imageio.mimsave(self.path, list(frames), format="GIF", duration=1000 / fps, loop=0)
+        with staged(self.path) as stage:
+            imageio.mimsave(stage, list(frames), format="GIF", duration=1000 / fps, loop=0)
 
 
 def _shrink(pictures: Sequence[NDArray[np.uint8]]) -> Tensor:

@@ -168,10 +168,16 @@ class RunOptions:
             if value != default:
                 option = "--" + name.replace("_", "-")
                 raise RunError(f"{option} {value} has no effect here; leave it out ({default})")
+        often, default = self.episodes_per_evaluation, type(self).episodes_per_evaluation
+        if often != default and not self.steps_per_evaluation:
+            raise RunError(
+                f"--episodes-per-evaluation {often} has no effect without evaluations on the way; "
+                "add --steps-per-evaluation"
+            )
         if self.logger != "csv" and importlib.util.find_spec(self.logger) is None:
             raise RunError(
                 f"--logger {self.logger} needs a package that is not installed; install the extra "
-                f"`{self.logger}`, as in pip install -e '.[{self.logger}]'"
+                f'`{self.logger}`, as in pip install -e ".[{self.logger}]"'
             )
         if self.steps_per_batch % self.n_envs:
             raise RunError(

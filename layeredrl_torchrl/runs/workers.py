@@ -69,7 +69,7 @@ class WorkerOptions(RunOptions):
         if importlib.util.find_spec("ray") is None:
             raise RunError(
                 "--n-workers needs Ray, which is not installed; install the extra `ray`, as in "
-                "pip install -e '.[ray]'"
+                'pip install -e ".[ray]"'
             )
 
 

@@ -311,13 +311,15 @@ def test_the_last_sound_checkpoint_is_loaded(file, tmp_path):
         rotation.latest()
 
 
-def test_halves_are_cleared_and_never_loaded(tmp_path):
-    rotation = SafeRotation(tmp_path, keep_last=1)
+@pytest.mark.parametrize("prefix", ["checkpoint", "lr=[1e-3]*"])
+def test_halves_are_cleared_and_never_loaded(prefix, tmp_path):
+    """Whatever the characters of their names mean in a pattern."""
+    rotation = SafeRotation(tmp_path, keep_last=1, prefix=prefix)
     path = rotation.save(SafeCheckpoint(count={"n": 1}), step=1)
-    for name in (".checkpoint-000000000002.stage-0", ".checkpoint-000000000000.delete-0"):
+    for name in (f".{prefix}-000000000002.stage-0", f".{prefix}-000000000000.delete-0"):
         shutil.copytree(path, tmp_path / name)
     assert rotation.latest() == path
     rotation.save(SafeCheckpoint(count={"n": 2}), step=2)
-    assert os.listdir(tmp_path) == ["checkpoint-000000000002"]
+    assert os.listdir(tmp_path) == [f"{prefix}-000000000002"]
     with pytest.raises(TypeError, match="expected a SafeCheckpoint"):
         rotation.save(Checkpoint(a=1), step=3)

@@ -97,6 +97,7 @@ def test_options_that_depend_on_others():
     with pytest.raises(RunError, match="multiple of the 3 environments"):
         Options(n_envs=3, steps_per_batch=20).check()
     for options, message in (
+        ({"episodes_per_evaluation": 9}, "--episodes-per-evaluation 9 has no effect without"),
         ({"ray_address": "head:6379"}, "no effect without workers"),
         ({"n_workers": 3, "n_envs": 2, "steps_per_batch": 20}, "multiple of the 6 environments"),
     ):
@@ -216,7 +217,7 @@ def test_options_that_cannot_be_saved_are_named_before_anything_is_written(tmp_p
         (KeyboardInterrupt("go on"), 130, "go on"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (UnregisteredEnv("no Walker"), 1, "--task: no Walker"),
-        (ModuleNotFoundError(name="matplotlib.pyplot"), 1, "pip install -e '.[plots]'"),
+        (ModuleNotFoundError(name="matplotlib.pyplot"), 1, 'pip install -e ".[plots]"'),
         (ImportError("mazes need it", name="gymnasium_robotics"), 1, "mazes need it"),
         (PermissionError(13, "Permission denied", "/there"), 1, "--output /there/it cannot be"),
         (OSError(28, "No space left", "/there/it/curve.csv"), 1, "No space left (/there/it/curve"),
@@ -253,7 +254,7 @@ def test_a_command_that_needs_an_extra_ends_before_anything_is_done(monkeypatch,
     given = []
     with pytest.raises(SystemExit):
         command(given.append, Options, "A run.", needs=("json", "wandb"))
-    assert "pip install -e '.[wandb]'" in capsys.readouterr().err
+    assert 'pip install -e ".[wandb]"' in capsys.readouterr().err
     assert not given
     command(given.append, Options, "A run.", needs=("json",))
     assert given == [Options()]

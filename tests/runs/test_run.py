@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ import torch
 
 from layeredrl_torchrl import SafeCheckpoint, make_batched
 from layeredrl_torchrl.runs import Run, RunError, RunOptions
+from layeredrl_torchrl.runs._files import staged
 from layeredrl_torchrl.runs._folder import RunFolder
 from layeredrl_torchrl.runs._interrupts import Interrupts
 
@@ -292,6 +294,37 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
         other.join()
     with Run(RunOptions(output=tmp_path / "run"), 10):
         pass
+
+
+def test_a_disk_without_locks_is_not_taken_for_another_process(tmp_path, monkeypatch):
+    """As network disks may answer."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(RunError, match=r"run cannot be locked: No locks available; choose a fold"):
+        Run(RunOptions(output=tmp_path / "run"), 10).__enter__()
+
+
+def test_a_file_that_is_not_completed_leaves_the_one_before(tmp_path):
+    path = tmp_path / "video.gif"
+    path.write_text("old")
+
+    def write(text, stop):
+        with staged(path) as stage:
+            stage.write_text(text)
+            assert path.read_text() == "old"
+            stop()
+
+    with pytest.raises(ZeroDivisionError):
+        write("half", lambda: 1 / 0)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == [path.name]
+    write("new", list)
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == [path.name]
 
 
 def test_parts_are_loaded_when_they_are_given(tmp_path):

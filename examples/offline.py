@@ -32,7 +32,6 @@ from torchrl.envs import (
     ExplorationType,
     RewardSum,
     StepCounter,
-    TransformedEnv,
     set_exploration_type,
 )
 from torchrl.objectives import SACLoss, SoftUpdate
@@ -97,11 +96,12 @@ def make_data(config: Config) -> tuple[TensorDictReplayBuffer, float]:
     data = env.rollout(n_steps, policy, break_when_any_done=False)  # [env, T]
     env.close()
     ends = data["next", "done"]
+    if not ends.any():
+        raise runs.RunError(f"--n-transitions is {config.n_transitions}, ten episodes have 500")
     mean_return = data["next", "episode_reward"][ends].mean().item()
     data["next", "truncated"][:, -1] = data["next", "done"][:, -1] = True  # where storing ends
-    data = data.select("observation", "action", "next").reshape(-1)
-    buffer = TensorDictReplayBuffer(storage=TensorStorage(data), writer=ImmutableDatasetWriter())
-    return buffer, mean_return
+    storage = TensorStorage(data.select("observation", "action", "next").reshape(-1))
+    return TensorDictReplayBuffer(storage=storage, writer=ImmutableDatasetWriter()), mean_return
 
 
 def clone(config: Config, data: TensorDictReplayBuffer, env: EnvBase) -> TensorDictModule:
@@ -156,7 +156,7 @@ def imagined_sac(
         exploration_bonus=lt.EnsembleDisagreement(predictor.model, scale=-config.pessimism),
         batch_size=[500],
     )
-    env = TransformedEnv(env, StepCounter(config.episode_steps))
+    env = env.append_transform(StepCounter(config.episode_steps))
     memory = TensorDictReplayBuffer(storage=LazyTensorStorage(50_000), batch_size=256)
     for i in trange(config.n_updates, desc="SAC", leave=False):
         if i % 50 == 0:

@@ -135,13 +135,15 @@ def main(config: Config) -> None:
         buffer = TensorDictReplayBuffer(storage=storage)
         run.keep(predictor=predictor, optim=predictor.optim, buffer=buffer)
         for data in run.collect(env, planner, init_random_frames=n_random):
-            # The value function is that of the planner, so it has to know who acted.
-            data["random_action"] = torch.full(data.shape, run.steps <= n_random)
+            # The value function is that of the planner, so it has to know who acted: a batch that
+            # begins with random actions consists of them.
+            begun = run.steps - data.numel()
+            data["random_action"] = torch.full(data.shape, begun < n_random)
             buffer.extend(data.exclude("planner", ("next", "planner")))
             info: dict[str, float] = {}
             if run.steps >= n_random:
                 # What was put off during the random phase is made up for at its end.
-                n_new = data.numel() if run.steps - data.numel() >= n_random else run.steps
+                n_new = data.numel() if begun >= n_random else run.steps
                 n_updates = max(round(config.updates_per_step * n_new), 1)
                 _, info = predictor.learn(buffer, n_updates, 256, 256, run.steps)
             terms = ("nll", "loss_reward", "loss_value", "value_mean")

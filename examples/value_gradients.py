@@ -82,7 +82,7 @@ class Agent:
 
     def __init__(self, config: Config, task: lt.Task, env: EnvBase, total: int) -> None:
         self.config, self.quarter, n_random = config, total // 4, config.random_steps
-        self.random_steps = min(1000, self.quarter) if n_random is None else n_random
+        n_random = min(1000, self.quarter) if n_random is None else n_random
         dims = {"latent_state_dims": task.state_dims, "context_dims": task.context_dims}
         make_predictor = lt.PredictorFactory(
             hidden_sizes=(config.model_size,) * 3,
@@ -118,16 +118,16 @@ class Agent:
         self.real = TensorDictReplayBuffer(storage=store(max(total, 100_000), ndim=2))
         n_imagined = config.n_episodes * config.episode_steps
         self.imagined = TensorDictReplayBuffer(storage=store(5 * n_imagined))
-        self.counts, self.model_optim = {"steps": 0, "updates": 0}, self.predictor.optim
-        names = "loss optim schedule real imagined counts predictor model_optim"
-        self.parts = {name: vars(self)[name] for name in names.split()}
+        self.counts = {"steps": 0, "updates": 0, "random_steps": n_random}
+        names = "loss optim schedule real imagined counts predictor".split()
+        self.parts = {n: vars(self)[n] for n in names} | {"model_optim": self.predictor.optim}
 
     def learn(self, data: TensorDictBase) -> dict[str, float]:
         """Store real experience `[env, T]`; then update the model, the critics and the policy."""
         config, counts, n_steps = self.config, self.counts, data.numel()
         self.real.extend(data.select(*REAL_KEYS, strict=False).to(config.device))
         counts["steps"] += n_steps
-        if counts["steps"] < self.random_steps:
+        if counts["steps"] < counts["random_steps"]:
             return {}
         if config.late_gamma and counts["steps"] > self.quarter:
             self.loss.gamma = config.late_gamma
@@ -189,7 +189,7 @@ def main(config: Config) -> None:
         env = make_env(config.seed, config.n_envs)
         agent = Agent(config, task, env, total)
         run.keep(**agent.parts)
-        for data in run.collect(env, agent.policy, init_random_frames=agent.random_steps):
+        for data in run.collect(env, agent.policy, init_random_frames=agent.counts["random_steps"]):
             row = dict.fromkeys(TERMS, float("nan")) | agent.learn(data)
             row = run.returns(data) | {name: row[name] for name in TERMS}
             run.log(row | run.evaluation(make_env, agent.policy))

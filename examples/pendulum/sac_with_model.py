@@ -27,8 +27,8 @@ parser.add_argument("--steps-per-evaluation", type=int, default=500)
 args = parser.parse_args()
 if not (0 <= args.seed < 2**32 and min(vars(args).values()) >= 0):
     parser.error("--seed must be from 0 to 4294967295, and no number below 0")
-if min(args.total_env_steps, args.steps_per_evaluation) < 1:
-    parser.error("--total-env-steps and --steps-per-evaluation must be at least 1")
+if min(args.total_env_steps, args.steps_per_evaluation) < 1 or args.steps_per_evaluation % 50:
+    parser.error("--total-env-steps must be at least 1, --steps-per-evaluation a multiple of 50")
 torch.manual_seed(args.seed)
 
 env = TransformedEnv(GymEnv("Pendulum-v1"), RewardScaling(loc=0.0, scale=0.1))

@@ -80,6 +80,12 @@ def test_learns_from_stored_data(run, capsys, tmp_path):
     assert all(-100 < float(value) < 0 for _, value in rows[1:])
 
 
+def test_stored_data_of_no_whole_episode_are_refused(run, tmp_path):
+    """Their mean return would be that of nothing."""
+    with pytest.raises(RunError, match="--n-transitions is 490, ten episodes have 500"):
+        run("offline", "--n-transitions=490", f"--output={tmp_path}")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", RUNS)
 def test_learns_on_a_gpu(name, run, capsys, tmp_path):
@@ -258,6 +264,7 @@ def test_a_job_pays_and_shows_what_it_says(example):
         *((name, "--horizon=0", "--horizon must be") for name in LEARNS),
         *((name, "--random-steps=500", "--random-steps is 500 of 80") for name in LEARNS[:3]),
         *((name, "--random-steps=80", "or more --total-env-steps") for name in LEARNS[1:3]),
+        ("value_gradients", "--random-steps=80", "--random-steps is 80 of 80: too many"),
         *((name, "--steps-per-evaluation=-1", "--steps-per-evaluation must") for name in RUNS),
         *((name, "--gamma=0", "--gamma must be") for name in LEARNS if name != "dyna_sac"),
         ("train_with_trainer", "--steps-per-evaluation=9", "evaluation 9 has no effect"),

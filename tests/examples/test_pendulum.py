@@ -57,6 +57,7 @@ def test_the_page_shows_the_difference():
         ("--updates-per-step=-1", "no number below 0"),
         ("--total-env-steps=0", "must be at least 1"),
         ("--steps-per-evaluation=0", "must be at least 1"),
+        ("--steps-per-evaluation=120", "--steps-per-evaluation a multiple of 50"),
         ("--total-env-steps=many", "invalid int value"),
     ],
 )

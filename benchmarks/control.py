@@ -84,24 +84,35 @@ class Config:
 
 
 def run(config: Config, task: str, seed: int) -> None:
-    """Learn one task, unless that is done; goes on where an earlier run was cut off."""
+    """Learn one task, unless that is done."""
     folder = config.output / f"{task}-{seed}"
+    options = ["--task", task, "--seed", str(seed), "--output", str(folder)]
+    options += ["--threads", str(config.threads), "--eval-episodes", str(config.eval_episodes)]
+    options += ["--device", config.device, *OPTIONS[config.example].get(task, "").split()]
+    learn(EXAMPLES / f"{config.example}.py", options, folder)
+
+
+def learn(example: Path, options: list[str], folder: Path) -> None:
+    """Run an example that writes to a folder, unless it has ended; goes on where it was cut off.
+
+    Ctrl-C, which the example gets, too, lets it complete and save its batch.
+    """
     if (folder / "evaluation.csv").exists():
         return
-    command = [
-        sys.executable,
-        str(EXAMPLES / f"{config.example}.py"),
-        "--task",
-        task,
-        "--seed",
-        str(seed),
-    ]
-    command += ["--threads", str(config.threads), "--eval-episodes", str(config.eval_episodes)]
-    command += ["--device", config.device, "--output", str(folder)]
-    command += OPTIONS[config.example].get(task, "").split()
-    if any((folder / "checkpoints").glob("checkpoint-*")):
-        command.append("--resume")
-    subprocess.run(command, check=True)
+    resume = ["--resume"] * any((folder / "checkpoints").glob("checkpoint-*"))
+    process = subprocess.Popen([sys.executable, str(example), *options, *resume])
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
+    if status:
+        raise SystemExit(status)
+
+
+def has_rows(path: Path) -> bool:
+    """Whether a run has written to its curve, which is empty until its first batch."""
+    return path.exists() and path.stat().st_size > 0
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
@@ -141,7 +152,7 @@ def picture(config: Config) -> None:
         task: {
             seed: folder
             for seed in config.seeds
-            if ((folder := config.output / f"{task}-{seed}") / "curve.csv").exists()
+            if has_rows((folder := config.output / f"{task}-{seed}") / "curve.csv")
         }
         for task in config.task
     }

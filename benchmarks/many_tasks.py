@@ -30,6 +30,7 @@ from layeredrl_torchrl import (
     runs,
 )
 from layeredrl_torchrl.nets import Landmarks
+from layeredrl_torchrl.runs._files import write_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import many_tasks as example
@@ -92,27 +93,31 @@ def learn_forces(options: example.Config, skills: Path) -> tuple[object, Landmar
 
 def plan_forces(config: Config, folder: Path) -> None:
     """Do the jobs by plans of forces, at each step in the time that a plan of skills takes."""
+    agents = (("forces", False), ("forces_ways", True))
+    missing = [
+        (path, sees, job)
+        for agent, sees in agents
+        for name, job in example.JOBS.items()
+        if not (path := folder / agent / f"evaluation_{name}.csv").exists()
+    ]
+    if not missing:
+        return
     torch.manual_seed(config.seed)
     torch.set_num_threads(1)
-    options = run_options(config, folder / "skills")
+    options, discount = run_options(config, folder / "skills"), 0.99
     predictor, ways = learn_forces(options, folder / "skills")
-    for agent, sees in (("forces", False), ("forces_ways", True)):
-        for name, job in example.JOBS.items():
-            path = folder / agent / f"evaluation_{name}.csv"
-            if path.exists():
-                continue
-            discount = 0.99
-            predictor.rew_func, predictor.term_func = job.reward, ways.is_strange
-            predictor.val_func = example.no_reward
-            if sees:
-                predictor.val_func = ways.value_of(job.reward, speed=0.025, discount=discount)
-            env = example.make_env(job, config.eval_episodes, config.seed + 100_000)
-            top = example.make_planner(lambda *_: predictor, options, discount=discount)
-            policy = Hierarchy([top], env).eval()
-            env.append_transform(policy.make_tensordict_primer())
-            returns = runs.play_episodes(env, policy)["episode_reward"].flatten().tolist()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("\n".join(["return", *map(str, returns)]) + "\n")
+    for path, sees, job in missing:
+        predictor.rew_func, predictor.term_func = job.reward, ways.is_strange
+        predictor.val_func = example.no_reward
+        if sees:
+            predictor.val_func = ways.value_of(job.reward, speed=0.025, discount=discount)
+        env = example.make_env(job, config.eval_episodes, config.seed + 100_000)
+        top = example.make_planner(lambda *_: predictor, options, discount=discount)
+        policy = Hierarchy([top], env).eval()
+        env.append_transform(policy.make_tensordict_primer())
+        returns = runs.play_episodes(env, policy)["episode_reward"].flatten().tolist()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(path, ["return"], ([value] for value in returns))
 
 
 def learn_job(config: Config, folder: Path, name: str) -> None:

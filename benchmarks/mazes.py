@@ -13,16 +13,17 @@ runs in the output folder are added.
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
+from control import EXAMPLES, learn
 from pictures import read_csv
 
-from layeredrl_torchrl.runs import Count, Seed, command, find_task
+from layeredrl_torchrl.runs import Count, RunError, Seed, command, find_task
+from layeredrl_torchrl.runs._files import write_whole
 
 FORCES = "skill_hierarchy --agent planner --horizon 15 --n-samples 64 --n-iterations 2"
 
@@ -65,7 +66,6 @@ AGENTS = {
     "sac": Agent("SAC", "#888888", "hindsight --hidden-size 128 --hindsight-share 0", "sac"),
 }
 SKILL_STEPS = 30_000  # the default of the example
-EXAMPLES = Path(__file__).parents[1] / "examples"
 COLUMNS = ("agent", "seed", "what", "env_steps", "success", "minutes")
 
 
@@ -94,17 +94,12 @@ def folder_of(config: Config, agent: str, seed: int) -> Path:
 
 
 def run(config: Config, agent: str, seed: int) -> None:
-    """Let one agent learn, unless that is done; goes on where an earlier run was cut off."""
+    """Let one agent learn, unless that is done."""
     folder = folder_of(config, agent, seed)
-    if (folder / "evaluation.csv").exists():
-        return
     name, *options = AGENTS[agent].example.split()
-    line = [sys.executable, str(EXAMPLES / f"{name}.py"), *options, "--task", config.task]
-    line += ["--total-env-steps", str(config.total_env_steps), "--seed", str(seed)]
-    line += ["--output", str(folder.parent)]
-    if any((folder / "checkpoints").glob("checkpoint-*")):
-        line.append("--resume")
-    subprocess.run(line, check=True)
+    options += ["--task", config.task, "--total-env-steps", str(config.total_env_steps)]
+    options += ["--seed", str(seed), "--output", str(folder.parent)]
+    learn(EXAMPLES / f"{name}.py", options, folder)
 
 
 def rows_of(config: Config, agent: str, seed: int) -> list[dict[str, str]]:
@@ -140,11 +135,12 @@ def curves(config: Config) -> dict[tuple[str, int], list[dict[str, str]]]:
     runs |= {key: rows for key, rows in new.items() if rows}
     if any(new.values()):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            for agent, seed in sorted(runs):
-                writer.writerows(runs[agent, seed])
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for agent, seed in sorted(runs):
+            writer.writerows(runs[agent, seed])
+        write_whole(path, text.getvalue())
     return {(a, s): runs[a, s] for a in config.agents for s in config.seeds if (a, s) in runs}
 
 
@@ -205,6 +201,7 @@ def picture(config: Config, runs: dict[tuple[str, int], list[dict[str, str]]]) -
     axis.text(0.5, 1.02, how, transform=axis.transAxes, ha="center", fontsize=8, color="#555555")
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
+    config.output.mkdir(parents=True, exist_ok=True)
     path = config.output / "mazes.png"
     figure.savefig(path, dpi=110, bbox_inches="tight")
     print(f"\nPicture: {path}")
@@ -213,10 +210,15 @@ def picture(config: Config, runs: dict[tuple[str, int], list[dict[str, str]]]) -
 def main(config: Config) -> None:
     """Run what is missing, print the table, draw the picture."""
     find_task(config.task, with_goals=True)
+    for agent in config.agents:
+        if agent not in AGENTS:
+            raise RunError(f"--agents: {agent!r} is none of {', '.join(AGENTS)}")
     for seed in config.seeds if config.run else ():
         for agent in config.agents:
             run(config, agent, seed)
     runs = curves(config)
+    if not runs:
+        raise RunError(f"{config.output} holds no complete runs; leave --no-run out to make them")
     table(runs)
     picture(config, runs)
 

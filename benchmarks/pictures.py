@@ -77,7 +77,9 @@ def example_of(folder: Path) -> tuple[object, RunOptions] | None:
     for name in EXAMPLES:
         module = importlib.import_module(name)
         if {f.name for f in fields(module.Config)} == saved.keys():
-            return module, module.Config(**saved | {"output": Path(saved["output"])})
+            # Here, whatever they learned on.
+            here = {"output": Path(saved["output"]), "device": "cpu"}
+            return module, module.Config(**saved | here)
     raise SystemExit(f"{folder} is not of one of {EXAMPLES}")
 
 
@@ -212,7 +214,7 @@ def main(config: Config) -> None:
             if (folder / "evaluation.csv").exists()
         }
         curves = {name: read_csv(folder / "curve.csv") for name, folder in agents.items()}
-        path = options.output / "success.png"
+        path = next(iter(agents.values())).parent / "success.png"  # wherever they are now
         success_curves(curves, final, skill_steps, path, options.task)
 
 

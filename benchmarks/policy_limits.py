@@ -75,7 +75,8 @@ def values(agent, episode: TensorDictBase, gamma: float) -> tuple[Tensor, Tensor
     came = reward2go(episode["next", "reward"], episode["next", "done"], gamma).squeeze(-1)
     known = len(episode)
     if not episode["next", "terminated"][-1]:
-        known = max(known - round(math.log(0.05) / -(1 - gamma)), 0)
+        counts = math.log(0.05) / (gamma - 1) if gamma < 1 else known
+        known = max(known - round(counts), 0)
     return agent.loss.qvalues(td).mean(0)[:known], came[:known]
 
 

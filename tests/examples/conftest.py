@@ -48,6 +48,14 @@ def example(monkeypatch):
 
 
 @pytest.fixture
+def benchmark(example, monkeypatch):
+    """``benchmark(name)``: a benchmark as a module, which may import examples."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setenv("MUJOCO_GL", os.environ.get("MUJOCO_GL", "disable"))  # left as it is
+    return example
+
+
+@pytest.fixture
 def run(example):
     """``run(name, *options)``: an example in this process, with small numbers."""
 

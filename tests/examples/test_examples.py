@@ -333,6 +333,8 @@ def test_a_benchmark_empties_no_folder_of_others(name, run_script, tmp_path):
     [
         ("pictures.py nowhere", "nowhere holds no run"),
         ("pictures.py --if-any nowhere", ""),
+        ("mazes.py --agents nope", "--agents: 'nope' is none of hierarchy, "),
+        ("mazes.py --no-run --output=nowhere", "nowhere holds no complete runs; leave --no-run"),
         ("model_quality.py --task=CartPole-v1", "--task: CartPole-v1 has actions Discrete(2)"),
         ("predictor_quality.py --task=FrozenLake-v1", "--task: FrozenLake-v1 has observations"),
     ],

@@ -42,15 +42,16 @@ class Curve:
         for name, value in row.items():
             if not isinstance(value, Real):
                 raise TypeError(f"{self.path}: {name} is {value!r}, expected a number (.item())")
-        columns = list(row)
+        numbers = {name: float(value) for name, value in row.items()}
+        columns = list(numbers)
         if self.rows and columns != list(self.rows[0]):
             raise ValueError(f"{self.path} has columns {list(self.rows[0])}, got {columns}")
         with self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             if not self.rows:
                 writer.writerow(columns)
-            writer.writerow(row.values())
-        self.rows.append(dict(row))
+            writer.writerow(numbers.values())
+        self.rows.append(numbers)
 
     def rewrite(self) -> None:
         """Write the file anew with the known rows."""

@@ -15,7 +15,7 @@ __all__ = ["open_logger"]
 
 
 def open_logger(kind: str, folder: Path, settings: Mapping[str, Any], steps: int) -> Logger | None:
-    """Open the log of a run, or go on in the one that the folder holds; ``None`` for "csv".
+    """Open the log of a run, or go on in the one that a resumed run has; ``None`` for "csv".
 
     Args:
         kind: The option ``logger``.
@@ -37,7 +37,8 @@ def open_logger(kind: str, folder: Path, settings: Mapping[str, Any], steps: int
     import wandb
 
     name = folder / "wandb_id"
-    known = {"id": name.read_text()} if name.exists() else {}
+    # Not where the run begins anew: its rows would stand behind those of the one before.
+    known = {"id": name.read_text()} if steps and name.exists() else {}
     try:
         logger = get_logger(kind, str(folder), str(folder), wandb_kwargs=known)
     except wandb.Error as error:

@@ -23,7 +23,7 @@ from torchrl.modules.utils import get_primers_from_module
 from torchrl.record.loggers import Logger
 from tqdm import tqdm
 
-from layeredrl_torchrl._checks import require
+from layeredrl_torchrl._checks import check_positive_int, require
 from layeredrl_torchrl.checkpoints import CollectorState, SafeCheckpoint, SafeRotation
 from layeredrl_torchrl.runs._checkpoints import RunCheckpoints
 from layeredrl_torchrl.runs._files import Curve, write_rows
@@ -86,13 +86,14 @@ class Run:
         total: Real steps to take.
 
     Raises:
+        TypeError, ValueError: A total that is no integer of at least 1.
         RunError: An option is wrong; the folder holds a run that is not to be resumed, one with
             other options, or files of something else, or another process writes to it; no
             checkpoint is sound.
     """
 
     def __init__(self, options: RunOptions, total: int) -> None:
-        self.options, self.total = options, total
+        self.options, self.total = options, check_positive_int("total", total)
         self._own = RunFolder(options, ("curve.csv", "evaluation.csv", "video.gif"))
         self.folder = self._own.path
         self.curve = Curve(self.folder / "curve.csv")

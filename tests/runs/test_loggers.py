@@ -59,6 +59,18 @@ def test_weights_and_biases_goes_on_in_the_same_run(tmp_path, monkeypatch):
     assert all(folder.name.endswith(begun) for folder in folders)
 
 
+def test_weights_and_biases_begins_anew_where_the_run_does(tmp_path, monkeypatch):
+    """Killed before its first checkpoint; W&B takes back no rows, perhaps of other options."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with pytest.raises(StopError):
+        log(tmp_path / "run", "wandb", 60, stop_at=10)
+    begun = (tmp_path / "run" / "wandb_id").read_text()
+    log(tmp_path / "run", "wandb", 20)
+    assert (tmp_path / "run" / "wandb_id").read_text() != begun
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [("tensorboard", "install the extra `tensorboard`"), ("wandb", "install the extra `wandb`")],

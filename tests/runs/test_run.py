@@ -12,6 +12,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -257,6 +258,23 @@ def test_a_curve_has_numbers_only(value, small):
     run = small(seed=3)
     with pytest.raises(TypeError, match=r"curve.csv: reward is .*, expected a number"):
         run.log({"reward": value})
+
+
+def test_a_curve_is_read_as_numbers(small):
+    run = small(seed=3)
+    run.curve.rows.clear()
+    run.curve.rewrite()
+    run.curve.add({"solved": True, "n": np.int64(3), "share": np.float32(0.5)})
+    assert run.curve.path.read_text().splitlines() == ["solved,n,share", "1.0,3.0,0.5"]
+    assert run.rows == [{"solved": 1.0, "n": 3.0, "share": 0.5}]
+
+
+@pytest.mark.parametrize("total", [None, 0, 10.5])
+def test_a_total_that_is_no_number_of_steps_is_named_before_anything_is_written(total, tmp_path):
+    """As ``total_env_steps`` may be ``None``, which stands for the task's budget."""
+    with pytest.raises((TypeError, ValueError), match="total must be"):
+        Run(RunOptions(output=tmp_path / "run"), total)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("resume", [True, False])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import enum
 import functools
-import struct
 import sys
 import types
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
+from layeredrl_torchrl.checkpoints._attributes import attributes, holds_more, set_attribute
 from layeredrl_torchrl.checkpoints._simulators import SIMULATORS, array, simulator, unarray
 
 __all__ = ["load", "save"]
@@ -32,9 +32,6 @@ _CONSTANT = (
 # Modules of locks, and of renderers, which cannot be imported everywhere.
 _OPAQUE = ("_thread", "gymnasium.envs.mujoco.mujoco_rendering")
 _GENERATORS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")
-# Bytes of an object that has nothing but its __dict__ and weak references. A larger one holds more
-# in C, as tensors and ``random.Random`` do.
-_PLAIN_BYTES = object.__basicsize__ + 2 * struct.calcsize("P")
 
 
 def save(value: Any, where: str, seen: dict[int, tuple[int, Any]]) -> Any:
@@ -88,13 +85,14 @@ def save(value: Any, where: str, seen: dict[int, tuple[int, Any]]) -> Any:
         return {"dict": items}
     if (kind := simulator(value)) is not None:
         return {kind: SIMULATORS[kind][0](value)}
-    if not hasattr(value, "__dict__") or type(value).__basicsize__ > _PLAIN_BYTES:
+    if holds_more(value):
         raise TypeError(
             f"{where} cannot be saved: it is a {type(value).__module__}.{type(value).__name__}, of "
             "whose state nothing is known; the task cannot be resumed. Numbers, numpy's arrays and "
             "generators, lists, dictionaries and plain objects of them can be saved"
         )
-    state = {name: save(item, f"{where}.{name}", seen) for name, item in vars(value).items()}
+    held = attributes(value)
+    state = {name: save(item, f"{where}.{name}", seen) for name, item in held.items()}
     return {"object": type(value).__qualname__, "state": state}
 
 
@@ -185,11 +183,12 @@ def _load_object(value: Any, state: dict[str, Any], where: str, loaded: _Loaded)
     if kind is not None:
         SIMULATORS[kind][1](value, state[kind])
         return value
+    held = attributes(value)
     for name, saved in state["state"].items():
-        had = vars(value).get(name)
+        had = held.get(name)
         new = load(had, saved, f"{where}.{name}", loaded)
         if new is not had or saved == {"none": True}:
-            vars(value)[name] = new
+            set_attribute(value, name, new)
     return value
 
 

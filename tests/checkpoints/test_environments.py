@@ -206,6 +206,30 @@ def test_named_tuples_and_dictionaries_keep_their_class():
     assert type(through_json(OrderedDict(a=1), OrderedDict())) is OrderedDict
 
 
+@dataclass(slots=True, frozen=True)
+class Slotted:
+    """Attributes without a ``__dict__``."""
+
+    place: object
+
+
+class Secret(Slotted):
+    """One more, and one of its own name, beside a ``__dict__``."""
+
+    __slots__ = ("__dict__", "__key")
+
+    def __init__(self, place, key, more):
+        super().__init__(place)
+        object.__setattr__(self, "_Secret__key", key)
+        self.__dict__["more"] = more
+
+
+def test_attributes_outside_of_the_dictionary_are_saved():
+    assert through_json(Slotted([1, None]), Slotted(5)).place == [1, None]
+    found = through_json(Secret(Slotted(1), None, 3), Secret(Slotted(0), 1, 2))
+    assert (found.place.place, found._Secret__key, found.more) == (1, None, 3)
+
+
 def test_what_became_none_is_none():
     """As a thing that was taken away."""
     assert through_json([1, None], [1, Odd(3)]) == [1, None]
@@ -268,6 +292,7 @@ def test_another_function_in_its_place_is_refused():
         (torch.zeros(2), "torch.Tensor"),
         (random.Random(0), "random.Random"),
         (type("Queue", (set,), {})([1]), "Queue"),
+        (type("Few", (set,), {"__slots__": ()})([1]), "Few"),
         ({Odd(0).__class__.__init__.__code__: 1}, "code"),
     ],
 )
@@ -277,17 +302,11 @@ def test_what_holds_its_state_in_c_is_refused(held, name):
         save(Odd(held), "odd", {})
 
 
-class Engine:
-    """As a simulator in C: nothing of it can be seen from Python."""
-
-    __slots__ = ("position",)
-
-
 def test_what_cannot_be_saved_says_so():
     env = make_windy(0)
-    env._env.engine = Engine()
+    env._env.engine = memoryview(b"in C")
     with pytest.raises(
-        TypeError, match=r"Windy\.engine cannot be saved.*Engine.*cannot be resumed"
+        TypeError, match=r"Windy\.engine cannot be saved.*memoryview.*cannot be resumed"
     ):
         EnvState(env)
     with pytest.raises(TypeError, match="PendulumEnv cannot be saved"):

@@ -76,7 +76,7 @@ def is_real(predictor: Predictor, data: TensorDictBase) -> Tensor:
     check_instance("data", data, TensorDictBase, hint=hint)
     mask = padding_mask(data, ("collector", "mask"))
     if mask is None:
-        mask = torch.ones(data.shape, dtype=torch.bool)
+        mask = torch.ones(data.shape, dtype=torch.bool, device="cpu")
     if not bool(mask.any()):
         raise ValueError(f"data have the shape {tuple(data.shape)} and no transition to show")
     return mask.reshape(data.shape).cpu()

@@ -62,7 +62,7 @@ def plot_calibration(
     for key, value in entries.items():
         rows.set(key, value)
     cdf = predictor.model.dist(rows).cdf(real)[:, shown].cpu()
-    levels = torch.linspace(0, 1, n_levels)
+    levels = torch.linspace(0, 1, n_levels, device="cpu")
     observed = (cdf <= levels[:, None, None]).double().mean(1)  # [levels, D]
     figure = new_figure(4.6, 4.6)
     axis = figure.subplots()

@@ -59,7 +59,7 @@ def plot_disagreement(
     for d in (first, second):
         low, high = state[:, d].min(), state[:, d].max()
         more = margin * (high - low).clamp_min(1e-6)
-        axes_of.append(torch.linspace(float(low - more), float(high + more), n))
+        axes_of.append(torch.linspace(float(low - more), float(high + more), n, device="cpu"))
     grid = torch.cartesian_prod(*axes_of).to(state)  # [n * n, 2]
     rows = state[middle].expand(len(grid), -1).clone()
     rows[:, [first, second]] = grid

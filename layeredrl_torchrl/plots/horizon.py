@@ -77,7 +77,7 @@ def plot_error_by_horizon(
 
     figure = new_figure(6, 3.6)
     axis = figure.subplots()
-    time = torch.arange(1, episodes.shape[1] + 1)
+    time = range(1, episodes.shape[1] + 1)
     axis.plot(time, size(mean - real), "o-", ms=3, color=BLUE, label="error of the mean")
     axis.plot(time, size(std), color=ORANGE, label="predicted std")
     axis.plot(time, size(state[:, :1] - real), color=GREY, ls="--", label="if nothing changed")

@@ -127,7 +127,7 @@ def play_episodes(
     """
     moves = torch.device(device).type != "cpu"
     data, ends = env.reset(), None
-    over = torch.zeros(data.batch_size, dtype=torch.bool)
+    over = torch.zeros_like(data["done"].squeeze(-1))
     bar = tqdm(total=_most_steps(env), desc="evaluation", unit="step", leave=False)
     with bar, set_exploration_type(ExplorationType.DETERMINISTIC):
         while not over.all():

@@ -381,6 +381,8 @@ class Run:
         if isinstance(options, WorkerOptions) and options.n_workers:
             if make_env is None or policy is None:
                 raise ValueError("workers need make_env= and a policy")
+            if self.steps >= self.total:
+                return  # no cluster is needed to evaluate
             left = {
                 "total_frames": self.total - self.steps,
                 "init_random_frames": max(init_random_frames - self.steps, 0),

@@ -221,7 +221,7 @@ def _join(data: TensorDictBase) -> TensorDictBase:
     """Reshape `[worker, env, T]` to `[worker * env, T]`, and make trajectory ids unique."""
     n = data.shape[0]
     ids = data["collector", "traj_ids"]
-    data["collector", "traj_ids"] = ids * n + torch.arange(n).reshape(-1, 1, 1)
+    data["collector", "traj_ids"] = ids * n + torch.arange(n, device=ids.device).reshape(-1, 1, 1)
     return data.flatten(0, 1)
 
 

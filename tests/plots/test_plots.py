@@ -202,6 +202,15 @@ def test_predictors_of_other_precision(plot, dtype):
     assert all(np.isfinite(x).all() for x in drawn(figure))
 
 
+@pytest.mark.parametrize("plot", PLOTS)
+def test_the_default_device_of_torch_does_not_matter(plot):
+    """What is new is drawn, and so on the host; meta has no numbers to draw."""
+    predictor, data = make_predictor(), make_transitions(8).reshape(2, 4)
+    with torch.device("meta"):
+        figure = plot(predictor, PLOTS[plot](data))
+    assert all(np.isfinite(x).all() for x in drawn(figure))
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("plot", PLOTS)
 def test_inputs_that_show_nothing(plot):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tensordict import TensorDict
 
-from layeredrl_torchrl.runs import RunError, WorkerOptions
+from layeredrl_torchrl import make_batched
+from layeredrl_torchrl.runs import Run, RunError, WorkerOptions
 from layeredrl_torchrl.runs.workers import _connect, _join, _make_seeded
 
 
@@ -14,7 +17,8 @@ def test_rows_of_all_workers_in_their_order_with_ids_of_their_own():
     """Three workers with two environments each, which number their trajectories alike."""
     ids = torch.tensor([[0, 0, 2, 2], [1, 1, 1, 3]]).expand(3, 2, 4).clone()
     place = torch.arange(24).reshape(3, 2, 4)
-    found = _join(TensorDict({"place": place, "collector": {"traj_ids": ids}}, [3, 2, 4]))
+    with torch.device("meta"):  # whatever is the default where they arrive
+        found = _join(TensorDict({"place": place, "collector": {"traj_ids": ids}}, [3, 2, 4]))
     assert found.batch_size == (6, 4)
     assert torch.equal(found["place"], place.reshape(6, 4))
     pairs = {}
@@ -28,6 +32,18 @@ def test_rows_of_all_workers_in_their_order_with_ids_of_their_own():
             int(ids[worker, env, t]),
         )
     assert len(pairs) == 3 * 4
+
+
+def test_a_run_that_has_all_its_steps_needs_no_cluster(tmp_path):
+    """Nobody answers at this address."""
+    pytest.importorskip("ray")
+    options = WorkerOptions(output=tmp_path / "run", n_workers=1, ray_address="127.0.0.1:9")
+    with Run(options, 10) as run:
+        run.count(torch.zeros(10))
+        run.save()
+    env, policy = make_batched("InvertedPendulum-v5", 1), torch.nn.Identity()
+    with Run(replace(options, resume=True), 10) as run:
+        assert list(run.collect(env, policy, make_env=make_batched)) == []
 
 
 def test_workers_draw_by_their_seeds():

@@ -104,8 +104,7 @@ class Agent:
         # A model that has seen little leads HalfCheetah onto its back, where it stays.
         n_random = total // 4 if config.random_steps is None else config.random_steps
         self.counts = {"steps": 0, "updates": 0, "random_steps": n_random}
-        self.parts = {name: vars(self)[name] for name in ("optim", "real", "counts")}
-        self.parts["loss"] = self.loss
+        self.parts = {name: vars(self)[name] for name in ("optim", "real", "counts", "loss")}
         if config.imagined_share:
             options = {"gamma": config.gamma, "predictor_options": {"n_steps": 1}}
             options |= {"hidden_sizes": (config.hidden_size,) * 2, "partial_encoder": encoder}
@@ -178,6 +177,8 @@ def main(config: Config) -> None:
     total = config.total_env_steps or task.budget
     if config.random_steps is not None and config.random_steps >= total:
         raise runs.RunError(f"--random-steps is {config.random_steps} of {total}: too many")
+    if config.horizon > 1 and not config.imagined_share:
+        raise runs.RunError(f"--horizon {config.horizon} has no effect with --imagined-share 0")
     terms = ("horizon", "nll", "loss_reward", "loss_termination", "loss_qvalue", "alpha")
 
     def make_env(seed: int, n: int = config.n_envs, **kwargs) -> EnvBase:

@@ -83,6 +83,11 @@ class Config(WorkerOptions):
     output: Path = Path("output/learn_to_control")
     """Folder of the learning curve, of the evaluation and of the checkpoints."""
 
+    @property
+    def without_effect(self) -> frozenset[str]:
+        """What nothing reads: how long random phases are, where there are none."""
+        return frozenset() if self.random_prob else frozenset({"random_duration"})
+
 
 def make_level(config: Config, task: Task, env: EnvBase) -> PlannerLevel:
     """The agent; what it sees as state and as context is the task's to say."""

@@ -23,20 +23,8 @@ from tensordict import TensorDictBase
 from torchrl.data import Bounded
 from torchrl.envs import Compose, EnvBase, RewardSum
 
-from layeredrl_torchrl import (
-    FixedEncoderNet,
-    Hierarchy,
-    ICEMPlanner,
-    PlannerLevel,
-    PredictorFactory,
-    SACLearner,
-    SkillLevel,
-    SPlaTESReward,
-    SuccessRate,
-    Task,
-    make_batched,
-    runs,
-)
+import layeredrl_torchrl as lt
+from layeredrl_torchrl import runs
 from layeredrl_torchrl.nets import Landmarks
 
 
@@ -90,12 +78,21 @@ class Config(runs.RunOptions):
     """Folder; each agent has one of its own in it for its learning curve and checkpoints."""
 
     @property
+    def without_effect(self) -> frozenset[str]:
+        """What nothing reads: how to explore without landmarks, and how to learn no skills."""
+        names = {"random_prob"} if self.agent == "planner" or not self.landmarks else set()
+        if self.agent == "planner":
+            names |= {"skill_steps", "duration", "skill_std", "symmetry_breaking_steps"}
+            names.add("sac_updates_per_step")
+        return frozenset(names)
+
+    @property
     def folder(self) -> Path:
         """Where this agent writes."""
         return self.output / self.agent
 
 
-def make_planner(config: Config, task: Task, step: int) -> PlannerLevel:
+def make_planner(config: Config, task: lt.Task, step: int) -> lt.PlannerLevel:
     """A level that plans with actions of `step` real steps each."""
     ways, known = None, {"n_models": config.n_models, "predictor_options": {"tau": 0.01}}
     if config.landmarks:
@@ -104,15 +101,15 @@ def make_planner(config: Config, task: Task, step: int) -> PlannerLevel:
     dims = {"latent_state_dims": list(task.state_dims), "context_dims": list(task.context_dims)}
     search = {name: getattr(config, name) for name in ("horizon", "n_samples", "n_iterations")}
     best = {"use_value_func": True, "deterministic_mode": "best"}  # in evaluation as in training
-    level = PlannerLevel(
-        predictor_factory=PredictorFactory(
+    level = lt.PlannerLevel(
+        predictor_factory=lt.PredictorFactory(
             hidden_sizes=2 * (config.hidden_size,),
             gamma=config.gamma,
-            partial_encoder=partial(FixedEncoderNet, **dims),
+            partial_encoder=partial(lt.FixedEncoderNet, **dims),
             **known,
         ),
         planner_factory=partial(
-            ICEMPlanner, discount=config.gamma**step, deterministic=bool(ways), **search, **best
+            lt.ICEMPlanner, discount=config.gamma**step, deterministic=bool(ways), **search, **best
         ),
         n_initial_random_steps=config.steps_per_batch,
         updates_per_step=config.model_updates_per_action,
@@ -121,35 +118,37 @@ def make_planner(config: Config, task: Task, step: int) -> PlannerLevel:
     return level
 
 
-def make_agent(config: Config, task: Task, env: EnvBase) -> Hierarchy:
+def make_agent(config: Config, task: lt.Task, env: EnvBase) -> lt.Hierarchy:
     """A hierarchy of one or two levels."""
     if config.agent == "planner":
-        return Hierarchy([make_planner(config, task, 1)], env)
+        return lt.Hierarchy([make_planner(config, task, 1)], env)
     planner = make_planner(config, task, config.duration)
-    sac = partial(SACLearner, hidden_sizes=2 * (config.hidden_size,), gamma=config.gamma, tau=0.01)
+    sac = partial(
+        lt.SACLearner, hidden_sizes=2 * (config.hidden_size,), gamma=config.gamma, tau=0.01
+    )
     told = {"std": config.skill_std, "n_symmetry_breaking_steps": config.symmetry_breaking_steps}
-    skills = SkillLevel(
+    skills = lt.SkillLevel(
         input_spec=Bounded(-1.0, 1.0, (2,)),
         duration=config.duration,
-        skill_reward=SPlaTESReward(state_dims=[0, 1], **told),  # by the place they lead to
+        skill_reward=lt.SPlaTESReward(state_dims=[0, 1], **told),  # by the place they lead to
         learner_factory=partial(sac, lr=1e-3, alpha_init=0.1),
         n_initial_random_steps=config.steps_per_batch,
         updates_per_step=config.sac_updates_per_step,
     )
     # The planner sees all; a skill sees place and velocity, and not the goal.
-    return Hierarchy([planner, skills], env, observation_maps=[None, list(task.state_dims)])
+    return lt.Hierarchy([planner, skills], env, observation_maps=[None, list(task.state_dims)])
 
 
-def make_env(task: Task, n: int, seed: int, **kwargs) -> EnvBase:
-    transforms = Compose(RewardSum(), SuccessRate())
-    return make_batched(task, n, seed=seed, **kwargs).append_transform(transforms)
+def make_env(task: lt.Task, n: int, seed: int, **kwargs) -> EnvBase:
+    transforms = Compose(RewardSum(), lt.SuccessRate())
+    return lt.make_batched(task, n, seed=seed, **kwargs).append_transform(transforms)
 
 
 def no_reward(state, context, action):
     return 0.0 * state[..., 0]
 
 
-def set_phase(config: Config, task: Task, agent: Hierarchy, steps: float) -> None:
+def set_phase(config: Config, task: lt.Task, agent: lt.Hierarchy, steps: float) -> None:
     """Skills are learned, at first random ones; then plans over skills that stay as they are."""
     if config.agent == "hierarchy":
         planner, skills = agent.levels
@@ -162,7 +161,7 @@ def set_phase(config: Config, task: Task, agent: Hierarchy, steps: float) -> Non
             planner.predictor.val_func = ways.novelty if explores else ways.value
 
 
-def row_of(agent: Hierarchy, data: TensorDictBase, info: dict[str, float]) -> dict[str, float]:
+def row_of(agent: lt.Hierarchy, data: TensorDictBase, info: dict[str, float]) -> dict[str, float]:
     """What the learning curve says of a batch: also the mean pay of the skills that ended in it."""
     success = data["next", "episode_success"][data["next", "done"]].float()
     row = {"success": success.mean().item() if len(success) else math.nan, "skill_reward": math.nan}

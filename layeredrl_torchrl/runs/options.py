@@ -139,7 +139,8 @@ class RunOptions:
         }
     )
 
-    #: Options that nothing of this program reads; others than their defaults are refused.
+    #: Options that nothing of this program reads; others than their defaults are refused. A
+    #: subclass for which that depends on its other options makes it a property.
     without_effect: ClassVar[frozenset[str]] = frozenset()
 
     @property

@@ -39,6 +39,16 @@ SMALL = {
     "--held-out-steps=200 --updates-per-batch=80 --batch-size=64 --n-models=2 --hidden-size=32",
 }
 
+# What `skill_hierarchy` refuses without skills, as by default.
+FLAT = ("--agent=planner", "--skill-steps=30000", "--symmetry-breaking-steps=15000")
+FLAT += ("--duration=20", "--sac-updates-per-step=0.25")
+
+
+@pytest.fixture
+def flat():
+    """The options of a planner over forces."""
+    return FLAT
+
 
 @pytest.fixture
 def example(monkeypatch):

@@ -132,9 +132,9 @@ def test_the_trainer_learns_to_predict(run, capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_flat_planner_of_the_maze(run, curve, capsys, tmp_path):
+def test_a_flat_planner_of_the_maze(run, flat, curve, capsys, tmp_path):
     pytest.importorskip("gymnasium_robotics")
-    run("skill_hierarchy", "--agent=planner", "--total-env-steps=200", f"--output={tmp_path}")
+    run("skill_hierarchy", *flat, "--total-env-steps=200", f"--output={tmp_path}")
     assert "success rate" in capsys.readouterr().out
     rows = curve(tmp_path / "planner")
     assert all(math.isnan(row["skill_reward"]) for row in rows)
@@ -158,10 +158,11 @@ def test_reaches_with_an_arm(name, folder, run, curve, capsys, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("agent", ["hierarchy", "planner"])
-def test_landmarks_are_saved_with_the_run(agent, example, run, curve, tmp_path):
+def test_landmarks_are_saved_with_the_run(agent, flat, example, run, curve, tmp_path):
     pytest.importorskip("gymnasium_robotics")
-    options = (f"--agent={agent}", "--landmarks=0.3", "--task=PointMaze-U-Sparse")
-    options += ("--random-prob=0.1", "--symmetry-breaking-steps=100")
+    options = ("--landmarks=0.3", "--task=PointMaze-U-Sparse")
+    explores = ("--random-prob=0.1", "--symmetry-breaking-steps=100")
+    options += flat if agent == "planner" else explores
     run("skill_hierarchy", *options, f"--output={tmp_path}/whole")
     run("skill_hierarchy", *options, f"--output={tmp_path}/parts", "--total-env-steps=200")
     run("skill_hierarchy", *options, f"--output={tmp_path}/parts", "--resume")
@@ -273,6 +274,10 @@ def test_a_job_pays_and_shows_what_it_says(example):
         ("many_tasks", "--video", "--video True has no effect"),
         ("train_with_trainer", "--n-steps=500", "--n-steps is 500, expected fewer than"),
         ("dyna_sac", "--imagined-share=1.5", "--imagined-share must be"),
+        ("dyna_sac", "--imagined-share=0", "--horizon 3 has no effect with --imagined-share 0"),
+        ("learn_to_control", "--random-duration=5", "--random-duration 5 has no effect"),
+        ("skill_hierarchy", "--random-prob=0.5", "--random-prob 0.5 has no effect"),
+        ("skill_hierarchy", "--agent=planner", "--duration 25 has no effect"),
         ("skill_hierarchy", "--duration=999", "--duration is 999, episodes have 300 steps"),
         ("skill_hierarchy", "--landmarks=-1", "--landmarks must be"),
         ("hindsight", "--hindsight-share=1.5", "--hindsight-share must be"),

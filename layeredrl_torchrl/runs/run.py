@@ -65,7 +65,7 @@ class Run:
     ======================  ================================================================
     ``settings.json``       options that the run was started with
     ``curve.csv``           rows of :meth:`log`, written one by one
-    ``evaluation.csv``      returns of :meth:`finish`
+    ``evaluation.csv``      returns of :meth:`finish`, ``evaluation_at_N.csv`` once it goes on
     ``video.gif``           an episode, with the option ``video``
     ``tensorboard/``        or ``wandb/``: the rows again, with the option ``logger``
     ``checkpoints/``        the last two, by :class:`SafeRotation`
@@ -414,6 +414,8 @@ class Run:
 
     def _counted(self, batches: Iterator[TensorDictBase]) -> Iterator[TensorDictBase]:
         name, begun = self.folder.name, self.steps
+        if begun < self.total:
+            self._set_aside_evaluations()
         bar = tqdm(total=self.total, initial=begun, unit="step", bar_format=_NO_ESTIMATE)
         # Not in a block here: this may be closed long after the loop over it was left.
         interrupts = self._stack.enter_context(Interrupts())
@@ -442,6 +444,12 @@ class Run:
                 if interrupts.noted:
                     raise KeyboardInterrupt
         interrupts.close()
+
+    def _set_aside_evaluations(self) -> None:
+        """Add the steps so far to the names of evaluations: the run goes on beyond them."""
+        for path in self.folder.glob("evaluation*.csv"):
+            if "_at_" not in path.stem:
+                path.replace(path.with_stem(f"{path.stem}_at_{self.steps}"))
 
     def _explain(self, error: WorkerDiedError) -> RunError:
         if self.steps > self._checkpoints.saved_at:

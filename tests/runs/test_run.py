@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tensordict import TensorDict
 
 from layeredrl_torchrl import SafeCheckpoint, make_batched
 from layeredrl_torchrl.runs import Run, RunError, RunOptions
@@ -258,6 +259,22 @@ def test_a_curve_has_numbers_only(value, small):
     run = small(seed=3)
     with pytest.raises(TypeError, match=r"curve.csv: reward is .*, expected a number"):
         run.log({"reward": value})
+
+
+def test_an_evaluation_is_not_taken_for_that_of_later_steps(small):
+    run = small(seed=3)
+    run.report(TensorDict({"episode_reward": torch.tensor([[1.0], [2.0]])}, [2]))
+    run.report(TensorDict({"episode_reward": torch.tensor([[3.0]])}, [1]), how="asleep")
+    small(seed=3, resume=True)
+    found = {path.name for path in run.folder.glob("evaluation*")}
+    assert found == {"evaluation.csv", "evaluation_asleep.csv"}
+    for total in (120, 160):
+        small(seed=3, resume=True, total_env_steps=total)
+        found = {path.name: path.read_text().split() for path in run.folder.glob("evaluation*")}
+        assert found == {
+            "evaluation_at_80.csv": ["return", "1.0", "2.0"],
+            "evaluation_asleep_at_80.csv": ["return", "3.0"],
+        }
 
 
 def test_a_curve_is_read_as_numbers(small):

@@ -100,12 +100,12 @@ class RunFolder:
 
 
 def settings_path(folder: Path) -> Path:
-    """Return the path of the file with the options that a run was started with."""
+    """Return the path of the file with the options that a run was last started with."""
     return folder / "settings.json"
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """Return the options that the run in ``folder`` was started with; ``None`` without a run."""
+    """Return the options that the run in ``folder`` was last started with; ``None`` without one."""
     path = settings_path(folder)
     try:
         found = json.loads(path.read_text())

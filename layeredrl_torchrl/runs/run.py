@@ -63,7 +63,7 @@ class Run:
     been killed (on the same machine, versions and device).
 
     ======================  ================================================================
-    ``settings.json``       options that the run was started with
+    ``settings.json``       options that the run was last started with
     ``curve.csv``           rows of :meth:`log`, written one by one
     ``evaluation.csv``      returns of :meth:`finish`, ``evaluation_at_N.csv`` once it goes on
     ``video.gif``           an episode, with the option ``video``
@@ -152,8 +152,8 @@ class Run:
         self.rotation.clear()
         if options.resume:
             self._resume()
+        self._own.write_settings()  # also those that a resumed run has changed
         if self.resumed is None:
-            self._own.write_settings()
             self.curve.rewrite()
         self._logger = open_logger(options.logger, self.folder, options.settings(), self.steps)
         if self._logger is not None:

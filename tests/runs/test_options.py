@@ -136,6 +136,20 @@ def test_a_resumed_run_takes_its_options_from_the_folder(tmp_path, monkeypatch, 
     assert capsys.readouterr().err.startswith("--share must be")
 
 
+def test_a_run_that_goes_on_for_longer_is_known_to(tmp_path, monkeypatch):
+    """Cut off and resumed again, it would end where it first was to end."""
+    pytest.importorskip("tyro")
+    options = Options(output=tmp_path, total_env_steps=40)
+    for changes in ({}, {"resume": True, "total_env_steps": 60}):
+        options = replace(options, **changes)
+        with Run(options, options.total_env_steps) as run:
+            run.save()
+    given: list[Options] = []
+    monkeypatch.setattr("sys.argv", ["run", "--resume", "--output", str(tmp_path)])
+    command(given.append, Options, "A run.")
+    assert given == [options]
+
+
 CHANGES = {
     "sizes": (3, 4, 5),
     "pair": (Path("b"), 2.0),

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from gpu_rows import Run, Ways, rows_of
 
-from layeredrl_torchrl.runs import Count, Positive, command
+from layeredrl_torchrl.runs import Count, Positive, RunError, command
 
 
 @dataclass
@@ -140,6 +140,12 @@ def table(times: dict[str, dict[str, float | str]]) -> None:
 def main(config: Config) -> None:
     """Time what the options ask for, then print the table."""
     torch.set_num_threads(config.threads)
+    known = [way for ways in PASSES for way in ways]
+    for way in config.ways:
+        if way.removesuffix(" bf16") not in known:
+            raise RunError(f"--ways: {way!r} is none of {', '.join(known)}, nor with ' bf16'")
+    if not rows_of(config.device, config.rows, quick=config.quick):
+        raise RunError(f"--rows: no row has one of {config.rows} in its name")
     begin, on_gpu = time.monotonic(), torch.device(config.device).type == "cuda"
     print(", ".join(f"{key} {value}" for key, value in machine(config).items()))
     times: dict[str, dict[str, float | str]] = {}

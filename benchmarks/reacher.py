@@ -51,6 +51,8 @@ def restored(folder: Path) -> tuple[Any, Any, Any, Any]:
     if found is None:
         raise SystemExit(f"{folder} holds no run")
     example, options = found
+    if options.task != "Reacher-Tip":
+        raise SystemExit(f"{folder} holds a run on {options.task}, expected one on Reacher-Tip")
     task = get_task(options.task)
     agent = example.make_agent(options, task, example.make_env(task, 1, 0))
     restore(folder, hierarchy=agent)

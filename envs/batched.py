@@ -8,7 +8,7 @@ from typing import Any
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torchrl.envs import EnvBase
 
-from layeredrl_torchrl._checks import check_instance
+from layeredrl_torchrl._checks import check_instance, check_positive_int
 from layeredrl_torchrl.envs.registry import get_task
 from layeredrl_torchrl.envs.task import Task
 
@@ -33,11 +33,10 @@ def make_batched(task: Task | str, n: int, *, seed: int | None = None, **kwargs:
         **kwargs: As ``Task.make`` takes them.
 
     Raises:
-        KeyError: A name that is not in the registry. TypeError: Neither name nor task; a seed that
-            is no integer. ValueError: ``n`` below 1.
+        KeyError: A name that is not in the registry. TypeError: Neither name nor task; a number or
+            a seed that is no integer. ValueError: ``n`` below 1.
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"n must be an int of at least 1, got {n!r}")
+    check_positive_int("n", n)
     if isinstance(task, str):
         task = get_task(task)
     check_instance("task", task, Task, hint="pass a Task, or the name of one")

@@ -85,6 +85,13 @@ def test_runs_of_other_machines_are_drawn_on_the_cpu(benchmark, tmp_path):
     assert (found.device, found.seed, found.output) == ("cpu", 3, tmp_path / "there")
 
 
+def test_a_run_of_another_task_has_no_arm(benchmark, tmp_path):
+    options = benchmark("skill_hierarchy").Config(task="PointMaze-U")
+    (tmp_path / "settings.json").write_text(json.dumps(options.settings()))
+    with pytest.raises(SystemExit, match="a run on PointMaze-U, expected one on Reacher-Tip"):
+        benchmark("reacher").restored(tmp_path)
+
+
 @pytest.mark.slow
 def test_a_run_that_was_moved_is_drawn_where_it_is(run, benchmark, tmp_path):
     pytest.importorskip("gymnasium_robotics")

@@ -6,6 +6,16 @@ import json
 
 import pytest
 
+from layeredrl_torchrl.runs import RunError
+
+
+def test_what_there_is_not_is_not_left_out_in_silence(benchmark):
+    module = benchmark("gpu_table")
+    with pytest.raises(RunError, match="--ways: 'nope' is none of products, eager, graph"):
+        module.main(module.Config(ways=("eager bf16", "nope")))
+    with pytest.raises(RunError, match=r"--rows: no row has one of \('nope',\)"):
+        module.main(module.Config(rows=("nope",)))
+
 
 @pytest.mark.slow
 def test_every_row_has_its_times(run_script, tmp_path):

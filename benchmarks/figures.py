@@ -53,7 +53,7 @@ def learning_curve(
     top.set_ylabel("return")
     top.set_title(f"{title}: {how}", fontsize=11)
     top.legend(fontsize=8, frameon=False)
-    nll = np.array([row["nll"] for row in rows])
+    nll = np.array([row.get("nll", np.nan) for row in rows])  # not of agents without a model
     bottom.plot(steps, nll, color=ORANGE)
     bottom.set_ylabel("model's error: NLL\n[nats a dimension]")
     if np.isnan(nll).all():
@@ -197,7 +197,7 @@ def success_curves(
         if name in final:
             label = f"{name}: {final[name]:.0%} of new goals at the end"
             top.plot(rows[-1]["env_steps"], final[name], "*", color=color, ms=14, label=label)
-        reward = [row["skill_reward"] for row in rows]
+        reward = [row.get("skill_reward", np.nan) for row in rows]
         if not np.isnan(reward).all():
             bottom.plot([row["env_steps"] for row in rows], reward, color=color)
             for axis in (top, bottom):

@@ -3,9 +3,9 @@
     python benchmarks/pictures.py output/learn_to_control
     python benchmarks/pictures.py output/skill_hierarchy/*      # also the agents beside each other
 
-Of any example but `train_with_trainer.py`. A run of `planning_with_model.py` is loaded from its
-last checkpoint for a prediction, diagnostics and an animation, one of `skill_hierarchy.py` for
-plans and skills.
+Of any example but `train_with_trainer.py`, `many_tasks.py` and `offline.py`. A run of
+`planning_with_model.py` is loaded from its last checkpoint for a prediction, diagnostics and an
+animation, one of `skill_hierarchy.py` for plans and skills, one of `hindsight.py` for paths.
 """
 
 from __future__ import annotations

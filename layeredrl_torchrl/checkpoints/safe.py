@@ -32,6 +32,8 @@ __all__ = ["SafeCheckpoint"]
 
 _CHECKSUMS = "checksums.json"
 _BLOCK = 4096  # least bytes of a file on a disk
+# What file managers leave in folders that they show; nothing reads it.
+_STRAY = (".DS_Store", "Thumbs.db", "desktop.ini")
 # TorchRL and tensordict read these without running code from them.
 _KINDS = (".json", ".memmap")
 _TYPES = {
@@ -186,7 +188,8 @@ class SafeCheckpoint(Checkpoint):
 
 
 def _files(root: Path) -> Iterator[Path]:
-    return (path for path in root.rglob("*") if path.is_symlink() or not path.is_dir())
+    found = (path for path in root.rglob("*") if path.is_symlink() or not path.is_dir())
+    return (path for path in found if path.name not in _STRAY)
 
 
 def _check_kinds(root: Path, what: str) -> None:

@@ -94,6 +94,13 @@ def test_no_damaged_file_is_read(damage, saved, copy):
     restored(copy)
 
 
+def test_what_a_file_manager_leaves_is_not_damage(copy):
+    """In a folder that was looked at on macOS or Windows."""
+    for name in (".DS_Store", "components/Thumbs.db", "components/0000-buffer/desktop.ini"):
+        (copy / name).write_bytes(b"icons")
+    assert restored(copy)["counts"] == {"steps": 3}
+
+
 def test_a_file_too_many_is_not_read(copy):
     (copy / "components" / "0000-buffer" / "next" / "more.memmap").parent.mkdir(parents=True)
     (copy / "components" / "0000-buffer" / "next" / "more.memmap").write_bytes(b"1234")

@@ -89,7 +89,7 @@ _ALL = (
         "InvertedDoublePendulum-v5",
         9,
         1,
-        # The force of the rail's end comes of the rest, in single large readings.
+        # The last one, the force of the rail's end, follows from the others and jumps.
         state_dims=tuple(range(8)),
         budget=5_000,
         solved_at=9100.0,

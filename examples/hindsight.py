@@ -42,7 +42,7 @@ class Config(runs.RunOptions):
     n_envs: runs.Count = 20
     """Environments stepped side by side."""
     steps_per_batch: runs.Count = 2000
-    """Real steps between two learning phases; each first takes that many random ones."""
+    """Real steps between two learning phases; actions are random until the first."""
     updates_per_step: runs.Positive = 0.5
     """Gradient steps for every force that was applied."""
     hidden_size: runs.Count = 64

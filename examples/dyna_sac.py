@@ -175,8 +175,6 @@ def main(config: Config) -> None:
     """Learn, saving on the way; then evaluate."""
     task = runs.find_task(config.task)
     total = config.total_env_steps or task.budget
-    if config.random_steps is not None and config.random_steps >= total:
-        raise runs.RunError(f"--random-steps is {config.random_steps} of {total}: too many")
     if config.horizon > 1 and not config.imagined_share:
         raise runs.RunError(f"--horizon {config.horizon} has no effect with --imagined-share 0")
     terms = ("horizon", "nll", "loss_reward", "loss_termination", "loss_qvalue", "alpha")

@@ -34,7 +34,6 @@ from layeredrl_torchrl.runs import (
     Positive,
     PositiveShare,
     Run,
-    RunError,
     Share,
     WorkerOptions,
     command,
@@ -150,11 +149,6 @@ def main(config: Config) -> None:
     """Learn, saving on the way; then evaluate."""
     task = find_task(config.task)
     total = config.total_env_steps or task.budget
-    if config.random_steps >= total:
-        raise RunError(
-            f"--random-steps is {config.random_steps} of {total} steps: nothing would be planned; "
-            "give fewer, or more --total-env-steps"
-        )
     with Run(config, total) as run:
         env = make_env(task, config.n_envs, config.seed)
         level = make_level(config, task, env)

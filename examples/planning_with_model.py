@@ -121,11 +121,6 @@ def make_planner(config: Config, predictor: RewardPredictor) -> ICEMPlanner:
 def main(config: Config) -> None:
     """Collect, learn and plan until the steps are spent; then evaluate."""
     task, total, n_random = runs.find_task(config.task), config.total_env_steps, config.random_steps
-    if n_random >= total:
-        raise runs.RunError(
-            f"--random-steps is {n_random} of {total} steps: nothing would be planned; give fewer, "
-            "or more --total-env-steps"
-        )
     with runs.Run(config, total) as run:
         env = make_env(config, config.n_envs, config.seed)
         predictor = make_predictor(config, env)

@@ -119,7 +119,7 @@ class Agent:
         n_imagined = config.n_episodes * config.episode_steps
         self.imagined = TensorDictReplayBuffer(storage=store(5 * n_imagined))
         self.counts = {"steps": 0, "updates": 0, "random_steps": n_random}
-        names = "loss optim schedule real imagined counts predictor".split()
+        names = ["loss", "optim", "schedule", "real", "imagined", "counts", "predictor"]
         self.parts = {n: vars(self)[n] for n in names} | {"model_optim": self.predictor.optim}
 
     def learn(self, data: TensorDictBase) -> dict[str, float]:

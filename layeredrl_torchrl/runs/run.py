@@ -87,9 +87,9 @@ class Run:
 
     Raises:
         TypeError, ValueError: A total that is no integer of at least 1.
-        RunError: An option is wrong; the folder holds a run that is not to be resumed, one with
-            other options, or files of something else, or another process writes to it; no
-            checkpoint is sound.
+        RunError: An option is wrong, or ``random_steps``, if it is one, takes all steps; the folder
+            holds a run that is not to be resumed, one with other options, or files of something
+            else, or another process writes to it; no checkpoint is sound.
     """
 
     def __init__(self, options: RunOptions, total: int) -> None:
@@ -133,6 +133,12 @@ class Run:
 
     def __enter__(self) -> Self:
         self.options.check()
+        n_random = getattr(self.options, "random_steps", None)
+        if n_random is not None and n_random >= self.total:
+            raise RunError(
+                f"--random-steps is {n_random} of {self.total} steps: nothing would be learned; "
+                "give fewer, or more --total-env-steps"
+            )
         self._own.check(any_saved=self._checkpoints.any_saved)
         self._stack.enter_context(self._own.locked())
         try:

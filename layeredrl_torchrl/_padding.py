@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-__all__ = ["check_mask", "padding_mask", "until_padding"]
+__all__ = ["PADDING", "check_mask", "masks_of", "padding_mask", "until_padding"]
+
+#: The mask below the trajectory ids of a collector, which is false for padding.
+PADDING = ("collector", "mask")
 
 
 def padding_mask(rows: TensorDictBase, key: NestedKey) -> Tensor | None:
@@ -32,7 +37,26 @@ def padding_mask(rows: TensorDictBase, key: NestedKey) -> Tensor | None:
     return mask
 
 
-def until_padding(rows: TensorDictBase, done: Tensor) -> Tensor:
+def masks_of(rows: TensorDictBase, keys: Iterable[NestedKey]) -> dict[NestedKey, Tensor]:
+    """Return those masks of ``rows [*B]`` that there are; padding is found at the root, too.
+
+    Args:
+        rows: Transitions.
+        keys: Of the masks, those that TorchRL's ``loss_mask_key`` names.
+    """
+    found = {}
+    for key in keys:
+        mask = rows.get(key, None)
+        if mask is None and key == PADDING:
+            mask = padding_mask(rows, key)
+        if mask is not None:
+            found[key] = mask
+    return found
+
+
+def until_padding(
+    rows: TensorDictBase, done: Tensor, keys: Iterable[NestedKey] = (PADDING,)
+) -> Tensor:
     """Return ``done [*B, T, n]``, true also in the last step before padding.
 
     An episode that is cut off there goes on, but not in the rows that follow.
@@ -40,12 +64,15 @@ def until_padding(rows: TensorDictBase, done: Tensor) -> Tensor:
     Args:
         rows: ``[*B, T]``, in the order of time.
         done: Where episodes end.
+        keys: Of the masks that are false for padding.
+
+    Raises:
+        ValueError: A mask of another dtype or shape.
     """
-    mask = padding_mask(rows, ("collector", "mask"))
-    if mask is None:
-        return done
-    done = done.clone()
-    done[..., :-1, :] |= mask.reshape(rows.shape)[..., 1:].logical_not().unsqueeze(-1)
+    for key, mask in masks_of(rows, keys).items():
+        check_mask(key, mask, rows.batch_size)
+        done = done.clone()
+        done[..., :-1, :] |= mask.reshape(rows.shape)[..., 1:].logical_not().unsqueeze(-1)
     return done
 
 

@@ -10,6 +10,7 @@ from torchrl.data import Bounded, Categorical, Composite, Unbounded
 
 from layeredrl_torchrl import ICEMPlanner, IdentityEncoder, PredictorFactory
 from layeredrl_torchrl.nets import ModuleEncoder
+from layeredrl_torchrl.objectives import ConsistencyLoss
 
 NO = torch.zeros(5, 4, 1, dtype=torch.bool)
 GIVEN = {
@@ -54,6 +55,19 @@ def test_by_name_and_by_tensordict(predictor, part):
         torch.testing.assert_close(value, expected[key])
     with pytest.raises(TypeError, match=rf"by name: {next(iter(named))}.*got foo"):
         module(foo=1)
+
+
+def test_a_loss_of_single_steps_by_name(predictor):
+    """Slices of one step, [B, 1]."""
+    loss = ConsistencyLoss(predictor.encoder, predictor.model)
+    td = TensorDict({key: GIVEN[key].flatten(0, 1).unsqueeze(1) for key in loss.in_keys}, [20, 1])
+    named = {key if isinstance(key, str) else "_".join(key): td[key] for key in loss.in_keys}
+    torch.testing.assert_close(loss(**named), loss(td)["loss_consistency"])
+    for key in loss.in_keys:
+        with pytest.raises(KeyError, match=r"ConsistencyLoss reads .*missing.*in_keys="):
+            loss(td.exclude(key))
+    with pytest.raises(ValueError, match=r"slices of one step, \[B, 1\], got .* \(20,\)"):
+        loss(td.squeeze(1))
 
 
 def given(module, data):

@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from layeredrl_torchrl._checks import check_positive_int
+from layeredrl_torchrl._checks import check_positive_int, require
 
 __all__ = [
     "BootstrappedBatches",
@@ -121,13 +121,16 @@ class BootstrappedBatches(OwnBatches):
         self.seed = check_positive_int("seed", seed, minimum=0)
 
     def assign(self, batch: TensorDictBase, n_models: int) -> TensorDictBase:
-        """Cut the batch into equal parts and weight them by ``"storage_index"``, int64 ``[R]``."""
+        """Cut the batch into equal parts and weight them by ``"storage_index"``, int64 ``[R]``.
+
+        Raises:
+            KeyError: No ``"storage_index"``.
+        """
         own = super().assign(batch, n_models)
+        hint = "have it written by TransitionSlices(..., index_key='storage_index')"
+        places = require(own, "storage_index", reader=type(self).__name__, hint=hint)
         uniform = torch.stack(
-            [
-                hashed_uniform(own.get("storage_index")[m], salt=(self.seed << 16) + m)
-                for m in range(n_models)
-            ]
+            [hashed_uniform(places[m], salt=(self.seed << 16) + m) for m in range(n_models)]
         )
         # P(count <= j) of Poisson(1); beyond 8 lies a probability of 1e-6.
         edges = torch.tensor(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from torch import Tensor
 
-from layeredrl_torchrl._checks import check_instance, check_number
+from layeredrl_torchrl._checks import check_instance, check_number, require
 from layeredrl_torchrl._watch import refuse, watched
 from layeredrl_torchrl.models import ProbabilisticEnsemble
 from layeredrl_torchrl.models._members import detached
@@ -53,7 +53,10 @@ class ConsistencyLoss(TermsLoss):
 
     Raises:
         TypeError: Parts of another kind. ValueError: ``tau`` that is not above 0 and at most 1.
+            When called: KeyError for a missing entry, ValueError for slices of another length.
     """
+
+    out_keys = ["loss_consistency"]
 
     def __init__(self, encoder: Encoder, model: ProbabilisticEnsemble, *, tau: float = 1.0) -> None:
         super().__init__()
@@ -66,10 +69,24 @@ class ConsistencyLoss(TermsLoss):
         if tau < 1.0:
             self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
 
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """The entries that must be present."""
+        keys = [*self.encoder.in_keys, self.model.in_keys[2]]
+        return [*keys, *(unravel_key(("next", key)) for key in self.encoder.in_keys)]
+
     @watched
     def prepare(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Join and check the observations of slices ``[B, 1]``; rows that do not count are none."""
         encoder = self.encoder
+        hint = "name it by in_keys= of the predictor's encoder and model"
+        for key in self.in_keys:
+            require(tensordict, key, reader="ConsistencyLoss", hint=hint)
+        if tensordict.ndim != 2 or tensordict.shape[1] != 1:
+            raise ValueError(
+                f"ConsistencyLoss takes slices of one step, [B, 1], got a batch of shape "
+                f"{tuple(tensordict.shape)}; of rows [B], pass td.unsqueeze(1)"
+            )
         observation, following = encoder.join(tensordict), encoder.join(tensordict.get("next"))
         action = tensordict.get(self.model.in_keys[2])
         counts = self.counted(tensordict).to(observation.device)

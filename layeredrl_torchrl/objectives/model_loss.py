@@ -20,6 +20,7 @@ from layeredrl_torchrl._checks import (
     check_width,
     require,
 )
+from layeredrl_torchrl._padding import masks_of
 from layeredrl_torchrl._precision import full_precision
 from layeredrl_torchrl._watch import refuse, watched
 from layeredrl_torchrl.models import ProbabilisticEnsemble
@@ -171,10 +172,11 @@ class ModelLoss(TermsLoss):
             state, context, next_state = (
                 torch.where(keep, x, 0.0) for x in (state, context, next_state)
             )
-            # Zeros are no choice, and may be outside of bounds.
-            counts = weight.argmax(1).reshape(-1, *[1] * (action.ndim - 1))
+            # Zeros are no choice, and may be outside of bounds. A member may have no row at all.
+            most = weight.flatten().argmax(0, keepdim=True)
+            one = action[most // weight.shape[1], most % weight.shape[1]]
             keep = (weight > 0).reshape(weight.shape + (1,) * (action.ndim - 2))
-            action = torch.where(keep, action, action.take_along_dim(counts, 1))
+            action = torch.where(keep, action, one)
             terminated = torch.where(weight > 0, terminated, torch.zeros_like(terminated))
         action = self._canonical(action)
         hint = "repair the data, or leave such transitions out by `valid`"
@@ -259,17 +261,13 @@ class ModelLoss(TermsLoss):
 
     def _weights(self, tensordict: TensorDictBase, state: Tensor) -> tuple[Tensor, bool]:
         """Return the weight of each transition, ``[M, N]``, and whether some may be 0."""
-        weight = state.new_ones(state.shape[:-1])
-        masked = False
-        for key in (self.tensor_keys.valid, self.tensor_keys.weight, *self._loss_mask_keys()):
-            value = tensordict.get(key, None)
-            if value is not None:
-                if value.ndim > tensordict.ndim:
-                    value = value.squeeze(-1)
-                weight = weight * value.to(weight.dtype)
-                masked = True
-        if masked:
-            keys = self.tensor_keys
+        weight, keys = state.new_ones(state.shape[:-1]), self.tensor_keys
+        found = masks_of(tensordict, (keys.valid, keys.weight, *self._loss_mask_keys()))
+        for value in found.values():
+            if value.ndim > tensordict.ndim:
+                value = value.squeeze(-1)
+            weight = weight * value.to(weight.dtype)
+        if found:
             refuse(
                 ~((weight >= 0) & weight.isfinite()).all(),
                 lambda _: ValueError(
@@ -284,7 +282,7 @@ class ModelLoss(TermsLoss):
                     "nothing; check the mask"
                 ),
             )
-        return weight, masked
+        return weight, bool(found)
 
 
 def _termination_bce(prob: Tensor, terminated: Tensor) -> Tensor:

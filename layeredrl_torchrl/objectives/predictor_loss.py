@@ -17,6 +17,7 @@ from layeredrl_torchrl._checks import (
     check_flag,
     check_instance,
     check_number,
+    check_per_item,
     check_positive_int,
     require,
 )
@@ -121,7 +122,9 @@ class PredictorLoss(TermsLoss):
     for the log ``value_mean``.
 
     Raises:
-        KeyError: A missing entry. ValueError: slices of another length; NaN rewards.
+        TypeError, ValueError: Functions that cannot be called, or give other than one number for
+            each step; a target network without a value to train; slices of another length; NaN
+            rewards. KeyError: A missing entry.
     """
 
     @dataclass
@@ -182,6 +185,11 @@ class PredictorLoss(TermsLoss):
             self.target_val_func = target_val_func.requires_grad_(False)
             self._view_parameters()
             self._has_update_associated["value"] = False
+        elif target_val_func is not None:
+            raise ValueError(
+                "target_val_func is the target network of a val_func that is trained, a module, "
+                f"but val_func is {val_func!r}; leave target_val_func out"
+            )
 
     def _view_parameters(self) -> None:
         """Expose both value networks' parameters under the names that SoftUpdate looks for."""
@@ -244,18 +252,15 @@ class PredictorLoss(TermsLoss):
             )
         reward = torch.where(valid, stored_reward[:, :k].squeeze(-1), 0.0)
         check_finite(str(keys.reward), reward, hint="repair the rewards")
-        # Steps that are not valid may hold NaN; the first step of the slice replaces them.
-        mask = valid.reshape(valid.shape + (1,) * (action.ndim - 2))
         prepared = PreparedSlices(
-            observation=torch.where(valid.unsqueeze(-1), observation, observation[:, :1]),
-            action=self._canonical(torch.where(mask, action, action[:, :1])),
+            observation=_filled(observation, valid),
+            action=self._canonical(_filled(action, valid)),
             reward=reward,
             valid=valid,
         )
         self.encoder.check(prepared.observation)
         if self._learns_of_next_state:
-            following = data[keys.next_observation][:, :k]
-            following = torch.where(valid.unsqueeze(-1), following, following[:, :1])
+            following = _filled(data[keys.next_observation][:, :k], valid)
             self.encoder.check(following)
             prepared = prepared._replace(next_observation=following)
         if not isinstance(self.val_func, nn.Module):
@@ -274,12 +279,14 @@ class PredictorLoss(TermsLoss):
         out: dict[str, Tensor] = {}
         if isinstance(self.rew_func, nn.Module):
             reward = on_step(self.rew_func, state, context, action, next_state)
+            check_per_item("rew_func", reward, valid.shape)  # others would broadcast
             error = (reward - prepared.reward) / getattr(self.rew_func, "out_scale", 1.0)
             error = torch.where(valid, error, 0.0)
             out["loss_reward"] = error.square().sum() / valid.sum().clamp_min(1)
         if isinstance(self.val_func, nn.Module) and prepared.value is not None:
             target, counts = self._targets(prepared.value), prepared.value.counts
             value = self.val_func(state.detach(), context.detach(), action)
+            check_per_item("val_func", value, valid.shape)
             error = (value - target) / getattr(self.val_func, "out_scale", 1.0)
             error = torch.where(counts, error, 0.0)
             out["loss_value"] = error.square().sum() / counts.sum().clamp_min(1)
@@ -312,7 +319,8 @@ class PredictorLoss(TermsLoss):
         keys = self.tensor_keys
         length = self.k_steps + self.n_steps - 1
         elapsed = tensordict.get(keys.elapsed_steps, None)
-        counts = self._valid(tensordict)[:, :length]
+        valid = self._valid(tensordict)
+        counts = valid[:, :length]
         random = tensordict.get(keys.random_action, None)
         if random is not None:
             if random.dtype != torch.bool:
@@ -328,10 +336,12 @@ class PredictorLoss(TermsLoss):
             elapsed_steps=None if elapsed is None else elapsed[:, :length].squeeze(-1),
         )
         index = targets.bootstrap_index
-        rows = torch.arange(index.shape[0], device=index.device).unsqueeze(1)
+        own = torch.arange(index.shape[0], device=index.device)
+        rows = torch.where(counts[:, : self.k_steps], own.unsqueeze(1), _donors(valid))
         # An action-value function is bootstrapped with the action that was taken there. At the end
-        # of a slice, which repeats its last valid step, that is the last action taken.
-        action = self._get(tensordict, keys.action)[rows, index + 1]
+        # of a slice, which may be padding, that is the last action taken.
+        acted = index + valid[rows, index + 1]
+        action = self._get(tensordict, keys.action)[rows, acted]
         observation = self._get(tensordict, keys.next_observation)[rows, index]
         self.encoder.check(observation)
         return PreparedValue(
@@ -346,6 +356,7 @@ class PredictorLoss(TermsLoss):
     def _targets(self, prepared: PreparedValue) -> Tensor:
         state, context = self.encoder.encode_checked(prepared.observation)
         value = self.target_val_func(state, context, prepared.action)
+        check_per_item("target_val_func", value, prepared.returns.shape)
         return prepared.returns + prepared.discount * value
 
     def _valid(self, tensordict: TensorDictBase) -> Tensor:
@@ -362,3 +373,22 @@ class PredictorLoss(TermsLoss):
     @staticmethod
     def _get(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
         return require(tensordict, key, reader="PredictorLoss", hint="rename it with set_keys()")
+
+
+def _donors(valid: Tensor) -> Tensor:
+    """Which slice ``[B, 1]`` gives what is read where one of ``valid [B, L]`` has nothing itself.
+
+    It is the slice itself, or the first that begins with a valid step where its own is padding.
+    """
+    begins = valid[:, :1]
+    own = torch.arange(len(valid), device=valid.device).unsqueeze(1)
+    return torch.where(begins, own, begins.int().argmax())
+
+
+def _filled(x: Tensor, valid: Tensor) -> Tensor:
+    """Replace the steps of ``x [B, k, ...]`` that are not valid, which may hold anything, NaN too.
+
+    The first step of the slice stands in for them, or of another one.
+    """
+    mask = valid.reshape(valid.shape + (1,) * (x.ndim - 2))
+    return torch.where(mask, x, x[_donors(valid)[:, 0], :1])

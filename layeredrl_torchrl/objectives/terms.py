@@ -13,7 +13,7 @@ from torch import Tensor
 from torchrl.objectives import LossModule
 
 from layeredrl_torchrl._dispatch import dispatched
-from layeredrl_torchrl._padding import check_mask
+from layeredrl_torchrl._padding import check_mask, masks_of
 from layeredrl_torchrl._state import draw_anew, load_whole
 
 __all__ = ["TermsLoss"]
@@ -71,17 +71,15 @@ class TermsLoss(LossModule):
 
         Args:
             tensordict: Rows, with the masks that ``loss_mask_key`` names (by default
-                ``("collector", "mask")``, which is false for padding) where it has them.
+                ``("collector", "mask")``, which is false for padding, also at the root) where it
+                has them.
             key: Which of them are valid; all are where it is missing.
 
         Raises:
             ValueError: Masks of another dtype or shape.
         """
         counts = torch.ones(tensordict.shape, dtype=torch.bool, device=tensordict.device)
-        for name in (key, *self._loss_mask_keys()):
-            mask = tensordict.get(name, None)
-            if mask is None:
-                continue
+        for name, mask in masks_of(tensordict, (key, *self._loss_mask_keys())).items():
             check_mask(name, mask, counts.shape)
             counts = counts.to(mask.device) & mask.reshape(counts.shape)
         return counts

@@ -50,3 +50,8 @@ def test_bootstrap_weights_are_poisson_for_many_members(seed):
     assert weight.shape == (5, 4000)
     torch.testing.assert_close(weight.mean(-1), torch.ones(5), rtol=0, atol=0.08)
     torch.testing.assert_close(weight.var(-1), torch.ones(5), rtol=0, atol=0.15)
+
+
+def test_rows_without_a_place_in_the_storage_cannot_be_bootstrapped():
+    with pytest.raises(KeyError, match=r"'storage_index'.*index_key"):
+        BootstrappedBatches().assign(TensorDict({"state": torch.zeros(8, 3)}, [8]), 2)

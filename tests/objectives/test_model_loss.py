@@ -8,7 +8,7 @@ import pytest
 import torch
 from densities import log_density
 from model_batches import D, N, fit, gradients, make_batch
-from torchrl.data import Categorical, OneHot
+from torchrl.data import Bounded, Categorical, OneHot
 
 from layeredrl_torchrl import ModelLoss
 
@@ -70,12 +70,14 @@ def test_equals_a_loop_over_members_and_rows(make_ensemble, options, per_member,
 
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 @pytest.mark.parametrize("garbage", [1e6, float("nan")])
-def test_rows_that_are_not_valid_have_no_influence(make_ensemble, garbage, beta):
+@pytest.mark.parametrize("mask", ["valid", ("collector", "mask"), "mask"])
+def test_rows_that_are_not_valid_have_no_influence(make_ensemble, mask, garbage, beta):
     model = make_ensemble(n_modes=2)
     batch = make_batch(model, valid=True)
     outside = ~batch["valid"]
     assert 0 < outside.sum() < N
     kept = batch[batch["valid"]].exclude("valid")
+    batch = batch.exclude("valid").set(mask, batch["valid"])
     for key in ("state", "action", ("next", "state")):
         batch[key][outside] = garbage
     batch["next", "terminated"][outside] = True
@@ -90,6 +92,19 @@ def test_rows_that_are_not_valid_need_no_choice(make_ensemble, space):
     kept = batch[batch["valid"]].exclude("valid")
     batch["action"][~batch["valid"]] = 0 if isinstance(space, OneHot) else -1
     torch.testing.assert_close(gradients(model, batch), gradients(model, kept))
+
+
+@pytest.mark.parametrize("space", [OneHot(3), Bounded(-1.0, 1.0, (1,))])
+def test_a_member_may_have_padding_alone(make_ensemble, space):
+    model = make_ensemble(n_models=2, action_space=space)
+    batch = make_batch(model, (2, N), valid=True)
+    alone = batch.clone()
+    alone["valid"] = torch.ones(2, N, dtype=torch.bool)
+    alone["valid"][1] = batch["valid"][1] = False
+    alone["valid"][0] = batch["valid"][0]
+    batch["action"][1] = 0 if isinstance(space, OneHot) else torch.nan
+    loss = ModelLoss(model, per_member=True)
+    torch.testing.assert_close(loss(batch).to_dict(), loss(alone).to_dict())
 
 
 def test_float64_is_taken_as_far_as_the_model_can_tell_it_apart(make_ensemble):

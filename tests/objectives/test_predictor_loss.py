@@ -8,6 +8,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch import nn
+from torchrl.data import OneHot
 from torchrl.objectives import SoftUpdate
 
 from layeredrl_torchrl import EncoderNet, PredictorLoss, RewardNet, ValueNet, reads_next_state
@@ -99,7 +100,8 @@ def naive_targets(loss, batch):
                 i += 1
             if not batch["next", "terminated"][b, i - 1]:
                 state, context = loss.encoder(batch["next", "observation"][b, i - 1])
-                action = batch["action"][b, i]
+                # What follows a slice is padding: no action was taken there.
+                action = batch["action"][b, i if batch["valid"][b, i] else i - 1]
                 total += discount * float(loss.target_val_func(state, context, action).detach())
             targets[b, j], counts[b, j] = total, True
     return targets, counts
@@ -147,14 +149,41 @@ def test_the_only_valid_step_counts_in_full():
     assert loss(batch)["loss_reward"].item() == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("mask", ["valid", ("collector", "mask")])
+@pytest.mark.parametrize("space", [None, OneHot(3)])
+def test_padding_counts_nowhere_whatever_stands_in_it(space):
+    """Also whole slices of it, and the action after the last step."""
+    loss = make_loss(value=ActionValue)
+    if space is not None:
+        rew_func = randomize(RewardNet(2, 1, space, (8,)))
+        loss = make_loss(value=ActionValue, rew_func=rew_func, action_spec=space)
+    batch = make_slices(5)
+    if space is not None:
+        batch["action"] = space.rand((B, 5))
+    batch["valid"][1] = False
+    kept = batch[torch.arange(B) != 1]
+    spoiled, outside = batch.clone(), ~batch["valid"]
+    for key in ("observation", ("next", "observation"), ("next", "reward")):
+        spoiled[key][outside] = torch.nan
+    spoiled["action"][outside] = 0 if space is not None else torch.nan
+
+    found, expected = loss(spoiled), loss(kept)
+    for name in ("loss_reward", "loss_value"):
+        torch.testing.assert_close(found[name], expected[name])
+    target, counts = loss.value_target(spoiled)
+    targets, chosen = naive_targets(loss, batch)
+    assert torch.equal(counts, chosen)
+    torch.testing.assert_close(target[counts], targets[counts])
+
+
+@pytest.mark.parametrize("mask", ["valid", ("collector", "mask"), "mask"])
 def test_steps_that_are_not_valid_have_no_influence(mask):
     loss, batch = make_loss(), make_slices(5)
     spoiled = batch.clone()
     outside = ~batch["valid"]
     spoiled["next", "reward"][outside] = float("nan")
     if mask != "valid":
-        spoiled[mask] = spoiled["valid"].unsqueeze(-1)
+        # at the root as TorchRL's split_trajectories writes it
+        spoiled[mask] = spoiled["valid"].unsqueeze(-1) if mask != "mask" else spoiled["valid"]
         spoiled["valid"] = torch.ones_like(spoiled["valid"])
     else:
         spoiled["valid"] = spoiled["valid"].unsqueeze(-1)
@@ -254,6 +283,25 @@ class Sum(nn.Module):
 
     def forward(self, state, context, action):
         return state.sum(-1) + context.sum(-1)
+
+
+class Column(Sum):
+    """With an axis too many, which broadcasts over the other slices' rewards."""
+
+    def forward(self, state, context, action):
+        return super().forward(state, context, action).unsqueeze(-1)
+
+
+@pytest.mark.parametrize("name", ["rew_func", "val_func", "target_val_func"])
+def test_what_a_module_of_ones_own_gives_is_checked(name):
+    loss = make_loss(**{name: Column()})
+    with pytest.raises(ValueError, match=rf"{name} gave shape \({B}, 2, 1\), expected \({B}, 2\)"):
+        loss(make_slices(5))
+
+
+def test_a_target_network_of_no_trained_value_is_refused():
+    with pytest.raises(ValueError, match="target_val_func is the target network of a val_func"):
+        make_loss(val_func=known)
 
 
 def test_by_default_single_steps_count_and_modules_of_ones_own_in_the_unit_of_rewards():

@@ -42,7 +42,8 @@ class TanhActor(ProbabilisticActor):
         action_key: Key of the action.
 
     Raises:
-        TypeError: Another kind of action space. ValueError: Bounds that are not finite.
+        TypeError: Another kind of action space. ValueError: Bounds that are not finite, not in
+            order, or so far apart that their distance overflows.
     """
 
     def __init__(
@@ -61,10 +62,12 @@ class TanhActor(ProbabilisticActor):
         if not isinstance(spec, Bounded) or not spec.dtype.is_floating_point:
             raise TypeError(f"action_space must be a Box of floats with bounds, got {spec}")
         low, high = spec.space.low, spec.space.high
-        if not bool((low.isfinite() & high.isfinite()).all()):
+        distance = high - low
+        if not bool((distance.isfinite() & (distance > 0)).all()):
             raise ValueError(
-                f"action_space must have finite bounds, got low={low.tolist()}, "
-                f"high={high.tolist()}; bound the actions in the environment"
+                "action_space must have finite bounds, with high above low and at a distance that "
+                f"does not overflow, got low={low.tolist()}, high={high.tolist()}; bound the "
+                "actions in the environment by the range that they are really taken from"
             )
         keys = list(in_keys)[: 2 if context_dim else 1]
         bounds = Bounds(low, high)
@@ -98,7 +101,10 @@ class _PolicyNet(nn.Module):
         self.split = NormalParamExtractor()
 
     def forward(self, *parts: Tensor) -> tuple[Tensor, Tensor]:
-        return self.split(self.net(self.inputs(torch.cat(parts, -1))))
+        out = self.net(self.inputs(torch.cat(parts, -1)))
+        if out.dtype in (torch.bfloat16, torch.float16):
+            out = out.float()  # densities are sums that low precision does not hold
+        return self.split(out)
 
     def fit_inputs(self, state: Tensor, context: Tensor, action: Tensor) -> None:
         """Set the input statistics from a sample ``[N, ...]``; the action is ignored."""

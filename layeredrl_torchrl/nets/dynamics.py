@@ -108,13 +108,16 @@ class ProbFCDynamics(ConcatenatedInputs):
         """Combine equally built networks into one module that evaluates them together.
 
         Return ``None`` for networks that differ in more than their weights, also in which of them
-        are frozen, that share a weight between layers, or whose activation has parameters.
+        are frozen, that share a weight between layers, whose activation has parameters, or whose
+        layers are no plain ones (of normalised weights, say).
         """
         # A subclass may compute something else, so it has to define its own stack().
         same = [net for net in nets if type(net) is ProbFCDynamics]
         if len(same) != len(nets) or len({net._build() for net in same}) != 1:
             return None
         if any(True for _ in same[0].activation.parameters()) or not stackable(same):
+            return None
+        if not all(_is_plain(layer) for net in same for layer in net.layers):
             return None
         return StackedProbFCDynamics(same)
 
@@ -124,3 +127,8 @@ class ProbFCDynamics(ConcatenatedInputs):
         bounds = (self.log_std_bounds.center, self.log_std_bounds.half)
         how = (repr(self.activation), bounds, self.ignore_context, self.n_modes)
         return (*how, repr(self.action_spec), shapes)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer does what its weight and bias say: no parametrization, and no hooks."""
+    return type(layer) is nn.Linear and not (layer._forward_pre_hooks or layer._forward_hooks)

@@ -35,7 +35,7 @@ class ModuleEncoder(Encoder):
             its key.
         latent_state_dim: ``D``.
         context_dim: ``C``, may be 0. The context should be constant in an episode.
-        in_keys: Key of an observation without a mapping.
+        in_keys: Key of an observation without a mapping; ``["observation"]`` by default.
         out_keys: Keys of state and context.
 
     Raises:
@@ -50,14 +50,20 @@ class ModuleEncoder(Encoder):
         latent_state_dim: int,
         context_dim: int = 0,
         *,
-        in_keys: Sequence[NestedKey] = ("observation",),
+        in_keys: Sequence[NestedKey] | None = None,
         out_keys: Sequence[NestedKey] = ("state", "context"),
     ) -> None:
         check_instance("module", module, nn.Module, hint="pass a network, not its class")
         shapes = mapped_env_obs_shape
         if not isinstance(shapes, Mapping):
-            shapes = {in_keys[0]: tuple(shapes)}
-        super().__init__(shapes, latent_state_dim, context_dim, out_keys=out_keys)
+            keys = ["observation"] if in_keys is None else list(in_keys)
+            if len(keys) != 1:
+                raise ValueError(
+                    f"an encoder has one in_key and two out_keys, got {keys} and {list(out_keys)}; "
+                    "of an observation of several entries, give their shapes by their keys"
+                )
+            shapes, in_keys = {keys[0]: tuple(shapes)}, None
+        super().__init__(shapes, latent_state_dim, context_dim, in_keys, out_keys)
         self.module = module
 
     def split(self, observation: Tensor) -> tuple[Tensor, Tensor]:

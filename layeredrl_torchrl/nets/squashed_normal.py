@@ -6,14 +6,16 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Distribution, constraints
 from torch.nn import functional as F
+
+from layeredrl_torchrl._precision import KeepsFloats
 
 __all__ = ["Bounds", "SquashedNormal"]
 
 
-class Bounds(nn.Module):
+class Bounds(KeepsFloats):
     """Bounds of an action, ``low [A]`` and ``high [A]``, as buffers."""
 
     low: Tensor

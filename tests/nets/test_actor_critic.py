@@ -88,6 +88,27 @@ def test_the_actor_acts_within_its_bounds(context_dim):
     assert double["action"].dtype == torch.float64
 
 
+@pytest.mark.parametrize("how", ["autocast", "cast"])
+def test_in_low_precision_actions_keep_their_bounds_and_density(how):
+    """Of 0.3 the nearest number in bfloat16 is 0.3008."""
+    bound = torch.tensor([0.3, 0.7])
+    actor = TanhActor(4, 0, Bounded(-bound, bound, (2,)), (8,))
+    state = 9 * torch.randn(400, 4)
+    if how == "cast":
+        actor, state = actor.to(torch.bfloat16), state.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"), torch.no_grad():
+        dist = actor.get_dist(TensorDict({"state": state}, [400]))
+        torch.manual_seed(0)
+        action, log_prob = dist.rsample_and_log_prob()
+    assert action.dtype == log_prob.dtype == torch.float32
+    assert (action.abs() <= bound).all()
+    torch.manual_seed(0)
+    before = dist.loc.double() + dist.scale.double() * torch.randn(400, 2).double()
+    exact = torch.distributions.Normal(dist.loc.double(), dist.scale.double()).log_prob(before)
+    exact = exact - (bound.double() / before.cosh().square()).log()
+    torch.testing.assert_close(log_prob.double(), exact.sum(-1), rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("context_dim", [0, 1])
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3), (1, 2, 3)])
 def test_a_value_stands_in_an_axis_of_its_own(batch, context_dim):
@@ -141,6 +162,8 @@ def test_inputs_are_standardised():
         (Unbounded((1,)), TypeError, "bounds"),
         (Categorical(3), TypeError, "Box of floats"),
         (gym.spaces.Box(-float("inf"), 1.0, (1,)), (TypeError, ValueError), "bounds"),
+        (Bounded(-3e38, 3e38, (1,)), ValueError, "does not overflow"),
+        (Bounded(0.5, 0.5, (1,)), ValueError, "high above low"),
     ],
     ids=str,
 )

@@ -12,6 +12,7 @@ from helpers import make_ensemble
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 from torchrl.data import Categorical, OneHot
 
 from layeredrl_torchrl import ProbFCDynamics, RewardNet
@@ -173,6 +174,40 @@ def test_stacked_equals_each_network_called_on_its_own(
         torch.testing.assert_close(std[m], one_std)
         torch.testing.assert_close(weights[m], one_weights)
         torch.testing.assert_close(term_prob[m], one_term)
+
+
+class Halved(nn.Module):
+    """A parametrization of weights."""
+
+    def forward(self, weight):
+        return weight / 2
+
+
+def halve(layer):
+    register_parametrization(layer, "weight", Halved())
+
+
+def double(layer):
+    layer.register_forward_hook(lambda layer, given, out: 2 * out)
+
+
+@pytest.mark.filterwarnings("ignore:ProbFCDynamics cannot run under torch.vmap")
+@pytest.mark.parametrize("change", [halve, double, nn.utils.parametrizations.spectral_norm])
+def test_layers_that_do_more_than_their_weights_say_go_on_doing_so(change):
+    nets = []
+
+    def partial_net(*spaces):
+        nets.append(ProbFCDynamics(*spaces, hidden_sizes=(6,)))
+        nn.init.normal_(nets[-1].layers[-1].weight)
+        change(nets[-1].layers[-1])
+        return nets[-1]
+
+    model = make_ensemble(partial_net=partial_net, n_models=2).eval()
+    given = [torch.randn(2, 5, n) for n in (model.state_dim, 0, 1)]
+    (mean, _), _, _ = model.members(*given)
+    for m, net in enumerate(nets):
+        (expected, _), _, _ = net.eval()(*(x[m] for x in given))
+        torch.testing.assert_close(mean[m], expected)
 
 
 @pytest.mark.parametrize("hidden_sizes", [(4, 3), (4, 4, 4)], ids=["plain", "skips"])

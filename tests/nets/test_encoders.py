@@ -87,8 +87,9 @@ def test_what_a_split_of_ones_own_gives_is_checked(how):
     "keys", [{"in_keys": ["a", "b"]}, {"out_keys": ["state"]}, {"in_keys": []}]
 )
 def test_the_number_of_keys_is_checked(keys):
-    with pytest.raises(ValueError, match="one in_key and two out_keys"):
-        IdentityEncoder((3,), **keys)
+    for build in (IdentityEncoder, partial(ModuleEncoder, Halves(), latent_state_dim=2)):
+        with pytest.raises(ValueError, match="one in_key and two out_keys"):
+            build((3,), **keys)
 
 
 # -- several entries ----------------------------------------------------------------------
@@ -141,8 +142,11 @@ def test_entries_of_another_shape_or_none_are_refused():
     wide = entries(()).set("b", torch.zeros(5, 2))
     with pytest.raises(ValueError, match=r"differ in their batch axes.*'b': \(5,\)"):
         encoder(wide)
-    with pytest.raises(ValueError, match="leave in_keys out"):
-        IdentityEncoder(ENTRIES, in_keys=["x"])
+    for build in (IdentityEncoder, partial(ModuleEncoder, Halves(), latent_state_dim=2)):
+        with pytest.raises(ValueError, match="leave in_keys out"):
+            build(ENTRIES, in_keys=["x"])
+    named = ModuleEncoder(nn.Linear(3, 2), (3,), 2, in_keys=["pixels"])
+    assert named(TensorDict({"pixels": torch.zeros(5, 3)}, [5]))["state"].shape == (5, 2)
 
 
 def test_a_module_is_called_with_flat_batches_of_the_entries():

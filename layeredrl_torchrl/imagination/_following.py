@@ -22,7 +22,7 @@ __all__ = ["FollowedPolicy", "compile_following", "follow"]
 
 Steps = Callable[..., tuple[Tensor, ...]]
 # What is compiled belongs to one object: copies and pickles of it compile for themselves.
-_COMPILED: WeakKeyDictionary[nn.Module, Steps] = WeakKeyDictionary()
+_COMPILED: WeakKeyDictionary[nn.Module, tuple[Mapping[str, Any], Steps]] = WeakKeyDictionary()
 
 
 class FollowedPolicy(NamedTuple):
@@ -127,12 +127,13 @@ def _steps(
 
 
 def compile_following(owner: nn.Module, options: Mapping[str, Any] | None) -> Steps | None:
-    """Return the steps of ``owner``, compiled once; ``None`` where there are no options."""
+    """Return the steps of ``owner``, compiled once by these options; ``None`` without any."""
     if options is None:
         return None
-    if owner not in _COMPILED:
-        _COMPILED[owner] = compile_apart(_steps, options)
-    return _COMPILED[owner]
+    known = _COMPILED.get(owner)
+    if known is None or known[0] is not options:
+        known = _COMPILED[owner] = (options, compile_apart(_steps, options))
+    return known[1]
 
 
 def _not_finite(_: Tensor) -> ValueError:

@@ -32,7 +32,8 @@ from layeredrl_torchrl._checks import (
     check_positive_int,
     require,
 )
-from layeredrl_torchrl._padding import until_padding
+from layeredrl_torchrl._padding import PADDING, masks_of, until_padding
+from layeredrl_torchrl._state import WholeLoading
 from layeredrl_torchrl.imagination._networks import check_keys, check_networks
 from layeredrl_torchrl.nets import ScalarHead
 
@@ -43,8 +44,10 @@ _LEAST = 1e-20
 _CHOICES = {"loss_function": ("l2", "l1", "smooth_l1"), "reduction": ("mean", "sum", "none")}
 
 
-class SoftActorCritic(LossModule):
+class SoftActorCritic(WholeLoading, LossModule):
     """What soft actor-critic losses share: parts, values of the policy, targets and scales.
+
+    Options, such as the target entropy, are no part of the state.
 
     Args:
         actor_network: Reads state and context; its actions are reparameterised.
@@ -125,22 +128,36 @@ class SoftActorCritic(LossModule):
         heads = [n.split(".") for n, m in named if isinstance(m, ScalarHead)]
         # Where a critic keeps the scale of its output.
         self._head = (*heads[0], "out_scale") if heads else None
-        self._critics = _vmap_func(self.qvalue_network, (None, 0), randomness=self.vmap_randomness)
+        self._make_vmap()
         device = next(actor_network.parameters()).device
         log_alpha = torch.tensor(math.log(alpha_init), device=device)
         if check_flag("fixed_alpha", fixed_alpha):
-            self.register_buffer("log_alpha", log_alpha)
+            self.register_buffer("log_alpha", log_alpha, persistent=False)
         else:
             self.log_alpha = torch.nn.Parameter(log_alpha)
         if target_entropy is None:
             target_entropy = -float(widths[2])
         check_number("target_entropy", target_entropy, -math.inf)
-        self.register_buffer("target_entropy", torch.tensor(target_entropy, device=device))
+        entropy = torch.tensor(target_entropy, device=device)
+        self.register_buffer("target_entropy", entropy, persistent=False)
         self.register_buffer("bounds", torch.tensor([-math.inf, math.inf], device=device))
         # The discount, where compiled and captured code reads it, so that it may change.
         discount = torch.empty((), dtype=torch.float64, device=device)
         self.register_buffer("discount", discount, persistent=False)
         self.make_value_estimator()
+
+    def _make_vmap(self) -> None:
+        """TorchRL's hook for ``set_vmap_randomness``."""
+        self._critics = _vmap_func(self.qvalue_network, (None, 0), randomness=self.vmap_randomness)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the function that evaluates the critics of this object."""
+        return {name: value for name, value in super().__getstate__().items() if name != "_critics"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy, which evaluates its own critics."""
+        super().__setstate__(state)
+        self._make_vmap()
 
     def make_value_estimator(
         self, value_type: ValueEstimators | None = None, **hyperparams: float
@@ -150,9 +167,9 @@ class SoftActorCritic(LossModule):
         Args:
             value_type: ``TD0`` for one step, ``TD1`` for the whole episode, ``TDLambda`` (the
                 default) for what lies between.
-            **hyperparams: ``gamma``, of all that is discounted here, and ``lmbda`` of ``TDLambda``.
-                Both may change while a policy learns, also when updates were compiled or captured
-                as CUDA graphs.
+            **hyperparams: ``gamma``, of all that is discounted here, which stays what it was where
+                it is not given (0.99 at first), and ``lmbda`` of ``TDLambda``. Both may change
+                while a policy learns, also when updates were compiled or captured as CUDA graphs.
 
         Raises:
             NotImplementedError: Another estimator. TypeError: Another option.
@@ -161,7 +178,7 @@ class SoftActorCritic(LossModule):
         fixed = {ValueEstimators.TD0: 0.0, ValueEstimators.TD1: 1.0, ValueEstimators.TDLambda: None}
         if kind not in fixed:
             raise NotImplementedError(f"{kind} is not one of {[str(k) for k in fixed]}")
-        given = {"gamma": 0.99} | default_value_kwargs(kind) | hyperparams
+        given = default_value_kwargs(kind) | {"gamma": vars(self).get("_gamma", 0.99)} | hyperparams
         known = ["gamma", "lmbda"] if fixed[kind] is None else ["gamma"]
         if unknown := sorted(given.keys() - {*known, "differentiable"}):
             raise TypeError(f"{kind} has no option {unknown}; it has {known}")
@@ -270,8 +287,8 @@ class SoftActorCritic(LossModule):
 
         Steps are in order along the last batch axis, as ``env.rollout`` and collectors have them.
         Every return ends where an episode is done, at ``T``, or before what TorchRL marks as
-        padding (``split_trajectories``), with the target critics' value of the state there, unless
-        the episode terminated.
+        padding (``split_trajectories``, or the ``loss_mask_key``), with the target critics' value
+        of the state there, unless the episode terminated.
 
         Args:
             episodes: ``[*B, T]`` with state, context, action and ``("next", ...)`` state, reward,
@@ -284,7 +301,9 @@ class SoftActorCritic(LossModule):
         if not self.lmbda:
             return episodes.set(keys.value_target, self._one_step(episodes))
         value, reward = self._soft_step(episodes, reward, terminated)
-        done = until_padding(episodes, done)
+        # The value estimators' own mask is about one target, and not about what follows.
+        masks = [key for key in self._loss_mask_keys() if key != "shifted_valid"]
+        done = until_padding(episodes, done, masks)
         target = vec_td_lambda_return_estimate(
             self.gamma, self.lmbda, value, reward, done, terminated
         )
@@ -359,7 +378,8 @@ class SoftActorCritic(LossModule):
         """Set the input statistics of critics and policy from states and actions ``[*B]``.
 
         Of those that keep some: :class:`~layeredrl_torchrl.nets.TanhActor` and
-        :class:`~layeredrl_torchrl.nets.QValueOperator` do.
+        :class:`~layeredrl_torchrl.nets.QValueOperator` do. Frozen networks keep theirs, which are
+        part of what they do.
         """
         state_key, context_key, action_key = self.step_keys
         tensordict = self._unpadded(tensordict)
@@ -368,31 +388,67 @@ class SoftActorCritic(LossModule):
         context = state[..., :0] if empty else self.read(tensordict, context_key)
         action = self.read(tensordict, action_key)
         last = tensordict.ndim - 1
-        self._ask_parts("fit_inputs", *(x.flatten(0, last) for x in (state, context, action)))
+        rows = [x.flatten(0, last) for x in (state, context, action)]
+        self._ask_parts("fit_inputs", *rows, trained=True)
+
+    @torch.no_grad()
+    def reset_parameters_recursive(self) -> None:
+        """Draw new weights of policy and critics, whose targets are copies; all else stays.
+
+        So do frozen parameters, and the predictor, which TorchRL's method would draw anew as well.
+        """
+        frozen = [p for p in self.parameters() if not p.requires_grad]
+        before = [p.clone() for p in frozen]
+        self._ask_parts("reset_parameters", trained=True)
+        for p, value in zip(frozen, before, strict=True):
+            p.copy_(value)
+        if self.delay_qvalue:
+            self.target_qvalue_network_params.data.update_(self.qvalue_network_params.data)
 
     def _unpadded(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Leave out the rows that the losses leave out."""
-        for key in self._loss_mask_keys():
-            mask = tensordict.get(key, None)
-            if mask is not None:
-                tensordict = tensordict[mask.reshape(tensordict.batch_size)]
-        return tensordict
+        masks = masks_of(tensordict, self._loss_mask_keys()).values()
+        if not masks:
+            return tensordict
+        shape = tensordict.batch_size
+        return tensordict[torch.stack([mask.reshape(shape) for mask in masks]).all(0)]
 
-    def _ask_parts(self, method: str, *given: Any) -> None:
-        """Call ``method`` of the parts of policy, critics and targets that have it."""
-        critics = [self.qvalue_network_params]
+    def _reduce_loss(
+        self, loss: Tensor, tensordict: TensorDictBase | None = None, **options: Any
+    ) -> Tensor:
+        """As TorchRL's, but padding is found at the root, too."""
+        if tensordict is not None and tensordict.get(PADDING, None) is None:
+            mask = masks_of(tensordict, self._loss_mask_keys()).get(PADDING)
+            if mask is not None:
+                tensordict = tensordict.copy().set(PADDING, mask)
+        reduced: Tensor = super()._reduce_loss(loss, tensordict, **options)
+        return reduced
+
+    def _ask_parts(self, method: str, *given: Any, trained: bool = False) -> None:
+        """Call ``method`` of the parts of policy, critics and targets that have it.
+
+        Args:
+            method: Its name.
+            *given: Its arguments.
+            trained: Leave out networks that are frozen.
+        """
+        actor, critics = self.actor_network_params, [self.qvalue_network_params]
         if self.delay_qvalue:
             critics.append(self.target_qvalue_network_params)
-        sets = [(self.actor_network, self.actor_network_params.data)]
-        sets += [
-            (self.qvalue_network, params.data[i])
-            for params in critics
-            for i in range(self.num_qvalue_nets)
-        ]
+        sets = []
+        if not trained or any(p.requires_grad for p in actor.parameters()):
+            sets.append((self.actor_network, actor.data))
+        if not trained or any(p.requires_grad for p in critics[0].parameters()):
+            sets += [
+                (self.qvalue_network, params.data[i])
+                for params in critics
+                for i in range(self.num_qvalue_nets)
+            ]
         for network, params in sets:
             with params.to_module(network):
-                # (A TensorDictModule has the attributes of what it wraps.)
-                for part in [m for m in network.modules() if hasattr(type(m), method)]:
+                # Parts before what they are in. (A TensorDictModule has the attributes of what it
+                # wraps.)
+                for part in reversed([m for m in network.modules() if hasattr(type(m), method)]):
                     getattr(part, method)(*given)
 
     # -- the policy ---------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def test_targets_are_lambda_returns(kind, options, lmbda):
     torch.testing.assert_close(steps["value_target"], expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("where", ["root", "collector"])
+@pytest.mark.parametrize("where", ["root", "collector", "own"])
 def test_targets_end_before_padding(where):
     """A trajectory that is cut off has the targets that it has by itself."""
     loss = make_line(horizon=2, weight=0.5).make_value_estimator(gamma=0.9, lmbda=0.8)
@@ -154,10 +154,14 @@ def test_targets_end_before_padding(where):
     steps["next", "done"][:] = steps["next", "terminated"][:] = False
     lengths = (2, 7, 3)
     ids = torch.arange(3).repeat_interleave(torch.tensor(lengths))
-    steps["traj_ids" if where == "root" else ("collector", "traj_ids")] = ids
     key = "traj_ids" if where == "root" else ("collector", "traj_ids")
+    steps[key] = ids
     padded = split_trajectories(steps, trajectory_key=key)
     assert padded.shape == (3, 7)
+    if where == "own":
+        loss.loss_mask_key = ("masks", "mine")
+        padded["masks", "mine"] = padded["collector", "mask"]
+        padded = padded.exclude("collector")
     loss.value_targets(padded)
     for found, alone in zip(padded, steps.split(lengths), strict=True):
         expected = loss.value_targets(alone.clone().unsqueeze(0))["value_target"][0]

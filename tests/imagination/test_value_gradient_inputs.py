@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from contextlib import nullcontext
 
 import pytest
@@ -16,12 +17,10 @@ from gradient_parts import (
 from tensordict import TensorDict
 from torch import nn
 from torchrl.data import Bounded, OneHot, Unbounded
+from torchrl.modules import MLP, ValueOperator
 from torchrl.objectives import SoftUpdate, ValueEstimators
 
-from layeredrl_torchrl import (
-    PredictorFactory,
-    ValueGradientLoss,
-)
+from layeredrl_torchrl import PredictorFactory, ValueGradientLoss
 from layeredrl_torchrl.imagination._following import follow
 from layeredrl_torchrl.nets import QValueOperator, TanhActor
 
@@ -168,6 +167,8 @@ def test_options_of_the_value_estimator_are_checked():
     for value in (0.0, 1.0):
         loss.make_value_estimator(ValueEstimators.TDLambda, lmbda=value, gamma=value)
     loss.make_value_estimator(gamma=1.0)
+    loss.make_value_estimator(ValueEstimators.TD0)
+    assert loss.gamma == 1.0  # until another is given
     with pytest.raises(ValueError, match="no bounds"):
         loss.fit_scale(make_steps(4))
 
@@ -187,11 +188,14 @@ def test_flags_may_be_bytes():
     torch.testing.assert_close(found[:2], found[2:])
 
 
-def test_padding_counts_nowhere():
+@pytest.mark.parametrize("key", [("collector", "mask"), "mask", "mine"])
+def test_padding_counts_nowhere(key):
     loss = make_learned(horizon=2)
+    if key == "mine":
+        loss.loss_mask_key = key
     steps = make_steps(6)
     padded = torch.cat([steps, steps.apply(lambda x: 50 * x if x.is_floating_point() else x)])
-    padded["collector", "mask"] = torch.arange(12) < 6
+    padded[key] = torch.arange(12) < 6
     loss.log_alpha.data.fill_(-60.0)  # actions are drawn at random
     states = []
     for td in (steps, padded):
@@ -263,6 +267,98 @@ def test_a_copy_learns_by_itself():
     td = TensorDict({"state": torch.randn(4, 2)}, [4])
     twin(td.clone())["loss_actor"].backward()
     assert all(p.grad is None for p in loss.parameters())
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_evaluates_its_own_critics(duplicate):
+    predictor = PredictorFactory(hidden_sizes=(8,), n_models=2)(Unbounded((2,)), ACTION)
+    critic = ValueOperator(MLP(4, 1, num_cells=[64], dropout=0.5), in_keys=["state", "action"])
+    loss, td = ValueGradientLoss(TanhActor(2, 0, ACTION, (8,)), critic, predictor), make_steps(5)
+    twin = duplicate(loss)
+    twin.qvalue_network.eval()
+    said = twin.qvalues(td)
+    assert torch.equal(twin.qvalues(td), said)
+    assert not torch.equal(loss.qvalues(td), said)
+    loss.qvalue_network.eval()
+    assert torch.equal(loss.qvalues(td), said)
+    loss.qvalue_network.train()
+    loss.set_vmap_randomness("error")
+    with pytest.raises(RuntimeError, match="random"):
+        loss.qvalues(td)
+
+
+def test_policy_and_critics_begin_anew_and_all_else_stays(unchanged):
+    loss = make_learned(horizon=1, num_qvalue_nets=3)
+    loss.fit_inputs(make_steps(9))
+    loss.fit_scale(make_steps(9))
+    before = {name: x.clone() for name, x in loss.state_dict().items()}
+    with unchanged(loss.predictor):
+        loss.reset_parameters_recursive()
+    moved = {name for name, x in loss.state_dict().items() if not torch.equal(x, before[name])}
+    assert {name.split(".")[-1] for name in moved} == {"weight", "bias"}
+    assert {name.split(".")[0] for name in moved} == {
+        "actor_network_params",
+        "qvalue_network_params",
+        "target_qvalue_network_params",
+    }
+    critics, targets = loss.qvalue_network_params, loss.target_qvalue_network_params
+    for key, value in critics.items(True, True):
+        assert torch.equal(targets[key], value)
+    first = critics["module", "head", "net", "0", "weight"]
+    assert not torch.equal(first[0], first[1])
+    limit = first.shape[-1] ** -0.5  # of torch's own initialisation
+    assert (first.abs().amax((1, 2)) > 0.7 * limit).all()
+    assert (first.abs() <= limit).all()
+
+
+def test_a_frozen_policy_keeps_what_it_does():
+    loss, td = make_learned(horizon=1), TensorDict({"state": torch.randn(5, 2)}, [5])
+    for p in loss.actor_network_params.parameters():
+        p.requires_grad_(False)
+
+    def said():
+        with loss._acting() as act, torch.no_grad():
+            torch.manual_seed(0)
+            return act(td.clone())
+
+    before, values = said(), loss.qvalues(td.set("action", ACTION.rand((5,))))
+    loss.fit_inputs(make_steps(9))
+    assert torch.equal(said(), before)
+    assert not torch.equal(loss.qvalues(td), values)
+    loss.reset_parameters_recursive()
+    assert torch.equal(said(), before)
+
+
+def test_a_state_is_loaded_as_a_whole_and_leaves_options(unchanged):
+    options = {"horizon": 1, "fixed_alpha": True}
+    loss = make_learned(alpha_init=0.5, target_entropy=-7.0, **options)
+    state = make_learned(**options).state_dict()
+    spoiled = {key: value.clone() for key, value in state.items()}
+    spoiled["actor_network_params.module.0.module.net.0.weight"][0] = torch.nan
+    with unchanged(loss), pytest.raises(ValueError, match="not finite"):
+        loss.load_state_dict(spoiled)
+    # Options were part of the state once.
+    loss.load_state_dict(state | {"log_alpha": torch.zeros(()), "target_entropy": torch.zeros(())})
+    assert loss.alpha.item() == pytest.approx(0.5)
+    assert loss.target_entropy.item() == -7.0
+    for key, value in loss.state_dict().items():
+        assert torch.equal(value, state[key])
+
+
+def test_compiled_anew_it_takes_the_new_options():
+    loss, td, used = make_learned(horizon=1), TensorDict({"state": torch.randn(6, 2)}, [6]), []
+
+    def backend(name):
+        def compiled(graph, _):
+            used.append(name)
+            return graph.forward
+
+        return compiled
+
+    for name in ("first", "second"):
+        loss.compile(backend=backend(name))
+        loss(td.clone())
+    assert set(used) == {"first", "second"}
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])

@@ -58,6 +58,18 @@ WRONG_KIND = {
     "a word for keys": (lambda: planner_level(*SPACES, store_keys="abc"), "store_keys must be"),
     "a number for a key": (lambda: planner_level(*SPACES, store_keys=[3]), "store_keys must be"),
     "a number for a batch": (lambda: lrl.PredictorEnv(make_point(), batch_size=3), "batch_size"),
+    "an imagined world of an environment": (
+        lambda: lrl.PredictorEnv(lrl.PredictorEnv(make_point())),
+        "predictor must be an object of Predictor, got PredictorEnv",
+    ),
+    "starts of a model": (
+        lambda: lrl.FromBuffer(make_buffer(), make_ensemble()),
+        "predictor must be an object of Predictor, got ProbabilisticEnsemble",
+    ),
+    "proposals in a class": (
+        lambda: lrl.PolicyProposal(lrl.RewardPredictor, planner_level(*SPACES)),
+        "predictor must be an object of Predictor, got the class RewardPredictor",
+    ),
     "statistics of nothing": (
         lambda: make_ensemble().fit_statistics(**transitions(context=None)),
         "context must be an object of Tensor, got NoneType",

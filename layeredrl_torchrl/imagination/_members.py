@@ -136,9 +136,10 @@ def _step_seated(
 
 
 def _rows(model: Model, *inputs: Tensor) -> list[Tensor]:
-    """State, context and action ``[*B, ...]`` as ``[N, ...]``."""
-    batch = inputs[0].shape[:-1]
-    return [x.reshape(batch.numel(), *x.shape[len(batch) :]) for x in inputs]
+    """State, context and action ``[*B, ...]`` as ``[N, ...]``, floats in the dtype of the model."""
+    batch, dtype = inputs[0].shape[:-1], model.floats.dtype
+    rows = [x.reshape(batch.numel(), *x.shape[len(batch) :]) for x in inputs]
+    return [x.to(dtype) if x.is_floating_point() else x for x in rows]
 
 
 def _step(

@@ -18,6 +18,7 @@ from layeredrl_torchrl._checks import (
     check_callable,
     check_finite,
     check_flag,
+    check_instance,
     check_number,
     check_positive_int,
     require,
@@ -98,7 +99,7 @@ class PredictorEnv(ModelBasedEnvBase):
         predictor: What is imagined; needs a reward function.
         action_spec: Spec (or gymnasium space) of one environment's action; the predictor's by
             default.
-        propagation: As above; ``Expectation()`` by default.
+        propagation: As above, without ``n_particles``; ``Expectation()`` by default.
         sample_termination: Whether an episode ends with the predicted probability, instead of
             where that exceeds 1/2. Not with ``use_value_func``, whose rewards count survival.
         exploration_bonus: ``(state, context, action) -> [*B]``, added to the reward; for example
@@ -114,13 +115,13 @@ class PredictorEnv(ModelBasedEnvBase):
         discount: ``gamma`` of the shaping; only with ``use_value_func``.
 
     Raises:
-        TypeError: A propagation of another kind; parts that are not callable.
-        ValueError: Missing parts; a discount without ``use_value_func`` or outside ``(0, 1]``;
-            ``sample_termination`` with ``use_value_func``; an action spec that does not fit the
-            predictor's. When stepped or reset: KeyError for a given state without its context;
-            ValueError for an action outside its space; a prediction that is
-            not finite (the message names the member); a reward, termination, bonus, members or
-            initial states of another shape.
+        TypeError: No predictor; a propagation of another kind; parts that are not callable.
+        ValueError: Missing parts; a number of particles; a discount without ``use_value_func`` or
+            outside ``(0, 1]``; ``sample_termination`` with ``use_value_func``; an action spec that
+            does not fit the predictor's. When stepped or reset: KeyError for a given state without
+            its context; ValueError for an action outside its space; a prediction that is not finite
+            (the message names the member); a reward, termination, bonus, members or initial states
+            of another shape.
     """
 
     __signature__ = SignatureOfInit()
@@ -138,15 +139,21 @@ class PredictorEnv(ModelBasedEnvBase):
         use_value_func: bool = False,
         discount: float | None = None,
     ) -> None:
+        check_instance("predictor", predictor, Predictor, hint="of a level: level.predictor")
         check_flag("sample_termination", sample_termination)
         check_flag("use_value_func", use_value_func)
         if not isinstance(batch_size, Sequence):
             raise TypeError(f"batch_size must be a sequence of int, like [8], got {batch_size!r}")
         batch_size = [check_positive_int(f"batch_size[{i}]", n) for i, n in enumerate(batch_size)]
         propagation = Expectation() if propagation is None else propagation
-        if not isinstance(propagation, Expectation | TS1 | TSInfinity):
+        if type(propagation) not in (Expectation, TS1, TSInfinity):  # advance() is not called
             raise TypeError(
                 f"propagation must be Expectation(), TS1() or TSInfinity(), got {propagation!r}"
+            )
+        if (n := getattr(propagation, "n_particles", None)) is not None:
+            raise ValueError(
+                f"propagation has n_particles={n}, but each entry of a batch "
+                "is one particle here; leave n_particles out, and step larger batches"
             )
         check_step_function("exploration_bonus", exploration_bonus, may_look_ahead=False)
         check_callable("initial_states", initial_states, optional=True)

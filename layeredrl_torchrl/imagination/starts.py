@@ -10,7 +10,12 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer
 
-from layeredrl_torchrl._checks import check_finite, check_resolution, check_width
+from layeredrl_torchrl._checks import (
+    check_finite,
+    check_instance,
+    check_resolution,
+    check_width,
+)
 from layeredrl_torchrl.objectives import TransitionSlices
 from layeredrl_torchrl.predictors import Predictor
 
@@ -54,6 +59,7 @@ class FromBuffer:
         observation_key: NestedKey | None = None,
         **keys: NestedKey | None,
     ) -> None:
+        check_instance("predictor", predictor, Predictor, hint="FromBuffer(buffer, predictor)")
         self.predictor = predictor
         self.observation_key = observation_key
         key = predictor.encoder.in_keys[0] if observation_key is None else observation_key

@@ -11,7 +11,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.envs import ExplorationType, set_exploration_type
 
-from layeredrl_torchrl._checks import check_positive_int
+from layeredrl_torchrl._checks import check_instance, check_positive_int
 from layeredrl_torchrl.imagination._members import step_by_mean
 from layeredrl_torchrl.predictors import Predictor
 
@@ -24,8 +24,9 @@ Proposal: TypeAlias = Callable[[Tensor, Tensor, int], Tensor]
 class PolicyProposal:
     """Proposes the actions of a policy, imagined along the predictor's mean.
 
-    A planner that tries them plans at least as well as the policy, as judged by its predictor
-    (TD-MPC, arXiv 2203.04955, section 3.1, "policy-guided trajectory optimization").
+    With :func:`~layeredrl_torchrl.best_plan`, a planner that tries them plans at least as well as
+    the policy, as judged by its predictor (TD-MPC, arXiv 2203.04955, section 3.1, "policy-guided
+    trajectory optimization").
 
     >>> from tensordict.nn import TensorDictModule
     >>> factory = PredictorFactory(hidden_sizes=(8,), n_models=2)
@@ -42,11 +43,12 @@ class PolicyProposal:
             ``n - 1`` of sampled ones (``RANDOM``).
 
     Raises:
-        TypeError: A policy of another kind, an ``n`` that is no integer. ValueError: ``n`` below
-            1; a policy that reads other keys, or writes no action.
+        TypeError: A predictor or policy of another kind, an ``n`` that is no integer. ValueError:
+            ``n`` below 1; a policy that reads other keys, or writes no action.
     """
 
     def __init__(self, predictor: Predictor, policy: TensorDictModuleBase, n: int = 8) -> None:
+        check_instance("predictor", predictor, Predictor, hint="the one that is planned in")
         if not isinstance(policy, TensorDictModuleBase):
             raise TypeError(
                 f"policy must be a TensorDictModule, got {type(policy).__name__}; wrap it: "

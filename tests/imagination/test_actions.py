@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import Known
 from tensordict import TensorDict
+from torch import nn
 from torchrl.collectors import Collector
 from torchrl.data import Bounded, LazyMemmapStorage, TensorDictReplayBuffer
 from torchrl.envs import Compose, ExcludeTransform, StepCounter, TransformedEnv
+from torchrl.envs.utils import check_env_specs
 
-from layeredrl_torchrl import Expectation, PredictorEnv, TSInfinity
+from layeredrl_torchrl import (
+    Expectation,
+    IdentityEncoder,
+    PredictorEnv,
+    StaticPredictor,
+    TSInfinity,
+)
 
 
 @pytest.mark.parametrize("propagation", [Expectation(), TSInfinity()])
@@ -24,6 +33,37 @@ def test_an_action_outside_its_space_is_refused(make_predictor, propagation):
             continue
         with pytest.raises(ValueError, match=r"\[1, 0\] is outside the action space.*project"):
             env.step(td)
+
+
+class Own(nn.Module):
+    """A member of one's own, which takes what it is given as it is."""
+
+    def __init__(self, *spaces):
+        super().__init__()
+        self.layer = nn.Linear(3, 5)
+
+    def forward(self, state, context, action):
+        out = self.layer(torch.cat([state, action], -1)).unsqueeze(-2)
+        mean, std, term = out.split([2, 2, 1], -1)
+        return (mean, std.exp()), torch.ones_like(term[..., 0]), term[..., 0, 0].sigmoid()
+
+
+@pytest.mark.parametrize("kind", ["known", "own networks", "built in"])
+def test_the_model_takes_actions_in_its_own_precision(make_predictor, propagation, kind):
+    """Tasks of dm_control have actions of float64."""
+    space = Bounded(-1.0, 1.0, (1,), dtype=torch.float64)
+    if kind == "known":
+        model = Known(lambda state, action: state + action, 2, space)
+        reward = lambda state, context, action: -state.square().sum(-1)  # noqa: E731
+        predictor = StaticPredictor(model, None, reward, IdentityEncoder((2,)), 2)
+    else:
+        own = {"partial_net": Own} if kind == "own networks" else {}
+        predictor = make_predictor(model={"action_space": space, **own})
+    env = PredictorEnv(predictor, propagation=propagation, batch_size=[3])
+    check_env_specs(env)
+    steps = env.rollout(3)
+    assert steps["action"].dtype == torch.float64
+    assert steps["next", "state"].dtype == torch.float32
 
 
 def test_an_empty_context_may_be_left_out_for_a_memory_map(make_predictor):

@@ -26,6 +26,7 @@ from torchrl.modules import CEMPlanner, MPPIPlanner
 from torchrl.objectives.value import TDLambdaEstimator
 
 from layeredrl_torchrl import (
+    TS1,
     FixedEncoderNet,
     IdentityEncoder,
     PredictorEnv,
@@ -294,6 +295,10 @@ class Other(Propagation):
         raise NotImplementedError
 
 
+class Turned(TSInfinity):
+    """Whose own way of moving particles would not be gone."""
+
+
 def actions(space):
     return {"model": {"action_space": space}}
 
@@ -316,6 +321,9 @@ DISCRETE = actions(OneHot(2))
         (actions(OneHot(1)), {"action_spec": Categorical(1, (1,))}, ValueError, "action_spec"),
         ({}, {"propagation": "ts1"}, TypeError, "TSInfinity"),
         ({}, {"propagation": Other()}, TypeError, "TSInfinity"),
+        ({}, {"propagation": Turned()}, TypeError, "TSInfinity"),
+        ({}, {"propagation": TSInfinity(n_particles=4)}, ValueError, "n_particles=4.*one particle"),
+        ({}, {"propagation": TS1(n_particles=1)}, ValueError, "n_particles=1.*one particle"),
         ({}, {"exploration_bonus": 1.0}, TypeError, "exploration_bonus"),
         ({}, {"initial_states": torch.zeros(3)}, TypeError, "initial_states"),
         ({}, {"use_value_func": True, "sample_termination": True}, ValueError, "twice"),

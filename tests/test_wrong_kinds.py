@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from gradient_parts import make_learned
 from helpers import (
     SPACES,
     Kept,
@@ -21,6 +22,7 @@ from helpers import (
 )
 
 import layeredrl_torchrl as lrl
+from layeredrl_torchrl.nets import Landmarks, QValueOperator, TanhActor
 
 ACTION = torch.zeros(3, 1)
 
@@ -109,6 +111,11 @@ PARTS = {
     "reward": lambda: lrl.RewardNet(2, 0, SPACES[1], (4,)),
     "value": lambda: lrl.ValueNet(2, 0, (4,)),
     "dynamics": lambda: lrl.ProbFCDynamics(SPACES[0], None, SPACES[1], hidden_sizes=(4,)),
+    "policy": lambda: TanhActor(2, 0, SPACES[1], (4,)),
+    "critic": lambda: QValueOperator(2, 0, SPACES[1], (4,)),
+    "value gradients": lambda: make_learned(horizon=1),
+    "landmarks": lambda: Landmarks(2, radius=0.5),
+    "planner": lambda: lrl.CEMPlanner(make_predictor(), horizon=2, n_samples=24),
     "model": make_ensemble,
     "loss of the model": lambda: lrl.ModelLoss(make_ensemble()),
     "loss of the rest": lambda: make_predictor().predictor_loss,

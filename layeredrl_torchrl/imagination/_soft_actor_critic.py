@@ -435,7 +435,7 @@ class SoftActorCritic(WholeLoading, LossModule):
         actor, critics = self.actor_network_params, [self.qvalue_network_params]
         if self.delay_qvalue:
             critics.append(self.target_qvalue_network_params)
-        sets = []
+        sets: list[tuple[torch.nn.Module, Any]] = []
         if not trained or any(p.requires_grad for p in actor.parameters()):
             sets.append((self.actor_network, actor.data))
         if not trained or any(p.requires_grad for p in critics[0].parameters()):

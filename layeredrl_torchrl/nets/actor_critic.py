@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torchrl.data import Bounded
 from torchrl.modules import ProbabilisticActor, ValueOperator
 
+from layeredrl_torchrl._checks import check_keys
+from layeredrl_torchrl._state import WholeLoading
 from layeredrl_torchrl.nets._fully_connected import fully_connected
 from layeredrl_torchrl.nets.heads import RewardNet
 from layeredrl_torchrl.nets.normalizer import Normalizer
@@ -21,7 +23,7 @@ from layeredrl_torchrl.specs import Space, to_spec
 __all__ = ["QValueNet", "QValueOperator", "TanhActor"]
 
 
-class TanhActor(ProbabilisticActor):
+class TanhActor(WholeLoading, ProbabilisticActor):
     """A squashed Gaussian policy of state and context, for actions within bounds.
 
     Inputs are standardised by statistics that the ``fit_inputs`` of a loss sets, and hidden layers
@@ -43,7 +45,7 @@ class TanhActor(ProbabilisticActor):
 
     Raises:
         TypeError: Another kind of action space. ValueError: Bounds that are not finite, not in
-            order, or so far apart that their distance overflows.
+            order, or so far apart that their distance overflows; another number of keys.
     """
 
     def __init__(
@@ -69,7 +71,11 @@ class TanhActor(ProbabilisticActor):
                 f"does not overflow, got low={low.tolist()}, high={high.tolist()}; bound the "
                 "actions in the environment by the range that they are really taken from"
             )
-        keys = list(in_keys)[: 2 if context_dim else 1]
+        keys = check_keys("in_keys", in_keys)
+        n_read = 2 if context_dim else 1
+        if not n_read <= len(keys) <= 2:
+            raise ValueError(f"in_keys must name state and context, got {keys}")
+        keys = keys[:n_read]
         bounds = Bounds(low, high)
         net = _PolicyNet(state_dim + context_dim, bounds, hidden_sizes, nonlinearity, layer_norm)
         super().__init__(
@@ -120,7 +126,7 @@ class QValueNet(RewardNet):
     """
 
 
-class QValueOperator(ValueOperator):
+class QValueOperator(WholeLoading, ValueOperator):
     """A :class:`QValueNet` as a TensorDictModule: writes ``"state_action_value" [*B, 1]``.
 
     >>> td = TensorDict({"state": torch.zeros(7, 3), "action": torch.zeros(7, 1)}, [7])
@@ -131,6 +137,9 @@ class QValueOperator(ValueOperator):
         state_dim, context_dim, action_dim, hidden_sizes, nonlinearity, layer_norm: See
             :class:`RewardNet`.
         in_keys: Keys of state, context and action; an empty context is not read.
+
+    Raises:
+        TypeError, ValueError: As :class:`RewardNet`; another number of keys.
     """
 
     def __init__(
@@ -145,7 +154,12 @@ class QValueOperator(ValueOperator):
         in_keys: Sequence[NestedKey] = ("state", "context", "action"),
     ) -> None:
         net = QValueNet(state_dim, context_dim, action_dim, hidden_sizes, nonlinearity, layer_norm)
-        keys = [key for key, dim in zip(in_keys, (1, context_dim, 1), strict=True) if dim]
+        keys = check_keys("in_keys", in_keys)
+        if len(keys) != 3:
+            raise ValueError(
+                f"in_keys must name state, context (also where it is empty) and action, got {keys}"
+            )
+        keys = [key for key, dim in zip(keys, (1, context_dim, 1), strict=True) if dim]
         super().__init__(_Column(net, has_context=bool(context_dim)), in_keys=keys)
 
 

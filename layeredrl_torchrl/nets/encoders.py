@@ -201,7 +201,8 @@ class Encoder(WholeState):
 
     def encode_checked(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """Map observations that passed :meth:`check`; ``torch.compile`` can trace this."""
-        found = self.split(observation.to(self._floats.dtype))
+        dtype = self._floats.dtype
+        found = self.split(observation.to(dtype))
         batch = observation.shape[:-1]
         shapes = [(*batch, self.latent_state_dim), (*batch, self.context_dim)]
         # (Rows of one tensor would be taken for the two.)
@@ -212,7 +213,8 @@ class Encoder(WholeState):
                 f"tuple of state {shapes[0]} and context {shapes[1]}, as its latent_state_dim and "
                 "context_dim say; without a context, return observation[..., :0] for it"
             )
-        return found
+        state, context = found
+        return state.to(dtype), context.to(dtype)  # also under autocast
 
     @dispatched
     def forward(

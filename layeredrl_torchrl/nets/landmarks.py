@@ -6,7 +6,7 @@ from functools import partial
 from math import inf, prod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from layeredrl_torchrl._checks import (
     check_callable,
@@ -15,6 +15,7 @@ from layeredrl_torchrl._checks import (
     check_positive_int,
     check_width,
 )
+from layeredrl_torchrl._state import WholeLoading
 from layeredrl_torchrl.nets.functions import (
     StepFunction,
     check_step_function,
@@ -27,7 +28,7 @@ __all__ = ["Landmarks"]
 _ROWS = 20_000  # asked about at once, so that a table [rows, landmarks] stays small
 
 
-class Landmarks(nn.Module):
+class Landmarks(WholeLoading):
     """A far-sighted value of states and goals: by the shortest way over places seen before.
 
     Some of the places that were seen become landmarks, more than ``radius`` apart, so that one is

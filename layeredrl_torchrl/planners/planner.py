@@ -23,6 +23,7 @@ from layeredrl_torchrl._checks import (
 from layeredrl_torchrl._dispatch import dispatched
 from layeredrl_torchrl._graphs import Graphs, Same
 from layeredrl_torchrl._signatures import passes_on
+from layeredrl_torchrl._state import WholeLoading
 from layeredrl_torchrl._watch import watched
 from layeredrl_torchrl.imagination import PredictorEnv
 from layeredrl_torchrl.models import TSInfinity
@@ -42,7 +43,7 @@ from layeredrl_torchrl.specs import ActionForm, Space, is_discrete, width
 __all__ = ["PredictorPlanner"]
 
 
-class PredictorPlanner(MPCPlannerBase):
+class PredictorPlanner(WholeLoading, MPCPlannerBase):
     """Searches for the actions with the highest imagined return, and takes the first one.
 
     Reads the observation ``[*B, obs]``, encodes it once, searches for an action sequence, and

@@ -170,3 +170,18 @@ def test_inputs_are_standardised():
 def test_actions_without_bounds_are_refused(space, error, message):
     with pytest.raises(error, match=message):
         TanhActor(2, 0, space)
+
+
+@pytest.mark.parametrize(
+    ("build", "in_keys", "error"),
+    [
+        (partial(TanhActor, 2, 1), "state", TypeError),
+        (partial(TanhActor, 2, 1), ["state"], ValueError),
+        (partial(TanhActor, 2, 0), ["state", "context", "action"], ValueError),
+        (partial(QValueOperator, 2, 0), "abc", TypeError),
+        (partial(QValueOperator, 2, 0), ["state", "action"], ValueError),
+    ],
+)
+def test_each_input_has_a_key(build, in_keys, error):
+    with pytest.raises(error, match="in_keys must"):
+        build(Bounded(-1.0, 1.0, (1,)), in_keys=in_keys)

@@ -203,6 +203,7 @@ def test_layers_that_do_more_than_their_weights_say_go_on_doing_so(change):
         return nets[-1]
 
     model = make_ensemble(partial_net=partial_net, n_models=2).eval()
+    assert not isinstance(model.members, StackedProbFCDynamics)  # which trains the weights alone
     given = [torch.randn(2, 5, n) for n in (model.state_dim, 0, 1)]
     (mean, _), _, _ = model.members(*given)
     for m, net in enumerate(nets):

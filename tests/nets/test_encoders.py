@@ -210,6 +210,15 @@ def test_no_encoder_has_widths_that_cannot_be(make, dims, error, message):
         make((3,), *dims)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_states_have_the_dtype_of_the_encoder_under_autocast_too(dtype):
+    observation = torch.randn(5, 3)
+    for encoder in (EncoderNet((3,), 2, 1), ModuleEncoder(nn.Linear(3, 2), (3,), 2)):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = encoder.to(dtype)(observation)
+        assert [part.dtype for part in found] == [dtype, dtype]
+
+
 def test_simnorm_is_a_softmax_of_each_group():
     x = torch.randn(2, 3, 12)
     out = SimNorm(4, temperature=0.5)(x)

@@ -71,7 +71,12 @@ def check_networks(
         step_keys: Of state, context and action.
         widths: Their dimensions.
     """
-    like = next(actor.parameters())
+    like = next(actor.parameters(), None)
+    if like is None:
+        raise ValueError(
+            "actor_network has no parameters, so there is nothing to learn; make what it learns "
+            "an nn.Parameter, or parts of an nn.Module"
+        )
     state, context, action = (
         TensorDict({key: like.new_zeros(3, width)}, [3])
         for key, width in zip(step_keys, widths, strict=True)

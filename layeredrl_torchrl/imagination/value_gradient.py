@@ -225,7 +225,7 @@ class ValueGradientLoss(SoftActorCritic):
             if target is None:
                 target = self._one_step(tensordict).reshape(n)
             else:
-                target = self.read(tensordict, self.tensor_keys.value_target).detach().reshape(n)
+                target = self._given_target(tensordict).reshape(n)
         scale = self._scale()
         said = self.qvalues(rows)
         target = target.expand_as(said)
@@ -234,6 +234,16 @@ class ValueGradientLoss(SoftActorCritic):
         batch = tensordict.batch_size
         loss = self._reduced(loss.reshape(batch), tensordict)
         return loss, {"td_error": error.reshape(*batch, 1)}
+
+    def _given_target(self, tensordict: TensorDictBase) -> Tensor:
+        key, batch = self.tensor_keys.value_target, tuple(tensordict.batch_size)
+        target = self.read(tensordict, key).detach()
+        if tuple(target.shape) not in (batch, (*batch, 1)):
+            raise ValueError(
+                f"{key!r} has shape {tuple(target.shape)}, expected {(*batch, 1)}: one number for "
+                "each step, as value_targets() writes it"
+            )
+        return target
 
     def _return_of(self, episode: FollowedPolicy) -> Tensor:
         """The soft return of the first action, ``[B]``, by the target critics."""

@@ -15,6 +15,7 @@ from layeredrl_torchrl._checks import (
     check_positive_int,
     check_width,
 )
+from layeredrl_torchrl._precision import KeepsFloats
 from layeredrl_torchrl._state import WholeLoading
 from layeredrl_torchrl.nets.functions import (
     StepFunction,
@@ -28,7 +29,7 @@ __all__ = ["Landmarks"]
 _ROWS = 20_000  # asked about at once, so that a table [rows, landmarks] stays small
 
 
-class Landmarks(WholeLoading):
+class Landmarks(KeepsFloats, WholeLoading):
     """A far-sighted value of states and goals: by the shortest way over places seen before.
 
     Some of the places that were seen become landmarks, more than ``radius`` apart, so that one is

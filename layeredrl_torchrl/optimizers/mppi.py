@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from layeredrl_torchrl._checks import check_number
@@ -48,4 +49,5 @@ class MPPI(Optimizer):
         # The first is the least; subtracting it keeps the weights from all becoming 0.
         excess = cost - cost[:, :1]
         scale = cost.std(1, correction=0, keepdim=True).clamp_min(1e-30)
-        return (-excess / (self.temperature * scale)).softmax(1)
+        unit = (self.temperature * scale).clamp_min(torch.finfo(scale.dtype).tiny)
+        return (-excess / unit).softmax(1)

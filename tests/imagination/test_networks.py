@@ -20,8 +20,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:No target network updater")
 SPACES = Unbounded((4,)), Bounded(-1.0, 1.0, (2,))
 
 
-def make_actor(width=4, n_actions=2, distribution=TanhNormal):
-    net = nn.Sequential(MLP(width, 2 * n_actions, num_cells=[8]), NormalParamExtractor())
+def make_actor(width=4, n_actions=2, distribution=TanhNormal, net=None):
+    net = net or nn.Sequential(MLP(width, 2 * n_actions, num_cells=[8]), NormalParamExtractor())
     return ProbabilisticActor(
         TensorDictModule(net, ["state"], ["loc", "scale"]),
         in_keys=["loc", "scale"],
@@ -50,11 +50,12 @@ def make_loss(actor=None, critic=None, **options):
             {"actor": Actor(MLP(4, 2, num_cells=[8]), in_keys=["state"])},
             "deterministic policy",
         ),
+        ({"actor": make_actor(net=lambda x: (x[..., :2], x[..., 2:].exp()))}, "no parameters"),
         ({"critic": make_critic(n_in=5)}, r"qvalue_network cannot value .*'action' \[3, 2\]"),
         ({"critic": QValueOperator(3, 0, 2, (8,))}, "qvalue_network cannot value"),
         ({"critic": make_critic(n_out=2)}, r"values \(3, 2\) for 3 steps, expected \(3, 1\)"),
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_networks_that_do_not_fit_the_predictor_are_refused_when_built(parts, message, horizon):
     with pytest.raises(ValueError, match=message):

@@ -227,6 +227,18 @@ def test_starts_of_another_shape_are_refused():
     assert loss(TensorDict({"state": torch.zeros(0, 2)}, [0]))["loss_actor"].shape == ()
 
 
+def test_targets_of_another_shape_are_refused():
+    loss, td = make_learned(horizon=1), make_steps(4)
+    found = []
+    for shape in ((4, 1), (4,)):
+        td["value_target"] = torch.arange(4.0).reshape(shape)
+        found.append(loss.qvalue_loss(td)[0])
+    assert torch.equal(*found)
+    td["value_target"] = torch.zeros(4, 2)
+    with pytest.raises(ValueError, match=r"'value_target' has shape \(4, 2\), expected \(4, 1\)"):
+        loss.qvalue_loss(td)
+
+
 @pytest.mark.parametrize("batch", [(6,), (2, 3)])
 @pytest.mark.parametrize("horizon", [0, 2])
 def test_a_context_is_read_and_must_be_there(horizon, batch):

@@ -217,6 +217,16 @@ def test_saved_landmarks_and_no_landmarks():
     assert torch.equal(other.value(state, state[:, :2]), landmarks.value(state, state[:, :2]))
 
 
+def test_cast_to_less_it_keeps_its_places_and_counts():
+    """In bfloat16 256 visits and one more are 256."""
+    landmarks, state = Landmarks(2, radius=0.4), torch.randn(7, 4)
+    landmarks.extend(walks())
+    expected, visits = landmarks.novelty(state, state), landmarks.visits.clone()
+    landmarks = landmarks.to(torch.bfloat16)
+    assert torch.equal(landmarks.novelty(state, state), expected)
+    assert torch.equal(landmarks.visits, visits)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_far_from_the_origin_as_near_it(dtype):
     torch.manual_seed(0)

@@ -191,8 +191,9 @@ def test_icem_options(make_gaussian, options, populations, n_kept):
     assert ("elites" in optimizer.memory_spec.keys()) == (n_kept > 0)
 
 
-def test_mppi_with_equal_costs_counts_all_alike(make_gaussian):
-    weights = MPPI(make_gaussian()).weigh(torch.full((2, 5), 7.0))
+@pytest.mark.parametrize("temperature", [1.0, 1e-20])
+def test_mppi_with_equal_costs_counts_all_alike(make_gaussian, temperature):
+    weights = MPPI(make_gaussian(), temperature=temperature).weigh(torch.full((2, 5), 7.0))
     assert torch.equal(weights, torch.full((2, 5), 0.2))
 
 

@@ -68,7 +68,12 @@ def needs_next_state(func: StepFunction) -> bool:
 def on_step(
     func: StepFunction, state: Tensor, context: Tensor, action: Tensor, next_state: Tensor
 ) -> Tensor:
-    """Call ``func`` on steps ``[*B]`` that led to ``next_state [*B, D]``, as it was declared."""
+    """Call ``func`` on steps ``[*B]`` that led to ``next_state [*B, D]``, as it was declared.
+
+    Continuous actions are given in the states' dtype: a module need not take both.
+    """
+    if action.is_floating_point():
+        action = action.to(state.dtype)
     if needs_next_state(func):
         return func(state, context, action, next_state)
     return func(state, context, action)

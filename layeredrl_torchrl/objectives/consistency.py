@@ -101,6 +101,8 @@ class ConsistencyLoss(TermsLoss):
             encoder.check(one)
         if is_discrete(self.model.action_spec):
             action = canonical_action(self.model.action_spec, action, counts.shape)
+        else:
+            action = action.to(self.model.floats.dtype)
         return TensorDict(
             {
                 "observation": observation,

@@ -384,4 +384,5 @@ def test_the_weight_of_the_entropy_is_learned_unless_it_is_fixed():
         loss = make_learned(horizon=1, alpha_init=0.3, **options)
         assert loss.alpha.item() == pytest.approx(0.3)
         assert ("log_alpha" in dict(loss.named_parameters())) == learns
-        assert "log_alpha" in loss.state_dict()
+        assert ("log_alpha" in loss.state_dict()) == learns  # else it is an option
+        assert ("log_alpha" in dict(loss.named_buffers())) != learns

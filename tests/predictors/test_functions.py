@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import make_ensemble, make_point
+from helpers import make_buffer, make_ensemble, make_point, make_predictor, make_transitions
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
 from torch import nn
@@ -19,6 +19,7 @@ from torchrl.envs.utils import check_env_specs
 
 from layeredrl_torchrl import (
     CEMPlanner,
+    EncoderNet,
     FixedEncoderNet,
     ICEMPlanner,
     PredictorEnv,
@@ -29,6 +30,7 @@ from layeredrl_torchrl import (
     reads_next_state,
 )
 from layeredrl_torchrl.nets import check_step_function
+from layeredrl_torchrl.objectives import ConsistencyLoss
 from layeredrl_torchrl.predictors import value_operator
 from layeredrl_torchrl.predictors._functions import StepFunctions
 
@@ -74,6 +76,51 @@ def test_a_partial_passes_a_declaration_on():
     mean = predictor.predict(obs, action)[0][:, 0, 0]
     state = predictor.encode(obs)[0]
     torch.testing.assert_close(predictor.predict_reward(obs, action), 3.0 * (mean - state)[:, 0])
+
+
+class Member(nn.Module):
+    """A network of one's own, which takes what it is given as it is."""
+
+    def __init__(self, *spaces):
+        super().__init__()
+        self.layer = nn.Linear(3, 5)
+
+    def forward(self, state, context, action):
+        mean, raw, term = self.layer(torch.cat([state, action], -1)).split([2, 2, 1], -1)
+        ones = torch.ones_like(term)
+        return (mean.unsqueeze(-2), raw.exp().unsqueeze(-2)), ones, term[..., 0].sigmoid()
+
+
+class Paid(nn.Module):
+    """A reward of one's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, state, context, action):
+        return self.layer(torch.cat([state, action], -1)).squeeze(-1)
+
+
+def test_modules_of_ones_own_are_given_actions_in_the_precision_of_the_states():
+    space = Bounded(-1.0, 1.0, (1,), dtype=torch.float64)
+    encoder = EncoderNet((2,), 2, 0)
+    parts = {"model": {"action_space": space, "partial_net": Member}, "rew_func": Paid()}
+    predictor = make_predictor(encoder, **parts)
+    loss = ConsistencyLoss(encoder, predictor.model)
+    predictor.add_loss(loss, {"loss_consistency": 1.0})
+    data = make_transitions()
+    data["action"] = data["action"].double()
+    assert predictor.learn(make_buffer(data), 2, 8, 8, 60)[0].isfinite()
+    obs, action = data["observation"], data["action"]
+    state, context = encoder(obs)
+    expected = predictor.rew_func(state, context, action.float())
+    torch.testing.assert_close(predictor.predict_reward(obs, action), expected)
+    td = predictor(data.select("observation", "action"))
+    torch.testing.assert_close(td["next", "reward"].squeeze(-1), expected)
+    env = PredictorEnv(predictor)
+    td = TensorDict({"state": state, "context": context, "action": action}, [60])
+    torch.testing.assert_close(env.step(td)["next", "reward"].squeeze(-1), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float64])

@@ -406,12 +406,16 @@ class SoftActorCritic(WholeLoading, LossModule):
             self.target_qvalue_network_params.data.update_(self.qvalue_network_params.data)
 
     def _unpadded(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Leave out the rows that the losses leave out."""
-        masks = masks_of(tensordict, self._loss_mask_keys()).values()
-        if not masks:
-            return tensordict
-        shape = tensordict.batch_size
-        return tensordict[torch.stack([mask.reshape(shape) for mask in masks]).all(0)]
+        """Leave out the rows that the losses leave out; raise ``ValueError`` if none is left."""
+        masks, shape = masks_of(tensordict, self._loss_mask_keys()), tensordict.batch_size
+        if masks:
+            counts = torch.stack([mask.reshape(shape) for mask in masks.values()]).all(0)
+            tensordict = tensordict[counts]
+        if not tensordict.batch_size.numel():
+            raise ValueError(
+                f"no row of {tuple(shape)} counts; check what is given, and its masks {list(masks)}"
+            )
+        return tensordict
 
     def _reduce_loss(
         self, loss: Tensor, tensordict: TensorDictBase | None = None, **options: Any

@@ -160,7 +160,9 @@ class QValueOperator(WholeLoading, ValueOperator):
                 f"in_keys must name state, context (also where it is empty) and action, got {keys}"
             )
         keys = [key for key, dim in zip(keys, (1, context_dim, 1), strict=True) if dim]
-        super().__init__(_Column(net, has_context=bool(context_dim)), in_keys=keys)
+        # TorchRL would name a value of the state where the action has another key.
+        out_keys = ["state_action_value"]
+        super().__init__(_Column(net, has_context=bool(context_dim)), keys, out_keys)
 
 
 class _Column(nn.Module):

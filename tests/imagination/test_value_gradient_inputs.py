@@ -211,6 +211,15 @@ def test_padding_counts_nowhere(key):
     torch.testing.assert_close(said["entropy"], -found["log_prob"][:6].mean())
 
 
+def test_statistics_of_no_rows_are_refused():
+    loss, steps = make_learned(horizon=1), make_steps(4)
+    steps["mask"] = torch.zeros(4, dtype=torch.bool)
+    for given, masks in ((steps, r"\('collector', 'mask'\)"), (make_steps(0), "")):
+        for fit in (loss.fit_inputs, loss.fit_scale):
+            with pytest.raises(ValueError, match=rf"no row of .* counts.*masks \[{masks}\]"):
+                fit(given)
+
+
 def test_nested_names_are_keys():
     loss = make_learned(horizon=0)
     loss.set_keys(reward=("team", "reward"), state_action_value="q")

@@ -118,6 +118,8 @@ def test_a_value_stands_in_an_axis_of_its_own(batch, context_dim):
     td = TensorDict({name: torch.randn(*batch, n) for name, n in widths.items()}, batch)
     found = critic(td.clone())["state_action_value"]
     torch.testing.assert_close(found, critic.module.head(*td.values()).reshape(*batch, 1))
+    renamed = QValueOperator(2, context_dim, 1, (8,), in_keys=["z", "c", ("agent", "u")])
+    assert renamed.out_keys == ["state_action_value"]
 
 
 def test_hidden_layers_are_normalised_unless_it_is_said_otherwise():

@@ -44,7 +44,7 @@ def masks_of(rows: TensorDictBase, keys: Iterable[NestedKey]) -> dict[NestedKey,
         rows: Transitions.
         keys: Of the masks, those that TorchRL's ``loss_mask_key`` names.
     """
-    found = {}
+    found: dict[NestedKey, Tensor] = {}
     for key in keys:
         mask = rows.get(key, None)
         if mask is None and key == PADDING:

@@ -38,7 +38,7 @@ def padding_mask(rows: TensorDictBase, key: NestedKey) -> Tensor | None:
 
 
 def masks_of(rows: TensorDictBase, keys: Iterable[NestedKey]) -> dict[NestedKey, Tensor]:
-    """Return those masks of ``rows [*B]`` that there are; padding is found at the root, too.
+    """Return the masks that ``rows [*B]`` have; the mask of padding is also found at the root.
 
     Args:
         rows: Transitions.

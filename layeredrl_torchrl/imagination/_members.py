@@ -136,7 +136,7 @@ def _step_seated(
 
 
 def _rows(model: Model, *inputs: Tensor) -> list[Tensor]:
-    """State, context and action ``[*B, ...]`` as ``[N, ...]``, floats in the dtype of the model."""
+    """Flatten state, context and action ``[*B, ...]`` to ``[N, ...]``, in the model's dtype."""
     batch, dtype = inputs[0].shape[:-1], model.floats.dtype
     rows = [x.reshape(batch.numel(), *x.shape[len(batch) :]) for x in inputs]
     return [x.to(dtype) if x.is_floating_point() else x for x in rows]

@@ -47,7 +47,7 @@ _CHOICES = {"loss_function": ("l2", "l1", "smooth_l1"), "reduction": ("mean", "s
 class SoftActorCritic(WholeLoading, LossModule):
     """What soft actor-critic losses share: parts, values of the policy, targets and scales.
 
-    Options, such as the target entropy, are no part of the state.
+    Options, such as the target entropy, are not part of the state.
 
     Args:
         actor_network: Reads state and context; its actions are reparameterised.
@@ -393,9 +393,10 @@ class SoftActorCritic(WholeLoading, LossModule):
 
     @torch.no_grad()
     def reset_parameters_recursive(self) -> None:
-        """Draw new weights of policy and critics, whose targets are copies; all else stays.
+        """Draw new weights for policy and critics, and copy those of the critics to the targets.
 
-        So do frozen parameters, and the predictor, which TorchRL's method would draw anew as well.
+        Everything else stays: statistics, scales, the entropy's weight, frozen parameters, and the
+        predictor, which TorchRL's method would reset, too.
         """
         frozen = [p for p in self.parameters() if not p.requires_grad]
         before = [p.clone() for p in frozen]
@@ -420,7 +421,7 @@ class SoftActorCritic(WholeLoading, LossModule):
     def _reduce_loss(
         self, loss: Tensor, tensordict: TensorDictBase | None = None, **options: Any
     ) -> Tensor:
-        """As TorchRL's, but padding is found at the root, too."""
+        """Reduce as TorchRL does, but also leave out padding that is marked at the root."""
         if tensordict is not None and tensordict.get(PADDING, None) is None:
             mask = masks_of(tensordict, self._loss_mask_keys()).get(PADDING)
             if mask is not None:
@@ -432,9 +433,9 @@ class SoftActorCritic(WholeLoading, LossModule):
         """Call ``method`` of the parts of policy, critics and targets that have it.
 
         Args:
-            method: Its name.
-            *given: Its arguments.
-            trained: Leave out networks that are frozen.
+            method: Name of the method.
+            *given: Arguments of the method.
+            trained: Whether frozen networks are left out.
         """
         actor, critics = self.actor_network_params, [self.qvalue_network_params]
         if self.delay_qvalue:

@@ -108,8 +108,8 @@ class ProbFCDynamics(ConcatenatedInputs):
         """Combine equally built networks into one module that evaluates them together.
 
         Return ``None`` for networks that differ in more than their weights, also in which of them
-        are frozen, that share a weight between layers, whose activation has parameters, or whose
-        layers are no plain ones (of normalised weights, say).
+        are frozen, that share a weight between layers, whose activation has parameters, or with
+        layers that have hooks or a parametrization (such as normalised weights).
         """
         # A subclass may compute something else, so it has to define its own stack().
         same = [net for net in nets if type(net) is ProbFCDynamics]
@@ -130,5 +130,5 @@ class ProbFCDynamics(ConcatenatedInputs):
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether a layer does what its weight and bias say: no parametrization, and no hooks."""
+    """Whether a layer is linear without parametrizations and hooks."""
     return type(layer) is nn.Linear and not (layer._forward_pre_hooks or layer._forward_hooks)

@@ -70,7 +70,7 @@ def on_step(
 ) -> Tensor:
     """Call ``func`` on steps ``[*B]`` that led to ``next_state [*B, D]``, as it was declared.
 
-    Continuous actions are given in the states' dtype: a module need not take both.
+    Continuous actions are converted to the dtype of the states.
     """
     if action.is_floating_point():
         action = action.to(state.dtype)

@@ -376,9 +376,9 @@ class PredictorLoss(TermsLoss):
 
 
 def _donors(valid: Tensor) -> Tensor:
-    """Which slice ``[B, 1]`` gives what is read where one of ``valid [B, L]`` has nothing itself.
+    """Return the slice ``[B, 1]`` that fills steps that are not ``valid [B, L]``.
 
-    It is the slice itself, or the first that begins with a valid step where its own is padding.
+    This is the slice itself if its first step is valid, else the first slice of which that holds.
     """
     begins = valid[:, :1]
     own = torch.arange(len(valid), device=valid.device).unsqueeze(1)
@@ -386,9 +386,9 @@ def _donors(valid: Tensor) -> Tensor:
 
 
 def _filled(x: Tensor, valid: Tensor) -> Tensor:
-    """Replace the steps of ``x [B, k, ...]`` that are not valid, which may hold anything, NaN too.
+    """Replace steps of ``x [B, k, ...]`` that are not valid, which may hold anything, even NaN.
 
-    The first step of the slice stands in for them, or of another one.
+    They are replaced by the first step of the slice, or of another slice (:func:`_donors`).
     """
     mask = valid.reshape(valid.shape + (1,) * (x.ndim - 2))
     return torch.where(mask, x, x[_donors(valid)[:, 0], :1])

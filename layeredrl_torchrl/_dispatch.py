@@ -32,11 +32,12 @@ def dispatched(forward: Callable[..., R]) -> Callable[..., R]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if args or "tensordict" in kwargs:
             return forward(self, *args, **kwargs)
-        keys = {_name(key): key for key in self.in_keys}
+        keys = {_name(key): key for key in getattr(self, "in_keys", ())}
         given = {keys[name]: kwargs.pop(name) for name in list(kwargs) if name in keys}
         if not given:
+            by_name = f", or tensors by name: {', '.join(keys)}" if keys else ""
             raise TypeError(
-                f"{type(self).__name__} takes a TensorDict, or tensors by name: {', '.join(keys)}; "
+                f"{type(self).__name__} takes a TensorDict{by_name}; "
                 f"got {', '.join(kwargs) or 'nothing'}"
             )
         tensordict = TensorDict({}, _batch(self, given))

@@ -10,7 +10,7 @@ from torchrl.data import Bounded, Categorical, Composite, Unbounded
 
 from layeredrl_torchrl import ICEMPlanner, IdentityEncoder, PredictorFactory
 from layeredrl_torchrl.nets import ModuleEncoder
-from layeredrl_torchrl.objectives import ConsistencyLoss
+from layeredrl_torchrl.objectives import ConsistencyLoss, TermsLoss
 
 NO = torch.zeros(5, 4, 1, dtype=torch.bool)
 GIVEN = {
@@ -68,6 +68,18 @@ def test_a_loss_of_single_steps_by_name(predictor):
             loss(td.exclude(key))
     with pytest.raises(ValueError, match=r"slices of one step, \[B, 1\], got .* \(20,\)"):
         loss(td.squeeze(1))
+
+
+class Size(TermsLoss):
+    """A loss of one's own, which does not say what it reads."""
+
+    def terms(self, prepared):
+        return {"loss_size": prepared["observation"].square().mean()}
+
+
+def test_a_module_without_names_asks_for_a_tensordict():
+    with pytest.raises(TypeError, match="Size takes a TensorDict; got observation"):
+        Size()(observation=torch.zeros(5, 3))
 
 
 def given(module, data):

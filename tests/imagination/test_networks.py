@@ -50,10 +50,10 @@ def make_loss(actor=None, critic=None, **options):
             {"actor": Actor(MLP(4, 2, num_cells=[8]), in_keys=["state"])},
             "deterministic policy",
         ),
-        ({"actor": make_actor(net=lambda x: (x[..., :2], x[..., 2:].exp()))}, "no parameters"),
         ({"critic": make_critic(n_in=5)}, r"qvalue_network cannot value .*'action' \[3, 2\]"),
         ({"critic": QValueOperator(3, 0, 2, (8,))}, "qvalue_network cannot value"),
         ({"critic": make_critic(n_out=2)}, r"values \(3, 2\) for 3 steps, expected \(3, 1\)"),
+        ({"actor": make_actor(net=lambda x: (x[..., :2], x[..., 2:].exp()))}, "no parameters"),
     ],
     ids=range(9),
 )

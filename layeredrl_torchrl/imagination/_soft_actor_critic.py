@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -33,7 +34,7 @@ from layeredrl_torchrl._checks import (
     require,
 )
 from layeredrl_torchrl._padding import PADDING, masks_of, until_padding
-from layeredrl_torchrl._state import WholeLoading
+from layeredrl_torchrl._state import load_whole
 from layeredrl_torchrl.imagination._networks import check_keys, check_networks
 from layeredrl_torchrl.nets import ScalarHead
 
@@ -44,7 +45,7 @@ _LEAST = 1e-20
 _CHOICES = {"loss_function": ("l2", "l1", "smooth_l1"), "reduction": ("mean", "sum", "none")}
 
 
-class SoftActorCritic(WholeLoading, LossModule):
+class SoftActorCritic(LossModule):
     """What soft actor-critic losses share: parts, values of the policy, targets and scales.
 
     Options, such as the target entropy, are not part of the state.
@@ -145,6 +146,13 @@ class SoftActorCritic(WholeLoading, LossModule):
         discount = torch.empty((), dtype=torch.float64, device=device)
         self.register_buffer("discount", discount, persistent=False)
         self.make_value_estimator()
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load a state as a whole, or not at all."""
+        load = partial(super().load_state_dict, strict=True, assign=assign)
+        return load_whole(self, load, state_dict, strict=strict)
 
     def _make_vmap(self) -> None:
         """TorchRL's hook for ``set_vmap_randomness``."""

@@ -101,6 +101,8 @@ class PredictorPlanner(WholeLoading, MPCPlannerBase):
             that is not finite.
     """
 
+    module: PredictorEnv
+
     @passes_on(ReturnOptions)
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""How much of a rollout to compute at once, so that a CPU finds it in its caches."""
+"""How much of a rollout to compute at once, so that it fits in a CPU's caches."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import torch
 
 __all__ = ["fits_caches", "starts_at_once"]
 
-# Floats of one layer's output that stay in the second-level caches with all that belongs to them.
+# Floats of one layer's output that fit, with weights and inputs, in the second-level caches.
 _CACHED = 2**18
 
 
 def fits_caches(n_floats: int, device: torch.device) -> bool:
     """Return whether ``n_floats`` of a layer's output are best computed at once.
 
-    They always are on other devices, with gradients, which keep everything anyway, and compiled.
+    This is always so on other devices, when compiled, and with gradients, which keep everything
+    anyway.
     """
     return (
         device.type != "cpu"
@@ -30,11 +31,11 @@ def starts_at_once(n: int, n_particles: int, floats_per_row: int, device: torch.
         n: Starts.
         n_particles: ``P``.
         floats_per_row: In the widest layer, 0 if unknown.
-        device: Only on a CPU are they fewer than all.
+        device: Only a CPU gets fewer than all.
     """
     if fits_caches(n * n_particles * floats_per_row, device):
         return n
     rows = max(_CACHED // floats_per_row, 1)
-    if rows > 64:  # products of whole tiles are faster
+    if rows > 64:  # matrix products of whole tiles are faster
         rows -= rows % 64
     return max(rows // n_particles, 1)

@@ -1,4 +1,4 @@
-"""Check the inputs of a model and lay them out as rows."""
+"""Check the inputs of a model and flatten them to rows."""
 
 from __future__ import annotations
 

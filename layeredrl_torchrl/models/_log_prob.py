@@ -71,6 +71,6 @@ def mixture_log_prob(
         scale.flatten(-3, -2),
         weights.flatten(-2) / weights.shape[-2],
     )
-    # Each component has its own difference, so the mixture is evaluated term by term.
+    # Each component has its own difference, so evaluate the mixture component by component.
     log_prob = mixture.modes.log_prob(difference.flatten(-3, -2)).sum(-1)
     return (log_prob + mixture.mixture_distribution.logits).logsumexp(-1)

@@ -21,7 +21,7 @@ class VmapMembers(nn.Module):
     """Equally built modules of any kind, evaluated by ``torch.vmap`` over stacked parameters.
 
     Args:
-        nets: The ``M`` members, for which :func:`~layeredrl_torchrl.nets.stackable` holds; their
+        nets: The ``M`` members, which must pass :func:`~layeredrl_torchrl.nets.stackable`; their
             parameters and buffers are copied.
 
     Shapes:
@@ -32,7 +32,8 @@ class VmapMembers(nn.Module):
     def __init__(self, nets: Sequence[nn.Module]) -> None:
         super().__init__()
         self.params = TensorDict.from_modules(*nets, as_module=True)
-        # A module without values to put parameters into; in a list, so that it is not registered.
+        # A module without values, filled with parameters at each call; in a list, so that it is not
+        # registered.
         self._template = [copy.deepcopy(nets[0]).to("meta")]
 
     @torch.no_grad()
@@ -41,7 +42,7 @@ class VmapMembers(nn.Module):
         template = self._template[0]
         for member in range(self.params.batch_size[0]):
             with self.params.data[member].to_module(template):
-                for part in reversed(list(template.modules())):  # parts before what they are in
+                for part in reversed(list(template.modules())):  # children before their parents
                     reset = getattr(part, "reset_parameters", None)
                     if callable(reset):
                         reset()
@@ -58,7 +59,7 @@ class VmapMembers(nn.Module):
         return self._evaluate(self.params, state, context, action)
 
     def detached(self, state: Tensor, context: Tensor, action: Tensor) -> MemberOutput:
-        """The same, without gradients for the parameters."""
+        """Evaluate like :meth:`forward`, without gradients for the parameters."""
         return self._evaluate(self.params.data, state, context, action)
 
     def _evaluate(self, params: TensorDict, *given: Tensor) -> MemberOutput:
@@ -89,7 +90,7 @@ class LoopMembers(nn.Module):
 
 def detached(members: nn.Module, *given: Tensor) -> MemberOutput:
     """Evaluate members of any kind, without gradients for their parameters."""
-    if isinstance(members, VmapMembers):  # whose parameters are locked
+    if isinstance(members, VmapMembers):  # its parameters are locked
         return members.detached(*given)
     frozen = {name: p.detach() for name, p in members.named_parameters()}
     out: MemberOutput = functional_call(members, frozen, given)
@@ -99,7 +100,7 @@ def detached(members: nn.Module, *given: Tensor) -> MemberOutput:
 def check_net(
     member: int, net: nn.Module, probe: tuple[Tensor, Tensor, Tensor], n_modes: int
 ) -> None:
-    """Run a new network once, so that a wrong one raises an error here.
+    """Run a new network once, so that a wrong network fails here.
 
     Args:
         member: Its index, for the message.
@@ -108,7 +109,7 @@ def check_net(
         n_modes: ``K``.
 
     Raises:
-        TypeError: No module. ValueError: Outputs of another shape, or out of range.
+        TypeError: ``net`` is not a module. ValueError: Outputs of another shape, or out of range.
     """
     state_dim = probe[0].shape[-1]
     if not isinstance(net, nn.Module):
@@ -172,7 +173,7 @@ def check_net(
 def check_distinct(nets: Sequence[nn.Module]) -> None:
     """Raise ``ValueError`` for members that share trainable parameters.
 
-    They would be copied into members that are equal, and whose disagreement means nothing.
+    Copies of them would be equal members, whose disagreement means nothing.
     """
     first: dict[nn.Parameter, int] = {}
     for member, net in enumerate(nets):
@@ -191,17 +192,17 @@ def _shapes(net: nn.Module) -> list[tuple[str, torch.Size]]:
 
 
 def stack_members(nets: Sequence[nn.Module], probe: tuple[Tensor, Tensor, Tensor]) -> nn.Module:
-    """Put members together in the fastest way that fits them.
+    """Combine members in the fastest way that they allow.
 
-    A class may define a static method ``stack(nets)``, like the built-in network, which returns
-    ``None`` for nets that it cannot stack. Other modules that differ in their parameters only go
-    through :class:`VmapMembers`, the rest through :class:`LoopMembers`: also those of which some
-    are frozen and others are not, and networks that use a parameter twice.
+    A class may define a static method ``stack(nets)``, like the built-in network; it returns
+    ``None`` for nets that it cannot stack. Other modules that differ only in their parameters go
+    through :class:`VmapMembers`. :class:`LoopMembers` takes the rest, including networks that use a
+    parameter twice, and members that freeze different parameters.
 
     Args:
         nets: The members.
-        probe: A small input ``(state [N, D], context [N, C], action [N, ...])``, used to find
-            out whether the members can run under ``vmap`` at all.
+        probe: A small input ``(state [N, D], context [N, C], action [N, ...])``, used to test
+            whether the members run under ``vmap``.
     """
     first = nets[0]
     stack: Callable[..., nn.Module | None] | None = getattr(type(first), "stack", None)
@@ -221,8 +222,8 @@ def stack_members(nets: Sequence[nn.Module], probe: tuple[Tensor, Tensor, Tensor
     training = [net.training for net in nets]
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            # Some layers do more in training; on a copy, since they may change buffers. That they
-            # want more rows than these says nothing about vmap.
+            # Some layers do more in training mode; tested on a copy, since they may change buffers.
+            # A ValueError only says that they need more rows than these, nothing about vmap.
             with suppress(ValueError):
                 copy.deepcopy(members).train()(*given)
             ours = members(*given)
@@ -237,7 +238,7 @@ def stack_members(nets: Sequence[nn.Module], probe: tuple[Tensor, Tensor, Tensor
     finally:
         for net, mode in zip(nets, training, strict=True):
             net.train(mode)
-    # Members may differ in more than parameters: an activation, a number, a function.
+    # Members may also differ in an activation, a number or a function.
     pairs = zip(_flat(ours), _flat(theirs), strict=True)
     if all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in pairs):
         return members.train()

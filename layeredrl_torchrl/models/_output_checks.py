@@ -18,7 +18,7 @@ _RANGES = (
 
 
 def check_output(out: MemberOutput, shape: tuple[int, ...], *, sign: bool = True) -> None:
-    """Refuse outputs of another shape, that are not finite, or outside their range.
+    """Refuse outputs that have another shape, are not finite, or are out of range.
 
     Args:
         out: ``(mean [M, N, K, D], std [M, N, K, D]), weights [M, N, K], term_prob [M, N]``.
@@ -75,7 +75,7 @@ def check_output(out: MemberOutput, shape: tuple[int, ...], *, sign: bool = True
 def check_parameters(parameters: list[Tensor]) -> None:
     """Refuse ``parameters [M, ...]`` that are not finite; the message names the members."""
     on_host = parameters[0].device.type == "cpu"
-    if on_host:  # one number for each tensor; the members are told apart after a failure
+    if on_host:  # one number for each tensor; a failure then looks for the members
         total = torch.stack(torch._foreach_norm([p.detach() for p in parameters]))
     else:
         total = torch.stack([p.detach().flatten(1).sum(1) for p in parameters]).sum(0)

@@ -25,15 +25,15 @@ def step_parts(
     rows: int,
     ignores_context: bool,
 ) -> StepParts:
-    """Collect the parts of a step; do so anew for each rollout, since learning changes them.
+    """Collect the parts of a step, anew for each rollout, since learning changes them.
 
     Args:
         members: The networks.
         scaling: Units of their inputs and outputs.
         calibration: Correction of their std.
         action_spec: Spec of one action.
-        rows: How many rows each member steps, about.
-        ignores_context: Whether the distance of the context from the data counts for nothing.
+        rows: About how many rows each member steps.
+        ignores_context: Whether to ignore the distance of the context from the data.
     """
     loc, scale = scaling.target.loc.unsqueeze(-1), scaling.target.scale.unsqueeze(-1)
     shift, slope = (x.unsqueeze(-1) for x in calibration.affine())
@@ -67,12 +67,12 @@ def _stacked_layers(members: StackedProbFCDynamics, rows: int) -> StackedLayers:
     device, dtype = weights[0].device, weights[0].dtype
     low = product_dtype(device, dtype, rows, widest)
     if low != dtype and device.type != "cpu":
-        # Tensor cores want rows of eight numbers.
+        # Tensor cores need rows of eight numbers.
         pad = -weights[-1].shape[-1] % 8
         weights[-1], biases[-1] = F.pad(weights[-1], (0, pad)), F.pad(biases[-1], (0, pad))
     bounds = members.log_std_bounds
     columns = [weight.to(low).mT for weight in weights]
-    if rows >= 256 and device.type == "cpu":  # products are faster with contiguous weights
+    if rows >= 256 and device.type == "cpu":  # matrix products are faster with contiguous weights
         columns = [weight.contiguous() for weight in columns]
     return StackedLayers(
         columns,

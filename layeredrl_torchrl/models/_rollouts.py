@@ -35,7 +35,7 @@ def imagine(
     sizes: tuple[int, int],
     into: tuple[Tensor, Tensor] | None = None,
 ) -> Iterator[ImaginedStep]:
-    """Step particles along ``actions``, keeping only the few steps that are made at once.
+    """Step particles along ``actions``, keeping only the few steps that one call makes.
 
     Args:
         step: Steps the members.
@@ -120,7 +120,7 @@ def trajectory(
     n_seats, n_part = propagation.particles(*sizes)
     first = state.mT[None, :, :, None].expand(n_seats, -1, -1, n_part)
     if torch.is_grad_enabled() or not step.writes:
-        # Writing steps in place would destroy tensors that a backward pass needs.
+        # Writing steps in place would overwrite tensors that a backward pass needs.
         made = list(imagine(step, (state, context, actions), propagation, sizes))
         states = torch.stack([first, *(one.next_state for one in made)])
         term = torch.stack([one.term_prob for one in made])

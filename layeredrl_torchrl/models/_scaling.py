@@ -29,7 +29,7 @@ class InputUnits(NamedTuple):
     high: Tensor | None
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the networks' inputs, and by how much each was clipped (``None`` without)."""
+        """Return the networks' inputs and how much each was clipped (or ``None``)."""
         x = (x - self.loc).mul_(self.factor)
         if self.low is None:
             return x, None
@@ -44,14 +44,14 @@ class Scaling(nn.Module):
         state_dim: ``D``.
         context_dim: ``C``.
         action_dim: ``A`` of continuous actions; 0 for choices, which are not standardised.
-        predict_delta: Whether the target is the change of the state, instead of the next state.
+        predict_delta: Whether the target is the change of the state instead of the next state.
         normalize_inputs: Whether inputs are standardised.
-        normalize_targets: Whether targets are.
-        clip_inputs: Whether standardised inputs are kept within the range of the data; the default
+        normalize_targets: Whether targets are standardised.
+        clip_inputs: Whether standardised inputs are clipped to the range of the data; the default
             is ``normalize_inputs``.
 
     Raises:
-        TypeError: Options that are no bools. ValueError: Clipped inputs without standardised ones.
+        TypeError: Options that are not bools. ValueError: Clipped inputs that are not standardised.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Scaling(nn.Module):
         return InputUnits(loc, factor, column("low", -torch.inf), column("high", torch.inf))
 
     def check(self, state: Tensor, context: Tensor, action: Tensor, next_state: Tensor) -> None:
-        """Raise ``TypeError`` or ``ValueError`` for what :meth:`fit` cannot use."""
+        """Raise ``TypeError`` or ``ValueError`` for data that :meth:`fit` cannot use."""
         named = {"state": state, "context": context, "next_state": next_state}
         if self.action.loc.numel():
             named["action"] = action
@@ -131,12 +131,12 @@ class Scaling(nn.Module):
         """Set the statistics from transitions ``[N, ...]``.
 
         Raises:
-            TypeError: No tensors. ValueError: No transitions, another shape, or values that are not
-                finite. After any error nothing is changed.
+            TypeError: Data that are not tensors. ValueError: No transitions, another shape, or
+                values that are not finite. After any error nothing is changed.
 
         Warns:
             UserWarning: Dimensions whose spread comes from a few outliers, and dimensions of the
-                state that rounding buries, so far from 0.
+                state so far from 0 that rounding hides their variation.
         """
         self.check(state, context, action, next_state)
         fits: list[tuple[str, Normalizer, Tensor]] = []
@@ -149,7 +149,7 @@ class Scaling(nn.Module):
             target = next_state - state if self.predict_delta else next_state
             name = "change of the state" if self.predict_delta else "next state"
             fits.append((name, self.target, target))
-        with undone_on_error(self):  # of a shape, or a warning that is one
+        with undone_on_error(self):  # a wrong shape, or a warning turned into an error
             for name, normalizer, x in fits:
                 normalizer.fit(x)
                 warn_of_outliers(name, x, normalizer.loc, normalizer.scale)
@@ -157,9 +157,9 @@ class Scaling(nn.Module):
 
 
 def _warn_of_rounding(state: Tensor, next_state: Tensor) -> None:
-    """Warn of dimensions of ``[N, D]`` whose spread, or that of their changes, rounding buries."""
+    """Warn of dimensions of ``[N, D]`` where rounding hides the spread of values or changes."""
     far = torch.maximum(state.abs().amax(0), next_state.abs().amax(0))
-    # From the first row, differences of what lies close together are exact.
+    # Subtracting the first row is exact for values that are close together.
     spread = (state - state[:1]).std(0, correction=0)
     spread_of_change = (next_state - state).std(0, correction=0)
     gap = torch.finfo(state.dtype).eps * far  # between neighbouring numbers, at most

@@ -60,7 +60,7 @@ class StepInputs(NamedTuple):
 class MixtureColumns(NamedTuple):
     """Predictions of members, in any units: mixtures and terminations of ``R`` rows."""
 
-    pairs: Tensor  # [M, 2, K, D, R]: mean, and the number that the std is made from
+    pairs: Tensor  # [M, 2, K, D, R]: mean, and the raw number behind the std
     weights: Tensor  # [M, K, R]
     term_prob: Tensor  # [M, R]
     are_logits: bool  # whether the weights are the logarithms of shares
@@ -90,7 +90,7 @@ class StepParts(NamedTuple):
 
     layers: StackedLayers | Networks
     inputs: InputUnits | None
-    n_measured: int  # of these first inputs the distance from the data adds to the std
+    n_measured: int  # the distance of this many first inputs from the data adds to the std
     log_std: tuple[Tensor, Tensor]  # shift [M, D, 1] and slope [D, 1], for the std of the state
     target: tuple[Tensor, Tensor]  # loc and scale [D, 1]
     predict_delta: bool
@@ -121,7 +121,7 @@ def ensemble_step(
         pairs, total = _pick(predicted, noise.height)
         mean, raw = pairs.unbind(1)
         if total is not None:
-            # NaN weights choose a mode like any others; adding them makes the state NaN, too.
+            # NaN weights choose some mode, too; adding total - total makes the state NaN as well.
             extra = total - total if extra is None else extra + (total - total)
         std = _std(parts, raw, extra)
         mean = torch.addcmul(base, mean, scale)
@@ -191,14 +191,14 @@ def _evaluate(parts: StepParts, inputs: StepInputs) -> tuple[MixtureColumns, Ten
         predicted = _evaluate_members(layers, x, action)
     if excess is None:
         return predicted, None
-    # The distance in standard deviations of the inputs, at most 1: far from the data the
-    # prediction is no sharper than the spread of the whole data.
+    # The distance in standard deviations of the inputs, at most 1: far from the data, the std grows
+    # by the spread of the whole data.
     square = excess[:, : parts.n_measured].square().sum(1, keepdim=True)
     return predicted, _distance(square)
 
 
 def _distance(square: Tensor) -> Tensor:
-    """Return the square root, at most 1; its gradient at 0 is 0."""
+    """Return the square root, at most 1, with gradient 0 at 0."""
     if square.requires_grad:
         # The root of 0 has no gradient.
         outside = square > 0
@@ -271,8 +271,8 @@ def _pick(mixture: MixtureColumns, height: Tensor | None) -> tuple[Tensor, Tenso
     pairs = mixture.pairs
     if height is None:
         return pairs.squeeze(2), None
-    # Invert the cumulative sum, which takes half the time of a softmax over so few modes. The last
-    # edge is not compared, since rounding may put the height on it.
+    # Inverting the cumulative sum takes half the time of a softmax over so few modes. The last edge
+    # is not compared, since rounding may put the height on it.
     shares = mixture.weights
     if mixture.are_logits:
         shares = (shares - shares.amax(1, keepdim=True)).exp_()

@@ -1,4 +1,4 @@
-"""The step of a rollout: made once, called once for each step."""
+"""Steppers: made once for a rollout, called once for each step."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Stepper(ABC):
         deterministic: Step to the members' means instead of samples of their mixtures.
     """
 
-    n_at_once = 1  # steps that are best made by one call of several()
-    writes = True  # whether `out` saves a copy
+    n_at_once = 1  # how many steps one call of several() should make
+    writes = True  # whether results are computed in `out`, without a copy
 
     def __init__(self, n_modes: int, *, deterministic: bool) -> None:
         self.n_modes, self.deterministic = n_modes, deterministic
@@ -56,7 +56,7 @@ class Stepper(ABC):
         return None if self.deterministic else draw_noise(state.shape, self.n_modes, state)
 
     def actions(self, actions: Tensor) -> Tensor:
-        """Turn ``actions [..., *]`` in the form of the spec into those that steps read."""
+        """Turn ``actions [..., *]`` in the form of the spec into the form that steps read."""
         return actions
 
     @abstractmethod
@@ -65,13 +65,13 @@ class Stepper(ABC):
 
         Args:
             inputs: Actions are from :meth:`actions`, the noise from :meth:`draw`.
-            out: Where to write the results; without gradients only.
+            out: Where to write the results; only without gradients.
         """
 
     def several(
         self, state: Tensor, context: Tensor, actions: Sequence[Tensor], noise: Sequence[Any]
     ) -> list[Moved]:
-        """Make one step after another, each from the state that the step before it led to."""
+        """Make several steps, each from the state where the previous one ended."""
         return _several(self, state, context, actions, noise)
 
 
@@ -157,7 +157,7 @@ class EnsembleStepper(Stepper):
     def several(
         self, state: Tensor, context: Tensor, actions: Sequence[Tensor], noise: Sequence[Any]
     ) -> list[Moved]:
-        """See the base class; compiled, all steps are one call."""
+        """See the base class; when compiled, one call makes all steps."""
         if self.options is None:
             return super().several(state, context, actions, noise)
         layers = self.parts.layers
@@ -169,7 +169,7 @@ class EnsembleStepper(Stepper):
             state.shape if self.options.get("dynamic") is False else None,
         )
         run = _compiled(self.options, static)
-        # At its first step a rollout repeats one state; other strides would be compiled anew.
+        # The first step of a rollout expands one state; its strides would trigger recompilation.
         state, context = state.contiguous(), context.contiguous()
         with full_precision(state.device):
             return run(self.parts, state, context, list(actions), list(noise))
@@ -210,5 +210,5 @@ def _several_of_ensemble(
 
 @cache
 def _compiled(options: CompileOptions, static: tuple[Any, ...]) -> Callable[..., Any]:
-    """Return the compiled function, one for each choice of options and each kind of ensemble."""
+    """Return the compiled function for these options and this kind of ensemble."""
     return compile_apart(_several_of_ensemble, options)

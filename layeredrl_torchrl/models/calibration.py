@@ -9,24 +9,26 @@ from torch import Tensor, nn
 
 __all__ = ["Calibration"]
 
-# Standard deviations of the Gaussian prior on shift, slope, spread and log(disagreement): it keeps
-# the calibration at the identity without data and finite with little; a few dozen rows outweigh it.
+# Standard deviations of the Gaussian prior on shift, slope, spread and log(disagreement). The prior
+# keeps the calibration at the identity without data, and finite with little data; a few dozen rows
+# outweigh it.
 _PRIOR = (0.5, 0.25, 0.5, 1.0)
 
 
 class Calibration(nn.Module):
     """Corrects the log std of ``M`` members, and how far their means lie apart.
 
-    The log std becomes ``shift_d + slope_d * log_std + spread * o_m``. A member learns as its std
-    the error of its own weights on its training data, but predictions come from an average over
-    weights and members, on other data. Shift and slope correct the size for each dimension. The
+    The log std becomes ``shift_d + slope_d * log_std + spread * o_m``. The std that a member learns
+    is the error of its own weights on its training data, but predictions come from an average over
+    weights and members, on other data. Shift and slope correct the std of each dimension. The
     members' offsets ``o`` run evenly from -1 to 1, so that the mixture has components of different
     widths: residuals of contact dynamics have heavier tails than one Gaussian.
 
     A member's mean becomes ``center + disagreement * (mean - center)``, where the center is the
-    mean of the ensemble, which does not change. The mean of ``M`` members errs less than the
-    members differ (by ``M ** -0.5`` if their errors were independent), so the mixture of their own
-    means is too flat in the middle. Held-out data of MuJoCo tasks gives 0.25 to 0.4 for 5 members.
+    mean of the ensemble, which does not change. The error of the mean of ``M`` members is smaller
+    than the members' differences (by ``M ** -0.5`` if their errors were independent), so the
+    mixture of their own means is too flat in the middle. Fits to held-out data of MuJoCo tasks give
+    a ``disagreement`` of 0.25 to 0.4 for 5 members.
 
     Args:
         n_models: ``M``.
@@ -49,7 +51,7 @@ class Calibration(nn.Module):
         self.register_buffer("offsets", offsets)
 
     def reset_parameters(self) -> None:
-        """Return to what it was before the first :meth:`fit`."""
+        """Return to the state before the first :meth:`fit`."""
         for nothing in (self.shift, self.spread):
             nothing.zero_()
         for same in (self.slope, self.disagreement):
@@ -87,7 +89,7 @@ class Calibration(nn.Module):
         given, dim = (mean, std, weights, target), target.shape[-1]
         found = self._minimum(*given)
         if not bool(torch.isfinite(found).all()) and found.dtype != torch.float64:
-            # With errors of many stds the line search may leave the range of float32.
+            # With errors of many stds, the line search may leave the range of float32.
             on_host = (x.to("cpu", torch.float64) for x in given)  # some devices have no float64
             found = self._minimum(*on_host).to(found)
         if not bool(torch.isfinite(found).all()):
@@ -102,7 +104,7 @@ class Calibration(nn.Module):
         self.disagreement.copy_(log_share.exp().squeeze())
 
     def _minimum(self, mean: Tensor, std: Tensor, weights: Tensor, target: Tensor) -> Tensor:
-        """Return shift and slope ``[D]``, spread and the log of the disagreement, in a row.
+        """Return shift and slope ``[D]``, spread and log disagreement, concatenated.
 
         They are NaN where the search left the range of the inputs' dtype.
         """
@@ -130,7 +132,7 @@ class Calibration(nn.Module):
                 prior = (
                     (shift / _PRIOR[0]).square().sum()
                     + ((slope - 1.0) / _PRIOR[1]).square().sum()
-                    # These two are shared by all dimensions, so their priors count for each.
+                    # All dimensions share these two, so their priors count once per dimension.
                     + dim * (spread / _PRIOR[2]).square().sum()
                     + dim * (log_share / _PRIOR[3]).square().sum()
                 )
@@ -140,7 +142,7 @@ class Calibration(nn.Module):
 
             try:
                 optim.step(objective)
-            except RuntimeError as error:  # of a step that its floats do not hold
+            except RuntimeError as error:  # a step beyond the range of its floats
                 if "overflow" not in str(error):
                     raise
                 return torch.full_like(parameters, math.nan)

@@ -18,13 +18,13 @@ __all__ = ["EnsembleDisagreement"]
 class EnsembleDisagreement(TensorDictModuleBase):
     """``scale`` times the std over members of their mean next state, averaged over dimensions.
 
-    Each dimension counts in units of the std of its change (of the state itself with
-    ``predict_delta=False``), so that large numbers do not drown small ones; the bonus is 0 where
-    all members agree (disagreement as in arXiv 1906.04161, with a std in place of the variance).
+    Each dimension is in units of the std of its change (of the state itself with
+    ``predict_delta=False``), so that large numbers do not drown small ones. The bonus is 0 where
+    all members agree. Disagreement is as in arXiv 1906.04161, with a std in place of the variance.
 
-    Called with tensors, as a reward function is, it serves planners (``exploration_bonus=``) and
-    ``PredictorEnv``; called with a TensorDict, as a module of an environment's or a loss's
-    pipeline, it reads ``in_keys`` and writes ``out_keys``.
+    Planners (``exploration_bonus=``) and ``PredictorEnv`` call it with tensors, like a reward
+    function. Called with a TensorDict, for example in the pipeline of an environment or a loss, it
+    reads ``in_keys`` and writes ``out_keys``.
 
     >>> model = ProbabilisticEnsemble(Unbounded((3,)), None, Bounded(-1.0, 1.0, (1,)))
     >>> bonus = EnsembleDisagreement(model, scale=0.1)
@@ -33,8 +33,8 @@ class EnsembleDisagreement(TensorDictModuleBase):
 
     Args:
         model: The ensemble, of at least two members.
-        scale: Reward units per unit of disagreement, which is that of the states themselves where
-            the model was built with ``normalize_targets=False``.
+        scale: Reward units per unit of disagreement; with a model built with
+            ``normalize_targets=False``, disagreement is in the units of the state.
         out_keys: The key that is written when called with a TensorDict.
 
     Shapes:
@@ -61,7 +61,7 @@ class EnsembleDisagreement(TensorDictModuleBase):
             raise ValueError(
                 f"an ensemble of {model.n_models} cannot disagree; build it with n_models >= 2"
             )
-        # Not registered, since the owner of the model saves and trains it.
+        # Not registered: the owner of the model saves and trains it.
         self.__dict__["model"] = model
         self.scale = check_number("scale", scale)
         self.in_keys = list(model.in_keys)

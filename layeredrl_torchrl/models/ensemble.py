@@ -49,9 +49,9 @@ class ProbabilisticEnsemble(Model):
         action_space: Box or Discrete.
         partial_net: Called as ``partial_net(state_space, context_space, action_space, n_modes)``
             once for each member; returns a module with ``forward(state, context, action) ->
-            (mean [*B, K, D], std [*B, K, D]), weights [*B, K], term_prob [*B]``. It is fed
-            normalised inputs and predicts the normalised target, as the options below say.
-            Parameters that it freezes stay so, and those that it uses twice stay one.
+            (mean [*B, K, D], std [*B, K, D]), weights [*B, K], term_prob [*B]``. It gets normalised
+            inputs and predicts the normalised target, as set by the options below. Frozen
+            parameters stay frozen, and a parameter used twice stays one parameter.
         n_models: ``M``.
         n_modes: ``K``.
         n_particles_per_model: ``P``.
@@ -59,26 +59,26 @@ class ProbabilisticEnsemble(Model):
         normalize_targets: Whether the networks' targets are standardised.
         normalize_inputs: Whether state, context and continuous actions are standardised before
             they reach the networks.
-        clip_inputs: Whether standardised inputs are also kept within the range of the data that
-            the statistics are from (:class:`~layeredrl_torchrl.nets.Normalizer`); the default
-            is ``normalize_inputs``. The distance of an input from that range adds to the
-            predicted std, up to the spread of the whole data.
+        clip_inputs: Whether standardised inputs are also clipped to the range of the data behind
+            the statistics (:class:`~layeredrl_torchrl.nets.Normalizer`); the default is
+            ``normalize_inputs``. The distance of an input from that range adds to the predicted
+            std, up to the spread of the whole data.
         ema_decay: Predictions come from an exponential moving average of the members' weights
             with this decay, ``None`` for the weights themselves. The average starts with the
             first :meth:`update_average`, which a predictor's ``learn`` calls after each gradient
-            step (and your own training loop has to).
+            step (your own training loop must do so too).
         **keys: ``in_keys`` and ``out_keys`` of :class:`~layeredrl_torchrl.Model`.
 
     Once there is an average, :meth:`predict` sends no gradient to the trained weights; the losses
     use :meth:`predict_normalized`, which does.
 
-    The statistics are buffers that only :meth:`fit_statistics` changes, which a predictor's
-    ``learn`` calls.
+    The statistics are buffers. Only :meth:`fit_statistics` changes them; a predictor's ``learn``
+    calls it.
 
     Raises:
         TypeError, ValueError: As :class:`~layeredrl_torchrl.Model`; a ``partial_net`` whose
-            output has another shape, a std that is not positive, or parameters that another
-            member has too.
+            output has another shape, a std that is not positive, or parameters shared with another
+            member.
     """
 
     keeps_frozen = True  # in reset_parameters, which copies the averaged weights
@@ -141,8 +141,8 @@ class ProbabilisticEnsemble(Model):
         if ema_decay is not None:
             self.averaged_members = copy.deepcopy(self.members).requires_grad_(False)
         self.register_buffer("n_averaged", torch.zeros((), dtype=torch.long))
-        # Whether there is an average yet, kept beside the buffer so that predicting does not read
-        # it (on a GPU that would wait for all that is under way).
+        # Whether there is an average yet. Kept outside the buffer, because reading a buffer on a
+        # GPU waits for all queued work.
         self._averaging = False
         self._compile_options: CompileOptions | None = None
         self.register_load_state_dict_post_hook(self._note_average)
@@ -151,12 +151,12 @@ class ProbabilisticEnsemble(Model):
     # -- prediction -----------------------------------------------------------------------
 
     def predict_normalized(self, state: Tensor, context: Tensor, action: Tensor) -> MemberOutput:
-        """Predict with the weights being trained, mean and std in units of :meth:`target`."""
+        """Predict with the weights being trained; mean and std are in units of :meth:`target`."""
         return self.members(*self.scaling.inputs(state, context, action))
 
     @property
     def predicting_members(self) -> nn.Module:
-        """The networks that predict, with averaged weights as soon as there is an average."""
+        """The networks that predict: the averaged ones as soon as there is an average."""
         if self.ema_decay is None or not self._averaging:
             return self.members
         return self.averaged_members
@@ -202,7 +202,7 @@ class ProbabilisticEnsemble(Model):
             self.n_modes,
             deterministic=deterministic,
             options=options,
-            # On a CPU a compiled call costs as much as a step does; more steps compile too long.
+            # On a CPU, calling compiled code costs as much as a step; more than 5 compile too long.
             n_at_once=5 if parts.target[0].device.type == "cpu" else 1,
         )
 
@@ -222,29 +222,29 @@ class ProbabilisticEnsemble(Model):
         if not isinstance(members, StackedProbFCDynamics):
             return 0
         widest = max(bias.shape[-1] for bias in members.biases)
-        # Compiled, the members are evaluated together; else one by one where they are many floats.
+        # Compiled members are evaluated together; others one by one if their outputs are large.
         return widest if self._compile_options is None else self.n_models * widest
 
     def compile(self, *, cudagraphs: bool = False, **options: Any) -> None:
         """Compile the steps of rollouts and plans, instead of ``forward`` as other modules do.
 
-        ``benchmarks/rollout.py`` and ``benchmarks/planning.py`` time both. Compiling needs a C++
-        compiler, and half a minute in each process: at the first rollout, and again at the first
-        one of another size, which then serves all sizes (with ``dynamic=False`` each size is
-        compiled). Only the built-in members are compiled, and only where no gradient is kept. The
-        same seed gives other random numbers than without compiling.
+        ``benchmarks/rollout.py`` and ``benchmarks/planning.py`` time the gain. Compiling needs a
+        C++ compiler. It takes half a minute in each process at the first rollout, and again at the
+        first rollout of another size; that code then serves all sizes (with ``dynamic=False`` each
+        size is compiled). Only the built-in members are compiled, and only without gradients. With
+        the same seed, compiled code draws other random numbers than uncompiled code.
 
         Args:
             cudagraphs: On a GPU, capture each rollout (and each ``returns`` of a predictor) as a
                 CUDA graph, once for each shape of its inputs, and replay it: the host then launches
                 one graph instead of hundreds of kernels. Weights may be changed in place, as
-                learning does. Functions of yours that are captured along (reward, value, bonus) run
-                in Python only during the capture. On a CPU this changes nothing.
+                learning does. Your functions that are captured too (reward, value, bonus) run in
+                Python only during the capture. On a CPU this changes nothing.
             **options: Of ``torch.compile``, for example ``dynamic=False``; ``backend="eager"``
                 compiles nothing.
 
         Raises:
-            TypeError: Members that are not the built-in ones; ``cudagraphs`` that is no bool.
+            TypeError: Members other than the built-in ones; ``cudagraphs`` that is not a bool.
         """
         if not isinstance(self.members, StackedProbFCDynamics):
             raise TypeError(
@@ -253,7 +253,7 @@ class ProbabilisticEnsemble(Model):
             )
         self._graphs = Graphs() if check_flag("cudagraphs", cudagraphs) else None
         if self._graphs is not None and self._graphs.captures:
-            # Each shape has a graph of its own, so it may as well have code of its own.
+            # Each shape has its own graph, so it may as well have its own code.
             options = {"dynamic": False} | options
         self._compile_options = CompileOptions(options)
 
@@ -288,9 +288,9 @@ class ProbabilisticEnsemble(Model):
         self.calibration.fit(mean, std, weights, self.target(state, next_state))
 
     def reset_parameters(self) -> None:
-        """Draw new weights, drop average and calibration; statistics and frozen weights stay.
+        """Draw new weights, drop average and calibration; keep statistics and frozen weights.
 
-        Members of your own are reset by the ``reset_parameters`` of their parts.
+        Your own members are reset by the ``reset_parameters`` of their parts.
         """
         draw_anew(nn.ModuleList([self.members]))
         if self.ema_decay is not None:

@@ -12,7 +12,7 @@ __all__ = ["GaussianMixture"]
 
 
 class GaussianMixture(MixtureSameFamily):
-    """A ``torch.distributions`` mixture of diagonal Gaussians with marginal ``cdf``.
+    """A ``torch.distributions`` mixture of diagonal Gaussians with a marginal ``cdf``.
 
     >>> mixture = GaussianMixture(
     ...     loc=torch.tensor([[0.0], [2.0]]),
@@ -32,7 +32,8 @@ class GaussianMixture(MixtureSameFamily):
     """
 
     def __init__(self, loc: Tensor, scale: Tensor, weights: Tensor) -> None:
-        # The logit of a weight of 0 is -inf; it is selected, as the gradient of log(0) is NaN.
+        # The logit of a weight of 0 is -inf, chosen by where() because the gradient of log(0) is
+        # NaN.
         present = weights > 0
         logits = torch.where(present, torch.where(present, weights, 1.0).log(), -torch.inf)
         self.modes = Normal(loc, scale, validate_args=False)

@@ -1,4 +1,4 @@
-"""The base class of dynamics models: what follows from the predictions of each member."""
+"""The base class of dynamics models: it builds on the predictions of each member."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Model(WholeState):
         self.in_keys = list(in_keys)
         self.out_keys = list(out_keys)
         self._graphs: Graphs | None = None
-        # Moves with a model that has no parameters.
+        # Keeps the dtype and device of a model that has no parameters.
         self.register_buffer("_floats", torch.empty(0), persistent=False)
 
     # -- for subclasses -------------------------------------------------------------------
@@ -215,9 +215,9 @@ class Model(WholeState):
             next_state: ``[*B, D]``.
             std: Replaces the predicted std: a number or a tensor that broadcasts to ``[D]``.
             transform: A linear map of the state, ``[D', D]`` or a callable on ``[..., D]``,
-                applied to the difference of ``next_state`` and mean; ``std`` is then that of the
-                transformed space. Needs ``std``, since a predicted diagonal std is not diagonal
-                after a linear map.
+                applied to the difference of ``next_state`` and mean. Needs ``std``, which then
+                refers to the transformed space: after a linear map, the predicted covariance is no
+                longer diagonal.
 
         Returns:
             ``log_prob [*B]`` in nats, ``term_prob [*B]``, and ``{"means": [*B, M, D]}``, each
@@ -256,7 +256,7 @@ class Model(WholeState):
             initial_state: ``[*B, D]``.
             context: ``[*B, C]`` or ``None``; constant over the rollout.
             actions: ``[*B, H, A]``, or discrete ``[*B, H]``, ``[*B, H, 1]``, ``[*B, H, n]``.
-            deterministic: Follow each member's mean instead of sampling from it.
+            deterministic: Follow each member's mean instead of sampling.
             propagation: Which member moves which particle; :class:`TSInfinity` by default.
 
         Returns:
@@ -301,8 +301,8 @@ class Model(WholeState):
             TensorDict ``[*B, H]`` with ``"mean"``, ``"epistemic_var"`` (variance over members of
             their means) and ``"aleatoric_var"`` (mean over members of the variance of their
             particles), each ``[*B, H, D]``; the two sum to the variance over all particles. With
-            one particle a member the aleatoric part is 0; with :class:`TS1` the split means
-            nothing.
+            one particle per member the aleatoric part is 0; with :class:`TS1` the split is
+            meaningless.
         """
         state = traj.get(("next", self.in_keys[0]), None)
         if state is None or state.ndim < 4:
@@ -320,7 +320,7 @@ class Model(WholeState):
         A hook for models that can sample faster than through :meth:`predict_members`.
 
         Args:
-            rows: How many rows each member steps, about.
+            rows: About how many rows each member steps.
             deterministic: Step to the members' means instead of samples of their mixtures.
         """
         return MixtureStepper(self.predict_members, self.n_modes, deterministic=deterministic)
@@ -339,13 +339,13 @@ class Model(WholeState):
         inputs: tuple[Tensor, ...],
         modules: Sequence[Any] = (),
     ) -> tuple[Tensor, ...]:
-        """Run a function that reads this model; as a CUDA graph if it was compiled so.
+        """Run a function that reads this model, as a CUDA graph after ``compile(cudagraphs=True)``.
 
         Args:
-            name: Identifies the function, and everything but tensors that it depends on.
+            name: Identifies the function and everything it depends on, except tensors.
             function: Called with the inputs.
             inputs: Tensors.
-            modules: Modules that it reads beside this model.
+            modules: Other modules that the function reads.
         """
         if self._graphs is None or not all(isinstance(x, Tensor) for x in inputs):
             return function(*inputs)
@@ -356,7 +356,7 @@ class Model(WholeState):
 
     @property
     def predicting_averages(self) -> bool:
-        """Whether predictions come from averaged weights; a hook for models that keep some."""
+        """Whether predictions come from averaged weights; a hook for models that keep averages."""
         return False
 
     def _rows(self, n: int, propagation: Propagation) -> int:

@@ -1,4 +1,4 @@
-"""Ways in which a rollout carries the particles of an ensemble from step to step."""
+"""Ways to carry the particles of an ensemble from step to step of a rollout."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from layeredrl_torchrl._checks import check_positive_int
 
 __all__ = ["TS1", "Expectation", "Move", "Propagation", "TSInfinity", "propagation_key"]
 
-# Particles [M, D, N, P'] -> where member m moves those of block m, [M, D, N, P'], and term_prob
-# [M, N, P']. All particles of a start have one action and one context, so they may change places.
+# Maps particles [M, D, N, P'] to their next states [M, D, N, P'] and term_prob [M, N, P']; member m
+# moves block m. All particles of a start share action and context, so they may swap places.
 Move: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Propagation(ABC):
     """Which member moves which particle (arXiv 1805.12114, section 5.1).
 
-    Particles lie in ``[M', D, N, P']`` for ``N`` starts; most keep ``M' = M`` and ``P' = P``.
+    Particles have shape ``[M', D, N, P']`` for ``N`` starts; mostly ``M' = M`` and ``P' = P``.
 
     >>> spaces = Unbounded((3,)), None, Bounded(-1.0, 1.0, (1,))
     >>> model = ProbabilisticEnsemble(*spaces, n_models=2, n_particles_per_model=4)
@@ -32,7 +32,7 @@ class Propagation(ABC):
 
     # Whether members step to their mean instead of sampling.
     deterministic = False
-    # Whether advance() only calls move(particles); several steps can then be made at once.
+    # Whether advance() only calls move(particles); then several steps can run in one call.
     stays = False
 
     def particles(self, n_models: int, n_particles_per_model: int) -> tuple[int, int]:
@@ -92,9 +92,9 @@ class TSInfinity(_Sampled):
 class TS1(_Sampled):
     """Move each particle by a newly drawn member at every step.
 
-    The ``M * P`` particles of a start are dealt out to the members anew, ``P`` to each, so that
+    Each step deals the ``M * P`` particles of a start to the members anew, ``P`` to each, so that
     every particle gets every member with probability ``1 / M``. The axes ``[M, P]`` of a rollout
-    then only count particles, each of which is moved by different members.
+    then only count particles; different members move each of them.
 
     >>> spaces = Unbounded((3,)), None, Bounded(-1.0, 1.0, (1,))
     >>> model = ProbabilisticEnsemble(*spaces, n_models=2, n_particles_per_model=4)
@@ -109,9 +109,9 @@ class TS1(_Sampled):
         """See the base class."""
         _, _, n, n_part = particles.shape
         chance = torch.rand(n_models * n_part, n, device=particles.device)
-        order = chance.argsort(0)  # the particle on each seat
+        order = chance.argsort(0)  # the particle in each place
         following, term_prob = move(_deal(particles, order))
-        back = order.argsort(0)  # the seat of each particle
+        back = order.argsort(0)  # the place of each particle
         return _deal(following, back), _deal(term_prob.unsqueeze(1), back).squeeze(1)
 
 

@@ -1,4 +1,4 @@
-"""A warning of contexts that are none."""
+"""A warning of contexts that change within episodes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from layeredrl_torchrl.nets import Encoder, FixedEncoderNet
 
 __all__ = ["ContextWatch"]
 
-# Share of the transitions in which a context that moves has to change. A goal that is drawn anew
-# now and then outlasts a plan; and environments that reset themselves show a change at each reset.
+# A context counts as moving if it changes in more than this share of the transitions. A goal that
+# is drawn anew now and then outlasts a plan, and environments that reset themselves show a change
+# at each reset.
 _LEAST_SHARE = 0.1
-# Changes below this share of the value are taken for rounding.
+# Changes below this share of the value count as rounding.
 _ROUNDING = 1e-5
 
 
 class ContextWatch:
     """Warns, once, of a context that moves within episodes.
 
-    Only fixed encoders are watched: :class:`~layeredrl_torchrl.EncoderNet` finds out by itself what
-    is context, and other encoders that learn have theirs from the whole observation.
+    Only fixed encoders are watched: :class:`~layeredrl_torchrl.EncoderNet` finds the context
+    itself, and other learned encoders compute it from the whole observation.
 
     Args:
         encoder: Tells which dimensions of the observation are context.
@@ -34,11 +35,11 @@ class ContextWatch:
         self._encoder = encoder if watched else None
 
     def look(self, observation: Tensor, following: Tensor, goes_on: Tensor) -> None:
-        """Look at transitions, without waiting for a device.
+        """Check transitions without waiting for a device.
 
         Args:
             observation: ``[N, obs]``.
-            following: The next ones.
+            following: The next observations.
             goes_on: Whether the episode goes on after each, bool ``[N, 1]``; others do not count.
         """
         if self._encoder is None:
@@ -50,7 +51,7 @@ class ContextWatch:
         refuse(changes.sum(0) > _LEAST_SHARE * goes_on.sum(), self._warn)
 
     def _warn(self, moves: Tensor) -> None:
-        """Name the dimensions ``[C]`` of the context that move; an error it is not."""
+        """Warn, with the dimensions ``[C]`` of the context that move; not an error."""
         if self._encoder is None:
             return
         dims, self._encoder = self._encoder.context_dims, None

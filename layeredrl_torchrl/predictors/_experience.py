@@ -1,4 +1,4 @@
-"""A buffer's transitions as a predictor learns from them."""
+"""The transitions of a buffer in the form in which a predictor learns from them."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from layeredrl_torchrl.specs import ActionForm
 
 __all__ = ["JOINED", "Experience"]
 
-#: Key of observations that were joined of several entries.
+#: Key of observations that were joined from several entries.
 JOINED = "joined_observation"
-# Numbers of the observations that are drawn at once for statistics: less for images.
+# Limit of the numbers in the observations drawn at once; so fewer images are drawn.
 _MOST_NUMBERS = 20_000_000
 
-# How much a transition counts for the model.
+# Key of how much a transition counts for the model.
 _WEIGHT = "weight"
 _HINT = "name the entry to read with predictor_loss.set_keys()"
 
 
 class Experience:
-    """The transitions of a buffer: encoded, held out, and in batches.
+    """The transitions of a buffer: encoded, partly held out, and in batches.
 
     Args:
         buffer: The buffer; it is not changed.
         encoder: Turns observations into states and contexts.
         action_form: Checks actions and brings them into the form of their spec.
         keys: Names of the entries to read, those of :class:`~layeredrl_torchrl.PredictorLoss`.
-        holdout_share: Share of the storage's places whose transitions are held out. A place keeps
-            its part when it is overwritten, so the same transitions are held out after a resume.
-            What occurs several times is trained on wherever it lies in another place.
-        device: Where batches are brought to.
+        holdout_share: Share of the storage's places whose transitions are held out. A place stays
+            held out when it is overwritten, so the same transitions are held out after a resume. A
+            copy of a held-out transition in another place may be trained on.
+        device: Device of the batches.
 
     Raises:
         TypeError, ValueError: As :class:`~layeredrl_torchrl.TransitionSlices`.
@@ -60,7 +60,7 @@ class Experience:
         self.holdout_share = holdout_share
         self._encoder, self._action_form = encoder, action_form
         self._keys, self._device = keys, device
-        # Entries that are joined are added to what is drawn; slices are told apart by the first.
+        # Joined entries are added to each draw; slices compare only the first entry.
         self._joins = keys.observation == JOINED
         first = encoder.in_keys[0] if self._joins else keys.observation
         self._slices = TransitionSlices(
@@ -82,29 +82,29 @@ class Experience:
         return self._slices.n_written
 
     def at_most(self, n: int) -> int:
-        """Return ``n``, or less where observations are so large that they would fill the memory."""
+        """Return ``n``, or less where observations are so large that they would fill memory."""
         return min(n, max(_MOST_NUMBERS // self._encoder.obs_dim, 100))
 
     def sample(self, n: int) -> TensorDictBase:
-        """Stored transitions ``[N]``, drawn with replacement."""
+        """Draw stored transitions ``[N]`` with replacement."""
         return self._draw(n, 1)[:, 0]
 
     def overview(self, n: int) -> TensorDictBase:
-        """Stored transitions ``[N]``: each once if ``n`` places hold them, else ``n`` draws.
+        """Return stored transitions ``[N]``: each once if at most ``n`` are stored, else draws.
 
-        Draws with replacement would miss a third of them, and so what happened only once.
+        Draws with replacement would miss a third of them, and so rare events.
         """
         n = self.at_most(n)
         return self._brought(self._slices.every()) if 0 < len(self) <= n else self.sample(n)
 
     @torch.no_grad()
     def encode(self, rows: TensorDictBase) -> TensorDict:
-        """The model's inputs, targets and weights ``[N]`` of stored transitions ``[N]``.
+        """Return the model's inputs, targets and weights ``[N]`` of stored transitions ``[N]``.
 
         Raises:
             KeyError: An entry that the buffer does not have.
             TypeError, ValueError: Observations or actions that the encoder or the action spec
-                refuses.
+                rejects.
         """
         keys = self._keys
         state, context = self._encoder(self._get(rows, keys.observation))
@@ -125,20 +125,21 @@ class Experience:
         )
 
     def observations(self, rows: TensorDictBase) -> tuple[Tensor, Tensor]:
-        """Observations and next observations ``[N, obs]`` of stored transitions."""
+        """Return observations and next observations ``[N, obs]`` of stored transitions."""
         return self._get(rows, self._keys.observation), self._get(rows, self._keys.next_observation)
 
     def goes_on(self, rows: TensorDictBase) -> Tensor:
-        """Which stored transitions are followed by another of their episode, bool ``[N, 1]``."""
+        """Return which stored transitions do not end their episode, bool ``[N, 1]``."""
         keys = (self._keys.done, self._keys.terminated)
         ends = [self._get(rows, key).reshape(len(rows), -1) > 0 for key in keys]
         return ~torch.cat(ends, 1).any(1, keepdim=True)
 
     def rewards(self, rows: TensorDictBase) -> Tensor:
-        """Rewards ``[N, 1]`` of stored transitions.
+        """Return the rewards ``[N, 1]`` of stored transitions.
 
         Raises:
-            KeyError: None are stored. ValueError: Another shape, or values that are not finite.
+            KeyError: No rewards are stored. ValueError: Another shape, or values that are not
+                finite.
         """
         key = self._keys.reward
         reward = self._get(rows, key)
@@ -147,21 +148,21 @@ class Experience:
                 f"{key!r} has shape {tuple(reward.shape[1:])} in the buffer, expected (1,) for "
                 "each transition (TorchRL's layout); unsqueeze or select it"
             )
-        # Heads are of float32.
+        # The heads compute in float32.
         hint = "repair the environment's rewards, or their unit"
         check_finite(str(key), reward.to(torch.float32), hint=hint)
         return reward
 
     def elapsed_steps(self, rows: TensorDictBase) -> Tensor:
-        """Environment steps ``[N]`` that stored transitions took: 1 where nothing else is said."""
+        """Return how many environment steps ``[N]`` stored transitions took, 1 by default."""
         elapsed = rows.get(self._keys.elapsed_steps, None)
         return torch.ones(len(rows)) if elapsed is None else elapsed.reshape(len(rows))
 
     def fingerprints(self, n_first: int, n_probes: int) -> Tensor:
-        """Numbers ``[n_probes]`` that stand for the contents of places in the storage, int64.
+        """Return hashes ``[n_probes]`` of the contents of places in the storage, int64.
 
-        The places are spread evenly over the first ``n_first``, so that two calls with the same
-        numbers tell whether those have been overwritten in between.
+        The places are spread evenly over the first ``n_first``. Two calls with the same arguments
+        show whether these were overwritten in between.
         """
         places = torch.arange(n_probes).mul(n_first).floor_divide(n_probes)
         rows = self._joined(self._slices.at(places))
@@ -170,7 +171,7 @@ class Experience:
         return fingerprint(*(self._get(rows, key) for key in read)).cpu()
 
     def held_out(self, n_sampled: int) -> TensorDict:
-        """Encoded transitions that are held out among ``n_sampled``, each once; may be none."""
+        """Return the held-out transitions among ``n_sampled``, encoded, each once; may be none."""
         rows = self.overview(n_sampled)
         rows = rows[self._is_held_out(rows.get("storage_index"))]
         # Drawn with replacement: each place of the storage counts once.
@@ -181,7 +182,7 @@ class Experience:
         return self.encode(self.counted(rows))
 
     def counted(self, rows: TensorDictBase) -> TensorDictBase:
-        """Those of stored transitions ``[N]`` that count for the model: of a weight above 0."""
+        """Return the stored transitions that count for the model: those with a weight above 0."""
         weight = rows.get(_WEIGHT, None)
         return rows if weight is None else rows[weight.reshape(len(rows)) > 0]
 
@@ -194,17 +195,17 @@ class Experience:
         *,
         states_move: bool = False,
     ) -> Iterator[ModelInputs]:
-        """Batches for the model without end, each with something that counts for a member.
+        """Yield batches for the model without end, each with something that counts for a member.
 
         Args:
             loss: Prepares the batches.
             member_batches: How the members share them.
             n_rows: Transitions of a batch, for all members together.
             n_ahead: Batches that are drawn, encoded and checked at once.
-            states_move: Whether each batch is encoded by itself, when it is asked for.
+            states_move: Whether to encode each batch separately, when it is needed.
 
         Raises:
-            ValueError: A hundred draws in a row of which nothing counts.
+            ValueError: A hundred draws in a row in which nothing counts.
         """
         n_missed = 0
         while n_missed < 100:
@@ -230,7 +231,7 @@ class Experience:
 
     @staticmethod
     def _useful(batch: TensorDictBase, n: int) -> list[bool]:
-        """Whether anything counts in each of ``n`` batches, which lie side by side ``[M, N]``."""
+        """Return whether anything counts in each of ``n`` batches, joined in ``[M, N]``."""
         valid, weight = batch.get("valid", None), batch.get("weight", None)
         if valid is None and weight is None:
             return [True] * n
@@ -241,7 +242,7 @@ class Experience:
         return useful
 
     def slice_batches(self, loss: TermsLoss, batch_size: int, n_ahead: int) -> Iterator[Any]:
-        """Batches of slices, prepared by ``loss``, without end; arguments as above."""
+        """Yield batches of slices, prepared by ``loss``, without end; arguments as above."""
         while True:
             yield from loss.prepare(self._draw(batch_size * n_ahead, loss.length)).split(batch_size)
 
@@ -249,7 +250,7 @@ class Experience:
         return self._brought(self._slices.sample(n, length))
 
     def _brought(self, rows: TensorDictBase) -> TensorDictBase:
-        """Bring rows to the device, with the entries that are joined."""
+        """Move rows to the device, and add joined observations."""
         return self._joined(rows if self._device is None else rows.to(self._device))
 
     def _joined(self, rows: TensorDictBase) -> TensorDictBase:
@@ -270,7 +271,7 @@ class Experience:
 def _assigned(
     member_batches: MemberBatches, data: TensorDictBase, n_models: int, n: int
 ) -> TensorDictBase:
-    """Give the transitions of ``n`` batches to the members, ``[M, N]``; check the answer."""
+    """Assign the transitions of ``n`` batches to the members, ``[M, N]``; check the result."""
     batch = member_batches.assign(data, n_models)
     found = tuple(batch.batch_size) if isinstance(batch, TensorDictBase) else type(batch).__name__
     if len(found) != 2 or found[0] != n_models or found[1] % n:

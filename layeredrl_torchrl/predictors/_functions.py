@@ -1,4 +1,4 @@
-"""The functions of a predictor, asked about steps that were made and about mixtures."""
+"""The functions of a predictor, evaluated at steps and at mixtures."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Taken: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 class StepFunctions(NamedTuple):
-    """What a step is worth, what comes after the last one, and whether it ends the episode.
+    """Reward of a step, value after the last step, and whether a step ends the episode.
 
-    A reward must be there where one is asked for.
+    The methods that return a reward need ``reward``.
     """
 
     reward: StepFunction | None
@@ -32,21 +32,21 @@ class StepFunctions(NamedTuple):
         return any(f is not None and needs_next_state(f) for f in (self.reward, self.term))
 
     def reward_of(self, taken: Taken, next_state: Tensor) -> Tensor:
-        """Reward ``[*B]`` of steps that led to ``next_state [*B, D]``, in the states' dtype."""
+        """Return the reward ``[*B]`` of steps that led to ``next_state``, in the states' dtype."""
         assert self.reward is not None
         state = taken[0]
         reward = checked("rew_func", on_step(self.reward, *taken, next_state), state.shape[:-1])
         return reward.to(state.dtype)  # a function may give flags, counts or float64
 
     def term_prob_of(self, taken: Taken, next_state: Tensor, predicted: Tensor) -> Tensor:
-        """Probability ``[*B]`` that they end the episode; ``predicted`` if it is not known."""
+        """Return the probability ``[*B]`` that steps end the episode; else ``predicted``."""
         if self.term is None:
             return predicted
         ends = on_step(self.term, *taken, next_state)
         return check_probability("term_func", ends, taken[0].shape[:-1], predicted.dtype)
 
     def mean_reward(self, taken: Taken, mean: Tensor, weights: Tensor) -> Tensor:
-        """Mean of the reward ``[*B]`` at ``mean [*B, M, K, D]``, with ``weights [*B, M, K]``."""
+        """Return the mean reward ``[*B]`` at ``mean [*B, M, K, D]``, by ``weights [*B, M, K]``."""
         if self.reward is None or not needs_next_state(self.reward):
             return self.reward_of(taken, taken[0])
         return _average(self.reward_of(_each(taken, mean), mean), weights)
@@ -54,7 +54,7 @@ class StepFunctions(NamedTuple):
     def mean_term_prob(
         self, taken: Taken, mean: Tensor, weights: Tensor, predicted: Tensor
     ) -> Tensor:
-        """Likewise of the probability of termination; ``predicted [*B]`` if it is not known."""
+        """Return the mean probability of termination; ``predicted [*B]`` without ``term``."""
         if self.term is None or not needs_next_state(self.term):
             return self.term_prob_of(taken, taken[0], predicted)
         of_model = predicted[..., None, None].expand_as(weights)
@@ -62,17 +62,17 @@ class StepFunctions(NamedTuple):
 
 
 def checked(name: str, value: Tensor, batch: Sequence[int]) -> Tensor:
-    """Return what a function of states gave if it is one finite number for each of them."""
+    """Return the values of a function if they are one finite number for each state."""
     check_per_item(name, value, batch)
     check_finite(f"what {name} gave", value, hint=f"repair {name}, or train it on such states")
     return value
 
 
 def value_of_state(value: StepFunction, state: Tensor, context: Tensor) -> Tensor:
-    """What ``value`` says of states ``[*B, D]`` in which no action is chosen yet, unchecked.
+    """Evaluate ``value`` at states ``[*B, D]`` where no action is chosen yet, unchecked.
 
-    The action is ``None``. The one that led to a state would be another's, and an action-value
-    function would say something else without a word.
+    The action is ``None``. The action that led to a state belongs to the state before; with it, an
+    action-value function would silently give a wrong value.
 
     Raises:
         TypeError: A function that reads the action.
@@ -88,7 +88,7 @@ def value_of_state(value: StepFunction, state: Tensor, context: Tensor) -> Tenso
 
 
 def _each(taken: Taken, mean: Tensor) -> Taken:
-    """What was taken, for each component of ``mean [*B, M, K, D]``."""
+    """Repeat what was taken for each component of ``mean [*B, M, K, D]``."""
     n, rows = mean.ndim - 3, mean.shape[:-1]
     state, context, action = (
         x.unsqueeze(n).unsqueeze(n).expand(*rows, *x.shape[n:]) for x in taken
@@ -97,5 +97,5 @@ def _each(taken: Taken, mean: Tensor) -> Taken:
 
 
 def _average(values: Tensor, weights: Tensor) -> Tensor:
-    """``[*B]`` of values ``[*B, M, K]``: modes by their weights, members alike."""
+    """Average ``values [*B, M, K]`` to ``[*B]``: modes by their weights, members equally."""
     return (weights * values).sum(-1).mean(-1)

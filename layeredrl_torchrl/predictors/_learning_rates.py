@@ -16,7 +16,7 @@ LearningRate: TypeAlias = float | Callable[[int], float]
 
 
 class LearningRates:
-    """Sets the learning rates of an optimizer, each group of which has a name.
+    """Sets the learning rates of an optimizer with named groups.
 
     Args:
         optim: The optimizer.
@@ -35,7 +35,7 @@ class LearningRates:
         """Evaluate the learning rates, and let the optimizer follow its parameters' device.
 
         Raises:
-            TypeError, ValueError: A learning rate that is no finite number of at least 0.
+            TypeError, ValueError: A learning rate that is not a finite number of at least 0.
         """
         current = {
             name: rate(n_total_env_steps) if callable(rate) else rate
@@ -66,8 +66,8 @@ class LearningRates:
     def follow_device(self) -> None:
         """Move the optimizer's state to the current device of its parameters.
 
-        On an accelerator the learning rate is a tensor there, so that a captured step sees it
-        change.
+        On an accelerator the learning rate is a tensor, so that a captured step notices its
+        changes.
         """
         for group in self._optim.param_groups:
             device = group["params"][0].device
@@ -88,7 +88,7 @@ class LearningRates:
 def share_left(i: int, n_updates: int, share: float, end: float = 0.0) -> float:
     """Return a factor that falls linearly from 1 to 0 over the last ``share`` of the updates.
 
-    It reaches 0 when a share of ``end`` is still to come.
+    It reaches 0 earlier, when a share ``end`` of the updates is left.
     """
     if not share:
         return 1.0

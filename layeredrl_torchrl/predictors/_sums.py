@@ -1,4 +1,4 @@
-"""Sums of the terms of a call's updates, without waiting for the device that they run on."""
+"""Sums of the terms of a call's updates, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["Sums"]
 
 
 class Sums:
-    """Adds up the terms of updates, and remembers the first update that was not finite.
+    """Adds up the terms of updates, and remembers the first non-finite update.
 
-    On a CPU that one raises before it changes anything. An accelerator is asked at the end only,
-    by :meth:`check`. The tensors stay where they are from call to call, so that updates can be
-    captured as a CUDA graph.
+    On a CPU such an update raises an error before it changes anything. An accelerator is checked
+    only at the end, by :meth:`check`. The tensors keep their memory from call to call, so that
+    updates can be captured as a CUDA graph.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Sums:
         self._failed: Tensor | None = None
 
     def start(self) -> None:
-        """Forget what was added up."""
+        """Reset all sums and counts."""
         self.counts.clear()
         for tensor in self.tensors():
             tensor.zero_()
@@ -40,12 +40,12 @@ class Sums:
         return [*self.totals.values(), *(seen for _, seen in self._watched.values()), *failed]
 
     def add(self, kind: Hashable, terms: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
-        """Add the terms of an update; a kind of updates always has the same ones.
+        """Add the terms of an update; updates of one kind always have the same terms.
 
         Args:
             kind: Which kind of update it is.
             terms: Scalars.
-            norms: Norms of gradients, which must be finite too but are not added up.
+            norms: Norms of gradients; they must be finite too, but are not added up.
 
         Raises:
             ValueError: Values on a CPU that are not finite.
@@ -65,11 +65,11 @@ class Sums:
         self._names[kind] = tuple(terms)
 
     def count(self, kind: Hashable) -> None:
-        """Count an update of this kind, which :meth:`add` was called in or which is a replay."""
+        """Count an update of this kind, whether it called :meth:`add` or was replayed."""
         self.counts.update(self._names[kind])
 
     def check(self) -> None:
-        """Raise ``ValueError`` if an update on an accelerator was not finite; waits for it."""
+        """Wait for the accelerator; raise ``ValueError`` if an update on it was not finite."""
         if self._failed is None or not bool(self._failed):
             return
         for names, seen in self._watched.values():
@@ -77,7 +77,7 @@ class Sums:
                 raise _error(names, seen)
 
     def _look(self, kind: Hashable, names: tuple[str, ...], values: Tensor) -> None:
-        """Keep the values, unless those that are kept, of this kind or another, are not finite."""
+        """Keep the values, unless earlier ones, of any kind, were not finite."""
         if self._failed is None or self._failed.device != values.device:
             self._failed = torch.zeros((), dtype=torch.bool, device=values.device)
             self._watched.clear()

@@ -27,11 +27,11 @@ from layeredrl_torchrl.predictors.early_stopping import HoldoutWatch
 
 __all__ = ["Updates", "trained_by"]
 
-# Batches that are drawn and prepared at once, which takes most of the time of small updates. On an
-# accelerator many take as many operations as one, and each draw waits.
+# Batches that are drawn and prepared at once, since this takes most of the time of small updates.
+# On an accelerator many batches take as many operations as one, and each draw waits.
 _N_AHEAD = 32
 _N_AHEAD_ON_ACCELERATOR = 64
-# What is reported beside the terms.
+# Names that are reported in addition to the terms.
 _REPORTED = {"loss", "n_updates", "model_updates", "holdout_nll"}
 
 
@@ -40,14 +40,14 @@ class Updates(nn.Module):
 
     Args:
         losses: The losses to minimise, by name.
-        parts: The parts to train, each a group of the optimizer of that name; those that are no
-            module, or have no trainable parameters, are left out.
+        parts: The parts to train, each a group of the optimizer with that name; parts that are not
+            modules, or have no trainable parameters, are left out.
         rates: The learning rate of each part: a number, or a callable of the environment steps.
-        decays: Decoupled weight decay of parts; 0 by default, where ``AdamW`` takes the steps of
-            ``Adam``, bit for bit.
+        decays: Decoupled weight decay of parts; 0 by default, where ``AdamW`` equals ``Adam`` bit
+            for bit.
         clip_grad_max_norm: Gradient norm that each part is clipped to; ``None`` for no clipping.
-        followers: Called after each gradient step that had a term of that name, to update averages
-            and target networks.
+        followers: Called after each gradient step with a term of that name, to update averages and
+            target networks.
 
     Attributes:
         graphs: Captures updates as CUDA graphs; ``None`` to run them as they are.
@@ -91,10 +91,10 @@ class Updates(nn.Module):
         self.rates = LearningRates(self.optim, rates)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy; its optimizer has lost its check."""
+        """Restore a copy, and the check that its optimizer lost."""
         super().__setstate__(state)
         refuse_other_shapes(self.optim)
-        # Torch warns of capturable optimizers that run uncaptured, but only of copied ones.
+        # Torch warns of capturable optimizers that run uncaptured, but only if they were copied.
         self.optim._warned_capturable_if_run_uncaptured = True
 
     def add(
@@ -112,10 +112,10 @@ class Updates(nn.Module):
             loss: The loss.
             weights: Of its terms.
             rate: Learning rate of its own parameters.
-            saved: Tensors that are saved with the predictor as it is; a loss that has others is
-                saved, too.
-            tau: Share by which the target network of a :class:`PredictorLoss` follows, where
-                nothing else moves it.
+            saved: Tensors that are already saved with the predictor; a loss with others is saved
+                too.
+            tau: Step of the target network of a :class:`PredictorLoss`, where nothing else moves
+                it.
         """
         name = f"{type(loss).__name__}_{len(self.losses)}"
         weighted = WeightedLoss(loss, weights)
@@ -125,7 +125,7 @@ class Updates(nn.Module):
             self.optim.add_param_group({"params": own, "name": name})
             self.rates.add(name, rate)
         held = {id(x) for x in saved}
-        # A target network, say, or a count in a buffer.
+        # For example a target network, or a count in a buffer.
         if own or any(id(x) not in held for x in loss.state_dict(keep_vars=True).values()):
             self.own_losses.append(loss)
         if isinstance(loss, PredictorLoss) and loss.tau is None:
@@ -136,13 +136,13 @@ class Updates(nn.Module):
         self.losses[name] = weighted
 
     def _optimized(self) -> set[nn.Parameter]:
-        """Return the parameters that the optimizer has, also those that were frozen since."""
+        """Return the parameters of the optimizer, including those frozen since."""
         return {p for group in self.optim.param_groups for p in group["params"]}
 
     def trains(self, part: object) -> bool:
-        """Whether any parameter of a module is trained: the optimizer has it, and it isn't frozen.
+        """Whether any parameter of a module is trained: in the optimizer, and not frozen.
 
-        Modules without parameters, and what is no module, are not.
+        False for modules without parameters and for anything that is not a module.
         """
         return not self._optimized().isdisjoint(_trainable(part))
 
@@ -172,15 +172,17 @@ class Updates(nn.Module):
             batch_size: Slices in a batch.
             model_batch_size: Transitions in a batch for the model.
             member_batches: How the members share them.
-            n_total_env_steps: Argument of learning rates that are functions.
-            warm_up: First updates, counted over all calls, without model and value function.
+            n_total_env_steps: Argument of learning-rate functions.
+            warm_up: Number of first updates, counted over all calls, without model and value
+                function.
             after_warm_up: Called after the last of these.
             annealed: Share of this call's updates, at its end, over which the learning rate of a
                 part falls linearly to a tenth. The ``beta`` of a model's loss falls to 0 over as
-                many, a quarter of them earlier (for means: see ``mixture_loss``).
+                many updates, but reaches 0 a quarter of them earlier (for means see
+                ``mixture_loss``).
             watch: Ends the model's updates early.
-            states_move: Whether states have to be encoded anew for each update, as with an encoder
-                that learns.
+            states_move: Whether to encode states anew for each update, as with an encoder that
+                learns.
             bar: Title of the progress bar; ``None`` for no bar.
 
         Returns:
@@ -195,7 +197,7 @@ class Updates(nn.Module):
         device = self.optim.param_groups[0]["params"][0].device
         most = _N_AHEAD if device.type == "cpu" else _N_AHEAD_ON_ACCELERATOR
         most = max(experience.at_most(most * model_batch_size) // model_batch_size, 1)
-        # As even as can be, so that the last batches that are drawn are needed, too.
+        # Split evenly, so that all batches of the last draw are needed.
         n_ahead = math.ceil(n_updates / max(math.ceil(n_updates / most), 1))
         streams: dict[str, Iterator[Any]] = {}
         for name, weighted in self.losses.items():
@@ -225,10 +227,10 @@ class Updates(nn.Module):
             for name in of_model & batch.keys():
                 share = (annealed or {}).get("model", 0.0)
                 loss = self.losses[name].loss
-                # It is 0 in the last quarter of the annealing, in which the variances settle.
+                # beta is 0 in the last quarter of the annealing, where the variances settle.
                 beta = loss.beta * share_left(i, n_updates, share, share / 4)
                 if device.type != "cpu" or (beta and loss.is_compiled):
-                    # Captured and compiled code sees changes of a tensor, but not of a number.
+                    # Captured and compiled code notices changes of a tensor, but not of a number.
                     beta = torch.full((), beta, device=device)
                 batch[name] = batch[name]._replace(beta=beta)
             if i < left:
@@ -253,14 +255,14 @@ class Updates(nn.Module):
     def step(self, batch: Mapping[str, Any]) -> None:
         """Take one gradient step and add up its terms.
 
-        It waits for no accelerator, and changes all tensors in place.
+        It does not wait for an accelerator, and changes all tensors in place.
 
         Args:
             batch: A prepared batch for each loss that takes part, by its name.
 
         Raises:
-            ValueError: A term without a weight; a loss or gradient that is not finite, which on a
-                CPU reaches no parameter, and on an accelerator is found at the end of :meth:`run`.
+            ValueError: A term without a weight; a loss or gradient that is not finite. On a CPU it
+                reaches no parameter; on an accelerator it is found at the end of :meth:`run`.
         """
         device = self.optim.param_groups[0]["params"][0].device
         with torch.enable_grad(), uncached_autocast(device.type):
@@ -285,7 +287,7 @@ class Updates(nn.Module):
         self.n_updates += 1
 
     def _captured(self, graphs: Graphs) -> Callable[[Mapping[str, Any]], None]:
-        """:meth:`step`, captured as a CUDA graph for each kind of batch."""
+        """Return :meth:`step`, captured as a CUDA graph for each kind of batch."""
         parts: list[nn.Module] = [weighted.loss for weighted in self.losses.values()]
         owners = (getattr(follow, "__self__", None) for follow in self.followers.values())
         parts += [owner for owner in owners if isinstance(owner, nn.Module)]
@@ -326,7 +328,7 @@ class Updates(nn.Module):
             [p.grad for p in group["params"] if p.grad is not None]
             for group in self.optim.param_groups
         ]
-        # One call for all parts: torch's get_total_norm looks at every gradient, part by part.
+        # One call for all parts: torch's get_total_norm would need one for each part.
         every = list(chain(*grads))
         each = iter(torch._foreach_norm(every) if every else ())
         for group, own in zip(self.optim.param_groups, grads, strict=True):
@@ -334,7 +336,7 @@ class Updates(nn.Module):
                 continue
             norm = torch.linalg.vector_norm(torch.stack(list(islice(each, len(own)))))
             norms[group["name"]] = norm
-            # On a CPU the norm is compared first, since clipping takes time even without effect.
+            # On a CPU, compare the norm first, since clipping takes time even without effect.
             if limit is not None and (norm.device.type != "cpu" or float(norm) > limit):
                 clip_grads_with_norm_(group["params"], limit, norm)
         return norms
@@ -352,7 +354,7 @@ def _names(loss: TermsLoss) -> set[str]:
 
 
 def trained_by(loss: TermsLoss) -> list[nn.Parameter]:
-    """Return the parameters that a loss trains, as far as can be seen."""
+    """Return the parameters that a loss trains, as far as this is visible."""
     still: set[nn.Parameter] = set()
     if isinstance(loss, PredictorLoss) and not loss.learn_encoder:
         still.update(loss.encoder.parameters())
@@ -371,7 +373,7 @@ def _kind(batch: Mapping[str, Any]) -> Hashable:
 
 
 def _numbers(module: nn.Module) -> Hashable:
-    """Return the options of a module, whose changes a captured update would not see."""
+    """Return the options of a module; a captured update would not notice their changes."""
     plain = (bool, int, float, str, type(None))
     return tuple(
         (name, x)

@@ -1,4 +1,4 @@
-"""The statistics that learning keeps up to date beside the parameters."""
+"""The statistics that learning keeps up to date in addition to the parameters."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from layeredrl_torchrl.predictors.standardizer import DeltaStandardizer
 
 __all__ = ["N_STATISTICS", "Upkeep"]
 
-# Transitions that statistics are taken from.
+# Number of transitions from which statistics are computed.
 N_STATISTICS = 10_000
-# Updates between two calibrations, at least.
+# Minimum number of updates between two calibrations.
 _CALIBRATE_EVERY = 200
-# Places of the storage that tell whether it still holds the data that statistics are from.
+# Places of the storage that show whether the data behind the statistics is still there.
 _N_PROBES = 64
 
 
 class Upkeep(nn.Module):
     """Refits normalisers, output scales, the encoder's mask and the calibration.
 
-    Statistics are taken anew whenever a tenth of the data is new: the buffer has grown by a tenth,
-    a tenth of what it held has been overwritten, or it is another buffer; and when a part is
-    trained that was not before. Weights that nobody trains mean something under the statistics
-    that they were learned with, which stay.
+    Statistics are recomputed whenever a tenth of the data is new: the buffer has grown by a tenth,
+    a tenth of its contents has been overwritten, or it is another buffer; and when a part is
+    trained that was not before. Weights that are not trained keep the statistics with which they
+    were learned.
 
     Args:
         model: Has the normalisers and the calibration.
         encoder: Its context is watched.
         learn_encoder: Whether an :class:`~layeredrl_torchrl.EncoderNet` that nothing trains gets a
-            mask if it has none; one that learns has its mask kept up to date.
+            mask if it has none; a trained one always has its mask updated.
         rew_func: Is scaled if it is a :class:`~layeredrl_torchrl.ScalarHead`.
         val_func: Likewise.
-        target_val_func: Likewise, with ``val_func``, which it follows.
+        target_val_func: Is scaled together with ``val_func``.
         delta_standardizer: Is fitted to changes of the state.
         gamma: Discount over one environment step.
-        trains: Whether anything of a module is trained.
+        trains: Tells whether any part of a module is trained.
     """
 
     n_since_calibration: Tensor  # []: updates of the model
@@ -79,7 +79,7 @@ class Upkeep(nn.Module):
 
     @torch.no_grad()
     def refit(self, experience: Experience, *, anew: bool = False) -> None:
-        """Take the statistics if a tenth of the data is new, or in any case if ``anew``.
+        """Recompute the statistics if a tenth of the data is new, or always if ``anew``.
 
         Raises:
             KeyError, TypeError, ValueError: As :meth:`Experience.encode` and
@@ -98,7 +98,8 @@ class Upkeep(nn.Module):
         self._context_watch.look(*experience.observations(rows), experience.goes_on(rows))
         state, context, action = (data.get(key) for key in ("state", "context", "action"))
         next_state = data.get(("next", "state"))
-        # Reward and value learn from rows of any weight.
+        # The model's statistics count only rows of positive weight; reward and value learn from
+        # all.
         counted = experience.counted(data)
         if len(counted):
             before, after = counted.get("state"), counted.get(("next", "state"))
@@ -142,7 +143,7 @@ class Upkeep(nn.Module):
         return self._trains(members) or next(members.parameters(), None) is None
 
     def _lacks_mask(self, encoder: EncoderNet) -> bool:
-        """Whether the mask has to follow the data; frozen weights were learned under theirs."""
+        """Whether the mask has to follow the data; that of frozen weights stays."""
         if self._trains(encoder):
             return True
         if bool(encoder.mask.any()):
@@ -157,7 +158,7 @@ class Upkeep(nn.Module):
         return self._learn_encoder
 
     def _trained(self) -> Tensor:
-        """Whose statistics are taken: model, reward and value function, bool ``[3]``."""
+        """Return which statistics are kept: of model, reward and value function, bool ``[3]``."""
         heads = (self._parts[2], self._values[0])
         return torch.tensor([self._model_learns, *(self._trains(head) for head in heads)])
 
@@ -181,16 +182,16 @@ class Upkeep(nn.Module):
         taken: tuple[Tensor, Tensor, Tensor],
         next_state: Tensor,
     ) -> None:
-        """Tell reward and value functions their units, and the statistics of their inputs.
+        """Set the output scales and input statistics of the reward and value functions.
 
-        Returns are many rewards large, but a value function that starts at 0 and is told the size
-        of one reward grows up to them from below, and so stays modest where there is no data;
-        planners seek out states whose value is overrated.
+        Returns are the size of many rewards. But a value function that starts at 0, scaled to one
+        reward, grows towards them from below and so stays low where there is no data; planners
+        exploit overestimated values.
 
-        Where nothing terminates, an offset of all rewards is one of all values, which values then
-        start at, and their unit is the size of the rest: wholly where the offset is 20 times the
-        rewards' spread, and not at all up to 5 times. Where something terminates, an offset is the
-        worth of staying alive.
+        Where nothing terminates, an offset of all rewards is an offset of all values. Values then
+        start at it, and their unit is the size of the rest: fully if the offset is 20 times the
+        rewards' spread, not at all up to 5 times. Where something terminates, the offset is the
+        value of staying alive, and is kept.
 
         Args:
             reward: ``[N, 1]``.
@@ -201,7 +202,7 @@ class Upkeep(nn.Module):
         reward = reward.double()
         std, mean = torch.std_mean(reward, correction=0)
         warn_of_outliers("reward", reward, mean, torch.where(std > 0, std, 1.0))
-        # Rewards that differ by what float32 rounds off are the same.
+        # Rewards that differ only by float32 rounding are the same.
         std = torch.where(std > 1e-6 * reward.abs().amax(), std, 0.0)
         rew_func = self._parts[2]
         if isinstance(rew_func, ScalarHead) and self._trains(rew_func):
@@ -224,11 +225,11 @@ class Upkeep(nn.Module):
 
 
 def _may_rescale(head: ScalarHead) -> bool:
-    """Whether the last layer, which compensates a change of the scale, is free to change."""
+    """Whether the last layer, which compensates a change of scale, may change."""
     return all(p.requires_grad for p in head.net[-1].parameters())
 
 
 def _size(reward: Tensor) -> Tensor:
-    """Root mean square, or 1 if all are 0."""
+    """Return the root mean square, or 1 if all rewards are 0."""
     size = reward.square().mean().sqrt()
     return torch.where(size > 0, size, 1.0)

@@ -23,8 +23,8 @@ class WeightedLoss:
         weights: Weights of the terms that begin with ``"loss_"``, each at least 0.
 
     Raises:
-        TypeError, ValueError: Not a :class:`~layeredrl_torchrl.objectives.TermsLoss`; a weight
-            that is no finite number of at least 0.
+        TypeError, ValueError: Not a :class:`~layeredrl_torchrl.objectives.TermsLoss`; a weight that
+            is not a finite number of at least 0.
     """
 
     loss: TermsLoss
@@ -36,7 +36,7 @@ class WeightedLoss:
             check_number(f"the weight of {name}", weight, 0.0)
 
     def __call__(self, prepared: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Return the weighted terms to minimise, and all terms, of a prepared batch.
+        """Return the weighted terms to minimise, and all terms of a prepared batch.
 
         Raises:
             ValueError: A term without a weight.

@@ -1,4 +1,4 @@
-"""Stopping the model's updates when it no longer improves on what it is not trained on."""
+"""Stop the model's updates when it no longer improves on held-out data."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ __all__ = ["EarlyStopping", "HoldoutWatch"]
 class EarlyStopping:
     """When the dynamics model stops learning within a call of ``RewardPredictor.learn``.
 
-    Every ``every`` updates, the held-out transitions are predicted as a user would: with the
-    averaged weights, the calibration and all members as one mixture. After ``patience`` such
-    looks in a row without a gain of ``min_delta``, the model's updates of this call end; reward
-    and value function go on. At the end of a call, stopped or not, the model is the best one that
-    was seen in it, the one at its start included.
+    Every ``every`` updates, the model is evaluated on the held-out transitions in the way it is
+    used: with the averaged weights, the calibration and all members as one mixture. After
+    ``patience`` evaluations in a row without a gain of ``min_delta``, the model's updates of this
+    call end; reward and value function go on. At the end of a call, stopped or not, the best model
+    of the call is restored; the model at its start counts too.
 
-    ``annealing`` of :class:`~layeredrl_torchrl.ModelTraining` makes the weights settle in the
-    last updates of a call, which earlier looks do not see: with it, ``patience * every`` should
-    not be far below the updates of a call.
+    ``annealing`` of :class:`~layeredrl_torchrl.ModelTraining` makes the weights settle in the last
+    updates of a call, which earlier evaluations cannot show. With it, ``patience * every`` should
+    not be far below the number of updates of a call.
 
     >>> training = ModelTraining(early_stopping=EarlyStopping(patience=3))
     >>> factory = PredictorFactory(predictor_options={"model_training": training})
@@ -34,12 +34,12 @@ class EarlyStopping:
     100
 
     Args:
-        patience: Looks without a gain.
-        every: Updates between two looks.
+        patience: Evaluations without a gain.
+        every: Updates between two evaluations.
         min_delta: The least gain that counts, in nats per dimension.
 
     Raises:
-        TypeError, ValueError: Counts that are no positive integers, or a negative ``min_delta``.
+        TypeError, ValueError: Counts that are not positive integers, or a negative ``min_delta``.
     """
 
     patience: int = 5
@@ -57,7 +57,7 @@ class HoldoutWatch:
 
     Args:
         model: The model to evaluate.
-        optim: Its optimizer, whose moments of the model's parameters are kept with it.
+        optim: Its optimizer; the moments of the model's parameters are kept with the best model.
         data: Encoded transitions ``[N]`` that the model is not trained on.
         options: When to stop.
 
@@ -93,13 +93,13 @@ class HoldoutWatch:
         return (self._n_updates + 1) % self._options.every == 0
 
     def after_update(self) -> None:
-        """Count an update of the model, and evaluate it if it is time."""
+        """Count an update of the model, and evaluate the model if it is due."""
         self._n_updates += 1
         if self._n_updates % self._options.every == 0:
             self._evaluate()
 
     def finish(self) -> float:
-        """Put the best model back; returns its negative log-likelihood."""
+        """Restore the best model, and return its negative log-likelihood."""
         if self._n_updates % self._options.every:
             self._evaluate()
         if self._last > self._best:
@@ -111,7 +111,7 @@ class HoldoutWatch:
         self._last = self._nll()
         if self._last < self._best:
             self._best, self._kept = self._last, self._snapshots()
-        # Small gains are kept, but only a large one, or several small ones, buy more time.
+        # Small gains are kept, but only a large gain, or several small ones, reset the patience.
         if self._last < self._to_beat - self._options.min_delta:
             self._to_beat, self._n_without_gain = self._last, 0
         else:
@@ -119,7 +119,7 @@ class HoldoutWatch:
 
     @torch.no_grad()
     def _nll(self) -> float:
-        """Negative log-likelihood of the ensemble, in nats per dimension of the model's target."""
+        """Return the ensemble's negative log-likelihood, in nats per dimension of its target."""
         keys = ("state", "context", "action", ("next", "state"))
         log_prob, _, _ = self._model.get_log_prob(*(self._data.get(key) for key in keys))
         in_target_units = log_prob.mean() + self._model.scaling.target.scale.log().sum()

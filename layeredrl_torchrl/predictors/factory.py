@@ -1,4 +1,4 @@
-"""Building a predictor for the spaces of an environment or of a level."""
+"""Build a predictor for the spaces of an environment or of a level."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from layeredrl_torchrl.specs import ObservationSpace, Space, to_spec, width
 
 __all__ = ["PredictorFactory", "get_default_predictor_factory"]
 
-# The entries of a goal-based observation, in the order in which they are joined.
+# The entries of a goal-based observation, in joining order.
 _GOAL_KEYS = ("observation", "achieved_goal", "desired_goal")
 _JOIN = f'CatTensors(in_keys={list(_GOAL_KEYS)}, out_key="observation", sort=False)'
 
@@ -45,10 +45,10 @@ class PredictorFactory:
     """Builds a :class:`~layeredrl_torchrl.RewardPredictor` for given spaces.
 
     Observations are flat vectors ``[obs]``. Those of goal-based environments (a ``Dict`` or
-    ``Composite`` of observation, achieved_goal and desired_goal) are joined in this order, with
-    the desired goal as the context and the rest as the state. In TorchRL, join them by
-    ``CatTensors(in_keys=["observation", "achieved_goal", "desired_goal"],
-    out_key="observation", sort=False)``; without ``sort=False`` it sorts the keys.
+    ``Composite`` of observation, achieved_goal and desired_goal) are joined in this order: the
+    desired goal is the context and the rest the state. In TorchRL, join them with
+    ``CatTensors(in_keys=["observation", "achieved_goal", "desired_goal"], out_key="observation",
+    sort=False)``; without ``sort=False`` it sorts the keys.
 
     >>> factory = PredictorFactory(hidden_sizes=(64, 64), context_dims=[3, 4])
     >>> predictor = factory(Unbounded((5,)), Bounded(-1.0, 1.0, (2,)))
@@ -63,32 +63,32 @@ class PredictorFactory:
         gamma: Discount over one step.
         rew_func: A known reward; by default a :class:`~layeredrl_torchrl.RewardNet` learns it.
         val_func: A known value; by default a :class:`~layeredrl_torchrl.ValueNet` learns it.
-        term_func: A known termination, as of :class:`~layeredrl_torchrl.Predictor`.
-        context_dims: Dimensions of the observation that are the context: what stays the same within
-            an episode, such as a goal. Plans hold it fixed, so what moves, a target too, belongs to
-            the state, like all the other dimensions. Of several entries, dimensions of the joined
-            observation. Goal-based spaces have theirs.
+        term_func: A known termination, as in :class:`~layeredrl_torchrl.Predictor`.
+        context_dims: Dimensions of the observation that are the context: those that stay constant
+            within an episode, such as a goal. All others are the state. Plans hold the context
+            fixed, so anything that moves, such as a moving target, belongs to the state. With
+            several entries, these are dimensions of the joined observation. Not needed for
+            goal-based spaces.
         partial_encoder: Builds another encoder from the shape ``(obs,)`` of an observation, for
-            example ``partial(EncoderNet, latent_state_dim=8, context_dim=2)``; with a list of keys
-            from a mapping of their shapes.
-        observation_key: Key of the observation, nested ones too: what the encoder reads and
-            :meth:`RewardPredictor.learn` looks for in the buffer. A ``partial_encoder`` names its
-            own (``in_keys``). A list of keys is an observation of several entries, of any shapes,
-            which the encoder joins in this order; one named ``"desired_goal"`` is then the context,
-            by its name: if it moves within an episode, give it another.
-        action_key: Likewise of the action.
-        reward_key: Likewise of the reward, which lies below ``"next"`` in data.
-        ignore_context: Whether the dynamics networks are not given the context, as physics does
-            not depend on a goal. Where an episode ends at its goal, the termination does:
-            ``False`` there.
+            example ``partial(EncoderNet, latent_state_dim=8, context_dim=2)``; with a list of keys,
+            from a mapping of keys to shapes.
+        observation_key: Key of the observation, possibly nested, that the encoder reads and that
+            :meth:`RewardPredictor.learn` expects in the buffer. A ``partial_encoder`` names its own
+            (``in_keys``). A list of keys means an observation of several entries, of any shapes,
+            which the encoder joins in this order. An entry named ``"desired_goal"`` is then the
+            context; rename it if it moves within an episode.
+        action_key: Key of the action, likewise.
+        reward_key: Key of the reward, likewise; in data it is under ``"next"``.
+        ignore_context: Whether to hide the context from the dynamics networks, since physics does
+            not depend on a goal. Set ``False`` where an episode ends at its goal: then termination
+            does depend on it.
         model_options: Further arguments of :class:`~layeredrl_torchrl.ProbabilisticEnsemble`.
         predictor_options: Further arguments of :class:`~layeredrl_torchrl.RewardPredictor`.
 
     Raises:
         ValueError: Both ``context_dims`` and ``partial_encoder``.
         TypeError: A ``rew_func``, ``val_func`` or ``term_func`` that cannot be called, or that
-            takes a next state and is not declared to
-            (:func:`~layeredrl_torchrl.reads_next_state`).
+            takes a next state without declaring it (:func:`~layeredrl_torchrl.reads_next_state`).
     """
 
     hidden_sizes: Sequence[int] = (128, 128)
@@ -126,7 +126,7 @@ class PredictorFactory:
         action_space: Space,
         device: torch.device | str | None = None,
     ) -> RewardPredictor:
-        """Build a predictor; its parts are new and not trained.
+        """Build a new, untrained predictor.
 
         Args:
             observation_space: ``Box`` or TorchRL spec of one observation ``[obs]``; a goal-based
@@ -135,7 +135,7 @@ class PredictorFactory:
             device: Where the parameters are put; torch's default if ``None``.
 
         Raises:
-            TypeError, ValueError: Spaces of another kind; the message says what to do.
+            TypeError, ValueError: Spaces of another kind; the message gives the remedy.
         """
         shape: ObservationShape
         if isinstance(self.observation_key, list):
@@ -202,12 +202,12 @@ class PredictorFactory:
 
 
 def get_default_predictor_factory(env: Environment, **options: Any) -> PredictorFactory:
-    """The factory for an environment's observations, whose spaces it is then called with.
+    """Return the factory for an environment; call it with the environment's spaces.
 
-    Of a goal-based environment it remembers where the goal lies in the joined observation, so it
-    can be called with the joined space as well. A TorchRL environment may be passed before or
-    after it is transformed; what is transformed inside the workers of a ``SerialEnv`` or
-    ``ParallelEnv`` cannot be seen, so pass a single environment instead, or ``context_dims``.
+    For a goal-based environment it stores where the goal is in the joined observation, so it can be
+    called with the joined space as well. A TorchRL environment may be passed before or after it is
+    transformed. Transforms inside the workers of a ``SerialEnv`` or ``ParallelEnv`` are not
+    visible: pass a single environment instead, or ``context_dims``.
 
     >>> from torchrl.envs import GymEnv
     >>> env = GymEnv("InvertedPendulum-v5")
@@ -243,7 +243,7 @@ def get_default_predictor_factory(env: Environment, **options: Any) -> Predictor
 
 
 def _layout(space: ObservationSpace, key: NestedKey) -> tuple[int, list[int]]:
-    """The width of (joined) observations, and the dimensions of the desired goal in them."""
+    """Return the width of (joined) observations, and the dimensions of the desired goal in them."""
     if isinstance(space, gym.spaces.Dict | Composite):
         parts = dict(space.items())
         if all(key in parts for key in _GOAL_KEYS) and (
@@ -251,7 +251,7 @@ def _layout(space: ObservationSpace, key: NestedKey) -> tuple[int, list[int]]:
         ):
             widths = [_width(key, parts[key]) for key in _GOAL_KEYS]
             return sum(widths), list(range(sum(widths[:2]), sum(widths)))
-        # A TorchRL environment may carry more beside it: step counters, pixels to be recorded.
+        # A TorchRL environment may have further entries: step counters, pixels for recording.
         if isinstance(space, Composite) and key in space.keys(True, True):
             return _width(str(key), space[key]), []
         raise ValueError(
@@ -267,7 +267,7 @@ def _layout(space: ObservationSpace, key: NestedKey) -> tuple[int, list[int]]:
 def _entries(
     space: ObservationSpace, keys: list[NestedKey]
 ) -> tuple[dict[NestedKey, tuple[int, ...]], list[int]]:
-    """The shapes of several entries, and the dimensions of the desired goal among them."""
+    """Return the shapes of several entries, and the dimensions of the desired goal in them."""
     parts: dict[Any, Any] = {}
     if isinstance(space, Composite):
         parts = {key: space[key] for key in space.keys(True, True)}
@@ -292,7 +292,7 @@ def _entries(
 
 
 def _width(name: str, space: ObservationSpace) -> int:
-    """The width of one flat observation of floats."""
+    """Return the width of one flat observation of floats."""
     shape = tuple(space.shape or ())
     if isinstance(space, gym.spaces.Box | TensorSpec) and len(shape) > 1:
         raise ValueError(
@@ -315,7 +315,7 @@ def _width(name: str, space: ObservationSpace) -> int:
 
 
 def _untransformed_goals(env: EnvBase) -> Composite:
-    """The observation space of ``env``, or what it was before its transforms joined goals.
+    """Return the observation space of ``env``, without transforms that joined goals.
 
     Raises:
         ValueError: Goals that are left out, or joined in another order.

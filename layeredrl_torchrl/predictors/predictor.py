@@ -36,7 +36,7 @@ class Predictor(WholeState):
     then everything :meth:`step` writes. It answers as TorchRL's ``WorldModel`` does
     (:meth:`encode`, :meth:`step`, :attr:`step_module`).
 
-    ``name`` is what it is called in logs: its class's name, until you set another.
+    ``name`` is its name in logs: the name of its class unless you set another.
 
     >>> factory = PredictorFactory(hidden_sizes=(8,), n_models=2)
     >>> predictor = factory(Unbounded((3,)), Bounded(-1.0, 1.0, (1,)))
@@ -46,22 +46,22 @@ class Predictor(WholeState):
 
     Args:
         model: The dynamics and termination model.
-        val_func: ``(state, context, action) -> [*B]``, a module or a plain callable; a value
-            function ignores the action, an action-value function does not. Where no action is
-            chosen yet, as in the last state of a plan, it is ``None``, and an action-value function
-            is refused. ``None`` for none.
-        rew_func: ``(state, context, action) -> [*B]``, likewise; or of the next state, too
+        val_func: ``(state, context, action) -> [*B]``, a module or a plain callable, or ``None``. A
+            value function ignores the action, an action-value function reads it. Where no action is
+            chosen yet, as in the last state of a plan, the action is ``None``, and an action-value
+            function raises an error.
+        rew_func: ``(state, context, action) -> [*B]``, likewise; it may also read the next state
             (:func:`~layeredrl_torchrl.reads_next_state`).
         encoder: Maps the observation to state and context.
-        latent_state_dim: ``D``; must be that of the encoder and of the model.
+        latent_state_dim: ``D``; encoder and model must have the same.
         context_dim: ``C``, likewise.
-        term_func: Whether a step ends the episode, where that is known: ``[*B]``, bool or a
-            probability, of what ``rew_func`` is a function of. It takes the place of the model's
-            probability of termination in all that a predictor says. ``None`` for the model's.
+        term_func: A known termination: whether a step ends the episode, ``[*B]``, bool or a
+            probability, with arguments like those of ``rew_func``. It replaces the model's
+            probability of termination in all results of the predictor. ``None`` to use the model's.
 
-    What reads the next state is asked about each particle's own in :meth:`rollout` and
-    :meth:`returns`, and in an imagined environment. In single steps (:meth:`predict`, :meth:`step`)
-    it is asked about the mean of each member and mode, and averaged with their weights.
+    A function that reads the next state gets that of each particle in :meth:`rollout`, in
+    :meth:`returns` and in an imagined environment. In single steps (:meth:`predict`, :meth:`step`)
+    it is evaluated at the mean of each member and mode, and averaged with their weights.
 
     Raises:
         TypeError: Parts of another kind. ValueError: Parts whose dimensions do not fit; a
@@ -138,8 +138,8 @@ class Predictor(WholeState):
             n_updates: Number of gradient steps.
             batch_size: Slices in a batch for reward, value and encoder.
             model_batch_size: Transitions in a batch for the dynamics model.
-            n_total_env_steps: Environment steps taken so far, for learning-rate schedules and
-                as the step that the terms are logged at.
+            n_total_env_steps: Environment steps taken so far, for learning-rate schedules and as
+                the step in logs.
             logger: Gets every term as the scalar ``"<name>/<term>"``.
             progress: Whether a bar on stderr counts the updates and shows the terms.
 
@@ -150,14 +150,14 @@ class Predictor(WholeState):
     # -- with tensors, or with a TensorDict ------------------------------------------------
 
     def encode(self, obs: Tensor | TensorDictBase) -> Any:
-        """State ``[*B, D]`` and context ``[*B, C]`` of observations ``[*B, obs]``.
+        """Return state ``[*B, D]`` and context ``[*B, C]`` of observations ``[*B, obs]``.
 
         With a TensorDict: writes both to it and returns it.
         """
         return self.encoder(obs)
 
     def decode(self, state: Tensor | TensorDictBase, context: Tensor | None = None) -> Any:
-        """Observations ``[*B, obs]`` of states ``[*B, D]`` and contexts ``[*B, C]``.
+        """Return the observations ``[*B, obs]`` of states ``[*B, D]`` and contexts ``[*B, C]``.
 
         With a TensorDict: writes the observation, each entry under its key, and returns it.
 
@@ -171,7 +171,7 @@ class Predictor(WholeState):
         return self.encoder.merge(state, state[..., :0] if context is None else context)
 
     def state_of(self, obs: Tensor | TensorDictBase) -> tuple[Tensor, Tensor]:
-        """State ``[*B, D]`` and context ``[*B, C]``; a TensorDict is only read."""
+        """Return state ``[*B, D]`` and context ``[*B, C]``; a TensorDict is only read."""
         joined = self.encoder.join(obs) if isinstance(obs, TensorDictBase) else obs
         state, context = self.encoder(joined)
         return state, context
@@ -186,7 +186,7 @@ class Predictor(WholeState):
 
         Returns:
             ``s_next_mean [*B, M, K, D], weights [*B, M, K], s_next_std [*B, M, K, D],
-            reward [*B], term_prob [*B]``; the last two as the class says.
+            reward [*B], term_prob [*B]``; for the last two see the class.
         """
         state, context = self.state_of(obs)
         mean, weights, std, term_prob = self.model.predict(state, context, act)
@@ -197,7 +197,7 @@ class Predictor(WholeState):
         return mean, weights, std, reward, term_prob
 
     def predict_reward(self, obs: Tensor | TensorDictBase, act: Tensor) -> Tensor:
-        """Reward ``[*B]`` of taking ``act`` at ``obs [*B, obs]``."""
+        """Return the reward ``[*B]`` of taking ``act`` at ``obs [*B, obs]``."""
         state, context = self.state_of(obs)
         taken = state, context, self.model.action_form(act, state.shape[:-1])
         if not needs_next_state(self.need("rew_func")):
@@ -206,7 +206,7 @@ class Predictor(WholeState):
         return self._functions.mean_reward(taken, mean, weights)
 
     def value(self, obs: Tensor | TensorDictBase, act: Tensor | None = None) -> Tensor:
-        """Value ``[*B]`` of ``obs [*B, obs]``, given ``act`` where the function depends on it."""
+        """Return the value ``[*B]`` of ``obs [*B, obs]``; an action-value needs ``act``."""
         state, context = self.state_of(obs)
         func = self.need("val_func")
         if act is None:
@@ -217,12 +217,12 @@ class Predictor(WholeState):
 
     @property
     def n_steps_needed(self) -> int:
-        """Consecutive steps that one update of :meth:`learn` reads; a buffer needs as many."""
+        """Consecutive steps that one update of :meth:`learn` reads, and a buffer needs."""
         return 1
 
     @property
     def terminal_value(self) -> StepFunction | None:
-        """The value function that planning ends with; a subclass may keep a steadier one."""
+        """The value function at the end of plans; a subclass may return a steadier one."""
         return self.val_func
 
     # -- of steps that have been made --------------------------------------------------------
@@ -230,13 +230,13 @@ class Predictor(WholeState):
     def reward_of(
         self, state: Tensor, context: Tensor, action: Tensor, next_state: Tensor
     ) -> Tensor:
-        """Reward ``[*B]`` of steps that led to ``next_state [*B, D]``; it keeps gradients.
+        """Return the reward ``[*B]`` of steps that led to ``next_state [*B, D]``, with gradients.
 
         Args:
             state: ``[*B, D]``.
             context: ``[*B, C]``.
             action: ``[*B, *]``, in the form of the action spec.
-            next_state: ``[*B, D]``, of a particle or a real one.
+            next_state: ``[*B, D]``, imagined or real.
         """
         self.need("rew_func")
         return self._functions.reward_of((state, context, action), next_state)
@@ -249,14 +249,14 @@ class Predictor(WholeState):
         next_state: Tensor,
         predicted: Tensor,
     ) -> Tensor:
-        """Probability ``[*B]`` that such steps end the episode: ``term_func``'s, if there is one.
+        """Return the probability ``[*B]`` that steps end the episode, by ``term_func`` if given.
 
         Args:
             state: ``[*B, D]``.
             context: ``[*B, C]``.
             action: As :meth:`reward_of`.
             next_state: Likewise.
-            predicted: ``[*B]``, what the model says.
+            predicted: ``[*B]``, the model's prediction.
         """
         taken = state, context, action
         return self._functions.term_prob_of(taken, next_state, predicted)
@@ -278,8 +278,8 @@ class Predictor(WholeState):
         """Roll out ``act [*B, H, A]`` from ``obs [*B, obs]``.
 
         Returns:
-            As ``Model.rollout``, with ``("next", "reward") [*B, M, P, H, 1]`` where there is a
-            reward function.
+            As ``Model.rollout``, with ``("next", "reward") [*B, M, P, H, 1]`` if there is a reward
+            function.
         """
         state, context = self.state_of(obs)
         traj = self.model.rollout(state, context, act, deterministic, propagation=propagation)
@@ -303,10 +303,11 @@ class Predictor(WholeState):
         options: ReturnOptions | None = None,
         **changes: Any,
     ) -> Tensor:
-        """The return of each imagined particle; the memory it takes does not grow with ``H``.
+        """Compute the return of each imagined particle, in memory that does not grow with ``H``.
 
         ``sum_h c_h * r_h + c_H * V(s_H)`` with ``c_0 = 1`` and
-        ``c_{h+1} = c_h * discount * (1 - p_h)``: rewards count as far as the particle is alive.
+        ``c_{h+1} = c_h * discount * (1 - p_h)``: rewards are weighted by the probability of
+        survival.
 
         Args:
             state: ``[*B, D]``.
@@ -338,10 +339,10 @@ class Predictor(WholeState):
         )
 
     def compile(self, *, cudagraphs: bool = False, **options: Any) -> None:
-        """Compile what is imagined, instead of ``forward`` as other modules do.
+        """Compile imagined steps and their reward and value, not ``forward`` as other modules do.
 
-        The model's steps, and reward and value where they are heads of this package
-        (:class:`~layeredrl_torchrl.ScalarHead`). Calls that keep gradients are not compiled.
+        Reward and value are compiled if they are heads of this package
+        (:class:`~layeredrl_torchrl.ScalarHead`). Calls with gradients are not compiled.
 
         Args:
             cudagraphs: On a GPU, capture :meth:`returns`, and the model's rollouts, as CUDA graphs;
@@ -352,7 +353,7 @@ class Predictor(WholeState):
             TypeError: A model that cannot be compiled.
         """
         self.model.compile(cudagraphs=cudagraphs, **options)
-        # Planning ends with a value that may be another than the one that is learned.
+        # The value at the end of plans may be a different module than the one being trained.
         for head in (self.rew_func, self.val_func, self.terminal_value):
             if isinstance(head, ScalarHead):
                 head.compile(**({"fullgraph": True} | options))
@@ -360,9 +361,9 @@ class Predictor(WholeState):
     # -- as TorchRL's WorldModel ------------------------------------------------------------
 
     def step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """One imagined step of a TensorDict ``[*B]`` that holds state, context and action.
+        """Take one imagined step from a TensorDict ``[*B]`` that holds state, context and action.
 
-        Writes what the model writes (with the expected next state), and below ``"next"``: the
+        Writes what the model writes (with the expected next state), and under ``"next"``: the
         context, ``reward [*B, 1]``, and ``terminated`` and ``done [*B, 1]``, true where the
         termination probability exceeds 1/2.
         """
@@ -390,7 +391,7 @@ class Predictor(WholeState):
 
     @property
     def step_module(self) -> TensorDictModuleBase:
-        """:meth:`step` as a module, for what drives a world model in state space."""
+        """:meth:`step` as a module, for code that rolls out a world model in state space."""
         return _Step(self)
 
     @dispatched
@@ -411,7 +412,7 @@ class Predictor(WholeState):
         return [*keys, ("next", "terminated"), ("next", "done")]
 
     def need(self, name: str) -> StepFunction:
-        """The part called ``name``; ``ValueError`` if this predictor was built without it."""
+        """Return the part called ``name``; raise ``ValueError`` if the predictor has none."""
         func: StepFunction | None = getattr(self, name)
         if func is None:
             raise ValueError(f"this predictor was built with {name}=None; give it one")

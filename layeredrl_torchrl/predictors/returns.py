@@ -1,4 +1,4 @@
-"""Imagined returns: what a planner needs of a rollout, without the rollout."""
+"""Imagined returns, computed without storing the rollout."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ class ReturnOptions:
 
     Args:
         discount: Over one step of the model, in ``(0, 1]``.
-        use_value_func: Whether the value of the last state counts; needs a ``val_func``.
-        use_term_prob: Whether rewards count only as far as the episode has probably not ended.
+        use_value_func: Whether to add the value of the last state; needs a ``val_func``.
+        use_term_prob: Whether to weight rewards by the probability that the episode has not ended.
         exploration_bonus: Callable of state, context and action, for example
             :class:`~layeredrl_torchrl.EnsembleDisagreement`; added to the reward, evaluated at the
             mean over particles.
         propagation: How uncertainty spreads over steps: :class:`~layeredrl_torchrl.TSInfinity`
             (the default), :class:`~layeredrl_torchrl.TS1` or
             :class:`~layeredrl_torchrl.Expectation`.
-        deterministic: Whether members are followed in their mean instead of sampled.
+        deterministic: Whether to follow the members' means instead of sampling.
 
     Raises:
         TypeError, ValueError: An option of another kind, or outside its range.
@@ -67,8 +67,8 @@ class ReturnOptions:
             check_instance("propagation", self.propagation, Propagation, hint="pass TSInfinity()")
 
 
-# Particles whose rewards are computed at once: enough that the time goes into the products and
-# not into calling them, and few enough that what lies between two products stays in the caches.
+# Particles whose rewards are computed at once: enough that matrix products dominate the overhead of
+# calls, and few enough that intermediate results stay in the caches.
 _ROWS = 2048
 
 
@@ -80,7 +80,7 @@ def imagined_returns(
     actions: Tensor,
     options: ReturnOptions,
 ) -> Tensor:
-    """Compute ``Predictor.returns`` step by step, keeping the particles of a few steps only."""
+    """Compute ``Predictor.returns`` step by step, keeping only the particles of a few steps."""
     propagation = TSInfinity() if options.propagation is None else options.propagation
     sizes = (model.n_models, model.n_particles_per_model)
     n_part = propagation.particles(*sizes)[1]
@@ -118,7 +118,7 @@ def _add_up(
     context: Tensor,
     options: ReturnOptions,
 ) -> Tensor:
-    """The returns ``[M', N, P']`` of imagined steps, with ``context [N, C]``."""
+    """Return the returns ``[M', N, P']`` of imagined steps, with ``context [N, C]``."""
     steps: list[ImaginedStep] = []
     last = next(imagined)
     share = torch.ones_like(last.term_prob)
@@ -132,7 +132,7 @@ def _add_up(
     if steps:
         gain, share = _gain(steps, share, functions, context, options)
         total = total + gain
-    # A state that is not finite makes the return so, whatever the reward makes of it.
+    # A non-finite state makes the return non-finite, whatever the reward is.
     total = total + (last.next_state * 0.0).sum(1)
     if functions.value is not None:
         state = last.next_state.permute(0, 2, 3, 1).contiguous()
@@ -150,12 +150,12 @@ def _gain(
     context: Tensor,
     options: ReturnOptions,
 ) -> tuple[Tensor, Tensor]:
-    """What several steps add to the returns, and the share that is left, ``[M', N, P']`` both.
+    """Return what several steps add to the returns, and the remaining share, both ``[M', N, P']``.
 
-    At once it is as much to compute, but in fewer and larger operations.
+    Together they need as much arithmetic, but fewer and larger operations.
     """
     made = [step.state for step in steps]
-    if functions.look_ahead:  # a step begins where the one before has led
+    if functions.look_ahead:  # each step begins where the previous one ended
         made.append(steps[-1].next_state)
     states = following = torch.stack(made).permute(1, 3, 4, 0, 2).contiguous()
     if functions.look_ahead:
@@ -176,7 +176,7 @@ def _gain(
         alive = 1.0 - ends if options.use_term_prob else 1.0
         share = share * (options.discount * alive)
     if options.exploration_bonus is not None:
-        # At the mean over particles: the bonus asks all members itself.
+        # At the mean over particles: the bonus evaluates all members itself.
         of_start = context[:, None].expand(*action.shape[:2], -1)
         bonus = options.exploration_bonus(states.mean((0, 2)), of_start, action)
         check_per_item("exploration_bonus", bonus, action.shape[:2])

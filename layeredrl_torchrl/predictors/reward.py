@@ -38,7 +38,7 @@ __all__ = ["RewardPredictor"]
 
 
 class RewardPredictor(Predictor):
-    """Learns dynamics, reward and value, and the encoder through the reward loss.
+    """Learns dynamics, reward and value from a buffer, and the encoder through the reward loss.
 
     >>> predictor = RewardPredictor(
     ...     model=ProbabilisticEnsemble(Unbounded((3,)), None, Bounded(-1.0, 1.0, (1,))),
@@ -52,53 +52,53 @@ class RewardPredictor(Predictor):
 
     Args:
         model: The ensemble.
-        val_func: Value function; a module is trained, a plain callable taken as known.
+        val_func: Value function; a module is trained, a plain callable is taken as known.
         rew_func: Reward function, likewise.
         encoder: Observation to state and context.
         latent_state_dim: ``D``.
         context_dim: ``C``.
         learn_encoder: Whether the reward loss reaches the encoder.
-        term_func: As :class:`Predictor`. With it the model's own terminations are not trained,
-            and no module in it is.
+        term_func: As :class:`Predictor`. With it, the model's terminations are not trained, nor is
+            any module in ``term_func``.
         gamma: Discount over one environment step.
-        tau: Share of the value network that its target takes over at each update.
-        k_steps: Steps of a slice that reward and value are trained on.
+        tau: Step of the target network towards the value network at each update, in [0, 1].
+        k_steps: Steps of a slice on which reward and value are trained.
         n_steps: Rewards in a value target.
         consistency_loss_weight: Weight of the dynamics and termination losses.
-        termination_loss_weight: Weight of the termination loss beside that of the dynamics, whose
-            gradients are larger by about one over the predicted std; with 1, the layers that
-            the two share hardly learn terminations.
+        termination_loss_weight: Weight of the termination loss relative to the dynamics loss, whose
+            gradients are larger by about one over the predicted std; with 1, the layers that the
+            two share hardly learn terminations.
         value_loss_weight: Weight of the value loss.
         rew_loss_weight: Weight of the reward loss.
-        encoder_lr: Learning rate of the encoder: a number, or a callable of the total
-            environment steps; likewise the next three.
+        encoder_lr: Learning rate of the encoder: a number, or a callable of the total environment
+            steps; the next three likewise.
         reward_lr: Of the reward function.
         model_lr: Of the dynamics model.
         value_lr: Of the value function.
-        holdout_share: Share of the transitions that the model is not trained on but calibrated
-            with (:meth:`ProbabilisticEnsemble.calibrate`), chosen by their place in the storage. 0
-            for no calibration.
-        clip_grad_max_norm: Gradient norm of each of the four parts is clipped to it; ``None``
-            for no clipping.
+        holdout_share: Share of the transitions that are held out from the model's training and used
+            for its calibration (:meth:`ProbabilisticEnsemble.calibrate`), chosen by their place in
+            the storage. 0 for no calibration.
+        clip_grad_max_norm: Limit to which the gradient norm of each of the four parts is clipped;
+            ``None`` for no clipping.
         delta_standardizer: Whether to keep the statistics that
             :meth:`get_standardized_log_prob` needs.
         encoder_warm_up: Number of first updates, counted over all calls, in which only reward
-            function and encoder learn. The model and the value function would chase a state
-            that still moves, and have to forget what they learned of it.
+            function and encoder learn. Otherwise model and value function would chase a state that
+            still moves, and would later have to forget it.
         beta_nll: ``beta`` of :class:`~layeredrl_torchrl.ModelLoss` at the start of each call. It
-            falls to 0 towards the end of the call (``ModelTraining.annealing``), for the means as
-            far as they explain the variance: first these are fitted, also of dimensions that
-            seldom change, and then the variances.
+            falls to 0 towards the end of the call (``ModelTraining.annealing``), for the means only
+            as far as they explain the variance. So the means are fitted first, including those of
+            dimensions that seldom change, and then the variances.
         model_training: Further options of the model's training.
 
-    The parameters are updated by :meth:`learn` only; so are the statistics that normalise
-    inputs and outputs, and the encoder's mask, at the start of a call whenever the buffer has
-    grown by a tenth (and once more when the encoder's warm-up is over). A part that is frozen
-    (``requires_grad_(False)``) keeps its weights and its statistics, averages and calibration.
+    Only :meth:`learn` updates the parameters. It also updates the statistics that normalise inputs
+    and outputs, and the encoder's mask: at the start of a call if a tenth of the buffer's data is
+    new, and once more at the end of the encoder's warm-up. A frozen part
+    (``requires_grad_(False)``) keeps its weights, statistics, averages and calibration.
 
     Raises:
-        TypeError, ValueError: As :class:`Predictor`; a model that is no ensemble; numbers
-            outside their range; an ``encoder_warm_up`` with nothing to learn in it;
+        TypeError, ValueError: As :class:`Predictor`; a model that is not an ensemble; numbers
+            outside their range; an ``encoder_warm_up`` in which nothing can learn;
             ``early_stopping`` without held-out transitions, or with an encoder that learns (the
             best model of a call would predict states that have changed since).
     """
@@ -155,8 +155,8 @@ class RewardPredictor(Predictor):
         for part, rate in rates.items():
             if not callable(rate):
                 check_number(f"{part}_lr", rate, 0.0)
-        # The losses share this module's parameters, so they are not registered a second time;
-        # the target network is the one thing that they add to the state.
+        # The losses share this module's parameters, so they are not registered again; they add only
+        # the target network to the state.
         predictor_loss = PredictorLoss(
             encoder,
             rew_func,
@@ -187,7 +187,7 @@ class RewardPredictor(Predictor):
         )
         check_number("consistency_loss_weight", consistency_loss_weight, 0.0)
         check_number("termination_loss_weight", termination_loss_weight, 0.0)
-        if term_func is not None:  # nobody asks the model for what is known
+        if term_func is not None:  # the model's termination is never used
             termination_loss_weight = 0.0
         self.updates = Updates(
             {
@@ -228,14 +228,14 @@ class RewardPredictor(Predictor):
         self._check_schedule()
 
     def compile(self, *, cudagraphs: bool = False, **options: Any) -> None:
-        """Compile what is imagined, and the losses; with ``cudagraphs`` also capture updates.
+        """Compile imagined steps and the losses; with ``cudagraphs`` also capture updates.
 
         On a GPU, with ``cudagraphs``, each whole update of :meth:`learn` (losses, gradients,
         clipping, optimizer, averages and target network) is captured as a CUDA graph, one for each
-        set of losses that take part, and replayed; the first few run as they are. What learning
-        depends on may change between calls: parameters, statistics, learning rates, options, loaded
-        states. Own losses are captured along and must not wait for the GPU. On a CPU nothing is
-        captured.
+        set of losses that take part, and replayed; the first few updates run uncaptured. Everything
+        that learning depends on may change between calls: parameters, statistics, learning rates,
+        options, loaded states. Added losses are captured too and must not wait for the GPU. On a
+        CPU nothing is captured.
 
         Args:
             cudagraphs: Whether to capture updates, and what :meth:`Predictor.compile` captures.
@@ -252,7 +252,7 @@ class RewardPredictor(Predictor):
 
     @property
     def optim(self) -> torch.optim.Optimizer:
-        """The optimizer of all parts, to be saved beside the predictor."""
+        """The optimizer of all parts; save it together with the predictor."""
         return self.updates.optim
 
     @property
@@ -263,34 +263,34 @@ class RewardPredictor(Predictor):
     def add_loss(
         self, loss: TermsLoss, weights: Mapping[str, float], *, lr: LearningRate = 1e-3
     ) -> None:
-        """Minimise one more loss, in every update.
+        """Minimise one more loss in every update.
 
         :class:`~layeredrl_torchrl.TermsLoss` has an example of a loss to add.
 
         Args:
-            loss: Is given slices ``[B, loss.length]`` with all entries of the buffer and
-                ``"valid"``, as :class:`~layeredrl_torchrl.TransitionSlices` draws them.
-            weights: Of its terms that begin with ``"loss_"``.
-            lr: Learning rate of those of its parameters that no part of the predictor has.
+            loss: Gets slices ``[B, loss.length]`` with all entries of the buffer and ``"valid"``,
+                as :class:`~layeredrl_torchrl.TransitionSlices` draws them.
+            weights: Weights of the terms whose names begin with ``"loss_"``.
+            lr: Learning rate of the loss's own parameters, those outside the predictor.
 
         Its buffers and parameters are saved and restored with the predictor, and the target network
-        of a :class:`~layeredrl_torchrl.PredictorLoss` follows by the predictor's ``tau``, unless a
-        target updater of TorchRL's is associated with it. A term whose name the predictor, or a
-        loss that was added before, has already is reported under that of the loss and its place:
-        ``"PredictorLoss_2.loss_reward"``.
+        of a :class:`~layeredrl_torchrl.PredictorLoss` is updated with the predictor's ``tau``,
+        unless one of TorchRL's target updaters is associated with it. A term whose name is already
+        taken, by the predictor or by a loss added before, is reported with the loss's class and
+        position: ``"PredictorLoss_2.loss_reward"``.
 
         Raises:
             TypeError, ValueError: Not a :class:`~layeredrl_torchrl.objectives.TermsLoss`; weights
-                that are no finite numbers of at least 0. In :meth:`learn`, ``ValueError`` for a
-                term without a weight. A ``ConsistencyLoss`` whose encoder nothing trains; a loss
-                that trains the encoder beside ``early_stopping``.
+                that are not finite numbers of at least 0; a ``ConsistencyLoss`` whose encoder
+                nothing trains; a loss that trains the encoder together with ``early_stopping``. In
+                :meth:`learn`, ``ValueError`` for a term without a weight.
         """
         self._check_added(loss, weights)
         saved = self.state_dict(keep_vars=True).values()
         self.updates.add(loss, weights, lr, saved=saved, tau=self.tau)
 
     def _check_added(self, loss: TermsLoss, weights: Mapping[str, float]) -> None:
-        """Refuse a loss that could not do what it is for, or that undoes what another option is."""
+        """Refuse a loss that would have no effect, or that contradicts ``early_stopping``."""
         if isinstance(loss, ConsistencyLoss) and isinstance(weights, Mapping):
             if any(weights.values()) and not self.updates.trains(loss.encoder):
                 raise ValueError(
@@ -308,7 +308,7 @@ class RewardPredictor(Predictor):
                 )
 
     def _check_schedule(self) -> None:
-        """Refuse a warm-up and early stopping that cannot do what they are for."""
+        """Refuse a warm-up or early stopping that would have no effect."""
         if self.encoder_warm_up and not (
             self._states_move and isinstance(self.rew_func, nn.Module)
         ):
@@ -329,22 +329,22 @@ class RewardPredictor(Predictor):
 
     @property
     def _states_move(self) -> bool:
-        """Whether the encoder learns, by the reward loss or by one that was added."""
+        """Whether the encoder learns, by the reward loss or by an added loss."""
         return self.updates.trains(self.encoder)
 
     def _update_average(self) -> None:
-        """Move the model's averaged weights, by which a model predicts, unless it is frozen."""
+        """Update the averaged weights that the model predicts with, unless it is frozen."""
         if any(p.requires_grad for p in self.model.members.parameters()):
             self.model.update_average()
 
     def update_target(self) -> None:
-        """Move the target network towards the value function by a share of ``tau``."""
+        """Move the target network towards the value function by ``tau``."""
         if self.target_val_func is not None and isinstance(self.val_func, nn.Module):
             move_towards(self.target_val_func, self.val_func, self.tau)
 
     @property
     def n_steps_needed(self) -> int:
-        """Steps of a slice that reward and value learn from."""
+        """Steps of the slices from which reward and value learn."""
         return int(self.predictor_loss.k_steps + self.predictor_loss.n_steps)
 
     @property
@@ -353,7 +353,7 @@ class RewardPredictor(Predictor):
         return self.val_func if self.target_val_func is None else self.target_val_func
 
     def reset_parameters(self) -> None:
-        """Draw new weights for all parts; statistics, counts, frozen parts and optimizer stay."""
+        """Draw new weights for all parts but frozen ones; keep statistics, counts and optimizer."""
         super().reset_parameters()
         for weighted in self.updates.losses.values():
             weighted.loss.after_reset()
@@ -376,11 +376,11 @@ class RewardPredictor(Predictor):
         Transitions and the starts of slices are drawn uniformly over the buffer, and no slice
         crosses an episode's end.
 
-        The terms, each averaged over those updates of this call that have it, unless it says
+        The terms, each averaged over the updates of this call that compute it, unless stated
         otherwise:
 
         ====================  ================================================================
-        ``loss``              what is minimised: the weighted sum of the four losses below
+        ``loss``              the minimised loss: the weighted sum of the four losses below
         ``loss_dynamics``     nats, summed over dimensions (normalised) and members
         ``loss_termination``  nats, summed over members; not minimised where there is a
                               ``term_func``
@@ -391,13 +391,14 @@ class RewardPredictor(Predictor):
         ``termination_bce``   nats per member
         ``value_mean``        reward units
         ``n_updates``         updates of this call, not averaged
-        ``model_updates``     those that the model took part in, likewise
-        ``holdout_nll``       as ``nll``, but of all members as one mixture, on the held-out
-                              transitions, of the model as it is left; with early stopping only
+        ``model_updates``     updates that included the model, not averaged
+        ``holdout_nll``       as ``nll``, but of all members as one mixture, on held-out
+                              transitions, for the model at the end of the call; with early
+                              stopping only
         ====================  ================================================================
 
         Raises:
-            TypeError: Not a TorchRL replay buffer, no logger, or counts that are not integers.
+            TypeError: Not a TorchRL replay buffer, not a logger, or counts that are not integers.
             ValueError: An empty buffer, or one shorter than ``k_steps + n_steps``; NaN
                 observations or rewards; actions outside their space; a loss that is not finite.
             KeyError: A buffer without one of the keys read; the message names it.
@@ -454,12 +455,12 @@ class RewardPredictor(Predictor):
         next_obs: Tensor | TensorDictBase,
         std: Tensor | float = 1.0,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Log-density of the standardised change of the state under the whole ensemble.
+        """Return the log-density of the standardised state change under the whole ensemble.
 
         The change and the members' predictions of it go through ``delta_standardizer``, and each
-        prediction is taken as a Gaussian of a fixed std there. So every dimension counts alike,
-        whatever its unit, and what the model is unsure of is no cheaper than the rest: what skills
-        are told apart by (arXiv 1907.01657).
+        prediction becomes a Gaussian of fixed std there. So every dimension counts alike, whatever
+        its unit, and uncertain dimensions are no cheaper than others. Skills are distinguished by
+        this density (arXiv 1907.01657).
 
         Args:
             obs: ``[*B, obs]``, or a TensorDict with its entries.

@@ -23,10 +23,10 @@ class DeltaStandardizer(nn.Module):
 
     .. math:: W = R^{-1/2} V^{-1/2},
 
-    the ZCA-cor whitening of arXiv 1512.00809: of all whitenings the one whose outputs
-    correlate most with their inputs, so dimension ``d`` still means dimension ``d``; it depends
-    neither on the units nor, as Cholesky's would, on the order of the dimensions.
-    It is found in closed form; a linear map trained by gradient steps reaches the same slowly.
+    the ZCA-cor whitening of arXiv 1512.00809. Its outputs correlate more with its inputs than those
+    of any other whitening, so dimension ``d`` keeps its meaning. It depends neither on the units
+    nor, as Cholesky whitening would, on the order of the dimensions. It is computed in closed form;
+    a linear map trained by gradient steps gets there slowly.
 
     >>> standardizer = DeltaStandardizer(2)
     >>> delta = torch.randn(1000, 2) @ torch.tensor([[1.0, 3.0], [0.0, 4.0]])
@@ -36,11 +36,10 @@ class DeltaStandardizer(nn.Module):
 
     Args:
         dim: ``D``.
-        min_eigenvalue: Directions in which an eigenvalue of :math:`R` (1 on average) is
-            below this are scaled as if it were this: where the data hardly varies, whitening
-            would blow up the model's error.
+        min_eigenvalue: Smaller eigenvalues of :math:`R` (1 on average) are raised to this: in
+            directions where the data hardly varies, whitening would blow up the model's error.
 
-    Until :meth:`fit` it changes nothing.
+    Before :meth:`fit` it is the identity.
     """
 
     loc: Tensor  # [D], in units of the state
@@ -75,14 +74,14 @@ class DeltaStandardizer(nn.Module):
                 f"{tuple(delta.shape)}"
             )
         check_finite("delta", delta, hint="repair the data first")
-        # In double precision: small eigenvalues are differences of large numbers.
+        # Double precision, since small eigenvalues are differences of large numbers.
         x = delta.double()
         std, loc = torch.std_mean(x, dim=0, correction=0)
         rounding = rounding_of(delta.dtype, self.loc.dtype)
         std = torch.where(std <= rounding * x.abs().amax(0), 1.0, std)
         x = (x - loc) / std
         correlation = x.mT @ x / len(x)
-        # A constant dimension correlates with none, and has a variance of 1 like the others.
+        # A constant dimension gets no correlation, and a variance of 1 like the others.
         constant = correlation.diagonal() < 0.5
         correlation[constant] = 0.0
         correlation[:, constant] = 0.0

@@ -38,9 +38,9 @@ class StaticPredictor(Predictor):
         logger: Logger | None = None,
         progress: bool = False,
     ) -> tuple[Tensor, dict[str, float]]:
-        """Return at once: a loss of 0 and ``{"n_updates": 0.0}``; the log says so at INFO.
+        """Return at once with a loss of 0 and ``{"n_updates": 0.0}``, and log this at INFO.
 
-        ``logger`` gets that term; there is no update that ``progress`` could show.
+        ``logger`` gets that term; ``progress`` has no update to show.
         """
         check_logger(logger)
         _log.info("StaticPredictor.learn: nothing to learn, its parts are given")

@@ -23,13 +23,13 @@ class ModelTraining:
             ``model_batch_size`` transitions of its own.
         annealing: Share of each call's updates, at its end, over which the model's learning rate
             falls linearly to a tenth: the weights settle, and the predicted variance becomes that
-            of the settled weights. ``beta_nll`` falls to 0 over as many updates, and reaches it
-            a quarter as many before the end; that of the means is meanwhile the lower, the more
-            of a dimension's variance they explain beyond nine tenths, so that what is seldom is not
-            given up. 0 for none of both.
+            of the settled weights. ``beta_nll`` falls to 0 over as many updates, but reaches 0
+            earlier, by a quarter of them. For the means it falls only in dimensions of which they
+            explain more than nine tenths of the variance, so that rare changes are still learned. 0
+            for neither.
         huber_std: See :class:`~layeredrl_torchrl.ModelLoss`.
         weight_decay: Decoupled weight decay (arXiv 1711.05101) of all the model's parameters: each
-            update shrinks them by this share of the learning rate.
+            update shrinks them by this number times the learning rate.
         early_stopping: When the model stops learning within a call; ``None`` for never. Needs
             held-out transitions and an encoder that does not learn.
 

@@ -14,11 +14,11 @@ __all__ = ["value_operator"]
 
 
 def value_operator(predictor: Predictor) -> ValueOperator:
-    """Return the value function as TorchRL's estimators and planners take it.
+    """Return the value function in the form that TorchRL's estimators and planners take.
 
     It reads state and context, and writes ``"state_value" [*B, 1]``, for ``GAE``,
     ``TDLambdaEstimator`` and TorchRL's ``MPPIPlanner`` on a ``PredictorEnv``. It is the function
-    that planning ends with (the target network of a ``RewardPredictor``), and shares its weights.
+    used at the end of plans (the target network of a ``RewardPredictor``), and shares its weights.
 
     >>> from layeredrl_torchrl.predictors import value_operator
     >>> factory = PredictorFactory(hidden_sizes=(8,), n_models=2)
@@ -30,11 +30,11 @@ def value_operator(predictor: Predictor) -> ValueOperator:
         predictor: Has a value function.
 
     Raises:
-        TypeError: No predictor. ValueError: One without a value function.
+        TypeError: Not a predictor. ValueError: A predictor without a value function.
     """
     check_instance("predictor", predictor, Predictor, hint="of an environment: env.predictor")
     keys = predictor.model.in_keys[: 2 if predictor.context_dim else 1]
-    predictor.need("val_func")  # raises by the name of the argument
+    predictor.need("val_func")  # names the argument in its error
     return ValueOperator(_Column(predictor.need("terminal_value")), in_keys=keys)
 
 

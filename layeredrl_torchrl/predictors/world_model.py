@@ -1,4 +1,4 @@
-"""A predictor of TorchRL's world models."""
+"""TorchRL's world models as predictors."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def from_world_model(
     latent_dim: int,
     latent_key: NestedKey = "latent",
 ) -> StaticPredictor:
-    """Return a predictor that asks TorchRL's world model, for planners, levels and imagination.
+    """Return a predictor that uses TorchRL's world model, for planners, levels and imagination.
 
-    Its dynamics are one member without noise. Training the world model stays yours; the predictor
-    shares its weights. With a ``WorldModelWrapper``, which has no encoder, the latent state is the
+    Its dynamics have one member and no noise. You train the world model; the predictor shares its
+    weights. With a ``WorldModelWrapper``, which has no encoder, the latent state is the
     observation.
 
     >>> from torchrl.modules import MLP, WorldModel
@@ -60,8 +60,8 @@ def from_world_model(
         latent_key: Key of the latent state.
 
     Raises:
-        TypeError: No such world model. ValueError: An encoder that reads several entries whose
-            shapes were not given. When called, KeyError for a latent of another name.
+        TypeError: Not such a world model. ValueError: An encoder that reads several entries whose
+            shapes were not given. When called, KeyError for a latent with another key.
     """
     check_positive_int("latent_dim", latent_dim)
     if isinstance(world_model, WorldModelWrapper):
@@ -111,7 +111,7 @@ class _Encode(nn.Module):
 
 
 class _Dynamics(Model):
-    """The dynamics of a world model: one member, one mode, no noise, and no end of its own."""
+    """The dynamics of a world model: one member, one mode, no noise and no termination."""
 
     def __init__(
         self,
@@ -137,14 +137,15 @@ class _Dynamics(Model):
 
 
 class _Head(nn.Module):
-    """A head of a world model as a function of a step ``[*B]``; it reads where the step leads."""
+    """A head of a world model as a function of a step ``[*B]``; it reads the next state."""
 
     reads_next_state = True
 
     def __init__(self, head: TensorDictModuleBase, latent_key: NestedKey, name: str) -> None:
         super().__init__()
         self.head, self.latent_key, self.name = head, latent_key, name
-        # A head that reads the latent without "next" is a WorldModelWrapper's: of the new state.
+        # A head that reads the latent at the root is a WorldModelWrapper's; it expects the new
+        # state.
         self.after = latent_key in head.in_keys and name in head.out_keys
 
     def forward(self, state: Tensor, context: Tensor, action: Tensor, next_state: Tensor) -> Tensor:

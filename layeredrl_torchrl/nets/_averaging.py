@@ -1,4 +1,4 @@
-"""Move the weights of one module towards those of another one of the same build."""
+"""Move the weights of one module towards those of another with the same structure."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 __all__ = ["move_towards"]
 
-# Where the tensors of a module are found: walking through it takes longer than moving them.
+# Where to find a module's tensors: walking through it takes longer than moving them.
 _Places = list[tuple[dict[str, Any], str]]
 _PLACES: WeakKeyDictionary[nn.Module, tuple[_Places, _Places]] = WeakKeyDictionary()
 
 
 def _tensors(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the parameters and buffers that a module has now."""
+    """Return the current parameters and buffers of a module."""
     if module not in _PLACES:
         parts = list(module.modules())
         _PLACES[module] = (
@@ -29,18 +29,18 @@ def _tensors(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _places(owners: Sequence[dict[str, Any]]) -> _Places:
-    """Where each tensor is found once, also one that several layers share."""
+    """Return where to find each tensor, once even if several layers share it."""
     found = {id(x): (of, name) for of in owners for name, x in of.items() if x is not None}
     return list(found.values())
 
 
 @torch.no_grad()
 def move_towards(average: nn.Module, source: nn.Module, share: float | Tensor) -> None:
-    """Replace each parameter ``a`` of ``average`` by ``a + share * (s - a)``; buffers are copied.
+    """Replace each parameter ``a`` of ``average`` by ``a + share * (s - a)``, and copy buffers.
 
-    TorchRL's ``SoftUpdate`` does the same for the target networks of a loss; this makes few calls
-    for all parameters. A ``share`` in a scalar tensor stays on its device. Both modules keep the
-    layers that they had at the first call.
+    TorchRL's ``SoftUpdate`` does the same for the target networks of a loss; this function needs
+    few calls for all parameters. A scalar tensor ``share`` stays on its device. Both modules must
+    keep the layers that they had at the first call.
     """
     ours, old = _tensors(average)
     theirs, new = _tensors(source)

@@ -1,4 +1,4 @@
-"""TorchRL's MLP as the heads and policies of this package have it."""
+"""TorchRL's MLP in the form of this package's heads and policies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def fully_connected(
     nonlinearity: type[nn.Module],
     layer_norm: bool,
 ) -> MLP:
-    """Build an MLP whose hidden layers may be normalised before their activation."""
+    """Build an MLP, optionally with layer normalisation before each activation."""
     return MLP(
         in_features=in_features,
         out_features=out_features,

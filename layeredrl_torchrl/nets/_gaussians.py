@@ -1,4 +1,4 @@
-"""Read a network's last layer as a mixture of Gaussians and a termination."""
+"""Interpret a network's last layer as a mixture of Gaussians and a termination."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ MemberOutput: TypeAlias = tuple[tuple[Tensor, Tensor], Tensor, Tensor]
 class LogStdBounds:
     """Soft bounds of a log standard deviation: ``center + half * tanh((raw - center) / half)``.
 
-    PETS (arXiv 1805.12114, appendix A.1) uses two softplus and learns the bounds. Here they are
-    fixed, which calibration on held-out data makes up for, and one tanh takes a tenth of the time
-    of two softplus on a CPU.
+    PETS (arXiv 1805.12114, appendix A.1) uses two softplus functions and learns the bounds. Here
+    the bounds are fixed, and calibration on held-out data compensates for that; on a CPU, one tanh
+    takes a tenth of the time of two softplus functions.
 
     Args:
         low: Lower bound.
         high: Upper bound.
 
     Raises:
-        ValueError: Bounds that are not in order.
+        ValueError: ``low`` is not below ``high``.
     """
 
     def __init__(self, low: float, high: float) -> None:
@@ -46,7 +46,7 @@ class LogStdBounds:
 def mixture_parameters(
     out: Tensor, n_modes: int, dim: int, log_std_bounds: LogStdBounds
 ) -> MemberOutput:
-    """Read a network's last layer as a mixture of Gaussians and a termination probability.
+    """Interpret a network's last layer as a mixture of Gaussians and a termination probability.
 
     Args:
         out: ``[..., 2 * K * D + K + 1]``.

@@ -49,11 +49,11 @@ class StackedProbFCDynamics(ConcatenatedInputs):
     """``M`` equally built :class:`~layeredrl_torchrl.ProbFCDynamics` as one chain of products.
 
     ``baddbmm`` over stacked weights is 1.2 to 2 times faster than ``vmap`` over modules at the
-    batch sizes of learning and planning on a CPU. Learning evaluates rows, the layout of the
-    losses; rollouts (``models/_step.py``) evaluate columns with the same weights.
+    batch sizes of learning and planning on a CPU. Learning evaluates rows, which is the layout of
+    the losses; rollouts (``models/_step.py``) evaluate columns with the same weights.
 
     Args:
-        nets: The members; their parameters are copied. What is frozen in one is frozen in all.
+        nets: The members; their parameters are copied. All freeze the same parameters.
 
     Shapes:
         Every input and output of a member with a leading ``M``: state ``[M, N, D]`` ->
@@ -106,10 +106,10 @@ class StackedProbFCDynamics(ConcatenatedInputs):
 
 
 def stackable(nets: Sequence[nn.Module]) -> bool:
-    """Whether parameters stay what they are when those of equally built networks are stacked.
+    """Whether stacking keeps the meaning of the parameters of equally built networks.
 
-    A stacked parameter is trained in all members or in none, and one that a network has under
-    several names, or in a layer that it has twice, would become several.
+    A stacked parameter is trained in all members or in none. A parameter that a network has under
+    several names, or in a layer that it uses twice, would become several parameters.
     """
     tensors = [
         [*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)]
@@ -123,9 +123,9 @@ def stackable(nets: Sequence[nn.Module]) -> bool:
 def init_layers(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
     """Draw ``weights [..., in, out]`` of a network's layers, and set ``biases`` to 0.
 
-    LeCun's normal initialisation: with the skips, the variance of an untrained network's layers
-    stays near that of its normalised input. The last layer is a tenth of that, so that an untrained
-    network predicts almost no change and its rollouts stay near their start.
+    LeCun's normal initialisation: with the skip connections, the variance of an untrained network's
+    layers stays near that of its normalised input. The last layer is scaled by a tenth, so that an
+    untrained network predicts almost no change and its rollouts stay near their start.
     """
     for weight, bias in zip(weights, biases, strict=True):
         weight.normal_(std=weight.shape[-2] ** -0.5)
@@ -141,7 +141,7 @@ def hidden_layers(
     *,
     columns: bool = False,
 ) -> Tensor:
-    """Evaluate stacked layers, with a skip around each but the first.
+    """Evaluate stacked layers, with a skip connection around each but the first.
 
     Args:
         x: Rows ``[M, N, in]``, or columns ``[M, in, N]``.
@@ -155,7 +155,7 @@ def hidden_layers(
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         y = product(weight, x, bias) if columns else torch.baddbmm(bias, x, weight)
         skip = i > 0 and x.shape[axis] == y.shape[axis]
-        # In place, which halves the memory traffic, unless a backward pass needs the values.
+        # In-place operations halve the memory traffic; a backward pass may need the values.
         if y.requires_grad or torch.compiler.is_compiling():
             y = activation(y)
             x = y + x if skip else y
@@ -168,8 +168,8 @@ def hidden_layers(
 def product(weight: Tensor, x: Tensor, bias: Tensor) -> Tensor:
     """Compute ``weight [M, out, in] @ x [M, in, N] + bias [M, out, 1]`` in the bias's precision."""
     if weight.dtype != bias.dtype or torch.compiler.is_compiling():
-        # The compiler fuses the sum with the operations that follow.
+        # The compiler fuses the sum with the next operations.
         return torch.bmm(weight, x).to(bias.dtype) + bias
-    if bias.dtype.itemsize < 4:  # in half precision, baddbmm is slower on a CPU than these two
+    if bias.dtype.itemsize < 4:  # in half precision on a CPU, baddbmm is slower than these two
         return torch.bmm(weight, x).add_(bias)
     return torch.baddbmm(bias, weight, x)

@@ -1,4 +1,4 @@
-"""A policy and action values in state space, as TorchRL's losses take them."""
+"""A policy and action values in state space, in the form of TorchRL's losses."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ __all__ = ["QValueNet", "QValueOperator", "TanhActor"]
 class TanhActor(WholeLoading, ProbabilisticActor):
     """A squashed Gaussian policy of state and context, for actions within bounds.
 
-    Inputs are standardised by statistics that the ``fit_inputs`` of a loss sets, and hidden layers
-    are normalised.
+    A loss's ``fit_inputs`` sets the statistics that standardise the inputs. Hidden layers are
+    normalised.
 
     >>> actor = TanhActor(3, 0, Bounded(-2.0, 2.0, (1,)))
     >>> actor(TensorDict({"state": torch.zeros(7, 3)}, [7]))["action"].shape
@@ -89,7 +89,7 @@ class TanhActor(WholeLoading, ProbabilisticActor):
 
 
 class _PolicyNet(nn.Module):
-    """Computes mean and std of the actions before they are squashed."""
+    """Computes mean and std of the actions before squashing."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class _PolicyNet(nn.Module):
 
 
 class QValueNet(RewardNet):
-    """Predicts the value of taking ``action`` in ``state``; built like :class:`RewardNet`.
+    """Predicts the value of taking ``action`` in ``state``; arguments as :class:`RewardNet`.
 
     >>> net = QValueNet(state_dim=3, context_dim=0, action_dim=1)
     >>> net(torch.zeros(7, 3), torch.zeros(7, 0), torch.zeros(7, 1)).shape

@@ -30,9 +30,9 @@ __all__ = ["ProbFCDynamics"]
 class ProbFCDynamics(ConcatenatedInputs):
     """A fully connected network that predicts a mixture of Gaussians and a termination.
 
-    It is a ``partial_net`` of :class:`~layeredrl_torchrl.ProbabilisticEnsemble`, called with the
-    three spaces and ``n_modes``. The ensemble decides what mean and std refer to: the state or its
-    change, normalised or not.
+    It is the default ``partial_net`` of :class:`~layeredrl_torchrl.ProbabilisticEnsemble`, called
+    with the three spaces and ``n_modes``. The ensemble decides what mean and std refer to: the
+    state or its change, normalised or not.
 
     >>> net = ProbFCDynamics(Unbounded((3,)), None, Bounded(-1.0, 1.0, (1,)), n_modes=2)
     >>> (mean, std), weights, term_prob = net(
@@ -46,12 +46,12 @@ class ProbFCDynamics(ConcatenatedInputs):
         context_space: Box of the ``C`` context dimensions, or ``None``.
         action_space: Box or Discrete.
         n_modes: ``K``, the number of Gaussians.
-        hidden_sizes: Width of each hidden layer; a layer as wide as the one before adds to it
-            (an identity skip).
+        hidden_sizes: Width of each hidden layer; a layer as wide as the previous one has a skip
+            connection.
         nonlinearity: Class of the activation. ``nn.SiLU``, which the default approximates,
             predicts slightly better on some tasks and takes three times as long on a CPU.
-        ignore_context: Whether the context is left out of the input (LayeredRL's default: a goal
-            does not move the world). Set to ``False`` where the context changes the dynamics.
+        ignore_context: Whether to leave the context out of the input (LayeredRL's default: a goal
+            does not move the world). Set ``False`` where the context changes the dynamics.
         log_std_bounds: Soft bounds of the log standard deviation, in units of the target.
 
     Shapes:
@@ -105,13 +105,13 @@ class ProbFCDynamics(ConcatenatedInputs):
 
     @staticmethod
     def stack(nets: Sequence[nn.Module]) -> StackedProbFCDynamics | None:
-        """Combine equally built networks into one module that evaluates them together.
+        """Combine networks of equal structure into one module that evaluates them together.
 
         Return ``None`` for networks that differ in more than their weights, also in which of them
         are frozen, that share a weight between layers, whose activation has parameters, or with
         layers that have hooks or a parametrization (such as normalised weights).
         """
-        # A subclass may compute something else, so it has to define its own stack().
+        # A subclass may compute something else, so it must define its own stack().
         same = [net for net in nets if type(net) is ProbFCDynamics]
         if len(same) != len(nets) or len({net._build() for net in same}) != 1:
             return None
@@ -122,7 +122,7 @@ class ProbFCDynamics(ConcatenatedInputs):
         return StackedProbFCDynamics(same)
 
     def _build(self) -> tuple[Any, ...]:
-        """Return everything that has to agree for networks to be stacked."""
+        """Return everything that must agree before networks can be stacked."""
         shapes = tuple(tuple(p.shape) for p in self.parameters())
         bounds = (self.log_std_bounds.center, self.log_std_bounds.half)
         how = (repr(self.activation), bounds, self.ignore_context, self.n_modes)

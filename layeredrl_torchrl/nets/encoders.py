@@ -1,4 +1,4 @@
-"""Encoders, which split an observation into a state and a context constant in an episode."""
+"""Encoders: they split observations into a state and a context, constant in an episode."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ ObservationShape: TypeAlias = Sequence[int] | Mapping[NestedKey, Sequence[int]]
 
 
 class Encoder(WholeState):
-    """Base of the encoders; called with a tensor or with a TensorDict.
+    """Base class of encoders; call it with a tensor or with a TensorDict.
 
-    ``encoder(obs)`` returns ``(state, context)``, as ``encoder(observation=obs)`` does;
-    ``encoder(td)`` reads ``in_keys`` and writes ``out_keys``.
+    ``encoder(obs)`` and ``encoder(observation=obs)`` return ``(state, context)``; ``encoder(td)``
+    reads ``in_keys`` and writes ``out_keys``.
 
     >>> class Halves(Encoder):
     ...     def split(self, observation):
@@ -42,9 +42,9 @@ class Encoder(WholeState):
     >>> context
     tensor([2., 3.])
 
-    An observation may also have several entries, of any shapes: give a mapping from their keys to
-    their shapes. They are joined, flat and in this order (:meth:`join`), into the one vector that
-    all calls with tensors take. No transform of the environment is needed.
+    An observation may also have several entries of any shapes: give a mapping from their keys to
+    their shapes. :meth:`join` flattens and concatenates them in this order into one vector, which
+    all calls with tensors take. The environment needs no transform.
 
     >>> encoder = IdentityEncoder({"position": (2,), "camera": (1, 2, 2)})
     >>> td = TensorDict({"position": torch.zeros(7, 2), "camera": torch.ones(7, 1, 2, 2)}, [7])
@@ -55,17 +55,17 @@ class Encoder(WholeState):
         mapped_env_obs_shape: Shape of one observation, ``[obs]``; or of each entry, by its key.
         latent_state_dim: ``D``.
         context_dim: ``C``, may be 0.
-        in_keys: Key of the observation; those of a mapping, where one is given.
+        in_keys: Key of the observation; with a mapping, its keys are used instead.
         out_keys: Keys of state and context.
 
     Shapes:
-        observation ``[*B, obs]`` -> state ``[*B, D]``, context ``[*B, C]``, in the dtype of the
-        encoder's floats (that of ``encoder.to(dtype)``; observations are converted).
+        observation ``[*B, obs]`` -> state ``[*B, D]``, context ``[*B, C]``, in the encoder's dtype
+        (set by ``encoder.to(dtype)``; observations are converted).
 
     Raises:
-        ValueError: Another shape than one axis, without a key; observations of another width, or
-            with NaN; a ``split`` that gives something else than it says. KeyError: An entry that a
-            TensorDict does not have.
+        ValueError: A shape of several axes without a mapping; observations of another width, or
+            with NaN; a ``split`` that returns other shapes than declared. KeyError: An entry that
+            is missing from a TensorDict.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Encoder(WholeState):
         #: The shape of each entry of an observation, by its key.
         self.entries = dict(zip(in_keys, shapes, strict=True))
         self.obs_dim = sum(map(prod, shapes))
-        # Moves with the module: observations are converted to its dtype.
+        # Moves with the module, and gives the dtype to which observations are converted.
         self.register_buffer("_floats", torch.empty(0), persistent=False)
         self.latent_state_dim = check_positive_int("latent_state_dim", latent_state_dim)
         self.context_dim = check_positive_int("context_dim", context_dim, minimum=0)
@@ -114,7 +114,7 @@ class Encoder(WholeState):
 
     @property
     def joins(self) -> bool:
-        """Whether observations have several entries, or one of several axes, to be joined."""
+        """Whether observations have to be joined: several entries, or one with several axes."""
         return [len(shape) for shape in self.entries.values()] != [1]
 
     @abstractmethod
@@ -122,9 +122,9 @@ class Encoder(WholeState):
         """Map checked observations ``[*B, obs]`` to state and context."""
 
     def merge(self, state: Tensor, context: Tensor) -> Tensor:
-        """Return the observations ``[*B, obs]`` of state and context: the inverse of :meth:`split`.
+        """Return the observations ``[*B, obs]`` of state and context, the inverse of :meth:`split`.
 
-        A hook; by default there is none.
+        A hook; by default there is no inverse.
 
         Raises:
             ValueError: An encoder without an inverse.
@@ -136,13 +136,13 @@ class Encoder(WholeState):
         )
 
     def join(self, tensordict: TensorDictBase) -> Tensor:
-        """Return the observations ``[*B, obs]`` of a TensorDict ``[*B]``, its entries joined.
+        """Join the entries of a TensorDict ``[*B]`` to observations ``[*B, obs]``.
 
         Integers, such as the bytes of an image, become floats of the same value.
 
         Raises:
-            KeyError: A missing entry. ValueError: An entry of another shape, or of other batch axes
-                than the others.
+            KeyError: A missing entry. ValueError: An entry with another shape, or with other batch
+                axes than the rest.
         """
         hint = "rename it with in_keys=[...], or in the mapping of shapes"
         found = [
@@ -171,7 +171,7 @@ class Encoder(WholeState):
         return torch.cat(flat, -1)
 
     def part(self, observation: Tensor) -> list[Tensor]:
-        """Return the entries ``[*B, *shape]`` that ``observation [*B, obs]`` was joined from."""
+        """Split joined observations ``[*B, obs]`` into their entries ``[*B, *shape]``."""
         sizes = [prod(shape) for shape in self.entries.values()]
         return [
             flat.reshape(*flat.shape[:-1], *shape)
@@ -189,7 +189,7 @@ class Encoder(WholeState):
         return self.encode_checked(observation)
 
     def check(self, observation: Tensor) -> None:
-        """Raise as the class says, unless ``observation`` is ``[*B, obs]`` and finite."""
+        """Raise an error unless ``observation`` is ``[*B, obs]`` and finite; see the class."""
         check_width(
             "observation",
             observation,
@@ -205,7 +205,7 @@ class Encoder(WholeState):
         found = self.split(observation.to(dtype))
         batch = observation.shape[:-1]
         shapes = [(*batch, self.latent_state_dim), (*batch, self.context_dim)]
-        # (Rows of one tensor would be taken for the two.)
+        # A single tensor would unpack into two of its rows.
         if not isinstance(found, tuple) or [tuple(x.shape) for x in found] != shapes:
             got = [tuple(x.shape) for x in (found if isinstance(found, tuple | list) else [found])]
             raise ValueError(
@@ -243,10 +243,10 @@ class IdentityEncoder(Encoder):
 
     def __init__(self, mapped_env_obs_shape: ObservationShape, **keys: Sequence[NestedKey]) -> None:
         super().__init__(mapped_env_obs_shape, 1, 0, **keys)
-        self.latent_state_dim = self.obs_dim  # only now known
+        self.latent_state_dim = self.obs_dim  # not known before
 
     def split(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the observation, and a context of width 0."""
+        """Return the observation and a context of width 0."""
         return observation, observation[..., :0]
 
     def merge(self, state: Tensor, context: Tensor) -> Tensor:
@@ -302,7 +302,7 @@ class FixedEncoderNet(Encoder):
         return observation[..., self.latent_state_dims], observation[..., self.context_dims]
 
     def merge(self, state: Tensor, context: Tensor) -> Tensor:
-        """Put both sets of dimensions in their places; they must be all that there are."""
+        """Put both sets of dimensions back in place; together they must be all dimensions."""
         places = torch.cat([self.latent_state_dims, self.context_dims])
         if len(places) != self.obs_dim:
             left_out = sorted(set(range(self.obs_dim)) - set(places.tolist()))
@@ -318,8 +318,8 @@ class EncoderNet(Encoder):
     """A learned linear encoder with a mask that separates state and context.
 
     The state is computed from the dimensions that have changed within an episode, the context from
-    the others. The mask starts without any of the former, and a predictor's ``learn`` updates it
-    (:meth:`update_mask`). Before that the state is 0.
+    the others. The mask marks the former; a predictor's ``learn`` updates it (:meth:`update_mask`).
+    At first it is empty, and the state is 0.
 
     >>> encoder = EncoderNet((3,), latent_state_dim=8, context_dim=2)
     >>> encoder.update_mask(torch.zeros(5, 3), torch.tensor([0.0, 1.0, 0.0]).expand(5, 3))
@@ -344,7 +344,7 @@ class EncoderNet(Encoder):
     ) -> None:
         super().__init__(mapped_env_obs_shape, latent_state_dim, context_dim, **keys)
         self.state_net = nn.Linear(self.obs_dim, latent_state_dim, bias=False)
-        # torch warns when it initialises an empty layer, so a context of width 0 has none.
+        # torch warns when it initialises an empty layer, so a context of width 0 has no layer.
         self.context_net = nn.Linear(self.obs_dim, context_dim, bias=False) if context_dim else None
         self.register_buffer("mask", torch.zeros(self.obs_dim, dtype=torch.bool))
 
@@ -363,7 +363,7 @@ class EncoderNet(Encoder):
 
 
 def _shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the shape of an entry; raise unless it is a sequence of integers from 1."""
+    """Return the shape of an entry; raise unless it is a sequence of positive integers."""
     try:
         found = tuple(operator.index(size) for size in shape)
     except TypeError:

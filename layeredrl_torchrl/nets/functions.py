@@ -30,11 +30,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def reads_next_state(func: F) -> F:
-    """Declare that a reward or termination reads the next state, and return it.
+    """Declare that a reward or termination function reads the next state, and return it.
 
     It is then called with the next state as a fourth argument. To declare this for all objects of a
-    class, set ``reads_next_state = True`` in the class, or use this function as its decorator. It
-    is not guessed from the signature.
+    class, set ``reads_next_state = True`` in the class, or decorate the class with this function.
+    The signature alone does not count.
 
     >>> @reads_next_state
     ... def progress(state, context, action, next_state):
@@ -82,14 +82,13 @@ def on_step(
 def check_step_function(
     name: str, func: StepFunction | None, *, may_look_ahead: bool = True
 ) -> None:
-    """Raise ``TypeError`` unless ``func`` is ``None``, or can be called as it was declared.
+    """Raise ``TypeError`` unless ``func`` is ``None`` or can be called as declared.
 
-    What it is declared to read is never guessed from its signature. But a function that cannot be
-    given state, context and action, and the next state if it declares that, is refused before it
-    is called.
+    The signature never decides what a function reads. But a function is refused before its first
+    call if it cannot take state, context and action, and the next state if declared.
 
     Args:
-        name: Of the argument, for messages.
+        name: Name of the argument, for messages.
         func: The function.
         may_look_ahead: Whether it may be declared to read the next state; else ``ValueError``.
     """
@@ -116,9 +115,9 @@ def check_step_function(
 
 
 def _takes(func: Callable[..., Any]) -> tuple[Callable[[int], bool], str]:
-    """Return whether ``func`` takes so many arguments, and these as text.
+    """Return a test for the number of arguments that ``func`` takes, and its arguments as text.
 
-    TensorDictModules take their ``in_keys`` (``@dispatch``), whatever their signature says.
+    TensorDictModules take their ``in_keys`` (``@dispatch``), whatever their signature.
     """
     if isinstance(func, TensorDictModuleBase):
         n_keys = len(func.in_keys)
@@ -139,7 +138,7 @@ def _takes(func: Callable[..., Any]) -> tuple[Callable[[int], bool], str]:
 
 
 def refuse_next_state(name: str, func: StepFunction | None) -> None:
-    """Raise ``ValueError`` if ``func`` reads the next state where there is none."""
+    """Raise ``ValueError`` if ``func`` reads the next state, for places that have none."""
     if func is not None and needs_next_state(func):
         raise ValueError(
             f"{name} was declared to read the next state, but is asked about state, context and "

@@ -21,11 +21,11 @@ __all__ = ["RewardNet", "ScalarHead", "ValueNet"]
 
 
 class ScalarHead(WholeLoading, ABC):
-    """A fully connected network with one output, ``loc + scale * net(normalised inputs)``.
+    """A fully connected network with the scalar output ``loc + scale * net(normalised inputs)``.
 
-    The statistics of its inputs and the scale of its output are buffers that a predictor's
-    ``learn`` sets (:meth:`fit_inputs`, :meth:`rescale`), so that learning rates mean the same
-    in tasks of any units. Without those calls it is a plain network.
+    The statistics of its inputs and the scale of its output are buffers. A predictor's ``learn``
+    sets them (:meth:`fit_inputs`, :meth:`rescale`), so that the same learning rates suit tasks of
+    any units. Without those calls it is a plain network.
 
     >>> head = ValueNet(3, 0)
     >>> head.rescale(loc=0.0, scale=100.0)  # the function does not change
@@ -60,12 +60,12 @@ class ScalarHead(WholeLoading, ABC):
         self._zero_output()
 
     def _zero_output(self) -> None:
-        """Return ``loc`` everywhere instead of noise, as LayeredRL's untrained value net does."""
+        """Make the network return ``loc`` everywhere, like LayeredRL's untrained value net."""
         nn.init.zeros_(self.net[-1].weight)
         nn.init.zeros_(self.net[-1].bias)
 
     def reset_parameters(self) -> None:
-        """Draw new weights; the statistics stay."""
+        """Draw new weights and keep the statistics."""
         for layer in self.net:
             if hasattr(layer, "reset_parameters"):
                 layer.reset_parameters()
@@ -82,7 +82,7 @@ class ScalarHead(WholeLoading, ABC):
     def forward(
         self, state: Tensor, context: Tensor, action: Tensor, *next_state: Tensor
     ) -> Tensor:
-        """Evaluate at state ``[*B, D]``, context ``[*B, C]`` and action; returns ``[*B]``."""
+        """Return the values ``[*B]`` at state ``[*B, D]``, context ``[*B, C]`` and action."""
         x = self.inputs(self.features(state, context, action, *next_state))
         with worthwhile_autocast(x.device, x.shape[:-1].numel(), self.net[0].out_features):
             out = self.net(x)
@@ -91,7 +91,7 @@ class ScalarHead(WholeLoading, ABC):
         return out.squeeze(-1) * self.out_scale + self.out_loc
 
     def compile(self, **options: Any) -> None:
-        """Compile calls of this head; copies and pickles of it are not compiled.
+        """Compile calls of this head, but not of its copies and pickles.
 
         Args:
             **options: Of ``torch.compile``. With ``dynamic=False`` every shape is compiled
@@ -111,7 +111,7 @@ class ScalarHead(WholeLoading, ABC):
         """Set ``loc`` and ``scale`` of the output without changing the function.
 
         The last layer compensates the change, as in PopArt (arXiv 1602.07714, equation 9). An
-        untrained head has no function to keep; it returns ``loc`` everywhere afterwards.
+        untrained head has no function to keep; afterwards it returns ``loc`` everywhere.
 
         Raises:
             ValueError: A scale that is not positive and finite.
@@ -132,7 +132,7 @@ class ScalarHead(WholeLoading, ABC):
 
 
 class _Compiled:
-    """Calls a head, compiled; each head, and with ``dynamic=False`` each shape, apart."""
+    """Calls a head compiled: separately for each head, and with ``dynamic=False`` each shape."""
 
     def __init__(self, head: ScalarHead, options: dict[str, Any]) -> None:
         self.head, self.options = head, options
@@ -161,8 +161,8 @@ class RewardNet(ScalarHead):
     Args:
         state_dim: ``D``.
         context_dim: ``C``, may be 0.
-        action_dim: ``A``, or the action space itself (needed where actions are discrete, so that
-            integers can be turned into one-hot features).
+        action_dim: ``A``, or the action space itself (needed for discrete actions, to turn integers
+            into one-hot features).
         hidden_sizes: Width of each hidden layer.
         nonlinearity: Class of the activation.
         layer_norm: Whether each hidden layer is normalised, which speeds up learning.

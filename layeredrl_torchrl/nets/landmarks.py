@@ -1,4 +1,4 @@
-"""Distances between places along the ways that were gone."""
+"""Distances between places along known paths."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from layeredrl_torchrl.nets.functions import (
 
 __all__ = ["Landmarks"]
 
-_ROWS = 20_000  # asked about at once, so that a table [rows, landmarks] stays small
+_ROWS = 20_000  # evaluated at once, so that a table [rows, landmarks] stays small
 
 
 class Landmarks(KeepsFloats, WholeLoading):
     """A far-sighted value of states and goals: by the shortest way over places seen before.
 
-    Some of the places that were seen become landmarks, more than ``radius`` apart, so that one is
-    near each of them. Neighbours, at most two radii apart, are joined, and the way from place to
-    place is the shortest over such joints: along corridors, and not through walls. (Search on a
-    replay buffer, arXiv 1906.05253, with known distances between neighbours.) Nothing is trained.
-    Give a predictor :meth:`value`, and :meth:`is_strange` for plans that stay where somebody was;
-    or :meth:`novelty`, to see more before there is a task:
+    Some of the places seen become landmarks, more than ``radius`` apart, so that each place is near
+    a landmark. Landmarks at most two radii apart are joined. The path from place to place is the
+    shortest over these edges: along corridors, and not through walls. (Search on a replay buffer,
+    arXiv 1906.05253, with known distances between neighbours.) Nothing is trained. Give a predictor
+    :meth:`value`, and :meth:`is_strange` for plans that stay in known places; or :meth:`novelty`,
+    to explore before there is a task:
 
     >>> landmarks = Landmarks(2, radius=0.5)
     >>> landmarks.extend(torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [1.0, 2.0], [0.0, 2.0]]))
@@ -47,19 +47,19 @@ class Landmarks(KeepsFloats, WholeLoading):
 
     Args:
         dim: Number of dimensions of a place, ``P``: the first of the state, and all of the context.
-        radius: How near a landmark is to all that it stands for, in the units of places; less than
-            half of what walls are thick, or ways lead through them.
+        radius: Largest distance of a landmark to the places it stands for, in the units of places;
+            must be less than half the thickness of walls, or paths lead through them.
         scale: Distance over which the value falls to ``1 / e``.
         top: Value at the goal.
-        capacity: Most landmarks; what is seen when all are taken makes no new ones.
+        capacity: Maximum number of landmarks; after that, no new ones are made.
 
     Raises:
-        TypeError, ValueError: Numbers of other kinds, or outside their range.
+        TypeError, ValueError: Numbers of another kind, or outside their range.
     """
 
     places: Tensor  # [capacity, P]
-    ways: Tensor  # [capacity, capacity], the shortest
-    visits: Tensor  # [capacity], places that were seen within two radii, since it is there
+    ways: Tensor  # [capacity, capacity], lengths of the shortest paths
+    visits: Tensor  # [capacity], places seen within two radii since the landmark exists
     count: Tensor  # [] int64
 
     def __init__(
@@ -87,7 +87,7 @@ class Landmarks(KeepsFloats, WholeLoading):
         """Learn from places ``[*B, P]`` that were seen.
 
         Raises:
-            TypeError, ValueError: No floats; another width; NaN, or infinite places.
+            TypeError, ValueError: Places that are not floats, of another width, or not finite.
         """
         check_width("places", places, self.places.shape[-1], hint="give what was seen of places")
         check_finite("places", places, hint="leave such rows out")
@@ -111,25 +111,25 @@ class Landmarks(KeepsFloats, WholeLoading):
 
     @property
     def _reach(self) -> float:
-        """How far a neighbour may be: two radii, but for rounding.
+        """The largest distance of neighbours: two radii, apart from rounding.
 
-        From a place, too: of the nearest landmark alone, the way would grow longer at first where
-        one leaves it for the next, and short plans would stay.
+        It also holds from a place to its landmarks. With the nearest landmark alone, paths would at
+        first get longer on the way to the next landmark, and short plans would not move.
         """
         return 2.001 * self.radius
 
     def _off(self, places: Tensor) -> Tensor:
-        """How far places ``[N, P]`` are from the nearest landmark, ``[N]``."""
+        """Return the distances ``[N]`` of places ``[N, P]`` from the nearest landmark."""
         if not self.count:
             return torch.full_like(places[:, 0], inf)
         known = self.places[: self.count]
         return torch.cat([_between(some, known).amin(-1) for some in places.split(_ROWS)])
 
     def distance(self, place: Tensor, goal: Tensor) -> Tensor:
-        """Length of the shortest way ``[*B]`` from places to goals, ``[*B, P]`` both.
+        """Return the lengths ``[*B]`` of the shortest paths from places to goals, both ``[*B, P]``.
 
-        Infinite where no way is known, or no landmark within two radii. The goal counts as the
-        landmark that is nearest to it.
+        Infinite where no path is known, or no landmark is within two radii. The goal counts as its
+        nearest landmark.
         """
         if not self.count:
             return torch.full_like(place[..., 0], inf)
@@ -147,12 +147,12 @@ class Landmarks(KeepsFloats, WholeLoading):
         return torch.cat(found).reshape(place.shape[:-1]).to(place.dtype)
 
     def value(self, state: Tensor, context: Tensor, action: Tensor | None = None) -> Tensor:
-        """``top * exp(-distance / scale)`` from states ``[*B, D]`` to goals ``[*B, P]``, ``[*B]``.
+        """Return ``top * exp(-distance / scale)``, ``[*B]``; the context is the goal ``[*B, P]``.
 
-        0 where no way is known.
+        0 where no path is known.
 
         Raises:
-            ValueError: A context that is no goal: of another width.
+            ValueError: A context that is not a goal, because its width differs.
         """
         width = self.places.shape[-1]
         check_width("the context", context, width, hint="Landmarks.value reads the goal from it")
@@ -162,13 +162,13 @@ class Landmarks(KeepsFloats, WholeLoading):
         return self.top * torch.exp(-self.distance(place, context) / self.scale)
 
     def novelty(self, state: Tensor, context: Tensor, action: Tensor | None = None) -> Tensor:
-        """What it is worth to be where few were, or on the way there, from ``[*B, D]``: ``[*B]``.
+        """Return the value ``[*B]`` of states ``[*B, D]`` at, or on the way to, rarely seen places.
 
-        ``top * exp(-distance / scale) / sqrt(visits)``, for the landmark of which that is most.
-        Visits are the places that were seen within two radii of it, since it is there. A planner
-        for this value goes to the edge of what is known, and random phases go on from there (first
-        return, then explore: Go-Explore, arXiv 2004.12919; counts as in arXiv 1606.01868). 0 far
-        from all landmarks.
+        The maximum over landmarks of ``top * exp(-distance / scale) / sqrt(visits)``. Visits are
+        the places seen within two radii since the landmark exists. A planner with this value goes
+        to the edge of the known region, and random phases go on from there (first return, then
+        explore: Go-Explore, arXiv 2004.12919; counts as in arXiv 1606.01868). 0 far from all
+        landmarks.
         """
         if not self.count:
             return torch.zeros_like(state[..., 0])
@@ -184,15 +184,15 @@ class Landmarks(KeepsFloats, WholeLoading):
         return self.top * torch.cat(found).reshape(state.shape[:-1]).to(state.dtype)
 
     def value_of(self, reward: StepFunction, *, speed: float, discount: float) -> StepFunction:
-        """Return the value function of a reward, for one who goes from landmark to landmark.
+        """Return the value function of a reward for an agent that moves from landmark to landmark.
 
-        It is found by value iteration for each context that it is asked about. On the way to a
-        landmark each action is paid as at its end. Strange places have the least of all values.
+        Value iteration computes it for each context. On the way to a landmark, each action gets the
+        reward of the landmark. Strange places have the lowest value of all landmarks.
 
         Args:
-            reward: ``(state, context, action) -> [*B]`` or of the next state, too; only the place
-                in a state may matter, and the action is empty, ``[*B, 0]``.
-            speed: Distance that an action covers.
+            reward: ``(state, context, action) -> [*B]``, or with the next state; it may depend only
+                on the place in a state. The action is empty, ``[*B, 0]``.
+            speed: Distance covered by one action.
             discount: Over one action, below 1.
         """
         check_callable("reward", reward)
@@ -221,10 +221,10 @@ class Landmarks(KeepsFloats, WholeLoading):
         at = state.new_zeros(*rows, state.shape[-1])
         at[..., : known.shape[-1]] = known
         paid = on_step(reward, at, contexts.unsqueeze(1).expand(*rows, -1), at[..., :0], at)
-        forever = 1.0 / (1.0 - discount)  # what a reward of 1 is worth that is paid again and again
+        forever = 1.0 / (1.0 - discount)  # the value of a reward of 1 at every step
 
         def going(distance: Tensor, paid: Tensor, value: Tensor) -> Tensor:
-            """Worth of going to the best of landmarks, of ``distance`` in the last axis."""
+            """Return the value of going to the best landmark, ``distance`` in the last axis."""
             left = discount ** (distance / speed)
             worth = (1.0 - left) * forever * paid + left * value
             return worth.where(distance <= self._reach, -inf).amax(-1)
@@ -247,17 +247,17 @@ class Landmarks(KeepsFloats, WholeLoading):
     def is_strange(
         self, state: Tensor, context: Tensor, action: Tensor, next_state: Tensor
     ) -> Tensor:
-        """Whether a step leads to where no landmark is near, bool ``[*B]``: into a wall, say."""
+        """Return whether a step leads far from all landmarks, into a wall for example, ``[*B]``."""
         place = next_state[..., : self.places.shape[-1]]
         off = self._off(place.reshape(-1, place.shape[-1])).reshape(place.shape[:-1])
         return (off > self.radius) & (self.count > 0)
 
 
 def _between(places: Tensor, known: Tensor) -> Tensor:
-    """Distances ``[N, L]`` of places ``[N, P]`` from landmarks ``[L, P]``, in the landmarks' dtype.
+    """Return distances ``[N, L]`` of places ``[N, P]`` from landmarks ``[L, P]``, in their dtype.
 
-    By differences: the products of large matrices, which are the default, lose what is near far
-    from 0, such as in the coordinates of a map.
+    Computed from differences: the default, products of large matrices, loses small distances far
+    from 0, such as in map coordinates.
     """
     places = places.to(known.dtype)
     return torch.cdist(places, known, compute_mode="donot_use_mm_for_euclid_dist")

@@ -1,4 +1,4 @@
-"""Encoders of any torch module, and a normalisation that keeps their states from collapsing."""
+"""An encoder from any torch module, and a normalisation that prevents collapsed states."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["ModuleEncoder", "SimNorm"]
 
 
 class ModuleEncoder(Encoder):
-    """Encodes observations by any torch module, such as a convolutional network for images.
+    """Encodes observations with any torch module, such as a convolutional network for images.
 
-    A predictor trains it by the reward, and by
+    A predictor trains it by the reward loss, and by
     :class:`~layeredrl_torchrl.objectives.ConsistencyLoss` if that is added.
 
     >>> from torch import nn
@@ -28,19 +28,19 @@ class ModuleEncoder(Encoder):
     torch.Size([7, 16])
 
     Args:
-        module: Called with one tensor ``[N, *shape]`` for each entry of the observation, whose
-            batch axes are flattened; returns the state ``[N, D]``, with a ``context_dim`` state and
-            context ``[N, C]``. Images of bytes come as floats from 0 to 255; divide them.
-        mapped_env_obs_shape: Shape of an observation, of any number of axes, or of each entry by
-            its key.
+        module: Called with one tensor ``[N, *shape]`` for each entry of the observation, with
+            flattened batch axes. Returns the state ``[N, D]``, or with a ``context_dim`` state and
+            context ``[N, C]``. Images of bytes arrive as floats from 0 to 255; divide them.
+        mapped_env_obs_shape: Shape of an observation, with any number of axes, or a mapping from
+            the keys of its entries to their shapes.
         latent_state_dim: ``D``.
         context_dim: ``C``, may be 0. The context should be constant in an episode.
         in_keys: Key of an observation without a mapping; ``["observation"]`` by default.
         out_keys: Keys of state and context.
 
     Raises:
-        TypeError, ValueError: As :class:`Encoder`; no module. When called, for outputs of another
-            kind or shape.
+        TypeError, ValueError: As :class:`Encoder`; not a module. When called, for outputs of
+            another kind or shape.
     """
 
     def __init__(
@@ -88,19 +88,19 @@ class ModuleEncoder(Encoder):
 class SimNorm(nn.Module):
     """Softmax over groups of neighbouring dimensions (TD-MPC2, arXiv 2310.16828, equation 5).
 
-    As the last layer of an encoder it bounds the state, and keeps it from shrinking to a point,
-    which would be easiest to predict.
+    As the last layer of an encoder it bounds the state, and keeps all states from collapsing to one
+    point, which would be easiest to predict.
 
     >>> from layeredrl_torchrl.nets import SimNorm
     >>> SimNorm(4)(torch.zeros(2, 8)).sum(-1)
     tensor([2., 2.])
 
     Args:
-        size: Dimensions of a group; it has to divide their number.
+        size: Dimensions of a group; must divide the total number.
         temperature: Divides the inputs.
 
     Raises:
-        ValueError: A width that is no multiple of ``size``.
+        ValueError: A width that is not a multiple of ``size``.
     """
 
     def __init__(self, size: int = 8, temperature: float = 1.0) -> None:

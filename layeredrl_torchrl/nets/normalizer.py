@@ -1,4 +1,4 @@
-"""Per-feature standardisation with statistics that only ``fit`` changes."""
+"""Per-feature standardisation; only ``fit`` changes its statistics."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["Normalizer"]
 class Normalizer(nn.Module):
     """Maps ``x`` to ``(x - loc) / scale``; ``loc = 0`` and ``scale = 1`` until :meth:`fit`.
 
-    With ``clip``, the result is kept within the range of the data it was fitted to, widened by a
-    tenth on both sides: a network predicts no better for inputs unlike its data than for the
-    nearest ones in it.
+    With ``clip``, the result is clipped to the range of the fitted data, widened by a tenth of it
+    on both sides: for inputs unlike its data, a network predicts no better than for the nearest
+    ones in that range.
 
-    TorchRL's ``ObservationNorm`` and ``VecNormV2`` normalise the stream of an environment; this
-    one is part of a network and does not change while the network is evaluated.
+    TorchRL's ``ObservationNorm`` and ``VecNormV2`` normalise the stream of an environment. This
+    module is part of a network and does not change while the network is evaluated.
 
     >>> normalizer = Normalizer(1)
     >>> normalizer.fit(torch.tensor([[1.0], [3.0]]))
@@ -28,7 +28,7 @@ class Normalizer(nn.Module):
 
     Args:
         dim: Number of features ``n``.
-        clip: Whether to keep results within the range of the data.
+        clip: Whether to clip results to the range of the data.
     """
 
     loc: Tensor  # [n]
@@ -74,7 +74,7 @@ class Normalizer(nn.Module):
             return
         if not x.is_floating_point() or x.dtype.itemsize < 4:
             x = x.to(torch.promote_types(self.loc.dtype, torch.float32))
-        # The sample is first scaled to [-1, 1]: squares of large numbers overflow, and small
+        # First scale the sample to [-1, 1]: otherwise squares of large numbers overflow, and small
         # deviations from a large mean are lost.
         low, high = x.amin(0), x.amax(0)
         center, half = low / 2 + high / 2, high / 2 - low / 2

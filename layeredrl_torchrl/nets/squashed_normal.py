@@ -1,4 +1,4 @@
-"""A squashed Gaussian that asks a device nothing."""
+"""A squashed Gaussian that never waits for a device."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Bounds(KeepsFloats):
 
 
 class SquashedNormal(Distribution):
-    """A Gaussian, squashed by tanh into bounds: TorchRL's ``TanhNormal``, without its checks.
+    """A Gaussian squashed by tanh into bounds, like TorchRL's ``TanhNormal`` without its checks.
 
-    Those wait for the device at every call, and their bounds are copied to it.
+    TorchRL's checks wait for the device at every call, and copy the bounds to it.
 
     >>> dist = SquashedNormal(
     ...     torch.zeros(7, 1), torch.ones(7, 1), Bounds(-torch.ones(1), torch.ones(1))
@@ -42,7 +42,7 @@ class SquashedNormal(Distribution):
     Args:
         loc: Mean before squashing, ``[*B, A]``.
         scale: Std before squashing, ``[*B, A]``, positive.
-        bounds: Of the action.
+        bounds: Bounds of the action.
     """
 
     arg_constraints = {"loc": constraints.real, "scale": constraints.positive}
@@ -55,7 +55,7 @@ class SquashedNormal(Distribution):
         self.middle = bounds.low + self.half
 
     def rsample_and_log_prob(self, sample_shape: Any = ()) -> tuple[Tensor, Tensor]:
-        """Sample ``[*S, *B, A]`` with its log density ``[*S, *B]``, which stays exact at bounds."""
+        """Sample ``[*S, *B, A]`` with its log density ``[*S, *B]``, exact even at the bounds."""
         shape = self._extended_shape(torch.Size(sample_shape))
         noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
         before = self.loc + self.scale * noise
@@ -66,7 +66,7 @@ class SquashedNormal(Distribution):
         return self.rsample_and_log_prob(sample_shape)[0]
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density ``[*B]`` of actions ``[*B, A]``; those on a bound count as just within."""
+        """Return the log density ``[*B]`` of actions ``[*B, A]``; a bound counts as just within."""
         limit = 1.0 - torch.finfo(value.dtype).eps
         before = ((value - self.middle) / self.half).clamp(-limit, limit).atanh()
         return self._density(before, (before - self.loc) / self.scale)
@@ -78,7 +78,7 @@ class SquashedNormal(Distribution):
 
     @property
     def mode(self) -> Tensor:
-        """As :attr:`deterministic_sample`, as TorchRL takes it."""
+        """The median, which TorchRL uses as the mode."""
         return self.deterministic_sample
 
     def _squash(self, before: Tensor) -> Tensor:
@@ -86,6 +86,6 @@ class SquashedNormal(Distribution):
 
     def _density(self, before: Tensor, noise: Tensor) -> Tensor:
         gaussian = -0.5 * noise.square() - self.scale.log() - 0.5 * math.log(2.0 * math.pi)
-        # log(1 - tanh(x)^2), without the cancellation.
+        # log(1 - tanh(x)^2), without cancellation.
         slope = 2.0 * (math.log(2.0) - before - F.softplus(-2.0 * before))
         return (gaussian - slope - self.half.log()).sum(-1)

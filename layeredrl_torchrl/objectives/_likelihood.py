@@ -1,4 +1,4 @@
-"""The likelihood of mixtures of Gaussians, weighted as dynamics learn by it."""
+"""The likelihood of mixtures of Gaussians, weighted as in the dynamics loss."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch.autograd.function import once_differentiable
 __all__ = ["mixture_loss"]
 
 _CONSTANT = 0.5 * math.log(2 * math.pi)
-# A mode below exp(-60) of the likeliest does not change the sum, but its gradient would hold
-# subnormal numbers, which processors multiply ten times as slowly.
+# A mode with less than exp(-60) of the highest likelihood does not change the sum, but its gradient
+# would hold subnormal numbers, which processors multiply ten times more slowly.
 _UNLIKELY = -60.0
-# So large a share of a dimension's variance, or a larger one, counts as not explained at all.
+# From this share of a dimension's variance on, the dimension counts as not explained at all.
 _UNEXPLAINED = 0.1
 
 
@@ -31,19 +31,19 @@ def mixture_loss(
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of each member and its negative log-likelihood in nats, ``[M]`` each.
 
-    With ``beta = 0`` both are the same; see :class:`~layeredrl_torchrl.ModelLoss` for others.
+    With ``beta = 0`` both are the same; see :class:`~layeredrl_torchrl.ModelLoss` for other values.
 
-    Once beta of the stds is below that of the means, the latter falls with the unexplained variance
-    of a dimension below a tenth: what is seldom goes on to be learned, and what is explained
-    becomes precise.
+    Once the beta of the stds is below that of the means, the beta of the means falls in each
+    dimension with the unexplained share of its variance, as far as this is below a tenth. So rare
+    changes are still learned, and explained dimensions become precise.
 
     Args:
         mixture: Mean and std ``[M, N, K, D]``, log weights ``[M, N, K]``.
         target: In units of its std in the data, ``[M, N, 1, D]``.
         weight: Shares of the rows, ``[M, N]``.
         of_means: Beta in the gradient of the means, where they explain little.
-        of_stds: Beta in all else, ``[]``.
-        limit: From so many stds on squared errors go on linearly.
+        of_stds: Beta in all other gradients, ``[]``.
+        limit: Number of stds beyond which errors count linearly.
     """
     mean, std, log_weights = mixture
     changes = isinstance(of_stds, Tensor)
@@ -70,10 +70,10 @@ def mixture_loss(
 
 
 class _Surprise(torch.autograd.Function):
-    """Minus the log-density of each dimension under each mode, without its constant.
+    """Negative log-density of each dimension under each mode, without its constant.
 
-    ``log std + huber(z)`` with ``z = (mean - target) / std``. It runs over the largest tensors of
-    an update, so its derivatives are written out: autograd's take three times as many operations.
+    ``log std + huber(z)`` with ``z = (mean - target) / std``. It handles the largest tensors of an
+    update, so its derivatives are written out: autograd needs three times as many operations.
     """
 
     generate_vmap_rule = True
@@ -88,19 +88,19 @@ class _Surprise(torch.autograd.Function):
         limit: float,
         pull: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return it, and for the derivatives ``z`` and ``z`` within the limit.
+        """Return the value, and for the derivatives ``z`` and the clamped ``z``.
 
-        ``log_std`` and ``error``, the mean minus the target, have no gradient of their own; that of
+        ``log_std`` and ``error`` (mean minus target) get no gradient of their own. The gradient of
         the mean is multiplied by ``pull``.
         """
-        # In place where it can be: new memory costs as much as the operations.
+        # In place where possible: allocating memory costs as much as the operations.
         z = error / std
         near = z.clamp(-limit, limit)
         return torch.add(z, near, alpha=-0.5).mul_(near).add_(log_std), z, near
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Keep what the derivatives read."""
+        """Save the tensors that the derivatives need."""
         _, std, target, _, _, _, pull = inputs
         _, z, near = output
         ctx.mark_non_differentiable(z, near)
@@ -110,7 +110,7 @@ class _Surprise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        """The derivative by ``z`` is ``z`` within the limit."""
+        """Compute the derivatives; the derivative by ``z`` is the clamped ``z``."""
         std, z, near, pull = ctx.saved_tensors
         of_z = grad * near
         of_std = torch.addcmul(grad, of_z, z, value=-1.0).div_(std)
@@ -122,10 +122,10 @@ class _Surprise(torch.autograd.Function):
 
 
 def _unexplained(error: Tensor, log_weights: Tensor, weight: Tensor) -> Tensor:
-    """Return squared errors by their bound, at most 1, without gradient, ``[M, 1, 1, D]``.
+    """Return mean squared errors over ``_UNEXPLAINED``, at most 1, ``[M, 1, 1, D]``.
 
     Args:
-        error: In units of the target's std, ``[M, N, K, D]``.
+        error: In units of the target's std, without gradient, ``[M, N, K, D]``.
         log_weights: Of the modes, ``[M, N, K]``.
         weight: Shares of the rows, ``[M, N]``.
     """
@@ -146,15 +146,15 @@ def _relative(log_std: Tensor, beta: Tensor | float, weight: Tensor) -> Tensor:
     v = torch.mul(log_std, 2.0 * beta).exp_()
     shares = weight.to(v.dtype).repeat_interleave(n_modes, -1).unsqueeze(1) / n_modes
     mean = torch.bmm(shares, v.flatten(1, 2)).unsqueeze(1)  # [M, 1, 1, D]
-    # The mean is 0 for a member without rows, whose shares have to stay finite.
+    # The mean is 0 for a member without rows; its shares have to stay finite.
     return v.mul_(mean.clamp_min(torch.finfo(v.dtype).tiny ** 0.75).reciprocal_())
 
 
 def _of_modes(row: Tensor, log_weights: Tensor, log_r: Tensor, weight: Tensor) -> Tensor:
-    """Return the mean over rows, ``[M]``, of weighted negative log-likelihoods of their modes.
+    """Return the mean over rows, ``[M]``, of the modes' weighted negative log-likelihoods.
 
-    A row counts ``sum_k r_k (log r_k - log w_k + row_k)``, with responsibilities ``r``: where
-    nothing is weighted, that is its negative log-likelihood, in value and in gradient.
+    A row contributes ``sum_k r_k (log r_k - log w_k + row_k)``, with responsibilities ``r``.
+    Unweighted, this is its negative log-likelihood, in value and in gradient.
 
     Args:
         row: ``[M, N, K]``.
@@ -169,12 +169,12 @@ def _of_modes(row: Tensor, log_weights: Tensor, log_r: Tensor, weight: Tensor) -
 
 
 def _log_sum_exp(joint: Tensor) -> Tensor:
-    """Return the logarithm of a mixture's density, ``[M, N, 1]``, from that of its modes."""
+    """Return the log-density of a mixture, ``[M, N, 1]``, from those of its modes."""
     if joint.shape[-1] == 1:
         return joint
     joint = joint.clamp_min(joint.detach().amax(-1, keepdim=True) + _UNLIKELY)
     return joint.logsumexp(-1, keepdim=True)
 
 
-# torch binds the arguments of each call by the signature, and would read it anew each time.
+# torch binds the arguments of each call by the signature, and would inspect it each time.
 _Surprise.forward.__signature__ = inspect.signature(_Surprise.forward)  # type: ignore[attr-defined]

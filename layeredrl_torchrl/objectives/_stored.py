@@ -1,4 +1,4 @@
-"""The stored transitions of a TorchRL replay buffer, checked, and read by their place.
+"""The stored transitions of a TorchRL replay buffer, checked and read by their place.
 
 Axis letters are those of ``slices.py``.
 """
@@ -26,17 +26,17 @@ from torchrl.data import (
 
 __all__ = ["StoredRows", "any_in_row", "check_single_steps", "rows_at", "take"]
 
-# Uniform samplers, which are not used: slices have their own uniform draws.
+# Uniform samplers. They are not used, since slices draw uniformly themselves.
 _UNIFORM = (RandomSampler, SamplerWithoutReplacement, SliceSampler, SliceSamplerWithoutReplacement)
 
 
 class StoredRows:
-    """Reads the storage of a buffer, which another thread or process may be extending.
+    """Reads the storage of a buffer that another thread or process may be extending.
 
     Args:
         buffer: The buffer.
         keys: Entries that its rows must have.
-        flags: Those of them that must be boolean.
+        flags: Those of ``keys`` that must be boolean.
 
     Raises:
         TypeError: Not a replay buffer on a tensor or memory-mapped storage, or one whose sampler
@@ -68,13 +68,13 @@ class StoredRows:
         stored = len(storage)
         # TorchRL counts rows along time; each holds a transition for every lane.
         lanes = stored // max(storage.shape[0], 1) if stored and storage.ndim > 1 else 1
-        # The writer of a read-only data set does not count.
+        # The writer of a read-only data set has no count.
         written = getattr(self.buffer.writer, "_write_count", 0)
         return max(int(written) * lanes, stored)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep others from writing, by the locks that ``buffer.sample`` takes."""
+        """Block writers, with the locks that ``buffer.sample`` takes."""
         with self.buffer._replay_lock, self.buffer._write_lock:
             yield
 
@@ -82,7 +82,7 @@ class StoredRows:
         """Return the whole memory ``[T_max, (E)]``, checked, and the number of its filled rows.
 
         Args:
-            length: Rows along time that there must be.
+            length: Minimum number of rows along time.
 
         Raises:
             TypeError, ValueError, KeyError: As ``TransitionSlices.sample``.
@@ -91,7 +91,7 @@ class StoredRows:
         if not len(storage):
             raise ValueError("buffer: got an empty one, expected transitions; extend it first.")
         # Indexing a storage cuts every entry to its filled part, which takes longer than copying
-        # the rows. But it is the only way to open the memory of one that another process filled.
+        # the rows. But it is the only way to open a storage that another process filled.
         contents = storage._storage if storage.initialized else storage[:]
         if not isinstance(contents, TensorDictBase):
             raise TypeError(
@@ -143,24 +143,24 @@ class StoredRows:
         if n_rows < capacity:
             return n_rows - 1
         # The writer's cursor is saved and loaded with the buffer, the storage's is not. But the
-        # writer has not moved if another buffer on the same storage does the writing.
+        # writer has not moved if another buffer on the same storage writes.
         writer = self.buffer.writer
         if isinstance(writer, RoundRobinWriter) and self.buffer.write_count:
             return int(writer._cursor - 1) % capacity
         newest = self.buffer.storage._last_cursor_index
-        # A data set that was stored as a whole has no cursor.
+        # A data set that was stored in one piece has no cursor.
         return n_rows - 1 if newest is None else int(newest)
 
 
 def _check_sampling(buffer: ReplayBuffer) -> None:
-    """Refuse buffers that draw or relabel in their own way, since that would be skipped."""
+    """Refuse buffers with their own drawing or relabelling, since slices would skip it."""
     if isinstance(buffer, RayReplayBuffer):
         raise TypeError(
             "buffer: got a RayReplayBuffer, whose storage lies in another process, expected a "
             "buffer of this one; extend a TensorDictReplayBuffer(storage=LazyTensorStorage(n)) "
             "with what it holds."
         )
-    # Hindsight buffers relabel in a method of their own; others leave it to the sampler.
+    # Hindsight buffers relabel in their own method; others leave it to the sampler.
     plain = (ReplayBuffer._sample, TensorDictReplayBuffer._sample)
     if type(buffer)._sample in plain and type(buffer.sampler) in _UNIFORM:
         return
@@ -189,7 +189,7 @@ def _check_storage(storage: object) -> TensorStorage:
 
 
 def check_single_steps(rows: TensorDictBase) -> None:
-    """Raise ``ValueError`` for rows that span several steps, whose rewards are sums."""
+    """Raise ``ValueError`` for rows that span several steps: their rewards are sums."""
     spans = rows.get("steps_to_next_obs", None)
     if spans is not None and bool((spans > 1).any()):
         raise ValueError(
@@ -210,7 +210,7 @@ def rows_at(contents: TensorDictBase, index: Tensor) -> TensorDictBase:
 
 def take(leaf: Tensor, index: Tensor, ndim: int) -> Tensor:
     """Copy the rows at flat ``index`` [B, L] of ``leaf`` [T, (E,) ...] to [B, L, ...]."""
-    # Text, and leaves that are not contiguous, which flattening would copy as a whole.
+    # Text; and leaves that are not contiguous, since flattening would copy them completely.
     if not isinstance(leaf, Tensor) or (ndim > 1 and not leaf.is_contiguous()):
         return leaf[torch.unravel_index(index, leaf.shape[:ndim])]
     # index_select is several times faster than indexing for wide rows, and for single numbers of a

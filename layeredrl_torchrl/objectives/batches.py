@@ -39,12 +39,12 @@ class MemberBatches(ABC):
     def assign(self, batch: TensorDictBase, n_models: int) -> TensorDictBase:
         """Give the sampled transitions ``[R]`` to the members: ``[M, N]``.
 
-        The transitions may be those of several batches; the result is then split along ``N``.
+        The transitions may come from several batches; the result is then split along ``N``.
         """
 
 
 class OwnBatches(MemberBatches):
-    """Gives every member ``batch_size`` transitions of its own, drawn independently.
+    """Gives every member its own ``batch_size`` transitions, drawn independently.
 
     >>> OwnBatches().n_rows(batch_size=256, n_models=5)
     1280
@@ -60,7 +60,7 @@ class OwnBatches(MemberBatches):
 
 
 class SharedBatch(MemberBatches):
-    """Gives all members the same transitions; they differ by their initial weights only.
+    """Gives all members the same transitions; members differ only by their initial weights.
 
     >>> SharedBatch().assign(TensorDict({"state": torch.zeros(256, 3)}, [256]), n_models=5).shape
     torch.Size([5, 256])
@@ -103,10 +103,10 @@ class PartitionedBatch(MemberBatches):
 class BootstrappedBatches(OwnBatches):
     """Gives every member a bootstrap sample of the whole data, as in PETS (arXiv 1805.12114).
 
-    A transition counts for a member as often as it was drawn into that member's resampled data
-    set: Poisson(1) times, the limit of drawing with replacement (Oza and Russell, 2001). The count
-    is a fixed function of member and place in the storage, so it needs no memory and does not
-    change while the buffer grows. It multiplies the entry ``"weight"``, which is 1 if missing.
+    A transition counts for a member as often as it was drawn into the member's resampled data set:
+    Poisson(1) times, the limit of drawing with replacement (Oza and Russell, 2001). The count is a
+    fixed function of member and place in the storage, so it needs no memory and stays the same
+    while the buffer grows. It multiplies the entry ``"weight"``, which is 1 if missing.
 
     >>> data = TensorDict({"storage_index": torch.arange(20, 28)}, [8])
     >>> BootstrappedBatches().assign(data, n_models=2)["weight"]
@@ -114,7 +114,7 @@ class BootstrappedBatches(OwnBatches):
             [1., 2., 1., 0.]])
 
     Args:
-        seed: Another seed is another set of bootstrap samples.
+        seed: Each seed gives another set of bootstrap samples.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -132,7 +132,7 @@ class BootstrappedBatches(OwnBatches):
         uniform = torch.stack(
             [hashed_uniform(places[m], salt=(self.seed << 16) + m) for m in range(n_models)]
         )
-        # P(count <= j) of Poisson(1); beyond 8 lies a probability of 1e-6.
+        # P(count <= j) of Poisson(1); counts above 8 have a probability of 1e-6.
         edges = torch.tensor(
             [sum(math.exp(-1.0) / math.factorial(i) for i in range(j + 1)) for j in range(9)],
             device=uniform.device,
@@ -147,8 +147,8 @@ class BootstrappedBatches(OwnBatches):
 def fingerprint(*tensors: Tensor) -> Tensor:
     """Hash the content of each row, int64 ``[R]``.
 
-    Multilinear hashing: the values' bits times odd pseudo-random constants are summed, which is
-    several times cheaper than mixing each of them.
+    Multilinear hashing sums the values' bits times odd pseudo-random constants. This is several
+    times cheaper than mixing each value.
 
     Args:
         *tensors: The parts of the rows, ``[R, *]`` each, of any dtype.
@@ -178,6 +178,6 @@ _MULTIPLIER = 0x5851F42D4C957F2D
 
 
 def _stir(x: Tensor) -> Tensor:
-    """Mix the bits by xor-shifts and products, so that few different bits change all."""
+    """Mix the bits by xor-shifts and products, so that few changed bits change all."""
     x = (x ^ ((x >> 30) & (2**34 - 1))) * _MULTIPLIER
     return x ^ ((x >> 27) & (2**37 - 1))

@@ -1,4 +1,4 @@
-"""A loss by which an encoder learns states that can be predicted."""
+"""A loss that teaches an encoder predictable states."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ __all__ = ["ConsistencyLoss"]
 
 
 class ConsistencyLoss(TermsLoss):
-    """Squared error of the predicted next state, which trains the encoder, and the encoder alone.
+    """Squared error of the predicted next state, which trains only the encoder.
 
-    The state of the next observation is a target without gradients, by the encoder itself or by a
-    copy that follows it slowly (TD-MPC2, arXiv 2310.16828, equation 3, for one step). Rewards say
-    nothing about what does not change them soon; this does. By itself it would be least for a state
-    that is constant, so end the encoder with :class:`~layeredrl_torchrl.nets.SimNorm` or a
-    ``LayerNorm``, and keep the reward's loss. The model learns by its own loss.
+    The target is the state of the next observation, without gradients, from the encoder itself or
+    from a copy that follows it slowly (TD-MPC2, arXiv 2310.16828, equation 3, for one step). The
+    reward loss teaches only what affects rewards soon; this loss teaches the rest. Alone it would
+    be minimal for a constant state, so end the encoder with
+    :class:`~layeredrl_torchrl.nets.SimNorm` or a ``LayerNorm``, and keep the reward loss. The model
+    learns by its own loss.
 
     >>> from torch import nn
     >>> from layeredrl_torchrl.nets import ModuleEncoder, SimNorm
@@ -41,14 +42,15 @@ class ConsistencyLoss(TermsLoss):
     >>> predictor.add_loss(loss, {"loss_consistency": 1.0})
 
     Args:
-        encoder: That of the predictor.
-        model: That of the predictor.
-        tau: Share of the encoder that the copy takes over at each update; with 1, the targets are
-            the encoder's own.
+        encoder: The predictor's encoder.
+        model: The predictor's model.
+        tau: Step of the copy towards the encoder at each update; with 1, the encoder itself
+            computes the targets.
 
-    Rows that are not ``"valid"``, or that TorchRL's ``loss_mask_key`` masks, do not count.
+    Rows that are not ``"valid"``, or that a mask of TorchRL's ``loss_mask_key`` excludes, do not
+    count.
 
-    Writes ``loss_consistency``: in squares of the std of a change, averaged over dimensions and
+    Writes ``loss_consistency``: in squared stds of the state's change, averaged over dimensions and
     members.
 
     Raises:
@@ -63,7 +65,7 @@ class ConsistencyLoss(TermsLoss):
         check_instance("encoder", encoder, Encoder, hint="that of the predictor")
         check_instance("model", model, ProbabilisticEnsemble, hint="that of the predictor")
         self.tau = check_number("tau", tau, 0.0, 1.0, open_low=True)
-        # The predictor registers and trains them; only the copy is this loss's own.
+        # The predictor registers and trains them; this loss owns only the copy.
         self.__dict__["encoder"], self.__dict__["model"] = encoder, model
         self.target_encoder: Encoder | None = None
         if tau < 1.0:
@@ -91,7 +93,7 @@ class ConsistencyLoss(TermsLoss):
         action = tensordict.get(self.model.in_keys[2])
         counts = self.counted(tensordict).to(observation.device)
         refuse(~counts.any(), lambda _: ValueError("no row counts; check 'valid' and the mask"))
-        # Rows that do not count may hold anything; one that does stands in for them.
+        # Rows that do not count may hold anything, so a row that counts replaces them.
         at = torch.arange(counts.numel(), device=counts.device)
         at = torch.where(counts.flatten(), at, counts.flatten().int().argmax())
         observation, following, action = (
@@ -130,7 +132,7 @@ class ConsistencyLoss(TermsLoss):
         return {"loss_consistency": (error * counts).sum() / counts.sum().clamp_min(1)}
 
     def after_reset(self) -> None:
-        """Make the copy one of the new encoder."""
+        """Copy the new encoder."""
         if self.target_encoder is not None:
             self.target_encoder.load_state_dict(self.encoder.state_dict())
 

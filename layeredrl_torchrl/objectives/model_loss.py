@@ -32,7 +32,7 @@ __all__ = ["ModelInputs", "ModelLoss"]
 
 
 class ModelInputs(NamedTuple):
-    """A checked batch of :class:`ModelLoss`, without NaN in the rows that do not count."""
+    """A checked batch of :class:`ModelLoss`, without NaN in rows that do not count."""
 
     state: Tensor  # [M, N, D]
     context: Tensor  # [M, N, C]
@@ -40,7 +40,7 @@ class ModelInputs(NamedTuple):
     next_state: Tensor  # [M, N, D]
     terminated: Tensor  # [M, N], bool or float
     weight: Tensor  # [M, N]: how much each transition counts
-    beta: Tensor | float | None = None  # []: of the stds, in place of that of the loss
+    beta: Tensor | float | None = None  # []: for the stds, replaces the beta of the loss
 
     def split(self, size: int) -> list[ModelInputs]:
         """Split into batches of ``size`` transitions for each member."""
@@ -49,12 +49,12 @@ class ModelInputs(NamedTuple):
 
 
 class ModelLoss(TermsLoss):
-    """Negative log-likelihood of next states and of terminations, summed over members.
+    """Negative log-likelihood of next states and terminations, summed over members.
 
-    For each member the first is the mean over transitions of ``-log p(target)``, in nats, in the
-    normalised units of :meth:`~layeredrl_torchrl.ProbabilisticEnsemble.target` (arXiv 1805.12114,
-    equation 1, with a mixture and with its constants kept); the second is a binary cross
-    entropy. All members count equally, and transitions that are not ``valid`` do not count.
+    For each member, the dynamics loss is the mean over transitions of ``-log p(target)``, in nats,
+    in the normalised units of :meth:`~layeredrl_torchrl.ProbabilisticEnsemble.target` (arXiv
+    1805.12114, equation 1, for a mixture and with its constants). The termination loss is a binary
+    cross entropy. All members count equally, and transitions that are not ``valid`` do not count.
 
     >>> spaces = Unbounded((3,)), None, Bounded(-1.0, 1.0, (1,))
     >>> model = ProbabilisticEnsemble(*spaces, n_models=2)
@@ -67,35 +67,32 @@ class ModelLoss(TermsLoss):
     Args:
         model: The ensemble.
         per_member: Whether batches have a leading member axis, ``[M, N]``, so that each member
-            learns from transitions of its own; otherwise all learn from the same ``[N]``.
-        beta: In [0, 1]. Each row's part of the gradient of a dimension is multiplied by ``std ** (2
-            * beta)``, its predicted std: beta-NLL (arXiv 2203.09168, section 3). The plain
+            learns from its own transitions; otherwise all learn from the same ``[N]``.
+        beta: In [0, 1]. In each dimension, the gradient of a row is multiplied by ``std ** (2 *
+            beta)`` of its predicted std: beta-NLL (arXiv 2203.09168, section 3). The plain
             likelihood (0) favours rows that are already predicted well, squared errors (1) those
-            that are predicted badly. The factors are divided by their mean over the batch, in each
-            dimension: otherwise a dimension that is predicted to a thousandth of its spread would
-            hardly count beside the others, and beside termination. With several modes, each is
+            that are predicted badly. In each dimension, the factors are divided by their mean over
+            the batch: otherwise a dimension that is predicted to a thousandth of its spread would
+            hardly count against the others and against termination. With several modes, each is
             weighted by its own std, with the responsibilities of the unweighted likelihood (the
             gradient of a mixture's likelihood is that of its modes' log-densities, averaged with
             these).
-        huber_std: From so many predicted stds on, squared errors go on linearly (Huber, 1964), so
-            that single readings that nothing foretells (an impact, a broken sensor) do not drown
-            all others in the gradient. Normal errors never get there; ``None`` is the plain
-            likelihood.
+        huber_std: Errors beyond this many predicted stds count linearly instead of squared (Huber,
+            1964), so that single unpredictable readings (an impact, a broken sensor) do not
+            dominate the gradient. Normal errors stay below it; ``None`` is the plain likelihood.
 
     Reads (``set_keys`` renames): ``state``, ``context``, ``action``, ``next_state``
     (``("next", "state")``), ``terminated`` (``("next", "terminated")``), and where present
-    ``valid`` (bool ``[N]`` or ``[N, 1]``), ``weight`` (float, same shape), and the masks that
-    TorchRL's ``loss_mask_key`` names (by default ``("collector", "mask")``, which is false for
-    padding).
+    ``valid`` (bool ``[N]`` or ``[N, 1]``), ``weight`` (float, same shape), and the masks named by
+    TorchRL's ``loss_mask_key`` (by default ``("collector", "mask")``, which is false for padding).
 
-    Writes ``loss_dynamics`` and ``loss_termination`` (sums over members), and for the log
-    ``nll`` (nats per dimension, averaged over members, whatever ``beta`` is) and
-    ``termination_bce``.
+    Writes ``loss_dynamics`` and ``loss_termination`` (sums over members), and for logging ``nll``
+    (nats per dimension, averaged over members, for any ``beta``) and ``termination_bce``.
 
     Raises:
         KeyError: A missing entry. TypeError: Integers where floats are expected. ValueError: Other
-            shapes; values that its dtype would round off, so far from 0; no valid transition in
-            the batch; ``beta`` or ``huber_std`` outside its range.
+            shapes; values so far from 0 that the model's dtype would round off their changes; no
+            valid transition in the batch; ``beta`` or ``huber_std`` outside its range.
     """
 
     @dataclass
@@ -140,7 +137,7 @@ class ModelLoss(TermsLoss):
     def prepare(self, tensordict: TensorDictBase) -> ModelInputs:
         """Check and mask a batch ``[N]``, or ``[M, N]`` with ``per_member``.
 
-        It may join several batches, which :meth:`ModelInputs.split` separates again.
+        Several batches may be joined; :meth:`ModelInputs.split` separates them again.
 
         Raises:
             KeyError, ValueError: See the class.
@@ -236,7 +233,7 @@ class ModelLoss(TermsLoss):
     def terms(self, prepared: ModelInputs) -> dict[str, Tensor]:
         """Compute the losses of a prepared batch, as :meth:`forward` writes them."""
         state, context, action, next_state, terminated, weight, beta = prepared
-        # Shares in the mean of the member; all 0 for a member of which no transition counts.
+        # Shares in the member's mean; all 0 for a member without transitions that count.
         weight = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
         (mean, std), weights, term_prob = self.model.predict_normalized(state, context, action)
         target = self.model.target(state, next_state).unsqueeze(-2)
@@ -292,7 +289,7 @@ def _termination_bce(prob: Tensor, terminated: Tensor) -> Tensor:
     """
     ended = terminated.to(prob.dtype)
     if terminated.dtype != torch.bool:
-        ended = ended.nan_to_num(0.0).clamp(0.0, 1.0)  # others were refused before
+        ended = ended.nan_to_num(0.0).clamp(0.0, 1.0)  # prepare() refused other values
     known = ~prob.isnan()
     with full_precision(prob.device):  # autocast refuses this function on a GPU
         bce = F.binary_cross_entropy(torch.where(known, prob, 0.5), ended, reduction="none")

@@ -48,14 +48,14 @@ class PreparedValue(NamedTuple):
 
 
 class PreparedSlices(NamedTuple):
-    """A checked batch of :class:`PredictorLoss`, without NaN in the steps that are not valid."""
+    """A checked batch of :class:`PredictorLoss`, without NaN in invalid steps."""
 
     observation: Tensor  # [B, k, obs]
     action: Tensor  # [B, k, A], or discrete in the form of the spec
     reward: Tensor  # [B, k]
     valid: Tensor  # [B, k], bool
     value: PreparedValue | None = None
-    next_observation: Tensor | None = None  # [B, k, obs], where the reward function reads it
+    next_observation: Tensor | None = None  # [B, k, obs], if the reward function reads it
 
     def split(self, size: int) -> list[PreparedSlices]:
         """Split into batches of ``size`` slices each."""
@@ -79,11 +79,11 @@ class PreparedSlices(NamedTuple):
 class PredictorLoss(TermsLoss):
     """Squared errors of the reward and of the n-step value over slices of ``k + n`` steps.
 
-    The reward loss also trains the encoder (``learn_encoder``): state and context are computed
-    from the observation with gradients, the context from the first step of the slice only, so that
-    it cannot carry what changes. The value loss does not train the encoder. Value targets are
-    those of :func:`~layeredrl_torchrl.objectives.targets.n_step_targets`, bootstrapped from a
-    target network. Steps that are not ``valid`` count in neither loss.
+    The reward loss also trains the encoder (``learn_encoder``): state and context are computed from
+    the observation with gradients. The context is taken from the first step of the slice only, so
+    that it cannot encode anything that changes. The value loss does not train the encoder. Value
+    targets are those of :func:`~layeredrl_torchrl.objectives.targets.n_step_targets`, bootstrapped
+    from a target network. Steps that are not ``valid`` do not count in either loss.
 
     >>> loss = PredictorLoss(IdentityEncoder((3,)), RewardNet(3, 0, 1), ValueNet(3, 0), n_steps=2)
     >>> loss.in_keys
@@ -93,9 +93,8 @@ class PredictorLoss(TermsLoss):
     Args:
         encoder: Observation to state and context.
         rew_func: ``(state, context, action) -> [*B]``. Only a module is trained; a plain callable
-            counts as known, and ``None`` stands for no reward function. A module that reads the
-            next state (:func:`~layeredrl_torchrl.reads_next_state`) learns from the real one,
-            encoded.
+            is taken as known, and ``None`` means no reward function. A module that reads the next
+            state (:func:`~layeredrl_torchrl.reads_next_state`) learns from the real one, encoded.
         val_func: Likewise, without the next state.
         gamma: Discount over one environment step.
         k_steps: Steps of a slice that get a target.
@@ -105,21 +104,21 @@ class PredictorLoss(TermsLoss):
             TorchRL's ``SoftUpdate(loss, tau=...)``.
         action_spec: The form that stored actions are brought into (a choice may be stored as an
             integer or one-hot); by default they are used as they are. The
-            :class:`~layeredrl_torchrl.specs.ActionForm` of a model moves along with the model.
+            :class:`~layeredrl_torchrl.specs.ActionForm` of a model moves with the model.
 
     Reads (``set_keys`` renames) a batch ``[B, L]`` with ``L = k_steps + n_steps``, as
     :class:`~layeredrl_torchrl.objectives.slices.TransitionSlices` samples it: ``observation``,
     ``action``, ``next_observation``, ``reward``, ``terminated``, ``valid``, and where present
-    ``elapsed_steps`` (environment steps a transition took) and ``random_action`` (bool ``[B, L]``
-    or ``[B, L, 1]``: the action was drawn at random and not by the policy to be valued).
-    (``done`` is not read here; it tells ``RewardPredictor.learn`` where episodes end.)
-    Steps that TorchRL's ``loss_mask_key`` masks (by default ``("collector", "mask")``, which is
-    false for padding) are not valid. Value targets end before a random action, and a step that
-    starts with one has none: random behaviour would make the value of states too low.
+    ``elapsed_steps`` (environment steps that a transition took) and ``random_action`` (bool ``[B,
+    L]`` or ``[B, L, 1]``: the action was drawn at random and not by the evaluated policy).
+    (``done`` is not read here; it tells ``RewardPredictor.learn`` where episodes end.) Steps
+    excluded by a mask of TorchRL's ``loss_mask_key`` (by default ``("collector", "mask")``, which
+    is false for padding) are not valid. Value targets end before a random action, and a step with a
+    random action has no target: random behaviour would bias values downwards.
 
     Writes ``loss_reward`` and ``loss_value`` (mean squared errors in reward units squared, divided
-    by the square of the head's scale where it is a :class:`~layeredrl_torchrl.ScalarHead`), and
-    for the log ``value_mean``.
+    by the square of the head's scale where it is a :class:`~layeredrl_torchrl.ScalarHead`), and for
+    logging ``value_mean``.
 
     Raises:
         TypeError, ValueError: Functions that cannot be called, or give other than one number for
@@ -141,7 +140,7 @@ class PredictorLoss(TermsLoss):
         valid: NestedKey = "valid"
         random_action: NestedKey = "random_action"
 
-    #: Share by which :meth:`after_update` moves the target network; None for not at all.
+    #: Step of the target network in :meth:`after_update`; None to leave it unchanged.
     tau: float | None = None
 
     default_keys = _AcceptedKeys
@@ -202,7 +201,7 @@ class PredictorLoss(TermsLoss):
             self.target_val_func.load_state_dict(self.val_func.state_dict())
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the views, which a copy would turn into parameters of their own."""
+        """Leave out the views: in a copy they would become separate parameters."""
         views = ("value_params", "target_value_params")
         modules = {k: v for k, v in self._modules.items() if k not in views}
         return {**super().__getstate__(), "_modules": modules}
@@ -224,8 +223,8 @@ class PredictorLoss(TermsLoss):
     def prepare(self, tensordict: TensorDictBase) -> PreparedSlices:
         """Check slices ``[B, L]`` and precompute what needs no gradient.
 
-        Join many batches, which takes hardly longer than one, and separate them again by
-        :meth:`PreparedSlices.split`.
+        Join many batches: this takes hardly longer than one. :meth:`PreparedSlices.split` separates
+        them again.
 
         Raises:
             KeyError, ValueError: See the class.
@@ -273,7 +272,7 @@ class PredictorLoss(TermsLoss):
         with torch.set_grad_enabled(self.learn_encoder and torch.is_grad_enabled()):
             state, context = self.encoder.encode_checked(prepared.observation)
             context = context[:, :1].expand_as(context)
-            next_state = state  # stands in where it is not read
+            next_state = state  # a placeholder, not read
             if prepared.next_observation is not None:
                 next_state, _ = self.encoder.encode_checked(prepared.next_observation)
         out: dict[str, Tensor] = {}
@@ -294,9 +293,9 @@ class PredictorLoss(TermsLoss):
         return out
 
     def after_update(self) -> None:
-        """Move the target network by ``tau``, which adding the loss to a predictor sets.
+        """Move the target network by ``tau``, which is set when a predictor adds this loss.
 
-        It stays where it is if one of TorchRL's target updaters is to move it.
+        It does nothing if one of TorchRL's target updaters is associated with the loss.
         """
         if self.tau is None or self._has_update_associated.get("value", True):
             return
@@ -305,12 +304,12 @@ class PredictorLoss(TermsLoss):
 
     @property
     def _learns_of_next_state(self) -> bool:
-        """Whether the reward function is trained on where steps lead."""
+        """Whether the trained reward function reads the next state."""
         return isinstance(self.rew_func, nn.Module) and needs_next_state(self.rew_func)
 
     @torch.no_grad()
     def value_target(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
-        """Return the n-step value targets ``[B, k]`` of slices ``[B, L]``, and where they exist."""
+        """Return the n-step value targets ``[B, k]`` of slices ``[B, L]``, and which exist."""
         prepared = self._prepare_value(tensordict)
         return self._targets(prepared), prepared.counts
 

@@ -1,4 +1,4 @@
-"""Uniformly drawn slices of consecutive transitions from a TorchRL replay buffer.
+"""Slices of consecutive transitions, drawn uniformly from a TorchRL replay buffer.
 
 Axis letters: ``B`` slices, ``L`` steps in a slice, ``T`` rows of the storage along time, ``E``
 lanes of the storage (environments that stepped side by side; absent if it has one dimension).
@@ -23,7 +23,7 @@ from layeredrl_torchrl.objectives._stored import (
 
 __all__ = ["TransitionSlices"]
 
-# What is wrong with an entry where a mask is looked for, and the way out of it for a predictor.
+# The problem with an entry found in place of a mask, and its remedy for a predictor.
 _NO_MASK = (
     ", and which is no mask that was stored (torch.bool, one for each row)",
     " (before learn: predictor_loss.set_keys(valid=...))",
@@ -31,28 +31,28 @@ _NO_MASK = (
 
 
 class TransitionSlices:
-    """Draws slices of consecutive transitions, which start at any stored one with equal chance.
+    """Draws slices of consecutive transitions; each stored one is equally likely to start a slice.
 
     The buffer holds one-step transitions as TorchRL's collectors lay them out, in a tensor or
     memory-mapped storage of one dimension or of several (time first, as
-    ``LazyTensorStorage(n, ndim=2)`` stores the collectors' ``[env, time]`` batches). A stored row
-    is continued by the next one along time if it
+    ``LazyTensorStorage(n, ndim=2)`` stores the collectors' ``[env, time]`` batches). A slice
+    continues from a stored row to the next one along time if the row
 
     - is not done and not terminated,
-    - is not the newest row, which in a full ring is followed by the oldest,
-    - has the trajectory id of the next row, where the buffer stores ids,
+    - is not the newest row (in a full ring buffer, the oldest follows it),
+    - has the same trajectory id as the next row, if the buffer stores ids,
     - is not followed by padding, and
-    - leads to the observation that the next row starts from.
+    - leads to the observation from which the next row starts.
 
-    Padding, which TorchRL marks as false in ``("collector", "mask")``, never starts a slice either,
-    nor does a row that the buffer itself marks as false under ``valid_key``.
+    Padding, which TorchRL marks as false in ``("collector", "mask")``, never starts a slice; nor
+    does a row that the buffer marks as false under ``valid_key``.
 
-    The last condition needs no bookkeeping, so it also separates episodes that the others miss:
-    in batches flattened over environments, in data of collectors whose ids collide, where a run
-    was cut and resumed.
+    The last condition needs no bookkeeping, so it also separates episodes that the others miss: in
+    batches flattened over environments, in data of collectors whose ids collide, and where a run
+    was interrupted and resumed.
 
-    Sampling reads ``B * L`` rows, however many the buffer holds, and changes neither the buffer nor
-    its sampler and priorities. The buffer may be extended later, and may be empty at first.
+    Sampling reads ``B * L`` rows, however many the buffer holds. It changes neither the buffer nor
+    its sampler and priorities. The buffer may be empty at first and extended later.
 
     >>> from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
     >>> buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(100))
@@ -64,23 +64,25 @@ class TransitionSlices:
     (torch.Size([32, 3]), False)
 
     Args:
-        buffer: The buffer to read. Its transforms are applied to the sampled rows in a batch of
-            shape ``[B * L]``, as in ``buffer.sample``; the stored rows determine where slices end.
+        buffer: The buffer to read. Its transforms are applied to the sampled rows as a batch of
+            shape ``[B * L]``, like in ``buffer.sample``; the stored rows determine where slices
+            end.
         observation_key: Key of the observation. ``("next", observation_key)`` is the next one.
         done_key: Key of the end of an episode, bool ``[T, (E,) 1]``.
         terminated_key: Key of termination, laid out like ``done_key``.
         trajectory_key: Key of the trajectory ids, if the buffer has any; None to ignore them.
-        mask_key: Key of the mask that is false for padding, if the buffer has one; at the root,
-            where ``split_trajectories`` writes it without a collector, it is found by its name.
-        valid_key: Key under which :meth:`sample` writes which steps belong to the slice. What the
-            buffer has under it, one bool for each row, is read as a mask like that of padding.
+        mask_key: Key of the mask that is false for padding, if the buffer has one; a ``"mask"`` at
+            the root, as ``split_trajectories`` writes it without a collector, is found as well.
+        valid_key: Key under which :meth:`sample` writes which steps belong to the slice. If the
+            buffer has an entry with this key, one bool for each row, it is read as a mask like that
+            of padding.
         index_key: Key under which :meth:`sample` writes the place of each step in the flattened
             storage, int64 ``[B, L]``; ``None`` to leave it out.
 
     Raises:
-        TypeError: If ``buffer`` is not a replay buffer on a tensor or memory-mapped storage, or
-            one whose sampler chooses or changes transitions, as those of prioritised and
-            hindsight buffers do.
+        TypeError: If ``buffer`` is not a replay buffer on a tensor or memory-mapped storage, or if
+            its sampler chooses or changes transitions, like those of prioritised and hindsight
+            buffers.
         ValueError: If that storage has several dimensions and was made from data.
     """
 
@@ -114,7 +116,7 @@ class TransitionSlices:
     def n_written(self) -> int:
         """Number of transitions ever written, overwritten ones included.
 
-        Transitions from another process or an earlier run count as far as they are still stored.
+        Transitions from another process or an earlier run count only while they are stored.
         """
         return self._stored.n_written
 
@@ -129,27 +131,27 @@ class TransitionSlices:
             generator: Source of randomness, on the storage's device; torch's global one if None.
 
         Returns:
-            TensorDict of shape ``[B, L]`` with all stored keys, as the buffer's transforms leave
-            them, and ``valid_key``, bool ``[B, L]``: True up to the last step that continues the
-            episode of the slice's first transition. The first step is always valid; the steps after
-            the last valid one repeat it.
+            TensorDict of shape ``[B, L]`` with all stored keys, after the buffer's transforms, and
+            ``valid_key``, bool ``[B, L]``: True up to the last step that continues the episode of
+            the slice's first transition. The first step is always valid; steps after the last valid
+            one repeat it.
 
         Raises:
             TypeError: If a count is not an integer or the buffer does not store TensorDicts.
             ValueError: If a count is below 1, the buffer is empty or holds fewer than ``length``
-                rows along time, the ends of episodes are not boolean, items are no single
+                rows along time, the ends of episodes are not boolean, items are not single
                 transitions, a transform changes the batch's shape, or ``valid_key`` is taken.
             KeyError: If a key is missing from the buffer.
         """
         check_positive_int("batch_size", batch_size)
         check_positive_int("length", length)
-        # Another thread or process may be extending the buffer between the checks and the copy.
+        # Another thread or process might extend the buffer between the checks and the copy.
         with self._stored.locked():
             rows, valid, index = self._read(batch_size, length, generator)
         return self._finished(rows, valid, index)
 
     def every(self) -> TensorDictBase:
-        """Return each stored transition once, ``[N]``, as :meth:`sample` draws single ones.
+        """Return each stored transition once, ``[N]``, in the form of :meth:`sample`.
 
         Raises:
             As :meth:`sample`.
@@ -211,7 +213,7 @@ class TransitionSlices:
         return self._transformed(rows)
 
     def _transformed(self, rows: TensorDictBase) -> TensorDictBase:
-        """Return stored rows ``[N]`` as the buffer's transforms leave them."""
+        """Apply the buffer's transforms to stored rows ``[N]``."""
         transform = self._stored.buffer.transform
         if not len(transform):
             return rows
@@ -237,13 +239,13 @@ class TransitionSlices:
         steps = torch.arange(length, device=ends[0].device)
 
         # Time is the first dimension, so lanes are interleaved in memory: in the flat storage the
-        # next row of a lane is ``n_lanes`` rows further on, modulo the ring.
+        # next row of a lane is ``n_lanes`` rows later, modulo the ring.
         n_lanes = contents.batch_size[1:].numel()
         n_stored = n_rows * n_lanes
         mask = self._mask(contents)
         start = self._starts(mask, n_stored, batch_size, generator, steps.device)
         index = (start + n_lanes * steps) % n_stored
-        if length == 1:  # nothing is continued
+        if length == 1:  # nothing continues
             return _copy(contents, index, index[:, 1:].bool())
 
         newest = self._stored.newest(n_rows, capacity=contents.batch_size[0])
@@ -259,8 +261,8 @@ class TransitionSlices:
                 ids = take(trajectory, index, contents.batch_dims)
                 continues &= ~any_in_row(ids[:, 1:] != ids[:, :-1])
 
-        # Observations are wide, so they are compared in the copy. It is made anew in the rare case
-        # that nothing else separates two episodes.
+        # Observations are wide, so compare them in the copy. In the rare case that nothing else
+        # separates two episodes, copy again.
         rows, valid, held = _copy(contents, index, continues)
         reached = rows.get(self._next_observation_key)[:, :-1]
         breaks = any_in_row(reached != rows.get(self._observation_key)[:, 1:])
@@ -276,7 +278,7 @@ class TransitionSlices:
         generator: torch.Generator | None,
         device: torch.device,
     ) -> Tensor:
-        """Draw flat indices [B, 1] of first transitions, uniform over those that are no padding."""
+        """Draw flat indices [B, 1] of first transitions, uniform over all but padding."""
         shape = (batch_size, 1)
         if mask is None:
             return torch.randint(n_stored, shape, generator=generator, device=device)
@@ -285,7 +287,7 @@ class TransitionSlices:
 
 
 def _real(mask: Tensor, n_stored: int) -> Tensor:
-    """Return the flat places [N] of transitions that are no padding; raise if there are none."""
+    """Return the flat places [N] of transitions, without padding; raise if there are none."""
     real = mask.reshape(-1)[:n_stored].nonzero().squeeze(-1)
     if not len(real):
         raise ValueError(
@@ -296,7 +298,7 @@ def _real(mask: Tensor, n_stored: int) -> Tensor:
 
 
 def _is_mask(stored: object, batch: torch.Size) -> bool:
-    """Whether a stored entry says of each row of ``batch`` whether it counts."""
+    """Whether a stored entry is a mask: one bool for each row of ``batch``."""
     if not isinstance(stored, Tensor) or stored.dtype != torch.bool:
         return False
     return stored.shape.numel() == batch.numel()
@@ -305,7 +307,7 @@ def _is_mask(stored: object, batch: torch.Size) -> bool:
 def _copy(
     contents: TensorDictBase, index: Tensor, continues: Tensor
 ) -> tuple[TensorDictBase, Tensor, Tensor]:
-    """Copy the rows at ``index`` [B, L]; after its last step a slice repeats that step."""
+    """Copy the rows at ``index`` [B, L]; a slice repeats its last step up to length L."""
     steps = torch.arange(index.shape[1], device=index.device)
     last = continues.cumprod(1).sum(1, keepdim=True)  # [B, 1]
     held = index.gather(1, torch.minimum(steps, last))

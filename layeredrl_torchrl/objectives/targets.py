@@ -17,10 +17,10 @@ __all__ = ["NStepTargets", "n_step_targets"]
 
 
 class NStepTargets(NamedTuple):
-    """Discounted rewards of up to n steps, and where to bootstrap with which discount.
+    """Discounted rewards of up to n steps, and where and with which discount to bootstrap.
 
-    The value target of step ``j`` is ``returns[:, j] + bootstrap_discount[:, j] * V(s)``, with
-    ``s`` the state that step ``bootstrap_index[:, j]`` of the slice leads to.
+    The value target of step ``j`` is ``returns[:, j] + bootstrap_discount[:, j] * V(s)``, where
+    step ``bootstrap_index[:, j]`` of the slice leads to state ``s``.
     """
 
     returns: Tensor  # [B, k]
@@ -40,16 +40,16 @@ def n_step_targets(
 ) -> NStepTargets:
     r"""Sum the discounted rewards of the next n steps for each of the first k steps of a slice.
 
-    Step ``j`` looks ahead over ``m <= n`` steps: as many as are valid from ``j`` on without a gap.
+    Step ``j`` looks ahead over ``m <= n`` steps: the valid ones from ``j`` up to the first gap.
     With :math:`d_i` = ``gamma ** elapsed_steps[i]``, the discount over transition ``i``,
 
     .. math::
         \text{returns}_j = \sum_{i<m} \Big(\prod_{l<i} d_{j+l}\Big) r_{j+i}, \qquad
         \text{discount}_j = (1 - \text{terminated}_{j+m-1}) \prod_{l<m} d_{j+l},
 
-    and ``bootstrap_index[j] = j + m - 1``. So targets bootstrap at the end of truncated episodes
-    and of unfinished ones, and not where an episode terminated. Where step ``j`` itself is not
-    valid, all three are 0.
+    and ``bootstrap_index[j] = j + m - 1``. So targets bootstrap at the end of truncated and of
+    unfinished episodes, but not where an episode terminated. If step ``j`` itself is not valid, all
+    three are 0.
 
     >>> no, reward = torch.zeros(1, 3, dtype=torch.bool), torch.tensor([[1.0, 2.0, 4.0]])
     >>> targets = n_step_targets(reward, no, ~no, k_steps=2, n_steps=2, gamma=0.5)
@@ -81,12 +81,12 @@ def n_step_targets(
     check_number("gamma", gamma, 0.0, 1.0)
     _check_tensors(reward, terminated, valid, elapsed_steps, length=k_steps + n_steps - 1)
 
-    # One window of n steps per target, [B, k, n], as views. Steps after an invalid one do not
+    # One window of n steps per target, [B, k, n], as views. Steps after an invalid step do not
     # count.
     counts = valid.unfold(1, n_steps, 1).cumprod(-1)
     n_counted = counts.sum(-1)  # m
-    # Steps are accumulated instead of discounts, since integers add up without rounding.
-    # elapsed[..., i] is the time before step i of the window, for 0 <= i <= n.
+    # Accumulate steps instead of discounts, since integers add up without rounding. elapsed[..., i]
+    # is the time before step i of the window, for 0 <= i <= n.
     if elapsed_steps is None:
         elapsed = torch.arange(n_steps + 1, device=reward.device).expand(*n_counted.shape, -1)
     else:
@@ -95,7 +95,7 @@ def n_step_targets(
     precision = torch.promote_types(reward.dtype, torch.float32)
     discount = torch.pow(gamma, elapsed.to(precision))
 
-    # Selected instead of multiplied by 0, since invalid steps may hold NaN.
+    # where() instead of a product with 0, since invalid steps may hold NaN.
     rewards = reward.to(precision).unfold(1, n_steps, 1)
     returns = torch.where(counts.bool(), discount[..., :-1] * rewards, 0.0).sum(-1)
 

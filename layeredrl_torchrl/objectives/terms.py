@@ -1,4 +1,4 @@
-"""The base class of the package's losses, which separates their arithmetic from their checks."""
+"""The base class of the package's losses, which separates arithmetic from checks."""
 
 from __future__ import annotations
 
@@ -47,27 +47,27 @@ class TermsLoss(LossModule):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load a state as a whole, or not at all."""
+        """Load a state completely or not at all."""
         load = partial(super().load_state_dict, strict=True, assign=assign)
         return load_whole(self, load, state_dict, strict=strict)
 
     def prepare(self, tensordict: TensorDictBase) -> Any:
         """Check slices ``[B, length]`` and precompute what needs no gradient.
 
-        By default the slices are returned as they are. The result must have a method
-        ``split(batch_size)``, as TensorDicts have, which undoes the joining of several batches.
+        By default it returns the slices unchanged. The result must have a method
+        ``split(batch_size)``, as TensorDicts have, which separates joined batches again.
         """
         return tensordict
 
     @abstractmethod
     def terms(self, prepared: Any) -> dict[str, Tensor]:
-        """Compute the terms of a prepared batch, all of them scalars.
+        """Compute the terms of a prepared batch, all scalars.
 
         Terms whose names begin with ``"loss_"`` are minimised; the others are only logged.
         """
 
     def counted(self, tensordict: TensorDictBase, key: NestedKey = "valid") -> Tensor:
-        """Return which rows ``[*B]`` count, bool: valid ones that no mask of TorchRL leaves out.
+        """Return which rows ``[*B]`` count, bool: valid ones that no mask of TorchRL excludes.
 
         Args:
             tensordict: Rows, with the masks that ``loss_mask_key`` names (by default
@@ -85,32 +85,32 @@ class TermsLoss(LossModule):
         return counts
 
     def after_update(self) -> None:
-        """Update what is no parameter, such as a target network; called after a gradient step.
+        """Update, after a gradient step, what is not a parameter, such as a target network.
 
-        A hook of :meth:`~layeredrl_torchrl.RewardPredictor.add_loss`; by default there is nothing.
+        A hook of :meth:`~layeredrl_torchrl.RewardPredictor.add_loss`; by default it does nothing.
         Change tensors in place, so that an update can be captured as a CUDA graph.
         """
 
     @dispatched
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
-        """Compute the terms of a batch of the shape that :meth:`prepare` takes."""
+        """Compute the terms of a batch, of the shape that :meth:`prepare` takes."""
         return TensorDict(self.terms(self.prepare(tensordict)))
 
     def reset_parameters_recursive(self) -> None:
         """Draw new weights, by ``reset_parameters`` of the parts; frozen ones keep theirs."""
-        # TorchRL's method looks for the parts of functional losses only, and finds none here.
+        # TorchRL's method looks only for the parts of functional losses, and finds none here.
         draw_anew(self)
         self.after_reset()
 
     def after_reset(self) -> None:
-        """Copy anew what follows a part, such as a target network; called after new weights.
+        """Renew copies of other parts, such as a target network, after new weights were drawn.
 
-        A predictor calls it, too, for each of its losses. By default there is nothing.
+        A predictor calls it too, for each of its losses. By default it does nothing.
         """
 
     @property
     def functional(self) -> bool:
-        """Whether parameters are passed in by a TensorDict; never, the modules keep their own."""
+        """Whether parameters are passed in by a TensorDict: never, the modules keep theirs."""
         return False
 
     @property
@@ -121,9 +121,9 @@ class TermsLoss(LossModule):
     def compile(self, **options: Any) -> None:
         """Compile :meth:`terms` and its gradients, instead of ``forward`` as other modules do.
 
-        ``benchmarks/training_step.py`` and ``benchmarks/predictor_learn.py`` time both. Compiling
-        needs a C++ compiler, and about ten seconds in each process: at the first batch, and again
-        at the first one of another size.
+        ``benchmarks/training_step.py`` and ``benchmarks/predictor_learn.py`` time the gain.
+        Compiling needs a C++ compiler. It takes about ten seconds in each process at the first
+        batch, and again at the first batch of another size.
 
         Args:
             **options: Of ``torch.compile``, for example ``dynamic=False``.

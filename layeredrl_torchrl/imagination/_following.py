@@ -26,11 +26,11 @@ _COMPILED: WeakKeyDictionary[nn.Module, tuple[Mapping[str, Any], Steps]] = WeakK
 
 
 class FollowedPolicy(NamedTuple):
-    """What a policy does and gets in ``H`` imagined steps from ``B`` starts."""
+    """Actions and rewards of a policy in ``H`` imagined steps from ``B`` starts."""
 
     reward: Tensor  # [H, B]
     log_prob: Tensor  # [H + 1, B], of the actions
-    share: Tensor  # [H + 1, B], how much of what follows counts: discounted survival
+    share: Tensor  # [H + 1, B], discounted survival, the weight of what follows
     action: Tensor  # [B, A], the first
     last: TensorDict  # [B], state, context and action after H steps
 
@@ -45,11 +45,11 @@ def follow(
 ) -> FollowedPolicy:
     """Follow a policy through a predictor, whose parameters get no gradient.
 
-    Each step of each row is sampled from one member, newly drawn for it (TS-1).
+    Each step of each row is sampled from one newly drawn member (TS-1).
 
     Args:
-        predictor: What is imagined.
-        actor: The policy, whose actions are reparameterised.
+        predictor: The predictor to imagine with.
+        actor: The policy, with reparameterised actions.
         start: State ``[B, D]`` and context ``[B, C]``.
         horizon: ``H``, may be 0.
         gamma: Discount, a scalar.
@@ -59,7 +59,7 @@ def follow(
     with _HeldOut(predictor):
         found = run(predictor, actor, *start, horizon, gamma)
     reward, log_prob, share, first, state, action = found
-    if steps is not None:  # where the check of each step is left out
+    if steps is not None:  # compiled code leaves out the check of each step
         bad = ~(reward.isfinite().all() & log_prob.isfinite().all() & share.isfinite().all())
         refuse(bad, _not_finite)
     keys = predictor.model.in_keys
@@ -68,14 +68,14 @@ def follow(
 
 
 class _HeldOut(hold_out_net):
-    """Keeps gradients from parameters, and leaves each of them as it was, trainable or frozen.
+    """Keeps gradients from parameters, and leaves each trainable or frozen as it was.
 
-    TorchRL's looks at the first parameter alone, and makes all of them trainable in the end.
+    TorchRL's version checks only the first parameter, and makes all trainable at the end.
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__(network)
-        self.mode = True  # for traced code, which is given other tensors meanwhile
+        self.mode = True  # for traced code, which gets other tensors meanwhile
 
     def __enter__(self) -> None:
         if torch.compiler.is_dynamo_compiling():
@@ -101,7 +101,7 @@ def _steps(
     horizon: int,
     gamma: Tensor,
 ) -> tuple[Tensor, ...]:
-    """All but the last field of :class:`FollowedPolicy`, then the last state and action."""
+    """Return all but the last field of :class:`FollowedPolicy`, then the last state and action."""
     state_key, context_key, _ = predictor.model.in_keys
     n = len(state)
 

@@ -1,4 +1,4 @@
-"""One step of each entry of a batch: by one member of an ensemble, or by the mean of all."""
+"""One step of each entry of a batch, by one member of an ensemble or by the mean of all."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["draw_members", "step_by_any", "step_by_mean", "step_by_members"]
 def step_by_mean(
     model: Model, state: Tensor, context: Tensor, action: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Expected next state ``[*B, D]`` and term_prob ``[*B]`` over all members and modes.
+    """Return the mean next state ``[*B, D]`` and term_prob ``[*B]`` over all members and modes.
 
     Inputs are as for :func:`step_by_members`.
 
     Raises:
-        ValueError: A member that predicts what is not finite (the message names it).
+        ValueError: A member that predicts non-finite values (the message names it).
     """
     rows = _rows(model, state, context, action)
     seats = [x.expand(model.n_models, *x.shape) for x in rows]
@@ -39,15 +39,15 @@ def draw_members(model: Model, batch: torch.Size, device: torch.device | None) -
 def step_by_any(
     model: Model, state: Tensor, context: Tensor, action: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Sample a next state of each entry from the mixture of a member that is newly drawn for it.
+    """Sample the next state of each entry from the mixture of a newly drawn member.
 
-    Entries are dealt out to the members as evenly as may be, so each is as likely to be drawn.
+    Entries are dealt to the members as evenly as possible, so all members are equally likely.
     Inputs, results and errors are those of :func:`step_by_members`.
     """
     n, n_models = state.shape[:-1].numel(), model.n_models
     width = -(-n // n_models)
-    order = torch.rand(n, device=state.device).argsort()  # the entry on each seat
-    # Which members get one entry less is drawn as well, by turning the seats.
+    order = torch.rand(n, device=state.device).argsort()  # the entry in each seat
+    # Rotating the seats also draws which members get one entry less.
     turn = torch.randint(n_models, (), device=state.device)
     place = torch.arange(n_models * width, device=state.device)
     seat = (place % n_models + turn) % n_models * width + place // n_models
@@ -58,11 +58,11 @@ def step_by_any(
 def step_by_members(
     model: Model, member: Tensor, state: Tensor, context: Tensor, action: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Sample a next state of each entry from the mixture that one member predicts.
+    """Sample the next state of each entry from the mixture of its given member.
 
-    On a CPU, entries of one member are put side by side, so that the members are evaluated on as
-    many rows as the most frequent of them has (near ``N / M`` of ``N`` entries). Elsewhere the host
-    would have to wait for that number, and every member is evaluated on all rows.
+    On a CPU, the entries of each member are grouped, so that every member is evaluated on as many
+    rows as the most frequent member has (near ``N / M`` of ``N`` entries). On an accelerator the
+    host would have to wait for that number, so every member is evaluated on all rows.
 
     Args:
         model: The ensemble of ``M`` members.
@@ -76,7 +76,7 @@ def step_by_members(
 
     Raises:
         ValueError: Members that the model does not have, or of another shape; a member that
-            predicts what is not finite (the message names it).
+            predicts non-finite values (the message names it).
     """
     batch = state.shape[:-1]
     n_models, n = model.n_models, batch.numel()
@@ -97,7 +97,7 @@ def step_by_members(
         seat = flat.clamp(0, n_models - 1) * n + torch.arange(n, device=flat.device)
         return _step_seated(model, seat, flat, n, state, context, action, all_rows=True)
     taken = torch.nn.functional.one_hot(flat, n_models)  # [N, M]
-    rank = taken.cumsum(0).gather(1, flat.unsqueeze(1)).squeeze(1) - 1  # among those of its member
+    rank = taken.cumsum(0).gather(1, flat.unsqueeze(1)).squeeze(1) - 1  # within its member
     width = int(taken.sum(0).max()) if n else 0
     return _step_seated(model, flat * width + rank, flat, width, state, context, action)
 
@@ -113,7 +113,7 @@ def _step_seated(
     *,
     all_rows: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Step entries on their ``seat [N]``, of which each member has ``width`` in a row.
+    """Step entries on their ``seat [N]``; each member has ``width`` consecutive seats.
 
     With ``all_rows`` every entry has a seat in every member.
     """
@@ -122,7 +122,7 @@ def _step_seated(
     if all_rows:
         seats = [x.expand(n_models, *x.shape) for x in rows]
     else:
-        # Seats left over repeat entry 0 for a member that it does not follow; nobody reads them.
+        # Unused seats repeat entry 0; their results are not read.
         entry = seat.new_zeros(n_models * width)
         entry = entry.scatter(0, seat, torch.arange(n, device=seat.device))
         seats = [x[entry].unflatten(0, (n_models, width)) for x in rows]
@@ -145,7 +145,7 @@ def _rows(model: Model, *inputs: Tensor) -> list[Tensor]:
 def _step(
     model: Model, seats: list[Tensor], *, deterministic: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Next states ``[M, R, D]`` and term_prob ``[M, R]`` of ``[M, R, ...]``."""
+    """Return next states ``[M, R, D]`` and term_prob ``[M, R]`` of inputs ``[M, R, ...]``."""
     state, context, action = seats
     step = model.make_step(rows=state.shape[1], deterministic=deterministic)
     action = step.actions(action)

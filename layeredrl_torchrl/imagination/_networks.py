@@ -1,4 +1,4 @@
-"""What a soft actor-critic loss asks of the policy and the critics that it is given."""
+"""Checks of the policy and the critics given to a soft actor-critic loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["check_bounds", "check_keys", "check_networks"]
 
 
 def check_keys(actor: Any, qvalue: Any, step_keys: Sequence[NestedKey]) -> None:
-    """Refuse networks of another kind, or that read and write other entries than steps have."""
+    """Refuse networks of another kind, or with entries that steps do not have."""
     state, context, action = step_keys
     for name, module, allowed in (
         ("actor_network", actor, {state, context}),
@@ -40,7 +40,7 @@ def check_keys(actor: Any, qvalue: Any, step_keys: Sequence[NestedKey]) -> None:
 
 
 def check_bounds(actor: Any, key: NestedKey, space: TensorSpec) -> None:
-    """Raise ``ValueError`` if the policy says of its actions that they leave ``space``."""
+    """Raise ``ValueError`` if the spec of the policy's actions exceeds ``space``."""
     known = getattr(actor, "spec", None)
     own = known.get(key, None) if isinstance(known, Composite) else known
     if not isinstance(own, Bounded) or not isinstance(space, Bounded) or own.shape != space.shape:
@@ -61,15 +61,15 @@ def check_bounds(actor: Any, key: NestedKey, space: TensorSpec) -> None:
 def check_networks(
     actor: Any, qvalue: Any, step_keys: Sequence[NestedKey], widths: Sequence[int]
 ) -> None:
-    """Ask both networks about states of zeros; raise ``ValueError`` where they do not fit.
+    """Try both networks on states of zeros; raise ``ValueError`` if they do not fit.
 
-    Their statistics, their modes and the random numbers stay as they are.
+    This changes neither their statistics and modes nor the random numbers.
 
     Args:
         actor: The policy.
         qvalue: The critic.
         step_keys: Of state, context and action.
-        widths: Their dimensions.
+        widths: Dimensions of state, context and action.
     """
     like = next(actor.parameters(), None)
     if like is None:
@@ -122,7 +122,7 @@ def _check_values(qvalue: Any, steps: TensorDict) -> None:
             f"qvalue_network cannot value {_shapes(steps)}: {error}; build it for the predictor's "
             "latent_state_dim and context_dim, and its actions"
         ) from error
-    # Under another name, which set_keys may still set, it is looked for when called.
+    # set_keys may still name another key; it is checked when called.
     if values is not None and tuple(values.shape) not in ((n, 1), (n,)):
         raise ValueError(
             f"qvalue_network gives values {tuple(values.shape)} for {n} steps, expected {(n, 1)}: "

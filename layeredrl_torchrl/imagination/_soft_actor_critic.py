@@ -40,13 +40,13 @@ from layeredrl_torchrl.nets import ScalarHead
 
 __all__ = ["SoftActorCritic"]
 
-# Below this all returns count as 0.
+# Returns below this count as 0.
 _LEAST = 1e-20
 _CHOICES = {"loss_function": ("l2", "l1", "smooth_l1"), "reduction": ("mean", "sum", "none")}
 
 
 class SoftActorCritic(LossModule):
-    """What soft actor-critic losses share: parts, values of the policy, targets and scales.
+    """The common part of soft actor-critic losses: networks, policy values, targets and scales.
 
     Options, such as the target entropy, are not part of the state.
 
@@ -55,7 +55,7 @@ class SoftActorCritic(LossModule):
         qvalue_network: Reads state, context and action, writes ``"state_action_value" [*B, 1]``.
         step_keys: Of state, context and action.
         widths: Dimensions of state, context and action.
-        **options: As :class:`~layeredrl_torchrl.ValueGradientLoss` has them.
+        **options: As in :class:`~layeredrl_torchrl.ValueGradientLoss`.
     """
 
     @dataclass
@@ -127,7 +127,7 @@ class SoftActorCritic(LossModule):
         )
         named = self.qvalue_network.named_modules()
         heads = [n.split(".") for n, m in named if isinstance(m, ScalarHead)]
-        # Where a critic keeps the scale of its output.
+        # Key of the output scale in a critic's parameters.
         self._head = (*heads[0], "out_scale") if heads else None
         self._make_vmap()
         device = next(actor_network.parameters()).device
@@ -170,7 +170,7 @@ class SoftActorCritic(LossModule):
     def make_value_estimator(
         self, value_type: ValueEstimators | None = None, **hyperparams: float
     ) -> Self:
-        """Set how :meth:`value_targets` mixes returns of all lengths, and the discount.
+        """Set how :meth:`value_targets` mixes returns of different lengths, and the discount.
 
         Args:
             value_type: ``TD0`` for one step, ``TD1`` for the whole episode, ``TDLambda`` (the
@@ -214,7 +214,7 @@ class SoftActorCritic(LossModule):
         return self
 
     def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
-        """TorchRL's hook; there is no module to forward keys to."""
+        """Do nothing: TorchRL's hook, but there is no module to forward keys to."""
 
     @property
     def alpha(self) -> Tensor:
@@ -233,7 +233,7 @@ class SoftActorCritic(LossModule):
         return value
 
     def alpha_loss(self, log_prob: Tensor, tensordict: TensorDictBase | None = None) -> Tensor:
-        """``loss_alpha``, which moves the entropy towards its target, from ``log_prob [*B]``."""
+        """Return ``loss_alpha``, which moves the entropy to its target, from ``log_prob [*B]``."""
         loss = -self.log_alpha * (log_prob.detach() + self.target_entropy)
         return self._reduced(loss, tensordict)
 
@@ -247,15 +247,15 @@ class SoftActorCritic(LossModule):
         return tensordict.get(self.tensor_keys.value_target, None)
 
     def _scale(self) -> Tensor | float:
-        """The scale of the critics' outputs; 1 of networks that have none."""
+        """Return the scale of the critics' outputs; 1 for networks without one."""
         return 1.0 if self._head is None else self.qvalue_network_params.get(self._head)[0]
 
     def qvalues(self, tensordict: TensorDictBase, params: Any = None) -> Tensor:
-        """What each critic says of states and actions ``[*B]``.
+        """Return each critic's values of states and actions ``[*B]``.
 
         Args:
-            tensordict: What the critics read, ``[*B]``.
-            params: Their weights; those under training by default, which keep their gradient.
+            tensordict: The critics' inputs, ``[*B]``.
+            params: The critics' weights; by default the trained ones, with gradients.
 
         Returns:
             ``[num_qvalue_nets, *B]``.
@@ -275,7 +275,7 @@ class SoftActorCritic(LossModule):
     def _soft_step(
         self, tensordict: TensorDictBase, reward: Tensor, terminated: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Value of the policy at next states, and rewards with the entropy there, ``[*B, 1]``."""
+        """Return the policy's value at next states, and rewards plus entropy there, ``[*B, 1]``."""
         state, context, _ = self.step_keys
         self.read(tensordict, unravel_key(("next", state)))
         following = tensordict.get("next").select(state, context, strict=False)
@@ -319,10 +319,10 @@ class SoftActorCritic(LossModule):
 
     @torch.no_grad()
     def _one_step(self, tensordict: TensorDictBase) -> Tensor:
-        """SAC's target of a transition, ``[*B, 1]``."""
+        """Return SAC's target of a transition, ``[*B, 1]``."""
         names = (self.tensor_keys.reward, self.tensor_keys.terminated)
         reward, terminated = (self.read(tensordict, ("next", name)) for name in names)
-        terminated = terminated.bool()  # of bytes, ~ is no negation
+        terminated = terminated.bool()  # ~ does not negate bytes
         value, reward = self._soft_step(tensordict, reward, terminated)
         gamma = self.discount.to(value.dtype)
         return self._bounded(td0_return_estimate(gamma, value, reward, terminated))
@@ -333,22 +333,23 @@ class SoftActorCritic(LossModule):
     ) -> None:
         """Set the critics' scale, and the bounds of targets, from the rewards of ``episodes``.
 
-        The bounds hold the 1 % and 99 % quantiles of rewards and entropy bonus, for ever: divided
-        by ``1 - gamma``. They also hold these and every reward once, since an episode may
-        terminate. The scale is half of the larger one, and stays where both are 0. Until the first
-        call targets are not bounded, and the scale is 1. The critics' functions stay what they are
-        (PopArt, arXiv 1602.07714), as far as they are
-        :class:`~layeredrl_torchrl.nets.ScalarHead`.
+        The bounds include the returns of receiving the 1 % and 99 % quantiles of reward plus
+        entropy bonus at every step: the quantiles divided by ``1 - gamma``. They also include these
+        quantiles and every reward once, since an episode may terminate. The scale is half the
+        larger absolute bound, and is kept if both are 0. Before the first call, targets are not
+        bounded and the scale is 1. The critics' functions do not change (PopArt, arXiv 1602.07714)
+        if the critics are :class:`~layeredrl_torchrl.nets.ScalarHead`.
 
         Args:
             episodes: ``[*B]`` with state, context and ``("next", reward)``.
-            rate: How far the bounds move from what they were, in ``(0, 1]``; what is paid once lies
-                within them immediately.
-            falls_cost: Without it, where nearly all rewards are positive, to terminate is worth as
-                much as the least of them for ever: nothing is paid for staying alive.
+            rate: Step of the bounds from their old values, in ``(0, 1]``; single rewards are
+                included immediately.
+            falls_cost: If false and nearly all rewards are positive, termination is valued like the
+                lowest of them for ever, so that staying alive earns nothing.
 
         Raises:
-            ValueError: A discount of 1, which bounds no return. TypeError: No bool.
+            ValueError: A discount of 1, with which returns have no bounds. TypeError:
+                ``falls_cost`` that is not a bool.
         """
         check_number("rate", rate, 0.0, 1.0, open_low=True)
         check_flag("falls_cost", falls_cost)
@@ -365,8 +366,8 @@ class SoftActorCritic(LossModule):
         ends = gain.quantile(shares)
         forever = ends / (1.0 - self.gamma)
         bounds = torch.where(self.bounds.isfinite(), self.bounds.lerp(forever, rate), forever)
-        # A fall is not worth as much as going on badly, and the bonus of a goal, which quantiles do
-        # not see, not as little as what is paid on the way.
+        # A fall must be able to have another value than going on badly for ever, and quantiles miss
+        # the bonus of a goal, so include single rewards.
         paid = reward.to(bounds)
         low = torch.stack((bounds[0], ends[0], paid.min())).min()
         high = torch.stack((bounds[1], ends[1], paid.max())).max()
@@ -383,7 +384,7 @@ class SoftActorCritic(LossModule):
 
     @torch.no_grad()
     def fit_inputs(self, tensordict: TensorDictBase) -> None:
-        """Set the input statistics of critics and policy from states and actions ``[*B]``.
+        """Set the input statistics of policy and critics from states and actions ``[*B]``.
 
         Of those that keep some: :class:`~layeredrl_torchrl.nets.TanhActor` and
         :class:`~layeredrl_torchrl.nets.QValueOperator` do. Frozen networks keep theirs, which are
@@ -468,7 +469,7 @@ class SoftActorCritic(LossModule):
 
     @contextmanager
     def _acting(self) -> Iterator[Callable[[TensorDictBase], Tensor]]:
-        """Yield what writes reparameterised actions to a TensorDict and returns ``log_prob``."""
+        """Yield a function that writes reparameterised actions and returns their ``log_prob``."""
         action_key = self.step_keys[2]
 
         def act(tensordict: TensorDictBase) -> Tensor:

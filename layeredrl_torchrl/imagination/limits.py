@@ -1,4 +1,4 @@
-"""Where imagined episodes end because the model has left its data."""
+"""Conditions that end imagined episodes where the model has left its data."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ class OutOfRange:
     tensor([True, True, True])
 
     Args:
-        model: An ensemble with statistics of its inputs, as training leaves it.
-        limit: Standard deviations of the data that a dimension of the state may lie from its mean.
+        model: A trained ensemble, with statistics of its inputs.
+        limit: Allowed distance of a state dimension from its mean, in standard deviations of the
+            data.
 
     Raises:
         TypeError, ValueError: A model of another kind, or that does not normalise its inputs; a
@@ -63,7 +64,8 @@ class Disagrees:
 
     Args:
         model: The ensemble.
-        limit: Of :class:`~layeredrl_torchrl.EnsembleDisagreement`, in its units.
+        limit: Allowed disagreement, in the units of
+            :class:`~layeredrl_torchrl.EnsembleDisagreement`.
 
     Raises:
         TypeError, ValueError: As :class:`~layeredrl_torchrl.EnsembleDisagreement`; a limit that is
@@ -82,7 +84,7 @@ class Disagrees:
 
 
 class TruncateWhere(Transform):
-    """Truncates imagined episodes where a condition holds: their last state still has a value.
+    """Truncates imagined episodes where a condition holds; the last state keeps its value.
 
     >>> model = ProbabilisticEnsemble(Unbounded((2,)), None, Bounded(-1.0, 1.0, (1,)))
     >>> cost = lambda state, context, action: -state.square().sum(-1)
@@ -96,11 +98,12 @@ class TruncateWhere(Transform):
     Args:
         condition: ``(state, context, action, next_state) -> [*B]`` bool, for example
             :class:`OutOfRange` or :class:`Disagrees`.
-        in_keys: Of state, context and action; a missing context counts as empty.
+        in_keys: Keys of state, context and action; a missing context counts as empty.
 
     Raises:
-        TypeError: A condition that cannot be called. When called, TypeError or ValueError for one
-            that gives no bools, or another shape; KeyError for a step without state or action.
+        TypeError: A condition that cannot be called. When called, TypeError or ValueError for
+            results that are not bools or have another shape; KeyError for a step without state or
+            action.
     """
 
     def __init__(
@@ -122,14 +125,14 @@ class TruncateWhere(Transform):
 
         state, action = read(state_key), read(action_key)
         context = tensordict.get(context_key, None)
-        if context is None:  # an empty one may be left out
+        if context is None:  # an empty context may be missing
             context = state[..., :0]
         leaves = self.condition(state, context, action, next_tensordict.get(state_key))
         check_per_item("condition", leaves, state.shape[:-1])
         if leaves.dtype != torch.bool:
             raise TypeError(f"condition gave {leaves.dtype}, expected bool: compare with a limit")
         leaves = leaves.unsqueeze(-1)
-        # What came before, such as a StepCounter, may have truncated as well.
+        # An earlier transform, such as a StepCounter, may have truncated as well.
         before = next_tensordict.get("truncated", None)
         truncated = leaves & ~next_tensordict.get("terminated")
         next_tensordict.set("truncated", truncated if before is None else before | truncated)

@@ -46,24 +46,24 @@ _DONE = ("done", "terminated")
 
 
 class PredictorEnv(ModelBasedEnvBase):
-    """Steps a predictor in state space: TorchRL's planners and collectors run on it unmodified.
+    """Steps a predictor in state space, for TorchRL's own planners and collectors.
 
-    The context is carried unchanged. Reward and termination functions that read the next state are
-    given that which is stepped to. How it comes about is up to ``propagation``:
+    The context stays unchanged. Reward and termination functions that read the next state get the
+    state that the step leads to. ``propagation`` determines this state:
 
     - :class:`~layeredrl_torchrl.Expectation`: the mean over members and modes.
-    - :class:`~layeredrl_torchrl.TS1`: a sample of one member's mixture; each entry of a batch is
-      one particle, and the member is drawn anew at every step.
+    - :class:`~layeredrl_torchrl.TS1`: a sample from one member's mixture; each entry of a batch is
+      one particle, and its member is drawn anew at every step.
     - :class:`~layeredrl_torchrl.TSInfinity`: likewise, but an entry keeps its member for an
-      episode. It is carried in the TensorDict under ``"imagined_member"``, int64 ``[*B, 1]``; where
-      it is absent, as in a plan, it is drawn at the first step, and a reset begins with the one
-      that it is given.
+      episode, in the TensorDict under ``"imagined_member"``, int64 ``[*B, 1]``. If the key is
+      absent, as in a plan, the member is drawn at the first step. A reset keeps the member that it
+      is given.
 
-    For planning, leave ``batch_size`` and ``initial_states`` out: TensorDicts of any batch shape
-    are stepped, all instances at once, and nothing is reset within a plan. For imagined data, give
-    both: then this is an environment like any other, for ``env.rollout`` and TorchRL's collectors,
-    which reset single instances as they end; TorchRL's ``StepCounter`` limits the horizon. Random
-    numbers are torch's: ``torch.manual_seed`` repeats an episode, and ``set_seed`` changes nothing.
+    For planning, leave out ``batch_size`` and ``initial_states``: the environment steps TensorDicts
+    of any batch shape, and never resets within a plan. For imagined data, give both: then this is
+    an environment like any other, for ``env.rollout`` and TorchRL's collectors, which reset single
+    instances when they end; TorchRL's ``StepCounter`` limits the horizon. Random numbers are
+    torch's: ``torch.manual_seed`` reproduces an episode, and ``set_seed`` has no effect.
 
     >>> from torchrl.collectors import Collector
     >>> from torchrl.envs import StepCounter, TransformedEnv
@@ -83,20 +83,19 @@ class PredictorEnv(ModelBasedEnvBase):
     ...     print(data["state"].shape, data["imagined_member"].shape)
     torch.Size([8, 10, 2]) torch.Size([8, 10, 1])
 
-    Planning with a value (``use_value_func=True``): TorchRL's planners sum rewards up to a
-    horizon, so the value beyond it is given to them as potential-based shaping. With survival
-    ``1 - p_t`` and
+    Planning with a value (``use_value_func=True``): TorchRL's planners sum rewards up to a horizon,
+    so they get the value beyond it by potential-based shaping. With survival ``1 - p_t`` and
 
         reward_t = c_t * (r_t + gamma * (1 - p_t) * V(s_{t+1}) - V(s_t)),
         c_{t+1} = c_t * gamma * (1 - p_t),  c_0 = 1,
 
     the sum over a horizon ``H`` telescopes to the discounted return of a process that survives
     each step with ``1 - p_t``, plus ``c_H * V(s_H)``, minus the constant ``V(s_0)``. ``c_t`` is
-    carried in the TensorDict under ``"imagined_discount"``, and is 1 where it is absent, as it is
-    at the start of a plan.
+    stored in the TensorDict under ``"imagined_discount"``; if the key is absent, as at the start of
+    a plan, it is 1.
 
     Args:
-        predictor: What is imagined; needs a reward function.
+        predictor: The predictor to step; needs a reward function.
         action_spec: Spec (or gymnasium space) of one environment's action; the predictor's by
             default.
         propagation: As above, without ``n_particles``; ``Expectation()`` by default.
@@ -107,11 +106,9 @@ class PredictorEnv(ModelBasedEnvBase):
         initial_states: Called with a number ``n`` at resets, returns a TensorDict ``[n]`` with
             state ``[n, D]`` and context ``[n, C]``; for example
             :class:`~layeredrl_torchrl.FromBuffer`. Without it, resets give zeros, and instances
-            that have ended go on instead of starting over; under a transform they start over, at
-            zeros, with a warning.
-        batch_size: Batch size of the environment; by default it has none of its own, which
-            TorchRL's planners need.
-        use_value_func: Whether rewards are shaped as above; needs a value function.
+            that have ended go on. Under a transform they start over at zeros, with a warning.
+        batch_size: Batch size of the environment; empty by default, as TorchRL's planners need it.
+        use_value_func: Whether to shape rewards as above; needs a value function.
         discount: ``gamma`` of the shaping; only with ``use_value_func``.
 
     Raises:
@@ -200,7 +197,7 @@ class PredictorEnv(ModelBasedEnvBase):
         self.observation_spec = Composite(observed, device=device).expand(batch)
         needed = self.observation_spec.clone()
         if not self.predictor.context_dim:
-            del needed[context]  # so that a transform can take it away
+            del needed[context]  # so that a transform can remove it
         self.state_spec = needed
         self.action_spec = Composite({action: action_spec.to(device)}, device=device).expand(batch)
         self.reward_spec = Unbounded((*batch, 1), dtype=dtype, device=device)
@@ -230,7 +227,7 @@ class PredictorEnv(ModelBasedEnvBase):
             return require(tensordict, key, reader="a step of PredictorEnv", hint=hint)
 
         state = read(state_key)
-        # An empty context may be left out: no memory map can hold it.
+        # An empty context may be missing: a memory map cannot store it.
         left_out = not self.predictor.context_dim and tensordict.get(context_key, None) is None
         context = state[..., :0] if left_out else read(context_key)
         action = self._action_form(read(action_key), state.shape[:-1])
@@ -272,7 +269,7 @@ class PredictorEnv(ModelBasedEnvBase):
         return TensorDict(out, batch_size=tensordict.batch_size)
 
     def _member(self, tensordict: TensorDictBase) -> Tensor | None:
-        """Which member moves each entry of an episode, ``[*B, 1]``; only of ``TSInfinity``."""
+        """Return which member moves each entry, ``[*B, 1]``; ``None`` unless ``TSInfinity``."""
         if not isinstance(self.propagation, TSInfinity):
             return None
         kept = tensordict.get(_MEMBER, None)
@@ -281,7 +278,7 @@ class PredictorEnv(ModelBasedEnvBase):
         return draw_members(self.predictor.model, tensordict.batch_size, self.device)
 
     def _reward(self, state: Tensor, context: Tensor, action: Tensor, next_state: Tensor) -> Tensor:
-        """Reward and bonus, ``[*B]``."""
+        """Return reward plus bonus, ``[*B]``."""
         reward = self.predictor.reward_of(state, context, action, next_state)
         if self.exploration_bonus is None:
             return reward
@@ -296,7 +293,7 @@ class PredictorEnv(ModelBasedEnvBase):
     @watched
     def _reset(self, tensordict: TensorDictBase | None, **kwargs: Any) -> TensorDictBase:
         batch = self.batch_size if tensordict is None else tensordict.batch_size
-        # A spec that has the environment's batch size gives it; one that has none takes any.
+        # The zeros of a spec have its batch size, if it has one; the rest of the shape is given.
         out = self.observation_spec.zero(batch[self.observation_spec.ndim :])
         if self.use_value_func:
             out.set(_DISCOUNT, torch.ones_like(out.get(_DISCOUNT)))
@@ -317,10 +314,10 @@ class PredictorEnv(ModelBasedEnvBase):
         if chosen is None:
             chosen = torch.ones(batch, dtype=torch.bool, device=self.device)
         chosen = chosen.reshape(batch)
-        # Counting the instances would wait for an accelerator, so there all get a start.
+        # Counting the instances would wait for an accelerator, so there all of them get a start.
         counted = chosen.device.type == "cpu" and not isinstance(chosen, FakeTensor)
         n = int(chosen.sum()) if counted else batch.numel()
-        # TorchRL keeps what the other instances have, whatever stands there.
+        # TorchRL keeps the entries of the other instances, whatever is returned for them.
         dtype = out.get(self._keys[0]).dtype
         for key, starts in draw_starts(self.initial_states, n, widths, dtype).items():
             value = out.get(key)
@@ -334,7 +331,7 @@ class PredictorEnv(ModelBasedEnvBase):
         return out
 
     def maybe_reset(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Start over where there are starts; a plan that has ended must not."""
+        """Reset only with initial states; a plan that has ended must not restart."""
         if self.initial_states is None:
             return tensordict
         return super().maybe_reset(tensordict)
@@ -350,10 +347,10 @@ def _warn_of_zeros(_: Tensor) -> None:
 
 
 def _checked_starts(given: dict[Any, Tensor | None], like: TensorDictBase) -> dict[Any, Tensor]:
-    """The states and contexts that a reset is given, in the form of ``like``.
+    """Return the states and contexts given to a reset, in the form of ``like``.
 
     Raises:
-        KeyError: One without the other, where it is not empty: it would be zeros in silence.
+        KeyError: One without the other, unless that is empty: it would silently be zeros.
     """
     found = {}
     for key, value in given.items():
@@ -369,7 +366,7 @@ def _checked_starts(given: dict[Any, Tensor | None], like: TensorDictBase) -> di
 
 
 def _action_spec(predictor: Predictor, given: TensorSpec | Space | None) -> TensorSpec:
-    """The given spec if it fits the predictor's own, which is the default."""
+    """Return the given spec, by default the predictor's; raise if it does not fit that."""
     own = predictor.model.action_spec
     if given is None:
         return own

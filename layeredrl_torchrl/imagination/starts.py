@@ -1,4 +1,4 @@
-"""Where imagined episodes start."""
+"""The starts of imagined episodes."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ __all__ = ["FromBuffer", "check_start", "draw_starts"]
 
 
 class FromBuffer:
-    """Imagined episodes branch off from stored observations (arXiv 1906.08253, algorithm 2).
+    """Draws starts of imagined episodes from stored observations (arXiv 1906.08253, algorithm 2).
 
     Called with ``n``, it draws ``n`` transitions, uniformly and with replacement, and encodes the
-    observations that they start from. What is written to the buffer later is drawn too, and the
-    buffer's sampler and priorities are left alone.
+    observations at their start. It also draws transitions that are written to the buffer later, and
+    leaves the buffer's sampler and priorities unchanged.
 
     >>> factory = PredictorFactory(hidden_sizes=(8,), n_models=2)
     >>> predictor = factory(Unbounded((3,)), Bounded(-1.0, 1.0, (1,)))
@@ -44,7 +44,7 @@ class FromBuffer:
         predictor: Its encoder turns observations into state and context.
         observation_key: Key of the observation in the buffer; by default the entries that the
             encoder reads.
-        **keys: Further ones of :class:`~layeredrl_torchrl.TransitionSlices`.
+        **keys: Further keys of :class:`~layeredrl_torchrl.TransitionSlices`.
 
     Raises:
         TypeError, ValueError: As :class:`~layeredrl_torchrl.TransitionSlices`, and as the encoder.
@@ -67,7 +67,7 @@ class FromBuffer:
 
     @torch.no_grad()
     def __call__(self, n: int) -> TensorDict:
-        """``n`` starts: a TensorDict ``[n]`` with state ``[n, D]`` and context ``[n, C]``."""
+        """Draw ``n`` starts: a TensorDict ``[n]`` with state ``[n, D]`` and context ``[n, C]``."""
         rows, key = self._slices.sample(n, 1)[:, 0], self.observation_key
         obs = self.predictor.encoder.join(rows) if key is None else rows.get(key)
         parameter = next(self.predictor.parameters(), None)
@@ -88,10 +88,10 @@ def draw_starts(
     """Draw ``n`` starts and check them.
 
     Args:
-        initial_states: As ``PredictorEnv`` has it.
+        initial_states: As in ``PredictorEnv``.
         n: How many; nothing is drawn for 0.
-        widths: Dimensions of what is expected; a key of 0 dimensions may be missing.
-        dtype: Of what is returned.
+        widths: Expected number of dimensions of each key; a key of 0 dimensions may be missing.
+        dtype: Dtype of the result.
 
     Returns:
         ``[n, width]`` for each key that was given.
@@ -126,7 +126,7 @@ def draw_starts(
 
 
 def check_start(key: NestedKey, value: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """Return ``value [*B, width]`` of an initial ``key`` as ``dtype``; raise if it does not fit."""
+    """Check the initial ``value [*B, width]`` of ``key``, and return it as ``dtype``."""
     name = f"initial {key!r}"
     check_width(name, value, width, hint="give what the predictor's encoder returns")
     check_finite(name, value, hint="repair it first")

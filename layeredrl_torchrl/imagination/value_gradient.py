@@ -1,4 +1,4 @@
-"""The policy's gradient through a learned model."""
+"""Policy gradients through a learned model."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ __all__ = ["ValueGradientLoss"]
 class ValueGradientLoss(SoftActorCritic):
     """Improves a policy by the gradient of its return through a predictor.
 
-    From each start the policy is followed for ``horizon`` imagined steps, and valued by the critics
-    where it has got to. The gradient flows back through the actions, rewards, terminations and
-    states of the way: value gradients (SVG, arXiv 1510.09142), with the entropy bonus of soft
+    From each start the loss follows the policy for ``horizon`` imagined steps; critics value the
+    last state. The gradient flows back through the actions, rewards, terminations and states of
+    these steps: value gradients (SVG, arXiv 1510.09142), with the entropy bonus of soft
     actor-critic (SAC-SVG, arXiv 2008.12775). With shares ``c_0 = 1`` and
     ``c_{h+1} = c_h * gamma * (1 - p_h)``, where ``p_h`` is the probability that step ``h``
     terminates,
 
         J = sum_{h<H} c_h * (r_h - alpha * log pi_h) + c_H * (Q(s_H, a_H) - alpha * log pi_H)
 
-    and ``loss_actor`` is ``-J``. Each step of each row is sampled from one member that is newly
-    drawn for it (TS-1, arXiv 1805.12114). With ``horizon=0`` this is SAC's own loss.
+    and ``loss_actor`` is ``-J``. Each step of each row is sampled from one newly drawn member
+    (TS-1, arXiv 1805.12114). With ``horizon=0`` this is SAC's loss.
 
     ``loss_qvalue`` is the critics' error against the entry ``"value_target"``, which
-    :meth:`value_targets` writes to imagined or real episodes. Where there is none, the target is
-    the return of the same imagined steps (MVE, arXiv 1803.00101; DHMBPO, arXiv 2512.15439),
-    bootstrapped from the target critics; it is learned at their first action. With ``horizon=0``
-    it is SAC's, of the transition that the TensorDict holds.
+    :meth:`value_targets` writes to imagined or real episodes. Without this entry, the target is the
+    return of the same imagined steps (MVE, arXiv 1803.00101; DHMBPO, arXiv 2512.15439),
+    bootstrapped from the target critics; the critics learn it at the first action. With
+    ``horizon=0`` it is SAC's target for the transition in the TensorDict.
 
     >>> from layeredrl_torchrl.nets import QValueOperator, TanhActor
     >>> predictor = PredictorFactory()(Unbounded((3,)), Bounded(-1.0, 1.0, (1,)))
@@ -51,28 +51,28 @@ class ValueGradientLoss(SoftActorCritic):
     ['alpha', 'entropy', 'loss_actor', 'loss_alpha', 'loss_qvalue', 'value']
 
     Args:
-        actor_network: The policy; it reads the predictor's state, and context, and its actions are
+        actor_network: The policy; it reads the predictor's state and context, and its actions are
             reparameterised.
         qvalue_network: Reads state, context (or not) and action and writes
             ``"state_action_value" [*B, 1]``; for example :class:`QValueOperator`.
-        predictor: What is imagined; it is not trained here.
+        predictor: The predictor to imagine with; it is not trained here.
         horizon: ``H``, imagined steps; 0 for none.
-        num_qvalue_nets: Critics, with weights of their own. Targets take the smallest.
-        mean_qvalue: Whether the actor follows the mean of the critics instead of the smallest.
+        num_qvalue_nets: Number of critics, each with its own weights. Targets take the minimum.
+        mean_qvalue: Whether the actor maximises the critics' mean instead of their minimum.
         loss_function: Distance of critic and target, ``"l2"``, ``"l1"`` or ``"smooth_l1"``, in
             units of the critics' scale.
-        alpha_init: Weight of the entropy at the start.
-        fixed_alpha: Whether it stays so.
+        alpha_init: Initial weight of the entropy.
+        fixed_alpha: Whether this weight stays fixed.
         target_entropy: In nats; minus the number of action dimensions by default.
-        delay_qvalue: Whether targets come from delayed critics, which TorchRL's ``SoftUpdate``
-            moves; else from the critics themselves.
-        reduction: Of the losses over the batch: ``"mean"``, ``"sum"`` or ``"none"``.
+        delay_qvalue: Whether targets come from delayed critics, updated by TorchRL's
+            ``SoftUpdate``, instead of the critics themselves.
+        reduction: Reduction of the losses over the batch: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Raises:
-        TypeError, ValueError: Parts of another kind; parts that read or write other keys than the
-            predictor has or are of other widths, a policy without a density, actions that are
-            choices or lie outside the predictor's, options outside their range. When called: states
-            of another shape, or not finite.
+        TypeError, ValueError: Parts of another kind; parts with other keys or widths than the
+            predictor's; a policy without a density; discrete actions, or actions outside the
+            predictor's bounds; options outside their range. When called: states of another shape,
+            or not finite.
     """
 
     out_keys = ["loss_actor", "loss_qvalue", "loss_alpha", "alpha", "entropy", "value"]
@@ -120,15 +120,15 @@ class ValueGradientLoss(SoftActorCritic):
         self.mean_qvalue = check_flag("mean_qvalue", mean_qvalue)
         if horizon:
             predictor.need("rew_func")
-        # It learns by itself; its parameters are none of this loss's.
+        # It learns separately, so its parameters are not registered here.
         self.__dict__["predictor"] = predictor
         self._compile_options: dict[str, Any] | None = None
 
     def compile(self, **options: Any) -> None:
-        """Compile the imagined steps: half the time on a CPU, after a minute or two of compiling.
+        """Compile the imagined steps: this halves their time on a CPU.
 
-        That happens at the first batch of each shape, in each process; copies compile, too. Parts
-        that ``torch.compile`` cannot trace raise its error then.
+        Compiling takes a minute or two at the first batch of each shape in each process; copies
+        compile too. Parts that ``torch.compile`` cannot trace raise its error then.
 
         Args:
             **options: Of ``torch.compile``, for example ``dynamic=False``.
@@ -137,7 +137,7 @@ class ValueGradientLoss(SoftActorCritic):
 
     @property
     def in_keys(self) -> list[NestedKey]:
-        """State and context, and what the critics learn from."""
+        """State, context and the entries from which the critics learn."""
         state, context, action = self.step_keys
         keys = [state, *([context] if self.predictor.context_dim else [])]
         if not self.horizon:
@@ -157,12 +157,13 @@ class ValueGradientLoss(SoftActorCritic):
 
         Args:
             tensordict: State ``[*B, D]``, context ``[*B, C]``; with ``"value_target" [*B, 1]`` or
-                ``horizon=0`` also the action that was taken there; with ``horizon=0`` and no
-                target, a transition. Gets the critics' squared errors as ``"td_error"``.
+                ``horizon=0`` also the action taken there; with ``horizon=0`` and no target, a
+                transition. The critics' squared errors are written to it as ``"td_error"``.
 
         Returns:
-            ``loss_actor`` and ``loss_qvalue``, divided by the critics' scale and its square;
-            ``loss_alpha``; ``alpha``, ``entropy`` (nats) and ``value`` (the mean of ``J``).
+            ``loss_actor`` and ``loss_qvalue``, divided by the critics' scale and its square
+            respectively; ``loss_alpha``; ``alpha``, ``entropy`` (nats) and ``value`` (the mean of
+            ``J``).
         """
         episode = self._imagine(tensordict)
         loss_qvalue, critic = self._qvalue_loss(tensordict, episode)
@@ -177,18 +178,18 @@ class ValueGradientLoss(SoftActorCritic):
             return TensorDict(out, batch_size=tensordict.batch_size)
         out |= {
             "alpha": self.alpha,
-            # Padding counts no more here than in the losses.
+            # Padding does not count, as in the losses.
             "entropy": self._reduce_loss(-found["log_prob"], tensordict, reduction="mean"),
             "value": self._reduce_loss(found["value"], tensordict, reduction="mean"),
         }
         return TensorDict(out)
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
-        """``loss_actor`` alone, with ``log_prob`` and ``value [*B]`` of the first action."""
+        """Compute only ``loss_actor``, with ``log_prob`` and ``value [*B]`` of the first action."""
         return self._actor_loss(tensordict, self._imagine(tensordict))
 
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
-        """``loss_qvalue`` alone, and ``td_error [*B]``."""
+        """Compute only ``loss_qvalue``, with ``td_error [*B, 1]``."""
         episode = None
         if self._target_of(tensordict) is None and self.horizon:
             with torch.no_grad():
@@ -246,7 +247,7 @@ class ValueGradientLoss(SoftActorCritic):
         return target
 
     def _return_of(self, episode: FollowedPolicy) -> Tensor:
-        """The soft return of the first action, ``[B]``, by the target critics."""
+        """Return the soft return of the first action, ``[B]``, by the target critics."""
         with torch.no_grad():
             last = self.qvalues(episode.last.detach(), self._targets()).amin(0)
             entropy = -self.alpha * episode.log_prob
@@ -277,7 +278,7 @@ class ValueGradientLoss(SoftActorCritic):
             )
 
     def _start(self, tensordict: TensorDictBase, key: NestedKey, width: int) -> Tensor:
-        """State or context ``[B, width]`` of starts ``[*B]``; ``ValueError`` for other shapes."""
+        """Return state or context ``[B, width]`` of starts ``[*B]``; check the shape."""
         value = self.read(tensordict, key)
         expected = (*tensordict.batch_size, width)
         if value.shape != expected:

@@ -59,7 +59,7 @@ class Landmarks(KeepsFloats, WholeLoading):
 
     places: Tensor  # [capacity, P]
     ways: Tensor  # [capacity, capacity], lengths of the shortest paths
-    visits: Tensor  # [capacity], places seen within two radii since the landmark exists
+    visits: Tensor  # [capacity], places seen within two radii since the landmark was made
     count: Tensor  # [] int64
 
     def __init__(
@@ -165,7 +165,7 @@ class Landmarks(KeepsFloats, WholeLoading):
         """Return the value ``[*B]`` of states ``[*B, D]`` at, or on the way to, rarely seen places.
 
         The maximum over landmarks of ``top * exp(-distance / scale) / sqrt(visits)``. Visits are
-        the places seen within two radii since the landmark exists. A planner with this value goes
+        the places seen within two radii since the landmark was made. A planner with this value goes
         to the edge of the known region, and random phases go on from there (first return, then
         explore: Go-Explore, arXiv 2004.12919; counts as in arXiv 1606.01868). 0 far from all
         landmarks.

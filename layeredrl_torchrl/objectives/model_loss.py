@@ -68,13 +68,13 @@ class ModelLoss(TermsLoss):
         model: The ensemble.
         per_member: Whether batches have a leading member axis, ``[M, N]``, so that each member
             learns from its own transitions; otherwise all learn from the same ``[N]``.
-        beta: In [0, 1]. In each dimension, the gradient of a row is multiplied by ``std ** (2 *
-            beta)`` of its predicted std: beta-NLL (arXiv 2203.09168, section 3). The plain
-            likelihood (0) favours rows that are already predicted well, squared errors (1) those
-            that are predicted badly. In each dimension, the factors are divided by their mean over
-            the batch: otherwise a dimension that is predicted to a thousandth of its spread would
-            hardly count against the others and against termination. With several modes, each is
-            weighted by its own std, with the responsibilities of the unweighted likelihood (the
+        beta: In [0, 1]. In each dimension, the gradient of a row is multiplied by
+            ``std ** (2 * beta)`` of its predicted std: beta-NLL (arXiv 2203.09168, section 3). The
+            plain likelihood (0) favours rows that are already predicted well, squared errors (1)
+            those that are predicted badly. In each dimension, the factors are divided by their mean
+            over the batch: otherwise a dimension that is predicted to a thousandth of its spread
+            would hardly count against the others and against termination. With several modes, each
+            is weighted by its own std, with the responsibilities of the unweighted likelihood (the
             gradient of a mixture's likelihood is that of its modes' log-densities, averaged with
             these).
         huber_std: Errors beyond this many predicted stds count linearly instead of squared (Huber,

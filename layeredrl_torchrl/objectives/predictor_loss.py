@@ -109,8 +109,8 @@ class PredictorLoss(TermsLoss):
     Reads (``set_keys`` renames) a batch ``[B, L]`` with ``L = k_steps + n_steps``, as
     :class:`~layeredrl_torchrl.objectives.slices.TransitionSlices` samples it: ``observation``,
     ``action``, ``next_observation``, ``reward``, ``terminated``, ``valid``, and where present
-    ``elapsed_steps`` (environment steps that a transition took) and ``random_action`` (bool ``[B,
-    L]`` or ``[B, L, 1]``: the action was drawn at random and not by the evaluated policy).
+    ``elapsed_steps`` (environment steps that a transition took) and ``random_action`` (bool
+    ``[B, L]`` or ``[B, L, 1]``: the action was drawn at random and not by the evaluated policy).
     (``done`` is not read here; it tells ``RewardPredictor.learn`` where episodes end.) Steps
     excluded by a mask of TorchRL's ``loss_mask_key`` (by default ``("collector", "mask")``, which
     is false for padding) are not valid. Value targets end before a random action, and a step with a

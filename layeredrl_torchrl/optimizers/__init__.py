@@ -1,4 +1,4 @@
-"""Sampling optimizers of sequences, which know nothing but a space and a cost."""
+"""Sampling optimizers of sequences; they know only a space and a cost."""
 
 from layeredrl_torchrl.optimizers.cem import CEM
 from layeredrl_torchrl.optimizers.icem import ICEM

@@ -8,7 +8,7 @@ __all__ = ["CEM"]
 
 
 class CEM(Optimizer):
-    """Fits the distribution to the best candidates in equal weights (Botev et al. 2013).
+    """Fits the distribution to the best candidates with equal weights (Botev et al. 2013).
 
     This is what :class:`~layeredrl_torchrl.Optimizer` does by default; the arguments are the same.
 

@@ -18,10 +18,10 @@ class ICEM(Optimizer):
     """Sample-efficient CEM for planning: Pinneri et al. 2020, arXiv 2008.06389, algorithm 1.
 
     It adds to CEM: noise correlated in time (section 3.1); populations that shrink by ``decay``
-    from iteration to iteration, never below twice the elites (3.2); elites kept from iteration to
-    iteration and, shifted, from call to call (3.3); the mean as a candidate of the last iteration
-    (3.4). Samples are clipped to the bounds. A shifted elite repeats its last step; the paper draws
-    a new one.
+    with each iteration, never below twice the elites (3.2); elites kept from iteration to iteration
+    and, shifted, from call to call (3.3); the mean as a candidate of the last iteration (3.4).
+    Samples are clipped to the bounds. A shifted elite repeats its last step; in the paper, the last
+    step is drawn anew.
 
     >>> icem = ICEM(make_search(Bounded(-1.0, 1.0, (2,))), horizon=4, n_samples=100, decay=2.0)
     >>> icem.populations
@@ -32,7 +32,7 @@ class ICEM(Optimizer):
         horizon: ``H``.
         beta: Exponent of the noise's spectrum ``1 / f^beta``; 0 is white.
         decay: Factor, at least 1, by which populations shrink.
-        keep_ratio: Share of the elites that are kept.
+        keep_ratio: Share of the elites to keep.
         **options: Those of :class:`~layeredrl_torchrl.Optimizer`.
 
     Raises:
@@ -53,7 +53,7 @@ class ICEM(Optimizer):
         **options: Any,
     ) -> None:
         super().__init__(search, horizon, decay=decay, keep_ratio=keep_ratio, **options)
-        # Not part of the state dict: it follows from the arguments.
+        # Not in the state dict, since it follows from the arguments.
         self.register_buffer(
             "time_filter",
             power_law_filter(self.horizon, beta).to(search.dtype).to(search.device),
@@ -62,7 +62,7 @@ class ICEM(Optimizer):
         self.beta = beta
 
     def colour(self, white: Tensor) -> Tensor:
-        """Give noise the spectrum ``1 / f^beta`` along the axis of time."""
+        """Give noise the spectrum ``1 / f^beta`` along the time axis."""
         return filter_noise(white, self.time_filter.to(white.dtype), dim=2)
 
     def propose(self, step: int, parameters: Parameters, noise: Tensor, kept: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ def power_law_noise(white: Tensor, beta: float, dim: int = -1) -> Tensor:
     """Colour white noise: give it the power spectrum ``1 / f^beta`` along one axis.
 
     The frequencies are those of a sequence of this length, ``k / H``; the constant part gets the
-    power of the lowest of them (Timmer and Koenig 1995, as iCEM uses it, arXiv 2008.06389,
-    section 3.1). The filter is linear, so every single sample stays standard normal.
+    power of the lowest one (Timmer and Koenig 1995, as in iCEM, arXiv 2008.06389, section 3.1). The
+    filter is linear and normalised, so every single sample stays standard normal.
 
     >>> from layeredrl_torchrl.optimizers import power_law_noise
     >>> white = torch.randn(1000, 20)
@@ -33,7 +33,7 @@ def power_law_noise(white: Tensor, beta: float, dim: int = -1) -> Tensor:
         A tensor of the same shape.
 
     Raises:
-        TypeError, ValueError: ``beta`` that is no number, negative or not finite.
+        TypeError, ValueError: ``beta`` that is not a number, negative or not finite.
     """
     return filter_noise(white, power_law_filter(white.shape[dim], beta).to(white), dim)
 
@@ -46,12 +46,12 @@ def power_law_filter(length: int, beta: float) -> Tensor:
         return eye
     frequency = torch.fft.rfftfreq(length, dtype=torch.float64)
     gain = frequency.clamp_min(1.0 / length).pow(-0.5 * beta)
-    # The variance of a filtered sample is the mean of gain^2 over all frequencies, with the mirror
-    # images that rfft leaves out.
+    # The variance of a filtered sample is the mean of gain^2 over all frequencies, including the
+    # mirror images that rfft leaves out.
     mirrored = gain[1 : (length + 1) // 2]
     gain = gain / ((gain.square().sum() + mirrored.square().sum()) / length).sqrt()
     matrix = torch.fft.irfft(torch.fft.rfft(eye, dim=0) * gain[:, None], n=length, dim=0)
-    return matrix.contiguous()  # torch.distributed sends nothing else
+    return matrix.contiguous()  # torch.distributed sends only contiguous tensors
 
 
 def filter_noise(white: Tensor, matrix: Tensor, dim: int) -> Tensor:

@@ -31,10 +31,10 @@ class Solution:
 
     Attributes:
         mean: The middle of the final distribution, ``[*B, H, *E]``.
-        best: The candidate of the lowest cost of all that were tried, ``[*B, H, *E]``.
+        best: The candidate with the lowest cost, ``[*B, H, *E]``.
         best_cost: Its cost, ``[*B]``.
         random: A sample of the final distribution, ``[*B, H, *E]``.
-        memory: Start of the next call, ``[*B]``; see :attr:`Optimizer.memory_spec`.
+        memory: Where the next call can start, ``[*B]``; see :attr:`Optimizer.memory_spec`.
     """
 
     mean: Tensor
@@ -47,13 +47,14 @@ class Solution:
 class Optimizer(nn.Module):
     """Minimises costs of sequences by sampling; batched over independent problems ``[*B]``.
 
-    Each iteration draws candidates, evaluates them, and fits a distribution to the best of them,
-    from which the next candidates are drawn. By default that is the cross-entropy method. A
-    subclass overrides what differs: the noise (:meth:`colour`), the candidates (:meth:`propose`),
-    or the weights of the best (:meth:`weigh`).
+    Each iteration draws candidates, evaluates them, and fits a distribution to the best of them;
+    the next candidates are drawn from it. By default this is the cross-entropy method. A subclass
+    overrides the noise (:meth:`colour`), the candidates (:meth:`propose`), or the weights of the
+    best (:meth:`weigh`).
 
-    An optimizer has no state: pass ``Solution.memory`` as the ``memory`` of the next call to start
-    from it. A memory is used only where its entry ``"warm"`` is true, so zeros are an empty one.
+    An optimizer has no state. To start the next call from a solution, pass ``Solution.memory`` as
+    its ``memory``. A memory is used only where its entry ``"warm"`` is true, so zeros are an empty
+    memory.
 
     The loop neither waits for the device nor takes a shape from data, so that it can be captured
     as a CUDA graph; noise, memory and constants are on the device of the search's bounds.
@@ -70,16 +71,16 @@ class Optimizer(nn.Module):
         horizon: ``H``.
         n_samples: Candidates drawn in the first iteration, at least 2.
         n_iterations: Number of iterations.
-        elite_ratio: Share of ``n_samples`` that the distribution is fitted to, in ``(0, 1]``.
+        elite_ratio: Share of ``n_samples`` to which the distribution is fitted, in ``(0, 1]``.
         momentum: Share of the old parameters in the new ones, in ``[0, 1)``.
         decay: Factor, at least 1, by which the number of candidates shrinks from iteration to
             iteration, though never below twice the elites.
-        keep_ratio: Share of the elites that are handed to :meth:`propose` in the next iteration
-            and, with the memory, in the next call; in ``[0, 1]``.
+        keep_ratio: Share of the elites passed to :meth:`propose` in the next iteration and, with
+            the memory, in the next call; in ``[0, 1]``.
 
     Raises:
-        TypeError: No search; numbers of another kind. ValueError: Numbers outside their range;
-            an ``elite_ratio`` that makes fewer than two elites.
+        TypeError: ``search`` that is not a :class:`Search`; numbers of another kind. ValueError:
+            Numbers outside their range; an ``elite_ratio`` that makes fewer than two elites.
     """
 
     def __init__(
@@ -126,23 +127,23 @@ class Optimizer(nn.Module):
         return white
 
     def propose(self, step: int, parameters: Parameters, noise: Tensor, kept: Tensor) -> Tensor:
-        """Make the candidates ``[b, any, H, *E]`` of an iteration.
+        """Return the candidates ``[b, any, H, *E]`` of an iteration.
 
         A hook; by default they are samples of the distribution.
 
         Args:
             step: The iteration, from 0.
-            parameters: Of the distribution.
+            parameters: Parameters of the distribution.
             noise: ``[b, populations[step], H, *E]``.
-            kept: The best of the previous iteration, ``[b, n_kept, H, *E]``; at first those of the
-                previous call, or samples.
+            kept: The best candidates of the previous iteration, ``[b, n_kept, H, *E]``; at first
+                those of the previous call, or samples.
         """
         return self.search.sample(parameters, noise)
 
     def weigh(self, cost: Tensor) -> Tensor:
-        """Return weights of the elites, which sum to 1, from their costs ``[b, n_elites]``.
+        """Return weights of the elites, with sum 1, from their costs ``[b, n_elites]``.
 
-        The costs are in rising order. A hook; by default the weights are equal.
+        The costs are sorted, lowest first. A hook; by default the weights are equal.
         """
         return torch.full_like(cost, 1.0 / cost.shape[1])
 
@@ -170,7 +171,7 @@ class Optimizer(nn.Module):
         return TensorDict(empty, batch, device=device)
 
     def shift(self, memory: TensorDictBase, steps: int = 1) -> TensorDictBase:
-        """Shift a memory by ``steps`` steps: drop the first ones, repeat the last one.
+        """Shift a memory by ``steps``: drop its first steps and repeat its last one.
 
         Args:
             memory: ``[*B]``; it is not changed.
@@ -182,7 +183,7 @@ class Optimizer(nn.Module):
             if key == "warm":
                 moved[key] = value
                 continue
-            # After the batch axes come [H, ...], of elites [n_kept, H, ...].
+            # After the batch axes come [H, ...], or [n_kept, H, ...] for elites.
             axis = memory.ndim + (key == "elites")
             last = value.narrow(axis, self.horizon - 1, 1)
             rest = value.narrow(axis, steps, self.horizon - steps)
@@ -194,11 +195,11 @@ class Optimizer(nn.Module):
     def draw_noise(
         self, batch: Sequence[int] = (), device: torch.device | str | None = None
     ) -> Tensor:
-        """Draw all noise of one call, ``[*B, N_all, H, *E]``: standard normal, and coloured.
+        """Draw all noise of one call, ``[*B, N_all, H, *E]``: standard normal and coloured.
 
         Args:
             batch: ``*B``.
-            device: That of the search by default.
+            device: The device of the search by default.
         """
         n = sum(self.populations) + self.n_kept + 1
         shape = (torch.Size(batch).numel(), n, self.horizon, *self.search.event_shape)
@@ -218,11 +219,11 @@ class Optimizer(nn.Module):
 
         Args:
             cost: Candidates ``[*B, N, H, *E]`` -> costs ``[*B, N]``.
-            memory: ``[*B]``, with the batch shape of the problems; ``None`` for an empty one of a
-                single problem.
+            memory: ``[*B]``, with the batch shape of the problems; ``None`` for an empty memory of
+                a single problem.
             noise: From :meth:`draw_noise`; drawn by default.
             proposals: Further candidates of the first iteration, ``[*B, any, H, *E]``; they are
-                moved to the bounds.
+                clipped to the bounds.
 
         Raises:
             ValueError: Costs that are not finite (the message names the problems), or of
@@ -333,5 +334,5 @@ class Optimizer(nn.Module):
 
 
 def _like(x: Tensor, other: Tensor) -> Tensor:
-    """Append axes of size 1 until ``x`` has as many as ``other``."""
+    """Append axes of size 1 until ``x`` has as many axes as ``other``."""
     return x.view(x.shape + (1,) * (other.ndim - x.ndim))

@@ -1,8 +1,8 @@
-"""Families of distributions over sequences, and the values they range over.
+"""Families of distributions over sequences, and the ranges of their values.
 
 Shapes here have one flat batch axis ``b``; ``*E`` is the shape of one step of a sequence. Every
-family turns standard normal noise ``[b, N, H, *E]`` into candidates, so that all of them can use
-noise that is correlated in time.
+family turns standard normal noise ``[b, N, H, *E]`` into candidates, so all of them can use noise
+that is correlated in time.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Search(nn.Module, ABC):
         """Return the parameters to start from.
 
         Args:
-            memory: Entries ``[b, ...]`` as :meth:`memory_spec` has them.
+            memory: Entries ``[b, ...]`` as in :meth:`memory_spec`.
             warm: ``[b]`` bool; where it is false the memory is ignored.
         """
 
@@ -86,7 +86,7 @@ class Search(nn.Module, ABC):
 
     @abstractmethod
     def project(self, candidates: Tensor) -> Tensor:
-        """Move candidates to the nearest ones that are allowed."""
+        """Move candidates to the nearest allowed values."""
 
 
 class GaussianSearch(KeepsFloats, Search):
@@ -98,10 +98,10 @@ class GaussianSearch(KeepsFloats, Search):
 
     Args:
         low: Lower bounds ``[A]``, finite.
-        high: Upper bounds ``[A]``, not below the lower ones, and not so far from them that the
-            square of the distance overflows (1.8e19 in float32).
-        sigma: Standard deviation every search starts with, a number or ``[A]``, in the units of
-            the bounds; a quarter of their distance by default (0.5 for -1 to 1).
+        high: Upper bounds ``[A]``, not below the lower ones, and near enough that the square of
+            their distance does not overflow (1.8e19 in float32).
+        sigma: Initial standard deviation of every search, a number or ``[A]``, in the units of the
+            bounds; by default a quarter of their distance (0.5 for -1 to 1).
 
     Raises:
         ValueError: Bounds that are missing, infinite, crossed or too far apart; a sigma that is
@@ -146,7 +146,7 @@ class GaussianSearch(KeepsFloats, Search):
                 raise ValueError(f"sigma has shape {tuple(sigma.shape)}, expected [{len(low)}]")
             if not bool((sigma.isfinite() & (sigma > 0)).all()):
                 raise ValueError(f"sigma must be positive and finite, got {sigma.tolist()}")
-        # Not part of the state dict: they follow from the arguments.
+        # Not in the state dict, since they follow from the arguments.
         self.register_buffer("low", low.clone(), persistent=False)
         self.register_buffer("high", high.clone(), persistent=False)
         self.register_buffer("middle", low + 0.5 * (high - low), persistent=False)
@@ -164,7 +164,7 @@ class GaussianSearch(KeepsFloats, Search):
 
     def memory_spec(self, horizon: int) -> Composite:
         """Return the spec of ``"mean" [H, A]``."""
-        # Unbounded: the zeros of a fresh memory need not lie within the bounds.
+        # Unbounded: the zeros of an empty memory may be out of bounds.
         return Composite(mean=Unbounded((horizon, *self.event_shape), dtype=self.dtype))
 
     def start(self, memory: dict[str, Tensor], warm: Tensor) -> Parameters:
@@ -201,7 +201,7 @@ class GaussianSearch(KeepsFloats, Search):
 class CategoricalSearch(Search):
     """Independent choices among ``n``; their probabilities are remembered.
 
-    The noise selects a choice by its quantile, so noise that is correlated in time makes choices
+    The noise selects a choice by its quantile, so noise that is correlated in time gives choices
     that last for several steps.
 
     >>> from layeredrl_torchrl.optimizers import CategoricalSearch
@@ -213,8 +213,8 @@ class CategoricalSearch(Search):
 
     Args:
         n: Number of choices; candidates are integers from 0 to ``n - 1``, with ``*E = ()``.
-        uniform: Share of the uniform distribution in remembered probabilities, without which a
-            probability of 0 would stay 0.
+        uniform: Share of the uniform distribution mixed into remembered probabilities; without it,
+            a probability of 0 would stay 0.
 
     Raises:
         TypeError, ValueError: ``n`` below 1, ``uniform`` outside (0, 1].
@@ -243,12 +243,12 @@ class CategoricalSearch(Search):
         return Composite(probs=Unbounded((horizon, self.n), dtype=self.dtype))
 
     def start(self, memory: dict[str, Tensor], warm: Tensor) -> Parameters:
-        """Mix remembered probabilities with uniform ones; uniform ones where there are none."""
+        """Mix remembered probabilities with uniform ones; use uniform ones without a memory."""
         mixed = (1.0 - self.uniform) * memory["probs"] + self.uniform / self.n
         return (torch.where(warm[:, None, None], mixed, 1.0 / self.n),)
 
     def sample(self, parameters: Parameters, noise: Tensor) -> Tensor:
-        """Take the choices at the noise's quantiles, ``[b, N, H]`` integers."""
+        """Return the choices at the noise's quantiles, ``[b, N, H]`` integers."""
         (probs,) = parameters
         borders = probs.cumsum(-1)[..., :-1].unsqueeze(1)
         return (torch.special.ndtr(noise).unsqueeze(-1) > borders).sum(-1)

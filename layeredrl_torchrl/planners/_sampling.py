@@ -20,7 +20,7 @@ __all__ = ["CEMPlanner", "ICEMPlanner", "MPPIPlanner"]
 
 
 class _SamplingPlanner(PredictorPlanner):
-    """Builds an optimizer of class ``kind`` for the actions, with options ``own`` of that class."""
+    """Builds an optimizer of class ``kind`` for the actions, with its options ``own``."""
 
     @passes_on(PredictorPlanner.__init__)
     def __init__(
@@ -66,14 +66,14 @@ class CEMPlanner(_SamplingPlanner):
 
     Args:
         predictor: Imagines the outcome of actions.
-        action_spec: Actions of one environment; the predictor's by default. Continuous ones need
+        action_spec: Actions of one environment; the predictor's by default. Continuous actions need
             finite bounds.
         horizon, n_samples, n_iterations, elite_ratio, momentum: As
             :class:`~layeredrl_torchrl.Optimizer`, with the same defaults.
-        initial_sigma: Standard deviation of the first samples, as
-            :class:`~layeredrl_torchrl.optimizers.GaussianSearch` has it; none for discrete actions.
+        initial_sigma: Standard deviation of the first samples, as ``sigma`` of
+            :class:`~layeredrl_torchrl.optimizers.GaussianSearch`; not for discrete actions.
         return_mode: Which sequence is the plan; :func:`~layeredrl_torchrl.mean_plan` by default.
-        **options: Further ones of :class:`~layeredrl_torchrl.PredictorPlanner`.
+        **options: Further options of :class:`~layeredrl_torchrl.PredictorPlanner`.
 
     Raises:
         TypeError, ValueError: As the optimizer, its search and the base class raise.

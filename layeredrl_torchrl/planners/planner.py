@@ -1,4 +1,4 @@
-"""The planner: a predictor and an optimizer as a TorchRL policy."""
+"""Planners: a predictor and an optimizer as a TorchRL policy."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ class PredictorPlanner(WholeLoading, MPCPlannerBase):
     """Searches for the actions with the highest imagined return, and takes the first one.
 
     Reads the observation ``[*B, obs]``, encodes it once, searches for an action sequence, and
-    writes its first action. The start of the next search travels in the TensorDict, as the state of
-    an RNN does in TorchRL: the optimizer's memory is read from ``plan_key`` and written, one step
-    shifted, to ``("next", plan_key)``. The environment needs the transform
+    writes its first action. The start of the next search is passed on in the TensorDict, like the
+    state of an RNN in TorchRL: the planner reads the optimizer's memory from ``plan_key`` and
+    writes it, shifted by one step, to ``("next", plan_key)``. The environment needs the transform
     :meth:`make_tensordict_primer`, which also clears the memory of instances that are reset;
-    collectors append it by themselves (``auto_register_policy_transforms=True``). The memory is
+    collectors append it automatically (``auto_register_policy_transforms=True``). The memory is
     part of the collected data; leave it out of the replay buffer with
     ``data.exclude(plan_key, ("next", plan_key))``.
 
-    Planning does not change the predictor and keeps no gradients. Randomness follows
+    Planning does not change the predictor and computes no gradients. Randomness follows
     ``torch.manual_seed``, precision ``torch.autocast``.
 
     >>> factory = PredictorFactory(hidden_sizes=(8,), n_models=2)
@@ -68,23 +68,23 @@ class PredictorPlanner(WholeLoading, MPCPlannerBase):
 
     Args:
         predictor: Imagines the outcome of actions; needs a reward function.
-        optimizer: Searches for sequences; its search has to fit the action spec. It is moved to
-            the predictor's device.
+        optimizer: Searches for sequences; its search must fit the action spec. It is moved to the
+            predictor's device.
         action_spec: Spec (or gymnasium space) of one environment's action; the predictor's by
             default.
-        return_mode: Which sequence is the plan: :func:`~layeredrl_torchrl.best_plan`,
+        return_mode: Which sequence becomes the plan: :func:`~layeredrl_torchrl.best_plan`,
             :func:`~layeredrl_torchrl.mean_plan`, another function of the optimizer's solution, or
             LayeredRL's names ``"best"``, ``"mean"``, ``"random"``.
-        deterministic_mode: The same where TorchRL's ``set_exploration_type`` asks for any type but
-            ``RANDOM``, as its ``Evaluator`` does: :func:`~layeredrl_torchrl.mean_plan` by default.
-            The search itself still draws its candidates at random.
-        risk: Turns the returns ``[*B, M, P]`` of members and particles into one score; their mean
-            by default.
+        deterministic_mode: Likewise for all exploration types of TorchRL (``set_exploration_type``)
+            other than ``RANDOM``, as its ``Evaluator`` uses: :func:`~layeredrl_torchrl.mean_plan`
+            by default. The search itself still draws its candidates at random.
+        risk: Turns the returns ``[*B, M, P]`` of members and particles into scores ``[*B]``; the
+            mean by default.
         proposal: ``(state [*B, D], context [*B, C], horizon) -> [*B, any, H, A]``: action sequences
-            that every search tries too, such as :class:`~layeredrl_torchrl.PolicyProposal`; for
+            that every search also tries, such as :class:`~layeredrl_torchrl.PolicyProposal`; for
             continuous actions only.
-        callback: Called with the imagined trajectories of every plan, from ``predictor.rollout``;
-            they are computed for it only, and it does not change the actions.
+        callback: Called with the imagined trajectories of every plan, from ``predictor.rollout``.
+            They are computed only for it, and it does not change the actions.
         action_key: Key of the action; the predictor's by default.
         plan_key: Key of the optimizer's memory.
         **scoring: How imagined trajectories are scored: ``discount``, ``use_value_func``,
@@ -92,13 +92,13 @@ class PredictorPlanner(WholeLoading, MPCPlannerBase):
             :class:`~layeredrl_torchrl.predictors.ReturnOptions`.
 
     Raises:
-        TypeError: Parts of another kind, also a class where an object is meant. ValueError: A
-            predictor without reward function, or without value function where one is used; an
-            optimizer for other actions; a risk that gives other than one number for each plan;
-            numbers outside their range; an unknown return mode. When
-            called: KeyError without the observation or the memory; ValueError for another number
-            of these, masked actions, a return mode that gives no sequence, and an imagined return
-            that is not finite.
+        TypeError: Parts of another kind, including a class in place of an object. ValueError: A
+            predictor without reward function, or without a value function that is used; an
+            optimizer for other actions; a risk that does not return one number for each plan;
+            numbers outside their range; an unknown return mode. When called: KeyError without the
+            observation or the memory; ValueError if their batch sizes differ, for masked actions,
+            for a return mode that does not return a sequence, and for an imagined return that is
+            not finite.
     """
 
     module: PredictorEnv
@@ -136,7 +136,7 @@ class PredictorPlanner(WholeLoading, MPCPlannerBase):
         own_key = predictor.model.in_keys[2]
         action_key = own_key if action_key is None else action_key
         super().__init__(env, action_key)
-        # The base registers the environment twice, and a state dict would hold it twice.
+        # The base class registers the environment twice; so would the state dict.
         del self._modules["env"]
         self.action_spec = env.full_action_spec[own_key]
         self._action_form = ActionForm(self.action_spec)
@@ -164,7 +164,7 @@ class PredictorPlanner(WholeLoading, MPCPlannerBase):
 
     @torch.no_grad()
     def _try_risk(self) -> None:
-        """Refuse a risk measure of another shape now, not at the first plan, after random steps."""
+        """Refuse a risk measure of another shape now, not after random steps at the first plan."""
         model, propagation = self.predictor.model, self.options.propagation or TSInfinity()
         spread = propagation.particles(model.n_models, model.n_particles_per_model)
         score(self.risk, torch.zeros(1, 2, *spread, device=self.env.device))
@@ -176,7 +176,7 @@ class PredictorPlanner(WholeLoading, MPCPlannerBase):
 
     @property
     def predictor(self) -> Predictor:
-        """The predictor that is planned in."""
+        """The predictor that imagines the plans."""
         return self.env.predictor
 
     def compile(self, *, cudagraphs: bool = False, **options: Any) -> None:
@@ -184,20 +184,20 @@ class PredictorPlanner(WholeLoading, MPCPlannerBase):
 
         The first plan of each batch shape then takes some seconds to compile and capture, in each
         process. Plans are as good as before, but the same seed gives other random numbers. On a
-        GPU, values that are not finite are reported one plan later.
+        GPU, non-finite values are reported one plan later.
 
         Args:
             cudagraphs: On a GPU, capture each search as a CUDA graph, once for each batch shape,
-                and replay it. A reward, bonus, risk measure or return mode of your own is captured
-                along: it must not wait for the GPU (``item()``, an ``if`` on a tensor), and runs in
-                Python only during the capture. The callback and the proposal stay outside. On a
-                CPU this changes nothing.
+                and replay it. Your own reward, bonus, risk measure or return mode is captured too:
+                it must not wait for the GPU (``item()``, an ``if`` on a tensor), and runs in Python
+                only during the capture. The callback and the proposal stay outside. On a CPU this
+                changes nothing.
             **options: Of ``torch.compile``, for example ``dynamic=False``, for the built-in members
                 of an ensemble and for a reward that is a module; other networks are captured as
                 they are.
 
         Raises:
-            TypeError: ``cudagraphs`` that is no bool.
+            TypeError: ``cudagraphs`` that is not a bool.
         """
         self._graphs = Graphs() if check_flag("cudagraphs", cudagraphs) else None
         model, reward = self.predictor.model, self.predictor.rew_func
@@ -208,7 +208,7 @@ class PredictorPlanner(WholeLoading, MPCPlannerBase):
 
     @property
     def _mode(self) -> ReturnMode:
-        """The return mode for TorchRL's exploration type of the moment."""
+        """The return mode for TorchRL's current exploration type."""
         random = exploration_type() in (ExplorationType.RANDOM, None)
         return self.return_mode if random else self.deterministic_mode
 
@@ -223,12 +223,12 @@ class PredictorPlanner(WholeLoading, MPCPlannerBase):
     ) -> TensorDict:
         """Return an empty memory for ``[*B]`` environments, under ``plan_key``.
 
-        Where no environment carries the memory, ``td.update(planner.forget(td.batch_size))`` makes
-        the next plan start without one.
+        Without an environment, ``td.update(planner.forget(td.batch_size))`` makes the next plan
+        start without a memory.
 
         Args:
             batch: ``*B``.
-            device: That of the planner by default.
+            device: The planner's by default.
         """
         batch = torch.Size(batch)
         memory = self.optimizer.forget(batch, device)
@@ -251,7 +251,7 @@ class PredictorPlanner(WholeLoading, MPCPlannerBase):
         return out
 
     def planning(self, td: TensorDictBase) -> Tensor:
-        """Return the first actions ``[*B, A]`` of plans; nothing is written."""
+        """Return the first actions ``[*B, A]`` of plans; write nothing."""
         actions, solution = self.plan(td)
         return self._first(actions, solution)
 
@@ -260,7 +260,7 @@ class PredictorPlanner(WholeLoading, MPCPlannerBase):
     def plan(
         self, tensordict: TensorDictBase, noise: Tensor | None = None
     ) -> tuple[Tensor, Solution]:
-        """Plan for a TensorDict ``[*B]``; nothing is written.
+        """Plan for a TensorDict ``[*B]``; write nothing.
 
         Args:
             tensordict: Holds the observation and the memory.
@@ -286,7 +286,7 @@ class PredictorPlanner(WholeLoading, MPCPlannerBase):
         else:
             actions, solution = self._replay(self._graphs, state, context, memory, noise, proposals)
         if self.callback is not None:
-            # The callback must not change the random numbers that are drawn after it.
+            # The callback must not change the random numbers drawn after it.
             devices = [state.device] if state.device.type == "cuda" else []
             with torch.random.fork_rng(devices=devices):
                 self.callback(
@@ -307,7 +307,7 @@ class PredictorPlanner(WholeLoading, MPCPlannerBase):
         noise: Tensor | None,
         proposals: Tensor | None,
     ) -> tuple[Tensor, Solution]:
-        """Search for a plan, and return it with its solution; a function of tensors."""
+        """Search for a plan, and return it with the solution; a function of tensors."""
         batch = state.shape[:-1]
 
         def cost(candidates: Tensor) -> Tensor:
@@ -374,7 +374,7 @@ class PredictorPlanner(WholeLoading, MPCPlannerBase):
         return self._action_form.project(actions.select(solution.memory.ndim, 0))
 
     def _form(self, candidates: Tensor) -> Tensor:
-        """Bring candidates of the optimizer into the form of the action spec."""
+        """Convert candidates of the optimizer to the form of the action spec."""
         if isinstance(self.action_spec, Categorical):
             candidates = candidates.reshape((*candidates.shape, *self.action_spec.shape))
         if isinstance(self.action_spec, OneHot):
@@ -413,6 +413,6 @@ class PredictorPlanner(WholeLoading, MPCPlannerBase):
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers."""
+    """Yield parameters and buffers."""
     yield from module.parameters()
     yield from module.buffers()

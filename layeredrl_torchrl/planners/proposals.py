@@ -1,4 +1,4 @@
-"""Proposals: action sequences that a planner tries in addition to those that it draws."""
+"""Proposals: action sequences that a planner tries in addition to its own samples."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class PolicyProposal:
 
     Args:
         predictor: Imagines the outcome of actions.
-        policy: Reads state and context, writes the action, under the predictor's keys. A planner
-            neither saves nor moves it.
-        n: Sequences for each start: one of deterministic actions (TorchRL's ``DETERMINISTIC``), and
-            ``n - 1`` of sampled ones (``RANDOM``).
+        policy: Reads state and context and writes the action, with the predictor's keys. A planner
+            neither saves it nor moves it to a device.
+        n: Sequences for each start: one with deterministic actions (TorchRL's ``DETERMINISTIC``),
+            and ``n - 1`` with sampled actions (``RANDOM``).
 
     Raises:
         TypeError: A predictor or policy of another kind, an ``n`` that is no integer. ValueError:
@@ -83,12 +83,12 @@ class PolicyProposal:
         shape = (*state.shape[:-1], n)
         state, context = (x.unsqueeze(-2).expand(*shape, x.shape[-1]) for x in (state, context))
         actions: list[Tensor] = []
-        # Not by env.rollout, whose resets wait for the device to know whether anything is done.
+        # Not env.rollout, whose resets wait for the device to check what is done.
         with set_exploration_type(how):
             for h in range(horizon):
                 if h:
                     state, _ = step_by_mean(model, state, context, actions[-1])
                 td = TensorDict({state_key: state, context_key: context}, shape)
-                # Within the bounds at once, as a search would only move them later.
+                # Project to the bounds now; a search would do so only later.
                 actions.append(model.action_form.project(self.policy(td).get(action_key)))
         return torch.stack(actions, len(shape))

@@ -1,4 +1,4 @@
-"""Return modes, which select the plan from an optimizer's solution."""
+"""Return modes: they select the plan from an optimizer's solution."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ ReturnMode: TypeAlias = Callable[[Solution], Tensor]
 
 
 def mean_plan(solution: Solution) -> Tensor:
-    """Return the mean of the final distribution; it is smooth, but was not evaluated itself."""
+    """Return the mean of the final distribution; it is smooth, but may not have been evaluated."""
     return solution.mean
 
 
 def best_plan(solution: Solution) -> Tensor:
-    """Return the best of all candidates."""
+    """Return the best candidate of all iterations."""
     return solution.best
 
 
@@ -37,7 +37,7 @@ _BY_NAME: Mapping[str, ReturnMode] = MappingProxyType(
 
 
 def find_return_mode(given: ReturnMode | str, name: str = "return_mode") -> ReturnMode:
-    """Return the mode that LayeredRL has under this name; functions are returned as they are."""
+    """Return the mode with this LayeredRL name; return functions unchanged."""
     if not isinstance(given, str):
         check_callable(name, given)
         return given

@@ -1,4 +1,4 @@
-"""Risk measures, which turn the returns of many imagined particles into one score."""
+"""Risk measures: they turn the returns of many imagined particles into one score."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Mean(RiskMeasure):
 class CVaR(RiskMeasure):
     """Conditional value at risk: the mean of the worst share ``alpha`` of the particles.
 
-    A particle on the border of that share counts in part, so that the value is continuous in
-    ``alpha``; 1 gives the mean (Rockafellar and Uryasev 2002, section 2).
+    A particle on the border of that share counts partly, so that the value is continuous in
+    ``alpha``; ``alpha=1`` gives the mean (Rockafellar and Uryasev 2002, section 2).
 
     >>> CVaR(0.5)(torch.tensor([[0.0, 8.0], [2.0, 2.0]]))
     tensor(1.)
@@ -57,7 +57,7 @@ class CVaR(RiskMeasure):
         alpha: In ``(0, 1]``.
 
     Raises:
-        TypeError, ValueError: Another ``alpha``.
+        TypeError, ValueError: ``alpha`` of another kind, or outside ``(0, 1]``.
     """
 
     alpha: float
@@ -91,7 +91,7 @@ def score(risk: Callable[[Tensor], Tensor], returns: Tensor) -> Tensor:
     """Return the scores ``[*B, N]`` that ``risk`` gives for returns ``[*B, N, M, P]`` of plans.
 
     Raises:
-        ValueError: It gives something else.
+        ValueError: ``risk`` returns anything else.
     """
     given, expected = risk(returns), tuple(returns.shape[:-2])
     if isinstance(given, Tensor) and given.shape == expected and given.dtype != torch.bool:

@@ -1,4 +1,4 @@
-"""Levels: policies of one time scale each, which learn from their own transitions."""
+"""Levels: policies, each of one time scale, that learn from their own transitions."""
 
 from layeredrl_torchrl import _exit  # noqa: F401 - lets processes with collectors end
 from layeredrl_torchrl.levels._learning import LearningLevel

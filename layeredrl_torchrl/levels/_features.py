@@ -1,4 +1,4 @@
-"""The input of a model-free level's networks: one normalised vector of features."""
+"""The input of a model-free level's networks, a normalised vector of features."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from layeredrl_torchrl.specs import action_features, width
 
 __all__ = ["InputFeatures"]
 
-# Features are clipped at so many standard deviations from the mean: networks have no data there,
-# and a single outlier should not upset them.
+# Number of standard deviations from the mean at which features are clipped: networks have no data
+# beyond, and single outliers should not disturb them.
 _LIMIT = 10.0
 
 
 class InputFeatures(KeepsDoubles):
-    """Observation, input from above and the remaining share of the duration, in one vector.
+    """Concatenates observation, input from above and the remaining share of the duration.
 
-    Each feature is standardised by mean and standard deviation of everything that :meth:`observe`
-    was given, and clipped to ten standard deviations.
+    Each feature is standardised by the mean and standard deviation of all rows passed to
+    :meth:`observe`, and clipped to ten standard deviations.
 
     Args:
         observation_dim: Width of an observation.
         input_spec: Spec of the input from above; ``None`` for none.
-        duration: Actions on one input; ``None`` to leave out the remaining share.
+        duration: Number of actions on one input; ``None`` to leave out the remaining share.
     """
 
     n_seen: Tensor  # [] float64
@@ -56,7 +56,7 @@ class InputFeatures(KeepsDoubles):
         Args:
             observation: ``[*B, obs]``.
             given: The input, in the form of its spec; ``None`` without ``input_spec``.
-            n_actions: ``[*B, 1]``, own actions on this input so far; ``None`` without ``duration``.
+            n_actions: ``[*B, 1]``, actions on this input so far; ``None`` without ``duration``.
         """
         x = self.normalizer(self._join(observation, given, n_actions))
         return x.clamp(-_LIMIT, _LIMIT)
@@ -75,8 +75,8 @@ class InputFeatures(KeepsDoubles):
         """Add ``[N]`` rows to the statistics.
 
         Means and squares of both samples are merged exactly (Chan et al., "Updating formulae and a
-        pairwise algorithm for computing sample variances", 1979), so the order and size of the
-        portions do not matter.
+        pairwise algorithm for computing sample variances", 1979), so order and size of the calls do
+        not matter.
         """
         x = self._join(observation, given, n_actions).double()
         square, mean = torch.var_mean(x, 0, correction=0)
@@ -86,7 +86,7 @@ class InputFeatures(KeepsDoubles):
         self.n_seen += len(x)
         self.mean += share * gap
         self.square += share * (square - self.square + (1.0 - share) * gap.square())
-        # Features that do not vary are centred but not scaled.
+        # Constant features are centred but not scaled.
         scale = torch.where(self._constant(), torch.ones_like(self.square), self.square.sqrt())
         self.normalizer.loc.copy_(self.mean)
         self.normalizer.scale.copy_(scale)
@@ -94,5 +94,5 @@ class InputFeatures(KeepsDoubles):
         warn_of_outliers("observation", x, self.mean, scale, n=n, varied=varied)
 
     def _constant(self) -> Tensor:
-        """Which features have not varied, beyond float32 rounding."""
+        """Return which features are constant up to float32 rounding."""
         return self.square <= 1e-12 * (self.square + self.mean.square())

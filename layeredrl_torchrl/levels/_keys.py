@@ -1,4 +1,4 @@
-"""Lists of keys that follow the keys of a level."""
+"""Lists of keys that depend on the keys of a level."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["KeysOf"]
 
 
 class KeysOf:
-    """Works a list of keys out each time it is asked for, since the keys of a level can be set.
+    """Computes a list of keys at each access, since the keys of a level can be set.
 
-    For ``_in_keys`` and for ``_out_keys`` and ``_out_keys_apparent``, which are what TensorDict's
-    modules read ``in_keys`` and ``out_keys`` from, so that these can be set and selected from, too.
+    Use it for ``_in_keys``, ``_out_keys`` and ``_out_keys_apparent``, from which tensordict's
+    modules read ``in_keys`` and ``out_keys``, so that these can also be set and selected from.
 
     >>> class Reads(RandomLevel):
     ...     _in_keys = KeysOf(lambda self: [self.observation_key, "more"])
@@ -31,5 +31,5 @@ class KeysOf:
         self.find = find
 
     def __get__(self, level: Any, kind: type | None = None) -> Any:
-        """Return the keys of ``level``; itself if asked of the class."""
+        """Return the keys of ``level``; on the class, return this object."""
         return self if level is None else self.find(level)

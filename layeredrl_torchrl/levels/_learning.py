@@ -1,4 +1,4 @@
-"""The base class of levels that learn from stored transitions, on a schedule."""
+"""The base class of levels that learn from stored transitions on a schedule."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = ["LearningLevel", "LearningOptions", "spaces_of"]
 
 
 class LearningOptions(TypedDict, total=False):
-    """The types of the arguments of :class:`LearningLevel`, which explains them."""
+    """The types of the arguments of :class:`LearningLevel`; see there."""
 
     buffer: ReplayBuffer | None
     buffer_size: int | None
@@ -55,11 +55,11 @@ def spaces_of(
     action_space: TensorSpec | Space | None,
     env: EnvBase | None,
 ) -> tuple[ObservationSpace | None, TensorSpec | Space | None]:
-    """Return both spaces, from ``env`` if it is given; ``None`` for both if nothing is given.
+    """Return both spaces, from ``env`` if it is given, or ``None`` twice if nothing is given.
 
     Raises:
-        ValueError: One space without the other, or spaces beside ``env``; an environment with
-            masked actions.
+        ValueError: Only one space, or spaces together with ``env``; an environment with masked
+            actions.
     """
     given = {observation_space is not None, action_space is not None}
     if len(given) == 2 or (given == {True} and env is not None):
@@ -83,7 +83,7 @@ def check_env(env: EnvBase) -> None:
 
 
 def refuse_masks(env: EnvBase) -> None:
-    """Raise ``ValueError`` if some actions of ``env`` are illegal at times."""
+    """Raise ``ValueError`` if ``env`` masks actions."""
     masked = any(str(key[-1]) == "action_mask" for key in _tuples(env.observation_spec))
     layer = env
     while isinstance(layer, TransformedEnv):
@@ -99,28 +99,28 @@ def _tuples(spec: Composite) -> Iterable[tuple[str, ...]]:
 
 
 class LearningLevel(KeepsDoubles, Level):
-    """Stores transitions, and makes the updates that are due on a schedule.
+    """Stores transitions and makes updates on a schedule.
 
-    It acts randomly until :attr:`n_env_steps`, which :meth:`learn` counts, has reached
-    ``n_initial_random_steps``. It never does so in evaluation, that is after ``level.eval()`` or
-    where TorchRL's ``set_exploration_type`` asks for deterministic actions.
+    It acts randomly until :attr:`n_env_steps`, which :meth:`learn` counts, reaches
+    ``n_initial_random_steps``; but never in evaluation, that is after ``level.eval()`` or if
+    TorchRL's ``set_exploration_type`` asks for deterministic actions.
 
     To save and resume, save the level, ``level.optim``, ``level.buffer`` and the state of the
-    random number generators, for instance by TorchRL's ``Checkpoint``. Copies and pickles, such as
-    those in worker processes, have no buffer and no logger: they can act but not learn.
+    random number generators, for instance with TorchRL's ``Checkpoint``. Copies and pickles, such
+    as those in worker processes, have no buffer and no logger: they can act but not learn.
 
-    A subclass implements ``_checked``, ``_update``, ``stored_keys``, and where it needs them
-    ``_observe`` and ``_can_update``.
+    A subclass implements ``_checked``, ``_update``, ``stored_keys``, and if needed ``_observe`` and
+    ``_can_update``.
 
     Args:
-        buffer: Buffer on a tensor storage that this level writes its transitions to. By default a
+        buffer: Buffer on a tensor storage, to which this level writes its transitions. By default a
             new one of ``buffer_size`` with the axes of ``env``, or of the first data.
         buffer_size: Transitions that the default buffer can hold; 100,000 by default.
-        store_keys: Further entries of the data to store, for transforms of the buffer or losses of
-            your own that read them.
+        store_keys: Further entries of the data to store, for example for transforms of the buffer
+            or your own losses.
         n_initial_random_steps: Environment steps before the first update, with random actions.
-        updates_per_step: Updates for each transition; fractions of an update are carried over.
-        n_initial_updates: Updates at the end of the initial random steps, which replace those due
+        updates_per_step: Updates for each transition; fractions of an update carry over.
+        n_initial_updates: Updates at the end of the initial random steps, in place of those due
             until then; ``None`` to make all that are due.
         batch_size: Transitions, or slices of them, in an update.
         logger: Gets the terms of the updates, with environment steps as the step.
@@ -130,7 +130,7 @@ class LearningLevel(KeepsDoubles, Level):
 
     Raises:
         TypeError: Arguments of another kind. ValueError: Numbers outside their range;
-            ``buffer_size`` beside a ``buffer``; a buffer that a level cannot write to.
+            ``buffer_size`` together with a ``buffer``; a buffer to which a level cannot write.
     """
 
     n_env_steps: Tensor  # [] int64
@@ -176,19 +176,19 @@ class LearningLevel(KeepsDoubles, Level):
         self.buffer: ReplayBuffer | None = make_buffer(buffer, buffer_size, n_axes or 1)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the parts that only learning needs."""
+        """Leave out the parts for learning."""
         return {**self.__dict__, "buffer": None, "logger": None}
 
     @property
     def explores(self) -> bool:
-        """Whether actions may be random now, in training and if TorchRL's context allows it."""
+        """Whether actions may be random: in training, if TorchRL's exploration type allows it."""
         return self.training and exploration_type() in (ExplorationType.RANDOM, None)
 
     @property
     def warming_up(self) -> bool | Tensor:
-        """Whether the initial random steps are not over yet.
+        """Whether the initial random steps are still going on.
 
-        A tensor ``[]`` on an accelerator, where a bool would have to wait for the device.
+        On an accelerator a tensor ``[]``, since a bool would have to wait for the device.
         """
         if not self.n_initial_random_steps:
             return False
@@ -209,14 +209,14 @@ class LearningLevel(KeepsDoubles, Level):
 
     @abstractmethod
     def _checked(self, data: TensorDictBase) -> TensorDictBase:
-        """Return the rows to learn from; raise if learning could not use them."""
+        """Return the rows to learn from; raise if they are not usable."""
 
     @abstractmethod
     def _update(self, buffer: ReplayBuffer, n_updates: int) -> dict[str, float]:
         """Make updates and return their terms."""
 
     def _observe(self, data: TensorDictBase) -> None:
-        """Update statistics with the rows that were just stored."""
+        """Update statistics with the newly stored rows."""
 
     def _can_update(self, buffer: ReplayBuffer) -> bool:
         """Return whether the buffer holds enough for an update."""
@@ -225,30 +225,30 @@ class LearningLevel(KeepsDoubles, Level):
     # -- learning ---------------------------------------------------------------------------
 
     def learn(self, data: TensorDictBase) -> dict[str, float]:
-        """Store transitions, and make the updates that are due.
+        """Store transitions and make the updates that are due.
 
-        Each transition counts as one environment step, or as ``("next", "elapsed_steps")`` where
-        that is present (as it is where actions are skills). Transitions that a time limit cut short
-        (``("next", "interrupted")``) count but are not stored; rows that pad trajectories
-        (``("collector", "mask")``) neither count nor are stored. Updates wait until the buffer
-        holds enough for one.
+        Each transition counts as one environment step, or as ``("next", "elapsed_steps")`` if that
+        is present (when actions are skills). Transitions cut short by a time limit
+        (``("next", "interrupted")``) count but are not stored; padding (``("collector", "mask")``)
+        neither counts nor is stored. Updates wait until the buffer holds enough for one.
 
         Only the entries that learning needs are stored (``stored_keys``, and your ``store_keys``).
-        After any error, and after ``KeyboardInterrupt``, level and buffer are as they were before
-        the call.
+        After any error, including ``KeyboardInterrupt``, level and buffer are as before the call.
 
         Args:
-            data: ``[T]`` or ``[env, T]`` from a collector of this level; ``[N]`` in a hierarchy.
+            data: ``[T]`` or ``[env, T]`` from a collector with this level as policy; ``[N]`` in a
+                hierarchy.
 
         Returns:
-            ``n_env_steps``, ``n_updates`` of this call, and with updates the terms; ``"reward"`` is
-            the mean one of a ``reward_func``, which a hierarchy reports itself.
+            ``n_env_steps``, ``n_updates`` of this call, and after updates their terms. ``"reward"``
+            is the mean reward of a ``reward_func``; a hierarchy reports it itself.
 
         Raises:
-            TypeError: Not a TensorDict. KeyError: Missing entries that learning needs, or that were
-                stored before.
-            ValueError: Values that are not finite or outside their space; other axes, shapes or
-                dtypes than those stored; transitions of several steps. And as the updates raise.
+            TypeError: Not a TensorDict. KeyError: Missing entries that learning needs, or that
+                earlier data had.
+            ValueError: Values that are not finite or outside their space; axes, shapes or dtypes
+                that differ from the stored ones; transitions of several steps. Also as the updates
+                raise.
             RuntimeError: A copy of a level, which has no buffer; a level without spaces.
         """
         if self.buffer is None:
@@ -278,7 +278,7 @@ class LearningLevel(KeepsDoubles, Level):
             return paid | self._learn(self.buffer, rows, n_steps)
 
     def _is_paid(self, data: TensorDictBase) -> bool:
-        """Return whether a hierarchy has computed, and will report, the reward of its own."""
+        """Return whether a hierarchy has already computed the own reward, and will report it."""
         own, reward = data.get(OWN_REWARD, None), data.get(self.next_reward_key, None)
         return own is not None and reward is not None and torch.equal(own, reward)
 
@@ -296,7 +296,7 @@ class LearningLevel(KeepsDoubles, Level):
             before < self.n_initial_random_steps or before == 0
         ):
             self.updates_due.fill_(self.n_initial_updates)
-        # Ten times 0.1 must make one update.
+        # So that ten times 0.1 makes one update.
         n_updates = int(float(self.updates_due) + 1e-6)
         if n_updates and self._can_update(buffer):
             info |= self._update(buffer, n_updates)

@@ -1,4 +1,4 @@
-"""Fully connected networks that TorchRL's losses can run fast."""
+"""Fully connected networks that run fast in TorchRL's losses."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["FlatMLP", "layers", "mlp"]
 
 
 class FlatMLP(TensorDictModuleBase):
-    """An MLP with ReLU, whose parameters ``weight_i`` and ``bias_i`` all lie in one module.
+    """An MLP with ReLU that keeps all parameters ``weight_i`` and ``bias_i`` in one module.
 
-    TorchRL's losses put parameters into a network at every call, module by module; with one module
-    for each layer that takes longer than the layers.
+    TorchRL's losses swap parameters into a network at every call, module by module; with one module
+    per layer, this takes longer than the layers themselves.
 
     Args:
         in_keys: Entries to read and concatenate, ``[*B, n]`` each.
@@ -61,12 +61,12 @@ def mlp(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Evaluate linear layers with ReLU between them.
 
     Args:
-        x: ``[*B, n]``; ``[N, n]`` where the layers are stacked.
-        layers: Weight ``[m, n]`` and bias ``[m]`` of each, or of ``S`` networks ``[S, m, n]`` and
-            ``[S, m]``.
+        x: ``[*B, n]``; ``[N, n]`` for stacked layers.
+        layers: Weight ``[m, n]`` and bias ``[m]`` of each layer; for ``S`` stacked networks
+            ``[S, m, n]`` and ``[S, m]``.
 
     Returns:
-        ``[*B, m]``, or of all networks ``[S, N, m]``.
+        ``[*B, m]``, or ``[S, N, m]`` for stacked networks.
     """
     last = len(layers) - 1
     for i, (weight, bias) in enumerate(layers):

@@ -1,4 +1,4 @@
-"""How skills are told apart by their outcomes."""
+"""How outcomes distinguish skills."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from layeredrl_torchrl.specs import action_features, is_discrete, width
 
 __all__ = ["RunningMoments", "identifiability", "skill_features", "whitening_among"]
 
-# Rewards beyond which the average forgets: some thousand updates.
+# Number of rewards after which the average forgets: a few thousand updates.
 _WINDOW = 20_000.0
 
 
 def identifiability(log_prob: Tensor) -> Tensor:
-    r"""Compare how well an outcome is explained by its own skill and by skills of the prior.
+    r"""Compare how well its own skill and skills of the prior explain an outcome.
 
     .. math:: \log p(s' | s, z_0) - \log \frac{1}{n} \sum_{i=0}^{n-1} p(s' | s, z_i)
 
@@ -29,18 +29,18 @@ def identifiability(log_prob: Tensor) -> Tensor:
     is among the ``n``.
 
     Args:
-        log_prob: ``[*B, n]`` in nats, the skill that was carried out first.
+        log_prob: ``[*B, n]`` in nats; the executed skill is first.
 
     Returns:
         ``[*B]`` in nats.
     """
-    # Differences first: far from all predictions, log-densities are too large to be summed.
+    # Subtract first: far from all predictions, log-densities are too large to be summed.
     relative = log_prob - log_prob[..., :1]
     return math.log(log_prob.shape[-1]) - relative.logsumexp(-1)
 
 
 def skill_features(spec: TensorSpec, skills: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn skills ``[*B, ...]`` into features ``[*B, Z]`` whose second moments are 1."""
+    """Turn skills ``[*B, ...]`` into features ``[*B, Z]`` with unit second moments."""
     features = action_features(spec, skills, dtype)
     if is_discrete(spec):
         return features * math.sqrt(width(spec))
@@ -66,8 +66,8 @@ def whitening_among(
     whitening: Tensor = standardizer.whitening
     if state_dims is None:
         return whitening
-    # The inverse of the whitening's square is the covariance; that of some dimensions is a
-    # block of it. In double precision, since eigenvalues may differ by orders of magnitude.
+    # The inverse of the whitening's square is the covariance; the covariance of some dimensions is
+    # a block of it. Double precision, since eigenvalues may differ by orders of magnitude.
     wide, dims = whitening.double(), list(state_dims)
     covariance = torch.linalg.inv(wide.mT @ wide)[dims][:, dims]
     std = covariance.diagonal().sqrt()
@@ -79,10 +79,10 @@ def whitening_among(
 
 
 class RunningMoments(KeepsDoubles):
-    """Mean and standard deviation of what was seen last.
+    """Running mean and standard deviation of recent values.
 
-    All values count alike until 20,000 have been seen; from then on older ones are forgotten
-    exponentially, since what is rewarded changes with the model that rewards it.
+    The first 20,000 values count equally; from then on older values are forgotten exponentially,
+    since rewards change with the model that computes them.
     """
 
     n_seen: Tensor  # [] float64, at most the window
@@ -104,9 +104,9 @@ class RunningMoments(KeepsDoubles):
         self.n_seen.copy_((self.n_seen + len(values)).clamp_max(_WINDOW))
 
     def forward(self, values: Tensor) -> Tensor:
-        """Return ``values [N]`` less the mean, in standard deviations."""
+        """Standardise ``values [N]``."""
         variance = self.square - self.mean.square()
-        # What float64 rounds off does not vary.
+        # Variation below float64 rounding counts as none.
         varies = variance > 1e-12 * self.square
         std = torch.where(varies, variance.clamp_min(0.0).sqrt(), 1.0)
         return ((values.to(self.mean) - self.mean) / std).to(values.dtype)

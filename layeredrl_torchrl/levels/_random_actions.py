@@ -1,4 +1,4 @@
-"""Random actions, drawn on the device that they are for."""
+"""Random actions, drawn on the device where they are used."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["RandomActions"]
 
 
 class RandomActions(KeepsFloats):
-    """Draws actions of a spec: uniform within bounds and among choices, otherwise normal.
+    """Draws actions of a spec: uniform within bounds or among choices, otherwise normal.
 
-    TorchRL's ``spec.rand`` draws on the spec's device, so that actions would have to be copied from
-    there; here the bounds are buffers that move with the level.
+    TorchRL's ``spec.rand`` draws on the spec's device, from where actions would have to be copied;
+    here the bounds are buffers that move with the level.
 
     Args:
         spec: Spec of one action. Dimensions without finite bounds are drawn from a standard normal
@@ -39,7 +39,7 @@ class RandomActions(KeepsFloats):
         self.register_buffer("high", high.clone(), persistent=False)
 
     def forward(self, batch: Sequence[int]) -> Tensor:
-        """Draw actions independently, ``[*B, A]``, or as the spec of choices says."""
+        """Draw independent actions ``[*B, A]``, or discrete ones in the form of the spec."""
         spec, device = self.spec, self.low.device
         if is_discrete(spec):
             choice = torch.randint(width(spec), tuple(batch), device=device)

@@ -11,11 +11,11 @@ __all__ = ["random_phases"]
 def random_phases(
     left: Tensor, warming_up: bool | Tensor, prob: float, duration: int
 ) -> tuple[Tensor | None, Tensor]:
-    """Return which instances act randomly now, and how many random steps they have left then.
+    """Return which instances act randomly now, and how many random steps remain after this one.
 
     Args:
-        left: Random steps left before this step, int64 ``[*B, 1]``.
-        warming_up: Whether all act randomly anyway, which uses up no random steps.
+        left: Remaining random steps before this step, int64 ``[*B, 1]``.
+        warming_up: Whether all instances act randomly anyway; this uses up no random steps.
         prob: Probability that a phase begins at a step outside of one.
         duration: Steps of a phase.
 

@@ -1,4 +1,4 @@
-"""The unit in which a model-free level learns rewards."""
+"""The scale of rewards in a model-free level."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ __all__ = ["RewardScale"]
 
 
 class RewardScale(KeepsDoubles):
-    """Divides rewards by the root mean square of those that are not 0.
+    """Divides rewards by the root mean square of the nonzero ones.
 
-    So learning rates, the temperature of SAC and the clipping of losses mean the same for rewards
-    in any unit, and a sparse reward keeps its size however rare it is.
+    So learning rates, the temperature of SAC and the clipping of losses work for rewards in any
+    unit, and a sparse reward keeps its size however rare it is.
 
-    Where nothing terminates and no reward is 0, an offset of all rewards changes no policy. One of
-    more than 5 times their spread is subtracted, wholly from 20 times on, so that their spread is
-    learned.
+    If nothing terminates and no reward is 0, an offset of all rewards does not change the best
+    policy. An offset above 5 times their spread is then subtracted, fully from 20 times on, so that
+    their spread is learned.
     """
 
     count: Tensor  # [] float64, rewards other than 0
     square: Tensor  # [] float64, mean of their squares
     mean: Tensor  # [] float64, their mean
-    shifts: Tensor  # [] bool, whether an offset would change no policy
+    shifts: Tensor  # [] bool, whether an offset may be subtracted
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,19 +47,19 @@ class RewardScale(KeepsDoubles):
         self.shifts.logical_and_(counts.all() & ~ended.any())
         std = self._std()
         std = torch.where(std > 0, std, 1.0)
-        # Those of 0, which do not count, are put where they do not stand out.
+        # Rewards of 0 do not count, so replace them by the mean.
         paid = torch.where(counts, reward, self.mean)
         warn_of_outliers("reward", paid, self.mean, std, n=int(self.count), varied=varied)
 
     def _std(self) -> Tensor:
-        """Standard deviation of the rewards that are not 0."""
+        """Return the standard deviation of the nonzero rewards."""
         return (self.square - self.mean.square()).clamp_min(0.0).sqrt()
 
     def forward(self, reward: Tensor) -> Tensor:
-        """Return rewards in their unit, in their own dtype."""
+        """Return scaled rewards, in their own dtype."""
         std = self._std()
         share = ((self.mean.abs() / std.clamp_min(1e-300) - 5.0) / 15.0).clamp(0.0, 1.0)
-        # Rewards that differ by what float32 rounds off are the same.
+        # Rewards that differ only by float32 rounding are the same.
         varies = self.shifts & (std > 1e-6 * self.mean.abs())
         offset = torch.where(varies, share * self.mean, 0.0)
         square = self.square - 2.0 * offset * self.mean + offset.square()

@@ -1,4 +1,4 @@
-"""Select and check the rows of collected data that a level learns from."""
+"""Select and check the rows of collected data from which a level learns."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _COMPACT = "; a collector with compact_obs=True leaves it out: build one without
 
 
 def end_keys(env: EnvBase) -> tuple[NestedKey, NestedKey]:
-    """Return the keys of ``env`` for what is done and what has terminated.
+    """Return the keys of ``env`` for done and terminated.
 
     Raises:
-        ValueError: Keys that do not end in ``"done"`` and ``"terminated"``, or several such ones.
+        ValueError: Keys that do not end in ``"done"`` and ``"terminated"``, or several such keys.
     """
     keys = [unravel_key(key) for key in env.done_keys]
     found: list[NestedKey] = []
@@ -56,17 +56,16 @@ def end_keys(env: EnvBase) -> tuple[NestedKey, NestedKey]:
 def collected(data: object, ends: tuple[NestedKey, NestedKey] = _ENDS) -> TensorDictBase:
     """Return the transitions of ``data`` without padding.
 
-    Rows that pad trajectories to one length (``("collector", "mask")`` is false there) are left
-    out; the rest then has the shape ``[N]``.
+    Padding of trajectories (``("collector", "mask")`` is false there) is left out; the rest then
+    has the shape ``[N]``.
 
     Args:
         data: ``[T]`` or ``[env, T]``.
-        ends: Where, below ``"next"``, it says what is done and what has terminated; both are given
-            their usual names.
+        ends: Keys of done and terminated under ``"next"``; the result has their usual names.
 
     Raises:
-        TypeError: No TensorDict. KeyError: Ends of another name. ValueError: Data of another shape;
-            transitions that span several steps.
+        TypeError: Not a TensorDict. KeyError: Ends with another key. ValueError: Data of another
+            shape; transitions that span several steps.
     """
     if not isinstance(data, TensorDictBase):
         raise TypeError(
@@ -113,8 +112,8 @@ def with_known_ends(data: TensorDictBase, key: NestedKey, name: str) -> TensorDi
     """Leave out ends of episodes whose last observation is unknown, with a warning.
 
     Environments that reset themselves give the next episode's first observation instead, and
-    TorchRL writes NaN in place of the last one. Where each environment has a lane, none can be
-    shorter: in place of such a row, another of the batch is given again, as an episode of one step.
+    TorchRL writes NaN in place of the last one. In data ``[env, T]`` all environments need equally
+    many rows, so another row of the batch, as an episode of one step, replaces such a row.
 
     Args:
         data: ``[T]`` or ``[env, T]``.
@@ -148,10 +147,10 @@ def with_known_ends(data: TensorDictBase, key: NestedKey, name: str) -> TensorDi
 
 
 def without_cut(data: TensorDictBase) -> TensorDictBase:
-    """Leave out transitions that a time limit cut short; returns ``[N]`` if there are any.
+    """Leave out transitions cut short by a time limit; return ``[N]`` if there are any.
 
-    They do not show where their action leads, unless the episode terminated with them. The key is
-    ``("next", "interrupted")``; without it, all of ``data`` is returned.
+    They do not show where their action leads, unless the episode terminated with them. Their key is
+    ``("next", "interrupted")``; without it, return ``data`` unchanged.
     """
     cut = data.get(("next", "interrupted"), None)
     if cut is None:
@@ -166,7 +165,8 @@ def check_observations(
     """Raise unless ``data`` has observations ``[*B, width]``, before and after each step.
 
     Raises:
-        KeyError: A missing entry. TypeError: No floats. ValueError: Another width.
+        KeyError: A missing entry. TypeError: Observations that are not floats. ValueError: Another
+            width.
     """
     for at, more in ((key, ""), (unravel_key(("next", key)), _COMPACT)):
         value = require(data, at, reader=f"{name}.learn", hint=f"{hint}{more}; {_NOTHING}")
@@ -174,7 +174,7 @@ def check_observations(
 
 
 def check_numbers(data: TensorDictBase, keys: Iterable[NestedKey], name: str, hint: str) -> None:
-    """Raise unless ``data`` has finite numbers below all of ``keys``.
+    """Raise unless ``data`` has finite numbers under all of ``keys``.
 
     Raises:
         KeyError: A missing entry. ValueError: NaN or infinite values; empty entries.

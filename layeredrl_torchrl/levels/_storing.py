@@ -33,9 +33,9 @@ _REPLACE = "pass TensorDictReplayBuffer(storage=LazyTensorStorage(n)), or leave 
 
 
 class _Storage(LazyTensorStorage):
-    """A storage with the axes of its first rows, whether they are written or loaded.
+    """A storage that takes the axes of its first rows, written or loaded.
 
-    TorchRL's would take loaded lanes of environments for parts of single rows.
+    TorchRL's storage would take the environment axis of loaded data as part of single rows.
     """
 
     max_size: int
@@ -56,14 +56,14 @@ def make_buffer(buffer: ReplayBuffer | None, size: int | None, n_axes: int) -> R
     """Return ``buffer`` if a level can write to it, or make one for data of ``n_axes`` axes.
 
     Args:
-        buffer: The user's; ``None`` for a new one.
-        size: Transitions that a new one can hold; 100,000 by default.
+        buffer: The user's buffer; ``None`` for a new one.
+        size: Transitions that a new buffer can hold; 100,000 by default.
         n_axes: Axes of the data, ``[T]`` or ``[env, T]``.
 
     Raises:
-        TypeError: No TorchRL buffer; one without a tensor storage in this process, or with a
-            writer that does not write row after row. ValueError: ``size`` beside ``buffer``; a
-            transform that joins several steps.
+        TypeError: Not a TorchRL buffer; a buffer without a tensor storage in this process, or with
+            a writer that does not write row after row. ValueError: ``size`` together with
+            ``buffer``; a transform that joins several steps.
     """
     if buffer is None:
         size = check_positive_int("buffer_size", _BUFFER_SIZE if size is None else size)
@@ -91,7 +91,7 @@ def make_buffer(buffer: ReplayBuffer | None, size: int | None, n_axes: int) -> R
 
 
 def n_rows_along_time(buffer: ReplayBuffer) -> int:
-    """Return how many rows are stored; in a storage with several lanes, in each lane."""
+    """Return how many rows are stored, for each environment if the storage has several."""
     storage = buffer.storage
     return len(storage) // max(storage.shape[1:].numel(), 1) if len(storage) else 0
 
@@ -104,27 +104,27 @@ def select_stored(
     *,
     adapt: bool,
 ) -> TensorDictBase:
-    """Return the entries of ``data`` to store, if they fit the rows that are stored already.
+    """Return the entries of ``data`` to store, if they fit the rows stored before.
 
     The first data decides which of the optional entries are stored, and all later data must have
     the same ones: TorchRL would store zeros for missing entries.
 
     Args:
-        buffer: Where the data is to be stored.
+        buffer: The buffer for the data.
         data: ``[T]`` or ``[env, T]``, with all required entries.
         required: Entries that are always stored.
-        optional: Entries that are stored where the first data has them.
+        optional: Entries that are stored if the first data has them.
         adapt: Whether the axes of an empty buffer may be adapted to those of the data.
 
     Raises:
-        KeyError: Entries that the stored rows have and ``data`` has not, or the other way round.
-        ValueError: Other axes, another number of environments, other shapes or dtypes.
+        KeyError: Entries that only the stored rows or only ``data`` have.
+        ValueError: Axes, a number of environments, shapes or dtypes that differ from before.
     """
     storage = buffer.storage
     if adapt:
         if not storage.initialized:
             storage.ndim = data.ndim
-        # TorchRL reads the axis of time from the storage only when the buffer is built.
+        # TorchRL reads the time axis from the storage only when the buffer is built.
         buffer._dim_extend = storage.ndim - 1
     if data.ndim != storage.ndim:
         raise ValueError(
@@ -138,8 +138,8 @@ def select_stored(
     if not storage.initialized:
         return data.select(*wanted)
     stored = storage[:]
-    keys = set(stored.keys(True, True)) - {"index"}  # which TorchRL adds
-    # And those that transforms of the buffer add, such as RelabelGoals.
+    keys = set(stored.keys(True, True)) - {"index"}  # added by TorchRL
+    # Nor entries that transforms of the buffer add, such as RelabelGoals.
     keys -= {key for part in buffer.transform for key in getattr(part, "added_keys", ())}
     if keys - found or wanted - keys:
         raise KeyError(
@@ -147,7 +147,7 @@ def select_stored(
             "what the level stored before; give the same entries every time, or start with "
             "another buffer. Nothing of the data is stored"
         )
-    # TorchRL stores time in the place of the first axis, and that in the place of time.
+    # TorchRL swaps the first axis and the time axis when it stores data.
     before = stored.transpose(0, -1).batch_size[:-1] if stored.ndim > 1 else torch.Size()
     if before != data.batch_size[:-1]:
         raise ValueError(
@@ -172,7 +172,7 @@ def _names(keys: Iterable[NestedKey]) -> str:
 
 def write(buffer: ReplayBuffer, rows: TensorDictBase) -> None:
     """Store ``rows [T]`` or ``[env, T]``."""
-    rows = rows.detach()  # or the memory would become part of the policy's graph
+    rows = rows.detach()  # otherwise the storage would become part of the policy's graph
     device = buffer.storage.device
     if device not in (None, "auto"):
         rows = rows.to(device)
@@ -181,11 +181,11 @@ def write(buffer: ReplayBuffer, rows: TensorDictBase) -> None:
 
 
 def newest(buffer: ReplayBuffer, written: TensorDictBase, n: int | None) -> TensorDictBase:
-    """Return rows as the buffer's transforms give them to learning, which stay stored as they are.
+    """Return rows after the buffer's transforms; the stored rows do not change.
 
     Args:
-        buffer: With one axis.
-        written: The rows ``[N]`` that were just written.
+        buffer: A buffer with one axis.
+        written: The newly written rows ``[N]``.
         n: How many of the newest to return, at most ``N``; ``None`` for all that are stored.
     """
     storage, transform = buffer.storage, buffer.transform
@@ -194,17 +194,17 @@ def newest(buffer: ReplayBuffer, written: TensorDictBase, n: int | None) -> Tens
     if n is None:
         index = torch.arange(len(storage))
     else:
-        # Of more rows than there is room for, only the last are left.
+        # If there were more rows than fit, only the last ones are left.
         ahead = torch.arange(-min(n, len(storage)), 0)
         index = (buffer.writer._cursor + ahead) % storage._storage.shape[0]
-    return transform(storage[index])  # by index they are copies
+    return transform(storage[index])  # indexing copies
 
 
 class Overwritten:
-    """Remembers the rows that the next ``n_rows`` written to a buffer overwrite.
+    """Remembers the rows that the next ``n_rows`` written rows overwrite.
 
     Args:
-        buffer: On a tensor storage, with a ``RoundRobinWriter``.
+        buffer: A buffer on a tensor storage, with a ``RoundRobinWriter``.
         n_rows: Rows along all axes, or an upper bound.
     """
 
@@ -229,6 +229,6 @@ class Overwritten:
             storage._storage[self.index] = self.rows
         storage._len, storage._last_cursor = self.length, self.last
         if storage.initialized and not self.was_made:
-            # The next data may have other entries, axes and dtypes than those that failed.
+            # The next data may have other entries, axes and dtypes than the failed data.
             empty_storage(storage)
         self.buffer.writer.load_state_dict(self.writer)

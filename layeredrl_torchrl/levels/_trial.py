@@ -1,4 +1,4 @@
-"""One question to a learner when its level is built, so that what does not fit is found then."""
+"""Try a learner when its level is built, so that misfits are found then."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from layeredrl_torchrl.specs import is_discrete
 __all__ = ["try_out"]
 
 _N = 4  # rows; batch normalisation needs two
-# Others may give their loss something else.
+# Other updates may give the loss other inputs.
 _UPDATES = (Learner.update, LossLearner.update)
 
 
 def try_out(learner: Learner, n_features: int, action_spec: TensorSpec) -> None:
-    """Raise ``ValueError`` unless policy and loss take what a level gives.
+    """Raise ``ValueError`` unless policy and loss accept a level's data.
 
-    They would fail at the first update otherwise, after all random steps. Nothing is changed, also
-    no random number. What has parts on several devices is moved before it is used, and not asked.
+    Otherwise they would fail at the first update, after all random steps. Nothing changes, not even
+    the random numbers. A learner with parts on several devices is not tried, since it is moved
+    before use.
     """
     parts = [*learner.parameters(), *learner.buffers()]
     devices = {part.device for part in parts}
@@ -72,7 +73,7 @@ def try_out(learner: Learner, n_features: int, action_spec: TensorSpec) -> None:
 def _explained(
     learner: Learner, n_features: int, action_spec: TensorSpec, part: str
 ) -> Iterator[None]:
-    """Say of an error what was asked, and what to do."""
+    """Add to an error what was tried, and the remedy."""
     try:
         yield
     except Exception as error:
@@ -95,7 +96,7 @@ def _explained(
 
 @contextmanager
 def _unchanged(learner: Learner, device: torch.device) -> Iterator[None]:
-    """Leave buffers, modes, caches and random generators as they were."""
+    """Restore buffers, modes, caches and random generators."""
     loss = learner.loss
     hidden = (part for part in vars(loss).values() if isinstance(part, nn.Module))
     modes = {part: part.training for part in chain(*(m.modules() for m in (learner, *hidden)))}

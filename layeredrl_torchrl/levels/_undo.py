@@ -14,14 +14,14 @@ __all__ = ["all_or_nothing"]
 
 @contextmanager
 def all_or_nothing(level: Level, n_rows: int) -> Iterator[None]:
-    """Restore ``level`` if anything is raised in the block, ``KeyboardInterrupt`` included.
+    """Restore ``level`` if the block raises anything, including ``KeyboardInterrupt``.
 
     Parameters, counters, statistics, the state of the optimizer and the buffer's rows are
     restored; random number generators are not.
 
     Args:
-        level: The level that learns in the block.
-        n_rows: Upper bound of the rows that it stores.
+        level: The level that learns.
+        n_rows: Upper bound of the number of rows that it stores.
     """
     rows = None if level.buffer is None else Overwritten(level.buffer, n_rows)
     with undone_on_error(*(one for one in (level, level.optim) if one is not None)):

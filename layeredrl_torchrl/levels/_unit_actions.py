@@ -12,13 +12,13 @@ def finite_bounds(name: str, action_spec: TensorSpec, *, hint: str) -> tuple[Ten
     """Return both bounds ``[A]`` of an action, as floats.
 
     Args:
-        name: What needs them, for the message.
+        name: Name of the caller, for the message.
         action_spec: Spec of one action.
-        hint: What to do about another kind of spec, for the message.
+        hint: Remedy for another kind of spec, for the message.
 
     Raises:
-        TypeError: No ``Bounded`` spec. ValueError: Bounds that are not finite, not in order, or so
-            far apart that scaling overflows.
+        TypeError: Not a ``Bounded`` spec. ValueError: Bounds that are not finite, not in order, or
+            so far apart that scaling overflows.
     """
     if not isinstance(action_spec, Bounded):
         raise TypeError(
@@ -43,7 +43,7 @@ def finite_bounds(name: str, action_spec: TensorSpec, *, hint: str) -> tuple[Ten
 
 
 def to_unit(action: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Scale actions ``[*B, A]`` from their bounds to ``[-1, 1]``, in the precision of these."""
+    """Scale actions ``[*B, A]`` from their bounds to ``[-1, 1]``, in the bounds' precision."""
     return 2.0 * (action.to(low.dtype) - low) / (high - low) - 1.0
 
 

@@ -1,4 +1,4 @@
-"""Deep Q-learning by TorchRL's DQNLoss."""
+"""Deep Q-learning with TorchRL's DQNLoss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["DQNLearner"]
 
 
 class DQNLearner(Learner):
-    """Double deep Q-learning (arXiv 1509.06461) for choices, by TorchRL's ``DQNLoss``.
+    """Double deep Q-learning (arXiv 1509.06461) for discrete actions, with TorchRL's ``DQNLoss``.
 
     >>> from torchrl.data import OneHot
     >>> learner = DQNLearner(3, OneHot(4), hidden_sizes=(32,))
@@ -31,10 +31,10 @@ class DQNLearner(Learner):
         n_features: ``F``.
         action_spec: A ``OneHot`` or ``Categorical`` spec.
         hidden_sizes: Width of each hidden layer.
-        gamma: Discount over one of the level's own actions.
+        gamma: Discount over one action of the level.
         lr: Learning rate; see :class:`Learner`.
-        tau: Share by which the target network moves towards the network at each update.
-        epsilon: Share of the actions that are drawn at random while exploring.
+        tau: Step of the target network towards the network at each update.
+        epsilon: Share of random actions while exploring.
         double: Whether the network chooses the next action and the target network evaluates it;
             otherwise the target network does both.
 
@@ -65,7 +65,7 @@ class DQNLearner(Learner):
         check_number("epsilon", epsilon, 0.0, 1.0)
         check_flag("double", double)
         n = width(action_spec)
-        # TorchRL's actor writes choices without a last axis; its loss reads either form.
+        # TorchRL's actor writes choices without a last axis; its loss reads both forms.
         spec = action_spec if isinstance(action_spec, OneHot) else Categorical(n)
         net = FlatMLP(["features"], ["action_value"], (n_features, *hidden_sizes, n))
         loss = DQNLoss(
@@ -79,7 +79,7 @@ class DQNLearner(Learner):
         self.action_spec = action_spec
 
     def act(self, features: Tensor, *, explore: bool) -> Tensor:
-        """Take the choice with the highest value; while exploring sometimes a random one."""
+        """Take the choice with the highest value, or sometimes a random one while exploring."""
         values = mlp(features, layers(self.loss.value_network_params["module", "0"]))
         choice = values.argmax(-1)
         if explore and self.epsilon:

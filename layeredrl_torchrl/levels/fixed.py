@@ -1,4 +1,4 @@
-"""Levels that do not learn: for tests, baselines, and as placeholders."""
+"""Levels that do not learn, for tests, baselines and as placeholders."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class _FixedLevel(Level):
     _out_keys = _out_keys_apparent = KeysOf(lambda self: [self.action_key])
 
     def learn(self, data: TensorDictBase) -> dict[str, float]:
-        """Do nothing; there are no terms."""
+        """Do nothing; return no terms."""
         return {}
 
     def _batch(self, tensordict: TensorDictBase) -> tuple[torch.Size, torch.device]:
-        """Return shape ``*B`` and device of the observation; actions must not be masked."""
+        """Return batch shape and device of the observation; refuse action masks."""
         refuse_mask(tensordict, self.action_key)
         hint = "it acts once for each observation"
         observation = require(tensordict, self.observation_key, reader=self.name, hint=hint)
@@ -36,7 +36,7 @@ class _FixedLevel(Level):
 
 
 class RandomLevel(_FixedLevel):
-    """Draws its actions from the action spec, in evaluation too.
+    """Draws its actions from the action spec, also in evaluation.
 
     >>> level = RandomLevel()
     >>> level.setup(Unbounded((3,)), Bounded(-1.0, 1.0, (1,)))
@@ -104,11 +104,11 @@ class ConstantLevel(_FixedLevel):
 
 
 class ActionSequenceLevel(_FixedLevel):
-    """Plays a sequence of actions, which starts at each new input, or at each reset.
+    """Plays a sequence of actions, from the start at each new input or reset.
 
     Below another level it hands control back at the end of the sequence, or after ``duration``.
-    After the end it repeats the last action. Without an input from above, the number of actions
-    played travels in the TensorDict as ``"n_played" [*B, 1]``.
+    After the end of the sequence it repeats the last action. Without an input from above, the
+    number of actions played is passed on in the TensorDict as ``"n_played" [*B, 1]``.
 
     >>> env = get_task("InvertedPendulum-v5").make(seed=0)
     >>> level = ActionSequenceLevel(torch.tensor([[1.0], [-1.0]]))
@@ -120,7 +120,8 @@ class ActionSequenceLevel(_FixedLevel):
     Args:
         actions: ``[n, A]``, or ``n`` choices in the form of the action spec.
         input_spec: See :class:`Level`; the input is ignored.
-        duration: Actions after which control goes back; those of the sequence by default.
+        duration: Number of actions after which it hands control back; by default the length of the
+            sequence.
 
     Raises:
         ValueError: No actions; ``duration`` without an ``input_spec``. TypeError, ValueError: In

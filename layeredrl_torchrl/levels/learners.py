@@ -1,4 +1,4 @@
-"""A TorchRL loss with the policy that it trains and its target networks."""
+"""A TorchRL loss with its policy and target networks."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ __all__ = ["Learner", "has_targets"]
 
 _TARGETS = re.compile(r"target_\w+_params\.")
 _ACTOR = re.compile(r"loss_actor|loss_alpha$")
-# Arguments of TorchRL's losses and value estimators that these keep as buffers. (log_alpha is one
-# where it is fixed, and a parameter where it is learned.)
+# Arguments that TorchRL's losses and value estimators keep as buffers. (log_alpha is a buffer if it
+# is fixed, and a parameter if it is learned.)
 _OPTIONS = {"gamma", "lmbda", "alpha_init", "log_alpha", "min_log_alpha", "max_log_alpha"}
 _OPTIONS |= {"_target_entropy", "target_entropy", "target_entropy_buffer"}
 _OPTIONS |= {"min_action", "max_action"}
@@ -40,38 +40,39 @@ class Learner(nn.Module, ABC):
     """The policy and the loss of a :class:`~layeredrl_torchrl.ModelFreeLevel`.
 
     A subclass builds a TorchRL loss over the key ``"features"``, and implements the policy in
-    :meth:`act`. :class:`~layeredrl_torchrl.levels.LossLearner` does so for any loss that has its
-    policy in it. Gradient steps are taken on the sum of the loss's terms that begin with
-    ``"loss"``; where it has target networks, TorchRL's ``SoftUpdate`` updates them afterwards.
+    :meth:`act`. :class:`~layeredrl_torchrl.levels.LossLearner` does so for any loss that contains
+    its policy. Each gradient step is on the sum of the loss's terms whose names begin with
+    ``"loss"``; then TorchRL's ``SoftUpdate`` updates the target networks, if there are any.
 
-    All parameters belong to ``loss``, as TorchRL has it. Options, such as ``gamma``, are no part of
-    the state: a state may be loaded to go on with others. Copies and pickles can act but not learn.
+    All parameters belong to ``loss``, as usual in TorchRL. Options, such as ``gamma``, are not part
+    of the state, so a state can be loaded to continue with other options. Copies and pickles can
+    act but not learn.
 
     >>> learner = SACLearner(3, Bounded(-1.0, 1.0, (1,)))
     >>> "features" in learner.loss.in_keys
     True
 
     Args:
-        loss: Reads ``"features" [N, F]``, ``"action"`` and below ``"next"`` the features,
+        loss: Reads ``"features" [N, F]``, ``"action"`` and under ``"next"`` the features and
             ``reward``, ``terminated`` and ``done``, each ``[N, 1]``.
-        gamma: Discount over one of the level's own actions, in ``[0, 1]``.
+        gamma: Discount over one action of the level, in ``[0, 1]``.
         lr: Learning rate: a number, or a function of the environment steps, called before the
             updates of each ``learn``.
-        tau: Share by which target networks move when they are updated, in ``(0, 1]``; ``None`` for
-            a loss without.
-        actor_every: Updates for each step of the actor and its temperature, that is of the terms
-            ``loss_actor*`` and ``loss_alpha``; 2 in TD3.
+        tau: Step of the target networks at each of their updates, in ``(0, 1]``; ``None`` for a
+            loss without target networks.
+        actor_every: Updates for each step of the actor and its temperature (the terms
+            ``loss_actor*`` and ``loss_alpha``); 2 in TD3.
         targets_every: Updates for each update of the target networks; 2 in TD3.
         optim_factory: Called as ``optim_factory(parameters, lr=...)``, returns a torch optimizer;
             Adam by default.
 
     Raises:
         TypeError, ValueError: Numbers outside their range; ``tau`` or ``targets_every`` for a loss
-            without target networks, or ``tau=None`` for one with them; ``actor_every`` for one
-            without an actor.
+            without target networks, or ``tau=None`` for a loss with them; ``actor_every`` for a
+            loss without an actor.
     """
 
-    n_updates: Tensor  # [] int64, only where an update may leave something out
+    n_updates: Tensor  # [] int64, only with delayed updates of actor or targets
 
     def __init__(
         self,
@@ -106,7 +107,7 @@ class Learner(nn.Module, ABC):
             if tau is None:
                 raise ValueError(f"{name} has target networks, but tau is None; pass 0.005 or so")
             check_number("tau", tau, 0.0, 1.0, open_low=True)
-            # It copies the networks to their targets, so it is built before a state is loaded.
+            # It copies the networks to their targets, so build it before a state is loaded.
             self._targets = SoftUpdate(loss, tau=tau)
         elif tau is not None or targets_every > 1:
             raise ValueError(
@@ -122,13 +123,13 @@ class Learner(nn.Module, ABC):
         refuse_other_shapes(self.optim)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the parts that only learning needs, which would change the original."""
+        """Leave out the parts for learning, since they would change the original."""
         return {**self.__dict__, "_targets": None, "optim": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Cast or move everything, also what the loss keeps of its parameters.
+        """Cast or move everything, including the views that the loss keeps of its parameters.
 
-        Tensordict keeps detached views, which would stay those of the parameters before.
+        Tensordict caches detached views, which would still show the old parameters.
         """
         super()._apply(fn, recurse)
         for part in self.modules():
@@ -139,7 +140,7 @@ class Learner(nn.Module, ABC):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Pass over options, which states once had."""
+        """Ignore options, which old states contain."""
         for name in not_saved(self):
             state_dict.pop(prefix + name, None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -162,7 +163,7 @@ class Learner(nn.Module, ABC):
             for group in self.optim.param_groups:
                 group["lr"] = rate
         if max(self.actor_every, self.targets_every) > 1:
-            # Read here, since an update does not wait for an accelerator.
+            # Read it here, since an update must not wait for an accelerator.
             self._count = int(self.n_updates)
 
     @abstractmethod
@@ -175,20 +176,20 @@ class Learner(nn.Module, ABC):
         """
 
     def prepare(self, action: Tensor) -> Tensor:
-        """Turn actions ``[N]`` of the spec into the form that the loss reads."""
+        """Turn actions ``[N]`` of the spec into the form that the loss takes."""
         return action
 
     def update(self, batch: TensorDictBase) -> dict[str, Tensor]:
         """Take one gradient step on ``batch [N]``, whose actions are prepared.
 
-        The actor and the targets are left out where it is not their turn.
+        Actor and targets take part only when their update is due.
 
         Returns:
-            The loss's terms without gradient; those that are no scalars are averaged.
+            The loss's terms without gradient; terms that are not scalars are averaged.
 
         Raises:
-            ValueError: A loss that is not finite: on a CPU nothing is changed, on an accelerator a
-                later call raises.
+            ValueError: A loss that is not finite; on a CPU nothing is changed, on an accelerator a
+                later call raises the error.
             RuntimeError: This is a copy, or all parameters are frozen.
         """
         if self.optim is None:
@@ -229,7 +230,7 @@ class Learner(nn.Module, ABC):
 
 
 def _leave_out_options(loss: LossModule) -> None:
-    """Leave options out of the state of ``loss``, so that loading one does not replace them."""
+    """Leave options out of the state of ``loss``, so that loading a state does not replace them."""
     for part in loss.modules():
         if isinstance(part, LossModule | ValueEstimatorBase):
             for name in _OPTIONS & part._buffers.keys():
@@ -237,5 +238,5 @@ def _leave_out_options(loss: LossModule) -> None:
 
 
 def has_targets(loss: LossModule) -> bool:
-    """Return whether a loss has target networks, which are updated apart from it."""
+    """Return whether a loss has target networks."""
     return any(_TARGETS.match(key) for key, _ in loss.named_buffers())

@@ -19,30 +19,30 @@ from layeredrl_torchrl.specs import Space, is_discrete, to_spec
 
 __all__ = ["OWN_REWARD", "Level"]
 
-# What a reward_func gave, beside the reward that it replaced.
+# The result of a reward_func, noted in addition to the reward that it replaces.
 OWN_REWARD = ("next", "own_reward")
 
 
 class Level(OnePrimer, WholeState):
-    """A policy of one time scale that learns, alone or in a hierarchy.
+    """A policy of one time scale, alone or in a hierarchy, that learns.
 
     Called with a TensorDict ``[*B]``, it reads the observation and, if it has an ``input_spec``,
-    the input from above, and writes its action. The call does not change the level, so its copies
-    in worker processes agree. State that lasts over steps travels in the TensorDict, for which the
-    environment needs the transform :meth:`make_tensordict_primer` (collectors append it by
-    themselves with ``auto_register_policy_transforms=True``). All other state is changed by
-    :meth:`learn` only and belongs to the ``state_dict``.
+    the input from the level above, and writes its action. The call does not change the level, so
+    its copies in worker processes agree. State that lasts over steps is passed on in the
+    TensorDict; the environment needs the transform :meth:`make_tensordict_primer` for it
+    (collectors append it automatically with ``auto_register_policy_transforms=True``). Only
+    :meth:`learn` changes all other state, which is part of the ``state_dict``.
 
     The action can be a torque for the environment, or a skill that another level carries out over
-    many environment steps. The spaces are known from :meth:`setup` on, which a hierarchy calls: the
-    action space of a level is the ``input_spec`` of the level below it, and that of the lowest is
-    the environment's.
+    many environment steps. :meth:`setup`, which a hierarchy calls, sets the spaces: the action
+    space of a level is the ``input_spec`` of the level below it; that of the lowest level is the
+    environment's.
 
     ``name`` is used in messages and logs. It is the name of the class unless you set another. In a
-    hierarchy, levels that share a name log under theirs and their position.
+    hierarchy, levels with equal names log under their name and position.
 
-    A subclass implements ``forward`` and ``learn``, and ``_build``, which :meth:`setup` calls once.
-    It may use other keys, carry memory, and hand back control by another rule.
+    A subclass implements ``forward``, ``learn`` and ``_build``, which :meth:`setup` calls once. It
+    may use other keys, have memory, and hand back control by another rule.
 
     >>> class Clamped(Level):
     ...     def forward(self, tensordict):
@@ -56,19 +56,19 @@ class Level(OnePrimer, WholeState):
     tensor([0.5000, 1.0000])
 
     Args:
-        input_spec: Spec (or gymnasium space) of its input from above, a skill or a subgoal;
-            ``None`` for the highest level, which has none.
-        duration: Own actions after which it hands control back to the level above; only with an
-            ``input_spec``.
-        reward_func: Computes a reward of its own, ``[N]`` or ``[N, 1]``, from the transitions
-            ``[N]`` that :meth:`learn` is given; flags and integers count as floats. By default the
-            environment's reward, summed over the action, is used.
-        each_step: Whether it learns from every environment step under its action instead of from
-            the action as a whole. Not for the lowest level, where both are the same.
+        input_spec: Spec (or gymnasium space) of the input from the level above, a skill or a
+            subgoal; ``None`` for the highest level.
+        duration: Number of its actions after which it hands control back to the level above; only
+            with an ``input_spec``.
+        reward_func: Computes the level's own reward, ``[N]`` or ``[N, 1]``, from the transitions
+            ``[N]`` passed to :meth:`learn`; flags and integers become floats. By default it learns
+            from the environment's reward, summed over the action.
+        each_step: Whether it learns from every environment step of its action instead of from the
+            whole action. Not for the lowest level, where both are the same.
 
     Attributes:
         observation_key, input_key, action_key, reward_key, done_key, terminated_key: Keys that it
-            reads and writes, the last three below ``"next"``. Set others before the level is used;
+            reads and writes, the last three under ``"next"``. Change them before the level is used;
             those of a ``PlannerLevel`` are its predictor's.
 
     Raises:
@@ -82,12 +82,12 @@ class Level(OnePrimer, WholeState):
     reward_key: NestedKey = "reward"
     done_key: NestedKey = "done"
     terminated_key: NestedKey = "terminated"
-    #: The ``each_step`` that the level above must have; ``None`` for either. With ``True`` it is
-    #: rated by single environment steps, and so is the lowest or has ``each_step`` itself.
+    #: The ``each_step`` that the level above must have; ``None`` for either. With ``True`` this
+    #: level is rated by single environment steps, so it must be the lowest or have ``each_step``.
     parent_each_step: bool | None = None
-    #: What :meth:`learn` logs under in a hierarchy, which sets it; ``None`` for a level alone.
+    #: The name under which :meth:`learn` logs in a hierarchy, which sets it; ``None`` otherwise.
     logs_as: str | None = None
-    #: The buffer that transitions are stored in; ``None`` if they are not stored.
+    #: The buffer of transitions; ``None`` if they are not stored.
     buffer: ReplayBuffer | None = None
 
     def __init__(
@@ -120,16 +120,16 @@ class Level(OnePrimer, WholeState):
     def setup(self, observation_space: TensorSpec, action_space: TensorSpec | Space) -> None:
         """Build the parts whose sizes depend on the spaces.
 
-        A second call with the same spaces does nothing, so a level that learned alone can be put
-        into a hierarchy.
+        A second call with the same spaces does nothing, so a level trained alone can be put into a
+        hierarchy.
 
         Args:
             observation_space: Spec of one observation, ``[obs]``.
             action_space: Spec (or gymnasium space) of one action.
 
         Raises:
-            ValueError: It is set up for other spaces already: observations of another shape or
-                kind, or any other action space. And as the level's parts raise.
+            ValueError: The level is already set up for other spaces: observations of another shape
+                or kind, or any other action space. Also as the level's parts raise.
         """
         action_spec = to_spec(action_space, name="action_spec")
         if self._action_spec is None:
@@ -140,7 +140,7 @@ class Level(OnePrimer, WholeState):
                 self.observation_space = self._action_spec = None
                 raise
             return
-        # Bounds of observations may be known in one place and not in the other.
+        # Two specs of one observation may differ in their bounds, so compare only shape and kind.
         for what, has, got, form in (
             ("observation", self.observation_space, observation_space, self._kind),
             ("action", self._action_spec, action_spec, lambda spec: spec.cpu()),
@@ -152,7 +152,7 @@ class Level(OnePrimer, WholeState):
                 )
 
     def _kind(self, space: TensorSpec | Space) -> tuple[object, bool]:
-        """Return the shape of the observation that the level reads, and whether it is a choice."""
+        """Return the shape of the level's observation, and whether it is discrete."""
         if isinstance(space, Composite) and self.observation_key in space.keys(True, True):
             space = space[self.observation_key]
         choice = isinstance(space, TensorSpec) and is_discrete(space)
@@ -169,7 +169,7 @@ class Level(OnePrimer, WholeState):
         return self._action_spec
 
     def _build(self, observation_space: TensorSpec, action_spec: TensorSpec) -> None:
-        """Build the parts; a hook for levels that have some."""
+        """Build the parts; a hook for levels with parts."""
 
     # -- for hierarchies --------------------------------------------------------------------
 
@@ -180,12 +180,12 @@ class Level(OnePrimer, WholeState):
 
     @property
     def optim(self) -> torch.optim.Optimizer | None:
-        """The torch optimizer of :meth:`learn`, to be saved beside the level; may be ``None``."""
+        """The torch optimizer of :meth:`learn`, or ``None``; save it together with the level."""
         return None
 
     @property
     def record(self) -> Composite:
-        """Specs of further entries that a call writes and that belong to the transition."""
+        """Specs of further entries that a call writes as part of the transition."""
         return Composite()
 
     @property
@@ -206,21 +206,21 @@ class Level(OnePrimer, WholeState):
                 f"parent_predictor must be a Predictor or None, got "
                 f"{type(parent_predictor).__name__}; pass the upper level's .predictor"
             )
-        # Not registered, since its weights belong to the level above.
+        # Not registered: its weights belong to the level above.
         self.__dict__["_parent_predictor"] = parent_predictor
 
     @property
     def interrupt_after(self) -> int | None:
-        """Own actions after which it hands control back in evaluation, before ``duration``.
+        """Number of its actions after which it hands control back in evaluation.
 
-        The level above then chooses anew, with all of ``duration`` ahead, instead of following
-        what it chose to the end: interrupting options (Sutton, Precup and Singh, Artificial
-        Intelligence 112, 1999, section 4). That pays as far as its values are right, and costs a
-        choice each time. ``None``, the default, for never; in training it has no effect.
+        The level above then chooses anew, with a whole ``duration`` ahead, instead of following its
+        choice to the end: interrupting options (Sutton, Precup and Singh, Artificial Intelligence
+        112, 1999, section 4). This helps if its values are accurate, and costs one choice each
+        time. ``None``, the default, for no interruption; in training it has no effect.
 
         Raises:
             TypeError, ValueError: When set: not an int, below 1 or above ``duration``; a level
-                that goes by another rule.
+                without a ``duration``.
         """
         return self._interrupt_after
 
@@ -237,23 +237,23 @@ class Level(OnePrimer, WholeState):
 
     @property
     def limit(self) -> int | None:
-        """``interrupt_after`` in evaluation where it is set, else ``duration``."""
+        """``interrupt_after`` in evaluation if it is set, otherwise ``duration``."""
         after = self._interrupt_after
         return self.duration if after is None or self.training else after
 
     @property
     def ends_by_duration(self) -> bool:
-        """Whether :meth:`hands_back` goes by :attr:`limit` alone, and need not be called."""
+        """Whether :meth:`hands_back` depends only on :attr:`limit`, and need not be called."""
         return getattr(self.hands_back, "__func__", None) is Level.hands_back
 
     def hands_back(self, tensordict: TensorDictBase) -> Tensor:
         """Return whether the level hands control back to the level above, bool ``[*B, 1]``.
 
-        A hierarchy calls it before each of the level's actions but the first on an input.
+        A hierarchy calls it before each of the level's actions except the first on an input.
 
         Args:
-            tensordict: ``[*B]`` with the observation, the input, ``"n_actions" [*B, 1]``, its own
-                actions on this input so far, and its :attr:`record` of the last one.
+            tensordict: ``[*B]`` with the observation, the input, ``"n_actions" [*B, 1]`` (its
+                actions on this input so far), and the :attr:`record` of its last action.
         """
         n_actions: Tensor = tensordict.get("n_actions")
         if self.limit is None:
@@ -261,17 +261,17 @@ class Level(OnePrimer, WholeState):
         return n_actions >= self.limit
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
-        """Return the transform that carries the memory over steps and clears it at resets."""
+        """Return the transform that passes on the memory between steps and clears it at resets."""
         return TensorDictPrimer(Composite(), expand_specs=True)
 
     def own_reward(self, data: TensorDictBase) -> Tensor:
-        """Compute the reward by ``reward_func``, ``[*B, 1]``; flags and integers become floats.
+        """Compute the reward with ``reward_func``, ``[*B, 1]``; flags and integers become floats.
 
-        It is also noted in ``data``, so that :meth:`learn` sees in transitions of a hierarchy that
-        their reward is this one already.
+        It is also stored in ``data``, so that :meth:`learn` recognises transitions of a hierarchy
+        whose reward was already replaced.
 
         Args:
-            data: Transitions ``[*B]``. Gets ``("next", "own_reward")``, unless it is locked.
+            data: Transitions ``[*B]``. Unless locked, ``("next", "own_reward")`` is added to it.
 
         Raises:
             ValueError: Another shape than ``[N]`` or ``[N, 1]``.
@@ -282,7 +282,7 @@ class Level(OnePrimer, WholeState):
             got = tuple(reward.shape) if isinstance(reward, Tensor) else type(reward).__name__
             raise ValueError(f"{self.name}.reward_func gave {got}, expected ({n},) or ({n}, 1)")
         if not (reward.is_floating_point() or reward.is_complex()):
-            reward = reward.float()  # such as whether a goal is reached
+            reward = reward.float()  # for example flags of reached goals
         reward = reward.reshape((*data.shape, 1))
         if not data.is_locked:
             data.set(OWN_REWARD, reward)
@@ -292,15 +292,16 @@ class Level(OnePrimer, WholeState):
 
     @abstractmethod
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write the action for ``[*B]``, and below ``"next"`` the memory for the next step."""
+        """Write the action for ``[*B]``, and under ``"next"`` the memory for the next step."""
 
     @abstractmethod
     def learn(self, data: TensorDictBase) -> dict[str, float]:
         """Learn from the transitions of this level.
 
         Args:
-            data: Alone, the batch of a collector, ``[T]`` or ``[env, T]``; in a hierarchy, ``[N]``
-                transitions as :class:`~layeredrl_torchrl.Hierarchy` lays them out.
+            data: Without a hierarchy, the batch of a collector, ``[T]`` or ``[env, T]``; in a
+                hierarchy, ``[N]`` transitions in the layout of
+                :class:`~layeredrl_torchrl.Hierarchy`.
 
         Returns:
             Terms of the loss and counts, by name.

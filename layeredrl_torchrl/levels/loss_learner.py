@@ -27,22 +27,21 @@ __all__ = ["LossLearner"]
 
 _NETWORKS = ("actor_network", "value_network")
 _READ = {"features", "action"}
-# By the values that they are built for.
+# Value estimators that mark on-policy losses.
 _ON_POLICY = {"GAE", "MAGAE", "VTrace"}
 
 
 class LossLearner(KeepsFloats, Learner):
-    """Any off-policy loss of TorchRL that has its policy in it: TD3, REDQ, CrossQ, TQC and others.
+    """Any off-policy loss of TorchRL that contains its policy: TD3, REDQ, CrossQ, TQC and others.
 
-    Build the loss in a function of the number of features and the action spec, which is the
-    ``learner_factory`` of a :class:`~layeredrl_torchrl.ModelFreeLevel`. Its networks read
-    ``"features"``, and continuous actions in ``[-1, 1]``: they are scaled from and to their bounds
-    here.
+    Build the loss in a function of the number of features and the action spec, and pass this
+    function as ``learner_factory`` to a :class:`~layeredrl_torchrl.ModelFreeLevel`. Its networks
+    read ``"features"``, and continuous actions in ``[-1, 1]``; this class scales actions from and
+    to their bounds.
 
-    While exploring, a policy that is a distribution is sampled; otherwise its most likely action
-    is taken, or what TorchRL takes for it. Networks are in training mode while the loss is
-    evaluated, and in evaluation mode while they act, so that batch normalisation and dropout do
-    what they are for.
+    While exploring, a policy that is a distribution is sampled; otherwise TorchRL's deterministic
+    action is taken. Networks are in training mode while the loss is evaluated, and in evaluation
+    mode while they act, so that batch normalisation and dropout work as intended.
 
     >>> from tensordict.nn import TensorDictModule
     >>> from torchrl.modules import MLP, ValueOperator
@@ -57,27 +56,27 @@ class LossLearner(KeepsFloats, Learner):
 
     Args:
         loss: A TorchRL loss, reduced to scalars.
-        action_spec: The level's actions: a ``Bounded`` spec with finite bounds, or choices.
+        action_spec: The level's actions: a ``Bounded`` spec with finite bounds, or a discrete spec.
         policy: Name of the loss's policy; by default ``"actor_network"``, or ``"value_network"``
-            where it has none.
-        exploration: What is added to the policy while exploring: standard deviation of Gaussian
-            noise in units of half the range, or of choices the share that is drawn at random. By
-            default 0 for policies that are distributions, else 0.1.
-        gamma: Discount over one of the level's own actions.
-        lr: See :class:`Learner`, as for the rest.
-        tau: 0.005 by default, where the loss has target networks.
+            without one.
+        exploration: Exploration added to the policy: the standard deviation of Gaussian noise, in
+            units of half the range, or for discrete actions the share of random ones. By default 0
+            for policies that are distributions, otherwise 0.1.
+        gamma: Discount over one action of the level.
+        lr: See :class:`Learner`.
+        tau: See :class:`Learner`; 0.005 by default if the loss has target networks.
         actor_every: See :class:`Learner`.
         targets_every: See :class:`Learner`.
         optim_factory: See :class:`Learner`.
 
     Raises:
-        TypeError: No TorchRL loss, or another kind of action spec. ValueError: An on-policy loss
-            (PPO, A2C, REINFORCE); one without such a policy, whose networks read something else,
-            that is not reduced, or that does not know its target entropy; numbers outside their
-            range. And as :class:`Learner`.
+        TypeError: Not a TorchRL loss, or another kind of action spec. ValueError: An on-policy loss
+            (PPO, A2C, REINFORCE); a loss without such a policy, with networks that read other
+            entries, without reduction, or without a known target entropy; numbers outside their
+            range. Also as :class:`Learner`.
     """
 
-    low: Tensor  # [A], not for choices
+    low: Tensor  # [A], not for discrete actions
     high: Tensor  # [A]
 
     def __init__(
@@ -123,13 +122,13 @@ class LossLearner(KeepsFloats, Learner):
         if bounds is None:
             self.random_actions = RandomActions(action_spec)
         else:
-            # Not part of the state dict: they follow from the arguments.
+            # Not in the state dict, since they follow from the arguments.
             self.register_buffer("low", bounds[0], persistent=False)
             self.register_buffer("high", bounds[1], persistent=False)
         self._set_mode(False)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what TorchRL evaluates its losses by, which cannot be pickled."""
+        """Leave out TorchRL's closures for evaluating losses, which cannot be pickled."""
         loss = copy.copy(self.loss)
         own = vars(loss)
         for key in [*own]:
@@ -139,7 +138,7 @@ class LossLearner(KeepsFloats, Learner):
         return {**state, "_modules": {**state["_modules"], "loss": loss}}
 
     def _set_mode(self, training: bool) -> None:
-        """Set the mode of the loss's networks, which are no children that ``train`` reaches."""
+        """Set the mode of the loss's networks; ``train`` does not reach them."""
         for part in vars(self.loss).values():
             if isinstance(part, nn.Module):
                 part.train(training)
@@ -170,7 +169,7 @@ class LossLearner(KeepsFloats, Learner):
         explore = explore and self.exploration > 0.0
         if self._has_bounds:
             expected = (*td.batch_size, *self.action_spec.shape)
-            if action.shape != expected:  # one dimension would be taken for all
+            if action.shape != expected:  # one dimension would broadcast to all
                 raise ValueError(
                     f"the {self.policy} of {type(self.loss).__name__} writes actions of shape "
                     f"{tuple(action.shape)}, expected {expected}; build it for the action spec"
@@ -188,7 +187,7 @@ class LossLearner(KeepsFloats, Learner):
         return action
 
     def prepare(self, action: Tensor) -> Tensor:
-        """Scale actions within bounds to ``[-1, 1]``, and count what choices are."""
+        """Scale bounded actions to ``[-1, 1]``, and turn one-hot bools into integers."""
         if self._has_bounds:
             return to_unit(action, self.low, self.high)
         return action.long() if action.dtype == torch.bool else action  # some take its argmax
@@ -197,7 +196,7 @@ class LossLearner(KeepsFloats, Learner):
 def _know_target_entropy(loss: LossModule, action_spec: TensorSpec) -> None:
     """Let ``loss`` create the buffer of its target entropy, if it has one.
 
-    TorchRL does so when it is first read, and it is to be known as an option before.
+    TorchRL does so when it is first read, but it must exist to be found as an option.
     """
     if not hasattr(type(loss), "target_entropy"):
         return
@@ -211,7 +210,7 @@ def _know_target_entropy(loss: LossModule, action_spec: TensorSpec) -> None:
 
 
 def _refuse_on_policy(loss: LossModule) -> None:
-    """Raise if the loss learns from trajectories of the policy as it is."""
+    """Raise if the loss needs trajectories of the current policy."""
     if getattr(loss.default_value_estimator, "name", None) in _ON_POLICY:
         raise ValueError(
             f"{type(loss).__name__} is an on-policy loss: it needs advantages along trajectories "
@@ -235,7 +234,7 @@ def _policy_name(loss: LossModule, name: str | None) -> str:
 
 
 def _check_networks(loss: LossModule) -> None:
-    """Raise unless the loss is reduced and its networks read what a level gives."""
+    """Raise unless the loss is reduced and its networks read only a level's entries."""
     name = type(loss).__name__
     if getattr(loss, "reduction", None) == "none":
         raise ValueError(f"{name} has reduction='none', expected scalars; build it without")

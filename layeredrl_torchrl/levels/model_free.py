@@ -1,4 +1,4 @@
-"""A level that learns a policy from its transitions, without a model."""
+"""A level that learns a policy without a model."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ from layeredrl_torchrl.specs import ObservationSpace, Space, is_discrete, to_spe
 
 __all__ = ["ModelFreeLevel"]
 
-# Updates whose batches are drawn, and turned into features, at once.
+# Number of updates whose batches are drawn and turned into features together.
 _N_AHEAD = 16
 _NEXT_COUNT = ("next", "n_actions")
 _HINT = "pass what a collector of this level yields; what comes from above is given by a Hierarchy"
@@ -61,20 +61,20 @@ _HINT = "pass what a collector of this level yields; what comes from above is gi
 class ModelFreeLevel(LearningLevel):
     """A policy, trained by one of TorchRL's losses on a replay buffer.
 
-    As a lower level it reads the observation, the input, and the remaining share of its duration
-    (a skill that is rewarded at its last step needs to know when that is). By default its value
-    ends with the input. Alone it is a policy for any TorchRL collector; give it ``env=`` then.
+    As a lower level it reads the observation, the input, and the remaining share of its duration (a
+    skill that is rewarded at its last step needs to know when that is). By default its value ends
+    with the input. Used alone, it is a policy for any TorchRL collector; pass ``env=`` then.
 
-    With ``each_step=True`` and an input, a transition may end in the middle of an action. So it
-    learns from ``("next", "n_actions")`` too, its own actions that are over at the end, which a
-    hierarchy gives: values go on at the remaining share at which it acts next.
+    With ``each_step=True`` and an input, a transition may end in the middle of an action. A
+    hierarchy then also gives ``("next", "n_actions")``, the number of actions finished at its end,
+    so that the next value is evaluated at the remaining share of the next action.
 
-    After its initial random steps (1,000 by default) its learner explores; in evaluation it does
-    neither. Rewards are divided by their root mean square, so their scale does not matter, and
-    neither does a large offset where nothing terminates.
+    After the initial random steps (1,000 by default) its learner explores; evaluation has neither.
+    Rewards are divided by their root mean square, so their scale does not matter; nor does a large
+    offset where nothing terminates.
 
-    A subclass may override ``_sampled(data [N]) -> data``, which prepares every sampled batch, to
-    compute rewards that change while other levels learn.
+    A subclass may override ``_sampled(data [N]) -> data``, which prepares every sampled batch, for
+    example to compute rewards that change while other levels learn.
 
     >>> env = get_task("InvertedPendulum-v5").make(seed=0)
     >>> level = ModelFreeLevel(env=env, learner_factory=SACLearner, n_initial_random_steps=10)
@@ -83,27 +83,26 @@ class ModelFreeLevel(LearningLevel):
     4.0
 
     Args:
-        observation_space: Spec (or gymnasium space) of one observation ``[obs]``; in a
-            ``Composite``, the entry ``observation_key`` counts.
+        observation_space: Spec (or gymnasium space) of one observation ``[obs]``; of a
+            ``Composite``, the entry ``observation_key`` is used.
         action_space: Spec or space of one action.
         learner_factory: Called as ``learner_factory(n_features, action_spec)``, returns the
             :class:`~layeredrl_torchrl.levels.Learner`: ``partial(SACLearner, gamma=0.98)`` for
-            actions within bounds, ``partial(DQNLearner, ...)`` for choices, or a function that
+            bounded actions, ``partial(DQNLearner, ...)`` for discrete ones, or a function that
             builds a :class:`~layeredrl_torchrl.levels.LossLearner` for any other loss of TorchRL.
-        env: A TorchRL environment to take both spaces, and the keys of action and reward from.
+        env: A TorchRL environment; gives both spaces and the keys of action, reward and ends.
         observation_key: Key of the observation.
         input_spec: See :class:`Level`.
         duration: See :class:`Level`; only with an ``input_spec``.
-        input_ends: Whether an end of the input (``("next", "input_done")``) ends the return. With
-            ``False`` the value goes on as if the same input were given again.
-        **options: Those of :class:`LearningLevel`: the buffer, the schedule, ``batch_size``,
+        input_ends: Whether the end of an input (``("next", "input_done")``) ends the return. With
+            ``False`` the value continues as if the same input were given again.
+        **options: Options of :class:`LearningLevel`: the buffer, the schedule, ``batch_size``,
             ``logger``.
 
     Raises:
         TypeError: A factory that returns something else; other types. ValueError: Numbers outside
-            their range; options without effect; spaces that the learner cannot work with, or whose
-            widths its networks do not have; a buffer with a sampler of slices or of priorities,
-            which this level does not update.
+            their range; options without effect; spaces that do not fit the learner or its networks;
+            a buffer with a sampler of slices or of priorities, which this level does not update.
     """
 
     #: Whether to divide rewards by the root mean square of the stored ones.
@@ -215,7 +214,7 @@ class ModelFreeLevel(LearningLevel):
         return tensordict.set(self.action_key, action)
 
     def _check_read(self, observation: Tensor, given: Tensor | None = None) -> None:
-        """Raise unless observation and input fit the spaces that the level was set up for."""
+        """Raise unless observation and input fit the level's spaces."""
         key, hint = str(self.observation_key), "repair it in the environment"
         check_width(key, observation, self.observation_dim, hint=hint)
         check_finite(key, observation, hint=hint)
@@ -234,7 +233,7 @@ class ModelFreeLevel(LearningLevel):
 
     @property
     def stored_keys(self) -> tuple[list[NestedKey], list[NestedKey]]:
-        """Keys that the networks read, and those of the ends of transitions."""
+        """Keys that the networks read, and keys of the ends of transitions."""
         done = ["terminated", "done"]
         if self.input_spec is not None and self.input_ends:
             done.append("input_done")
@@ -266,7 +265,7 @@ class ModelFreeLevel(LearningLevel):
 
     def _observe(self, data: TensorDictBase) -> None:
         if self.buffer is not None:
-            # The first time with what was there before, such as demonstrations.
+            # The first time include rows that were stored before, such as demonstrations.
             n = len(data) if int(self.features.n_seen) else None
             data = newest(self.buffer, data, n)
         data = data.to(self.features.mean.device)
@@ -278,15 +277,15 @@ class ModelFreeLevel(LearningLevel):
             self.reward_scale.observe(data.get(self.next_reward_key), ended)
 
     def _sampled(self, data: TensorDictBase) -> TensorDictBase:
-        """Prepare sampled transitions ``[N]`` for learning; a hook, by default nothing is done."""
+        """Prepare sampled transitions ``[N]`` for learning; a hook that does nothing by default."""
         return data
 
     def _sampled_terms(self) -> dict[str, float]:
-        """Return terms about what updates were given; a hook, by default there are none."""
+        """Return terms about the sampled data; a hook, by default there are none."""
         return {}
 
     def _arguments(self, data: TensorDictBase) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the entries of transitions ``[N]`` that the features are computed from."""
+        """Return the entries of transitions ``[N]`` from which features are computed."""
         observation: Tensor = data.get(self.observation_key)
         if self.input_spec is None:
             return observation, None, None
@@ -304,7 +303,7 @@ class ModelFreeLevel(LearningLevel):
                 n = min(_N_AHEAD, n_updates - i)
                 drawn = buffer.sample(n * self.batch_size)
                 if isinstance(buffer, HERReplayBuffer):
-                    # It relabels the first of all rows, which belong into every batch.
+                    # It relabels the first rows of the draw; every batch should get some of them.
                     drawn = drawn[torch.randperm(len(drawn), device=drawn.device)]
                 batches = list(self._prepare(drawn).split(self.batch_size))
             terms = self.learner.update(batches.pop())
@@ -319,7 +318,7 @@ class ModelFreeLevel(LearningLevel):
 
     @torch.no_grad()
     def _prepare(self, data: TensorDictBase) -> TensorDict:
-        """Return the entries of transitions ``[N]`` that the loss reads."""
+        """Return the inputs of the loss for transitions ``[N]``."""
         data = self._sampled(data.to(self.features.mean.device))
         observation, given, n_actions = self._arguments(data)
         following = data.get(unravel_key(("next", self.observation_key)))
@@ -328,7 +327,7 @@ class ModelFreeLevel(LearningLevel):
         if n_actions is not None:
             n_next, ended = self._counted(data)
             if self.input_ends:
-                # A time limit in the middle of an input is no end of it.
+                # A time limit in the middle of an input does not end the input.
                 done = data.get(("next", "done"))
                 terminated = terminated | (data.get(("next", "input_done")) & (ended | ~done))
             else:
@@ -341,20 +340,20 @@ class ModelFreeLevel(LearningLevel):
         }
         features = self._features(observation, given, n_actions)
         action = self.learner.prepare(data.get(self.action_key))
-        if action.is_floating_point():  # networks read both as one
+        if action.is_floating_point():  # networks concatenate it with the features
             action = action.to(features.dtype)
         now = {"features": features, "action": action}
         return TensorDict({**now, "next": TensorDict(after, data.batch_size)}, data.batch_size)
 
     @property
     def _counts_ahead(self) -> bool:
-        """Whether a transition may be less than one of its actions, so that it says the count."""
+        """Whether transitions may be shorter than an action, and so store the next count."""
         return self.each_step and self.input_spec is not None
 
     def _counted(self, data: TensorDictBase) -> tuple[Tensor, Tensor]:
-        """Return its actions on the input that are over at the end of transitions ``[N]``.
+        """Return the number of actions on the input at the end of transitions ``[N]``.
 
-        And whether it hands control back there, where one of its actions is over; both ``[N, 1]``.
+        Also return whether an action ends there and the level hands control back; both ``[N, 1]``.
         """
         given, n_actions = data.get(self.input_key), data.get("n_actions")
         following = data.get(unravel_key(("next", self.observation_key)))
@@ -370,6 +369,6 @@ class ModelFreeLevel(LearningLevel):
         n_actions: Tensor,
         record: dict[NestedKey, Tensor],
     ) -> Tensor:
-        """Mark the transitions after which control goes back up, bool ``[N, 1]``."""
+        """Return after which transitions control goes back up, bool ``[N, 1]``."""
         asked = {self.observation_key: observation, self.input_key: given, "n_actions": n_actions}
         return self.hands_back(TensorDict(asked | record, observation.shape[:-1]))

@@ -18,11 +18,10 @@ __all__ = ["Planner", "check_planner"]
 
 @runtime_checkable
 class Planner(Protocol):
-    """The planner of a :class:`PlannerLevel`: a policy whose memory can be forgotten.
+    """The planner of a :class:`PlannerLevel`: a policy whose memory can be reset.
 
     It is called with a TensorDict ``[*B]`` that has its ``in_keys``, and writes the action under
-    ``action_key`` and its memory under ``"next"``. If it is a module that holds the predictor, it
-    is saved with the level.
+    ``action_key`` and its memory under ``"next"``. If it is a module, it is saved with the level.
     """
 
     in_keys: list[Any]
@@ -35,10 +34,10 @@ class Planner(Protocol):
     def forget(
         self, batch: Sequence[int] = (), device: torch.device | None = None
     ) -> TensorDictBase:
-        """Return an empty memory for ``[*B]``, with the keys that a TensorDict carries it under."""
+        """Return an empty memory for ``[*B]``, under the keys that it has in a TensorDict."""
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
-        """Return the transform that carries the memory over steps; zeros are an empty memory."""
+        """Return the transform that passes the memory between steps; zeros are an empty memory."""
 
 
 def check_planner(planner: object, predictor: Predictor, action_spec: TensorSpec) -> bool:
@@ -46,11 +45,12 @@ def check_planner(planner: object, predictor: Predictor, action_spec: TensorSpec
 
     Args:
         planner: The result.
-        predictor: The predictor that the factory was called with.
-        action_spec: The spec that it was called with.
+        predictor: The predictor passed to the factory.
+        action_spec: The spec passed to the factory.
 
     Raises:
-        TypeError: Not a planner. ValueError: One with another predictor, or for other actions.
+        TypeError: Not a planner. ValueError: A planner with another predictor, or for other
+            actions.
     """
     if not isinstance(planner, Planner) or isinstance(planner, type):
         raise TypeError(

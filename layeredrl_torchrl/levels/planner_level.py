@@ -1,4 +1,4 @@
-"""A level that plans with a predictor that it learns."""
+"""A level that learns a predictor and plans with it."""
 
 from __future__ import annotations
 
@@ -47,20 +47,20 @@ _HINT = "pass what a collector of this level yields"
 class PlannerLevel(LearningLevel):
     """A predictor, its planner, random phases and a learning schedule in one policy.
 
-    It reads the entries that the planner reads. It writes the action, the planner's memory for the
-    next step, and ``random_action_key [*B, 1]``, bool: whether the action was drawn at random
-    instead of planned, so that a value function learns from the planner's actions only (see
+    It reads the planner's ``in_keys``. It writes the action, the planner's memory for the next
+    step, and ``random_action_key [*B, 1]``, bool: whether the action was drawn at random instead of
+    planned. A value function then learns only from the planner's actions (see
     :class:`~layeredrl_torchrl.PredictorLoss`). A random step clears the planner's memory. Actions
     that this level did not choose, such as those of a collector's ``init_random_frames``, are
-    stored as random ones.
+    stored as random.
 
-    It acts randomly during the initial random steps (500 by default), and later in random phases;
-    in evaluation it never does.
+    It acts randomly during the initial random steps (500 by default), and later in random phases,
+    but never in evaluation.
 
     Without spaces it waits for :meth:`setup`, so that a hierarchy can put it above another level.
-    An action may then take many environment steps (``("next", "elapsed_steps")``), by which values
-    are discounted. The level does not learn from an action that a time limit cut short, which does
-    not show where the action leads.
+    An action may then take many environment steps (``("next", "elapsed_steps")``); values are
+    discounted by these. The level does not learn from actions cut short by a time limit, since they
+    do not show where the action leads.
 
     >>> from functools import partial
     >>> from torchrl.collectors import Collector
@@ -87,24 +87,24 @@ class PlannerLevel(LearningLevel):
         planner_factory: Called as ``planner_factory(predictor, action_spec=...)``, returns the
             planner: ``partial(ICEMPlanner, horizon=15)``, or another policy with ``action_key``,
             ``make_tensordict_primer()`` and ``forget(batch, device)``.
-        env: A TorchRL environment to take both spaces and the axes of the data from.
+        env: A TorchRL environment; gives both spaces and the axes of the data.
         random_prob: Probability that a random phase begins at a step outside of one.
         random_duration: Steps of a random phase; its actions are independent of each other.
         model_batch_size: Transitions in a batch for the dynamics model; ``batch_size`` is in
             slices, for reward, value and encoder.
         device: Device to move predictor and planner to; by default they are not moved.
-        random_action_key: See above; the predictor's loss is told.
-        state_key: Key of the state of random phases, which travels from step to step: 0 until the
-            level has acted, then 1 plus the random steps that are left.
-        **options: Those of :class:`LearningLevel`: the buffer, the schedule, ``batch_size``,
+        random_action_key: See above; the predictor's loss gets the same key.
+        state_key: Key of the state of random phases, which is passed from step to step: 0 until the
+            level has acted, then 1 plus the remaining random steps.
+        **options: Options of :class:`LearningLevel`: the buffer, the schedule, ``batch_size``,
             ``logger``.
 
     Raises:
         TypeError: A factory that returns something else; other types. ValueError: Numbers outside
-            their range; ``env`` beside spaces, or one space without the other; ``buffer_size``
-            beside a ``buffer``; a planner with another predictor or for other actions; keys that
-            are not the environment's; a ``model_batch_size`` that the predictor's members cannot
-            share.
+            their range; ``env`` together with spaces, or only one space; ``buffer_size`` together
+            with a ``buffer``; a planner with another predictor or for other actions; keys that
+            differ from the environment's; a ``model_batch_size`` that the predictor's members
+            cannot share.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class PlannerLevel(LearningLevel):
         planner = self.planner_factory(predictor, action_spec=action_spec)
         holds_predictor = check_planner(planner, predictor, action_spec)
         self.planner = planner
-        # A predictor that the planner holds is not registered, and saved, a second time.
+        # If the planner holds the predictor, do not register and save it again.
         if holds_predictor:
             self.__dict__["_predictor"] = predictor
         else:
@@ -175,12 +175,12 @@ class PlannerLevel(LearningLevel):
         self._check_learned_keys(predictor)
 
     def _check_learned_keys(self, predictor: Predictor) -> None:
-        """Raise unless the predictor learns from the entries that the level reads and writes."""
+        """Raise unless the predictor learns from the level's entries."""
         loss = getattr(predictor, "predictor_loss", None)
         if loss is None:
             return
         keys = loss.tensor_keys
-        # It is optional for the loss, which would value random actions without a word.
+        # The key is optional for the loss, which would silently value random actions without it.
         if unravel_key(keys.random_action) != self.random_action_key:
             if keys.random_action != type(loss).default_keys().random_action:
                 raise ValueError(
@@ -204,7 +204,7 @@ class PlannerLevel(LearningLevel):
                 )
 
     def _check_keys(self, env: EnvBase) -> None:
-        """Raise unless predictor and planner read and write the keys of ``env``."""
+        """Raise unless predictor and planner use the keys of ``env``."""
         _, reward_key = self._learned_keys()
         seen = list(env.observation_keys)
         for what, own, there in (
@@ -221,7 +221,7 @@ class PlannerLevel(LearningLevel):
 
     @property
     def predictor(self) -> Predictor:
-        """The predictor that the level learns; ``RuntimeError`` before :meth:`setup`."""
+        """The level's predictor; ``RuntimeError`` before :meth:`setup`."""
         self.action_spec  # noqa: B018 - raises
         return self._predictor
 
@@ -236,7 +236,7 @@ class PlannerLevel(LearningLevel):
         return getattr(self.predictor, "optim", None)
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
-        """Return the transform that carries the planner's memory and the random steps left."""
+        """Return the transform for the planner's memory and the remaining random steps."""
         carried = self.planner.make_tensordict_primer().primers.clone()
         carried[self.state_key] = Unbounded((1,), dtype=torch.int64)
         return TensorDictPrimer(carried, expand_specs=True)
@@ -274,7 +274,7 @@ class PlannerLevel(LearningLevel):
     def _act_randomly(
         self, tensordict: TensorDictBase, random: Tensor, nothing_to_plan: bool
     ) -> None:
-        """Draw the actions of the instances ``random [*B]``, and plan those of the others."""
+        """Draw actions for the instances ``random [*B]``, and plan for the others."""
         batch, planner = random.shape, self.planner
         read = [require(tensordict, k, reader=self.name, hint=_HINT) for k in planner.in_keys]
         action = self.random_actions(batch).to(random.device)
@@ -301,7 +301,7 @@ class PlannerLevel(LearningLevel):
 
     @property
     def next_reward_key(self) -> NestedKey:
-        """The key of a transition's reward, from which the predictor learns."""
+        """The key of the reward from which the predictor learns."""
         return self._learned_keys()[1]
 
     def _learned_keys(self) -> tuple[list[NestedKey], NestedKey]:
@@ -316,7 +316,7 @@ class PlannerLevel(LearningLevel):
 
     @property
     def stored_keys(self) -> tuple[list[NestedKey], list[NestedKey]]:
-        """Keys that the predictor's losses read, and those that tell trajectories apart."""
+        """Keys that the predictor's losses read, and those that separate trajectories."""
         read, reward = self._learned_keys()
         observation = self.observation_key
         required = [observation, ("next", observation), self.action_key, reward]
@@ -350,12 +350,12 @@ class PlannerLevel(LearningLevel):
         random = data.get(self.random_action_key, None)
         acted = data.get(unravel_key(("next", self.state_key)), None)
         if random is not None and acted is not None:
-            # 0, the primer's default, shows that the level was not called.
+            # 0, the primer's default, means that the level was not called.
             data = data.copy().set(self.random_action_key, random | (acted == 0))
         return data
 
     def _can_update(self, buffer: ReplayBuffer) -> bool:
-        """Return whether a slice of an update fits into the rows along time."""
+        """Return whether the buffer is long enough for the slices of an update."""
         return n_rows_along_time(buffer) >= self.predictor.n_steps_needed
 
     def _update(self, buffer: ReplayBuffer, n_updates: int) -> dict[str, float]:
@@ -375,9 +375,9 @@ class PlannerLevel(LearningLevel):
 
 
 def _check_range(known: TensorSpec, planned: TensorSpec) -> None:
-    """Raise ``ValueError`` for actions beyond those that the predictor's model was built for."""
+    """Raise ``ValueError`` for actions outside the bounds of the predictor's model."""
     if not (isinstance(known, Bounded) and isinstance(planned, Bounded)):
-        return  # what else differs is seen when the planner is built
+        return  # building the planner finds other differences
     low, high, own = planned.space.low.cpu(), planned.space.high.cpu(), known.space
     if known.shape == planned.shape and bool(((low < own.low) | (high > own.high)).any()):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Soft actor-critic by TorchRL's SACLoss."""
+"""Soft actor-critic with TorchRL's SACLoss."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from layeredrl_torchrl.specs import width
 
 __all__ = ["SACLearner"]
 
-# Of log(std), as in the reference implementation of SAC.
+# Bounds of log(std), as in the reference implementation of SAC.
 _LOG_STD = (-20.0, 2.0)
 
 
 class SACLearner(KeepsFloats, Learner):
-    """Soft actor-critic (arXiv 1812.05905) for actions within bounds, by TorchRL's ``SACLoss``.
+    """Soft actor-critic (arXiv 1812.05905) for bounded actions, with TorchRL's ``SACLoss``.
 
-    The policy is a squashed Gaussian over actions that are scaled from their bounds to
-    ``[-1, 1]``, so the target entropy does not depend on the units of the action.
+    The policy is a squashed Gaussian over actions scaled from their bounds to ``[-1, 1]``, so the
+    target entropy does not depend on the units of the action.
 
     >>> learner = SACLearner(3, Bounded(-2.0, 2.0, (1,)), hidden_sizes=(32,))
     >>> learner.high
@@ -42,11 +42,11 @@ class SACLearner(KeepsFloats, Learner):
         n_features: ``F``.
         action_spec: A ``Bounded`` spec with finite bounds.
         hidden_sizes: Width of each hidden layer, of policy and critics.
-        gamma: Discount over one of the level's own actions.
+        gamma: Discount over one action of the level.
         lr: Learning rate of policy, critics and temperature; see :class:`Learner`.
-        tau: Share by which the target critics move towards the critics at each update.
-        n_critics: Number of critics; the least of their values counts.
-        alpha_init: Initial temperature, the worth of a unit of entropy in reward.
+        tau: Step of the target critics towards the critics at each update.
+        n_critics: Number of critics; the minimum of their values is used.
+        alpha_init: Initial temperature, the reward for one nat of entropy.
         target_entropy: Entropy that the temperature is adapted to; minus the number of action
             dimensions by default.
 
@@ -98,23 +98,23 @@ class SACLearner(KeepsFloats, Learner):
         ]
         loss = _Loss(
             actor,
-            # Of a list of one, TorchRL's losses have no parameters: it would never be trained.
+            # TorchRL's losses register no parameters for a list of one: it would never be trained.
             critics if n_critics > 1 else critics[0],
             num_qvalue_nets=n_critics,
             loss_function="l2",
             alpha_init=alpha_init,
             target_entropy=float(-n if target_entropy is None else target_entropy),
         )
-        # TorchRL creates this buffer when it is first read; it is to be known as an option before.
+        # TorchRL creates this buffer when it is first read; it must exist to be found as an option.
         loss.target_entropy  # noqa: B018
         super().__init__(loss, gamma=gamma, lr=lr, tau=tau)
-        # Not part of the state dict: they follow from the arguments.
+        # Not in the state dict, since they follow from the arguments.
         self.register_buffer("low", low, persistent=False)
         self.register_buffer("high", high, persistent=False)
         self.action_spec = action_spec
 
     def act(self, features: Tensor, *, explore: bool) -> Tensor:
-        """Draw from the policy, or take its median."""
+        """Sample from the policy, or take its median."""
         loc, scale = _split(mlp(features, layers(self.loss.actor_network_params["module", "0"])))
         if explore:
             loc = loc + scale * torch.randn_like(loc)
@@ -126,7 +126,7 @@ class SACLearner(KeepsFloats, Learner):
 
 
 class _Gaussian(FlatMLP):
-    """Writes mean and standard deviation of the actions before they are squashed."""
+    """Writes mean and standard deviation of the actions before squashing."""
 
     def write(self, tensordict: TensorDictBase, out: Tensor) -> None:
         for key, value in zip(self.out_keys, _split(out), strict=True):
@@ -141,15 +141,15 @@ def _split(out: Tensor) -> tuple[Tensor, Tensor]:
 class _Loss(SACLoss):
     """``SACLoss`` that evaluates all critics at once, and can be copied and pickled.
 
-    TorchRL's runs the critic under ``vmap`` by a closure, which takes a third of an update's time
-    here and cannot be pickled. The results are the same.
+    TorchRL's version runs the critics with ``vmap`` in a closure, which takes a third of an
+    update's time here and cannot be pickled. The results are the same.
     """
 
     def _make_vmap(self) -> None:
         self._vmap_qnetworkN0 = partial(_critics, self.qvalue_network.in_keys)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out cached views of the parameters, which would not be those of a copy."""
+        """Leave out cached views of the parameters, since a copy has other parameters."""
         return {name: value for name, value in self.__dict__.items() if name != "_cache"}
 
 

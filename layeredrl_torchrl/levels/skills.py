@@ -1,4 +1,4 @@
-"""A level that discovers skills without any reward from the environment."""
+"""A level that discovers skills without the environment's reward."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ __all__ = ["SkillLevel"]
 class SkillLevel(ModelFreeLevel):
     """Learns skills that the level above can predict and tell apart.
 
-    It does not use the environment's reward. A skill is rewarded, by the predictor of the level
-    above, for outcomes that other skills would not have had. That reward changes as the predictor
-    learns, so it is computed anew whenever transitions are sampled. Use the hierarchy's observation
-    map to hide what a skill must not depend on, such as the goal of the task.
+    It does not use the environment's reward. The predictor of the level above rewards a skill for
+    outcomes that other skills would not have had. This reward changes as the predictor learns, so
+    it is recomputed whenever transitions are sampled. Use the hierarchy's observation map to hide
+    entries on which skills must not depend, such as the goal of the task.
 
-    Among the terms of :meth:`learn` is ``reward``: the mean of what its updates learned from, in
-    nats, over the actions that are rewarded, before it is normalised and offset.
+    The terms of :meth:`learn` include ``reward``: the mean reward of its updates over the rewarded
+    actions, in nats, before normalisation and offset.
 
     >>> skills = SkillLevel(
     ...     input_spec=Bounded(-1.0, 1.0, (2,)),
@@ -42,15 +42,15 @@ class SkillLevel(ModelFreeLevel):
     10
 
     Args:
-        input_spec: Spec (or gymnasium space) of a skill, bounded or of choices. The prior of skills
+        input_spec: Spec (or gymnasium space) of a skill, bounded or discrete. The prior of skills
             is uniform over it.
-        duration: Own actions in a skill.
+        duration: Number of actions in a skill.
         skill_reward: :class:`~layeredrl_torchrl.SPlaTESReward` or
             :class:`~layeredrl_torchrl.DADSReward`.
         learner_factory: See :class:`~layeredrl_torchrl.ModelFreeLevel`.
-        end_prob: Probability with which a skill ends after an action, before its ``duration``; in
-            evaluation, too, since the level above has learned where such skills lead.
-        **options: Those of :class:`LearningLevel`, without ``reward_func``.
+        end_prob: Probability that a skill ends after an action, before its ``duration``; in
+            evaluation too, since the level above has learned where such skills lead.
+        **options: Options of :class:`LearningLevel`, except ``reward_func``.
 
     Raises:
         TypeError, ValueError: As :class:`~layeredrl_torchrl.ModelFreeLevel`; a ``skill_reward`` of
@@ -92,7 +92,7 @@ class SkillLevel(ModelFreeLevel):
         )
         self._end_prob = check_number("end_prob", end_prob, 0.0, 1.0)
         self.skill_reward = skill_reward
-        self._rated: list[Tensor] = []  # by the updates of a call
+        self._rated: list[Tensor] = []  # rewards of the updates of a call
         self.parent_each_step = skill_reward.each_step
 
     def attach(self, parent_predictor: Predictor | None) -> None:
@@ -135,7 +135,7 @@ class SkillLevel(ModelFreeLevel):
         return tensordict
 
     def hands_back(self, tensordict: TensorDictBase) -> Tensor:
-        """See :meth:`Level.hands_back`; also where the last action was drawn to be the last."""
+        """See :meth:`Level.hands_back`; a skill also ends where that was drawn at random."""
         done = super().hands_back(tensordict)
         return done | tensordict.get(self.ended_key) if self._end_prob else done
 
@@ -154,7 +154,7 @@ class SkillLevel(ModelFreeLevel):
             observation: ``[N, obs]`` of the level above, where the predictor's step begins.
             skill: ``[N, Z]``, or discrete ``[N]``.
             next_observation: ``[N, obs]``, where it ends.
-            since: ``[N, obs]``, by how much more is told than here; ``None`` for all of it.
+            since: ``[N, obs]``; if given, return the difference to the reward for reaching it.
         """
         reward: Tensor = self.skill_reward(
             self.parent_predictor,
@@ -188,7 +188,7 @@ class SkillLevel(ModelFreeLevel):
         """Replace the reward of sampled transitions ``[N]``."""
         key, reward_of = self.next_reward_key, self.skill_reward
         duration, (_, ended) = self.duration or 1, self._counted(data)
-        # By the level's own rule, which may end skills earlier or later than the duration.
+        # Use the level's own rule, which may end skills earlier or later than the duration.
         n_actions = data.get("n_actions").clamp_max(duration - 2)
         n_actions = n_actions.masked_fill(ended, duration - 1)
         reward = torch.zeros_like(data.get(key))

@@ -1,4 +1,4 @@
-"""Rewards for skills whose outcomes can be told apart."""
+"""Rewards for skills with distinguishable outcomes."""
 
 from __future__ import annotations
 
@@ -32,55 +32,52 @@ __all__ = ["DADSReward", "SPlaTESReward", "SkillReward", "identifiability"]
 
 
 class SkillReward(nn.Module, ABC):
-    r"""Rewards skills by the predictor of the level above.
+    r"""Rewards skills with the predictor of the level above.
 
     The reward is :func:`identifiability` under the predictor's model. Outcomes are compared as
     whitened changes of the state (see :class:`~layeredrl_torchrl.predictors.DeltaStandardizer`),
-    which all members predict with one fixed ``std``. So every dimension counts equally, and
-    outcomes that the model is unsure of are not favoured. A ``StaticPredictor`` has no statistics
-    of changes: with it they are compared in units of the state. A subclass selects the actions of a
-    skill that are rewarded.
+    with one fixed ``std`` for all members. So every dimension counts equally, and uncertain
+    outcomes are not favoured. A ``StaticPredictor`` has no statistics of changes: with it, outcomes
+    are compared in units of the state. A subclass selects which actions of a skill are rewarded.
 
-    At first skills have no effect, so their model cannot tell them apart. For
-    ``n_symmetry_breaking_steps`` it is replaced by a fixed random model that is linear in the
-    skill,
+    At first skills have no effect, so the model cannot distinguish them. During
+    ``n_symmetry_breaking_steps`` a fixed random model helps, which is linear in the skill,
 
     .. math:: W (s' - s) = L z,
 
-    whose reward is blended into the learned model's: its weight falls linearly from 1 to 0. ``L``
-    has orthogonal columns (or rows, if it is wide) and spreads skills of the prior as widely as
-    the whitened changes are spread; :meth:`prepare` draws it, and it is saved.
+    Its reward is blended with that of the learned model: its weight falls linearly from 1 to 0.
+    ``L`` has orthogonal columns (or rows, if it is wide) and gives skills of the prior the spread
+    of the whitened changes; :meth:`prepare` draws it, and it is saved.
 
     >>> SPlaTESReward(state_dims=[0, 1], n_symmetry_breaking_steps=20_000).state_dims
     [0, 1]
 
     Args:
-        n_skill_samples: Skills of the prior that a skill is compared with.
+        n_skill_samples: Number of skills from the prior with which a skill is compared.
         std: Standard deviation in units of whitened changes: a number, or one for each dimension,
-            or a function of the environment steps that returns a number. Outcomes that are closer
-            count as alike; take about the error of mean predictions.
-        state_dims: Dimensions of the predictor's state in which skills are told apart, such as the
-            position; all by default. They are whitened among themselves.
+            or a function of the environment steps that returns a number. Closer outcomes count as
+            equal; choose about the error of mean predictions.
+        state_dims: Dimensions of the predictor's state in which skills are distinguished, such as
+            the position; all by default. They are whitened among themselves.
         n_symmetry_breaking_steps: See above; 0 to use the learned model from the start.
-        clip: Least and greatest identifiability, in nats; ``-math.inf`` for none. What lies far
-            from all predictions has values of minus thousands, beside which no other difference
-            counts. No limit by default.
-        normalize: Whether rewards are given as deviations from their running mean, in units of
-            their running standard deviation. What a whole skill gets then changes by the same for
-            all that last as long.
-        offset: Added in the end to every action of a skill, rewarded or not. A positive one makes
-            up for an early end of the episode, by which a skill would escape negative rewards.
+        clip: Lowest and highest identifiability, in nats; no limits by default (``-math.inf``,
+            ``math.inf``). Outcomes far from all predictions have values of minus thousands, which
+            hide all other differences.
+        normalize: Whether to standardise rewards by their running mean and standard deviation. This
+            shifts the total reward equally for all skills of equal length.
+        offset: Added at the end to the reward of every action of a skill, rewarded or not. A
+            positive offset keeps skills from ending the episode early to escape negative rewards.
 
     Raises:
-        TypeError, ValueError: Numbers of other kinds, or outside their range. And when it is
-            called, for a function that gives them.
+        TypeError, ValueError: Numbers of another kind, or outside their range; when called, also
+            for a ``std`` function that returns such numbers.
     """
 
     std: Tensor  # [] or [D'], NaN if it is a function
-    linear_model: Tensor  # [D', Z], 0 x 0 until it is drawn
-    #: Whether every step of a skill is rewarded, by a level above that learns from every step.
+    linear_model: Tensor  # [D', Z], [0, 0] until it is drawn
+    #: Whether every step of a skill is rewarded; the level above must learn from every step.
     each_step: bool = False
-    #: Whether the reward is a difference of what is told after and before an action.
+    #: Whether the reward is the change of the identifiability by an action.
     difference: bool = False
 
     def __init__(
@@ -120,16 +117,17 @@ class SkillReward(nn.Module, ABC):
 
         Args:
             n_actions: Actions of the skill before this one, ``[N, 1]``; ``duration - 1`` where the
-                skill ended with this one, by any rule, and less where it went on.
+                skill ended with this action, by any rule, and less where it continued.
             duration: Actions in a skill.
         """
 
     def prepare(self, predictor: Predictor, skill_spec: TensorSpec) -> None:
-        """Check that ``predictor`` can tell skills apart; draw the linear model if there is none.
+        """Check that ``predictor`` can distinguish skills; draw the linear model if there is none.
 
         Raises:
-            TypeError: No predictor. ValueError: One that is learned and does not standardise
-                changes, or that lacks the ``state_dims``; a ``std`` for another number of them.
+            TypeError: Not a predictor. ValueError: A learned predictor that does not standardise
+                changes, or one without the ``state_dims``; a ``std`` for another number of
+                dimensions.
         """
         name = type(self).__name__
         hint = "put a PlannerLevel above the skills"
@@ -185,14 +183,15 @@ class SkillReward(nn.Module, ABC):
         """Compute the reward ``[N]`` of skills, in nats, clipped and not yet normalised.
 
         Args:
-            predictor: The predictor of the level above that :meth:`prepare` was given.
+            predictor: The predictor of the level above, as passed to :meth:`prepare`.
             skill_spec: Spec of a skill; the prior is uniform over it.
             observation: ``[N, obs]`` of the level above, where the predictor's step begins.
             skill: ``[N, Z]``, or discrete ``[N]``.
             next_observation: ``[N, obs]``, where it ends.
-            n_env_steps: Environment steps so far, which set the weight of the linear model.
-            since: ``[N, obs]``. The reward is then by how much more ``next_observation`` tells of
-                the skill than this did, with the same skills of the prior.
+            n_env_steps: Environment steps so far; they determine the weight of the linear model and
+                the ``std``.
+            since: ``[N, obs]``. If given, the reward is the identifiability at ``next_observation``
+                minus that at ``since``, with the same skills of the prior.
         """
         others = skill_spec.rand((len(skill), self.n_skill_samples)).to(skill)
         skills = torch.cat([skill.unsqueeze(1), others], 1)
@@ -216,7 +215,7 @@ class SkillReward(nn.Module, ABC):
         next_state: Tensor,
         n_env_steps: int,
     ) -> Tensor:
-        """Return what states ``[N, D]`` tell of the first of ``skills [N, n, ...]``, in nats."""
+        """Return the identifiability ``[N]`` of the first of ``skills [N, n, ...]``, in nats."""
         weight, std = self.symmetry_breaking(n_env_steps), self.std_after(n_env_steps)
         standardizer = getattr(predictor, "delta_standardizer", None)
         whitening = whitening_among(standardizer, self.state_dims, state)
@@ -241,7 +240,7 @@ class SkillReward(nn.Module, ABC):
 
 
 def _checked_range(name: str, ends: Any) -> tuple[float, float]:
-    """Return two numbers in order, which may be infinite."""
+    """Return two numbers in rising order; they may be infinite."""
     numbers = isinstance(ends, Sequence) and len(ends) == 2
     if not numbers or not all(isinstance(x, int | float) for x in ends) or not ends[0] < ends[1]:
         raise ValueError(f"{name} must be (low, high), two numbers in this order, got {ends!r}")
@@ -262,23 +261,22 @@ def _checked_std(std: Any) -> Tensor:
 
 
 class SPlaTESReward(SkillReward):
-    """Rewards a skill at its last step for its outcome as a whole.
+    """Rewards a skill at its last step for its whole outcome.
 
-    As in SPlaTES ("Long-Horizon Planning with Predictable Skills", RLC 2025): the level above
-    predicts where a skill leads from start to end. A skill that is cut short by the end of an
-    episode has no reward.
+    As in SPlaTES ("Long-Horizon Planning with Predictable Skills", RLC 2025), the level above
+    predicts where a whole skill leads. A skill cut short by the end of an episode gets no reward.
 
-    With ``potential_difference`` every action is rewarded for how much more the state it leads to
-    tells of the skill, taken as an outcome, than the state before. Over a whole skill this adds up
-    to the final reward less that of staying at the start, but a policy need not wait for the end to
-    learn what it did.
+    With ``potential_difference`` the reward of every action is the change of the identifiability
+    from the state before to the state after it, each taken as an outcome. Over a whole skill this
+    adds up to the final reward minus that of staying at the start, but the policy gets feedback at
+    every step.
 
     >>> SPlaTESReward(n_skill_samples=64, std=0.2).n_skill_samples
     64
 
     Args:
         potential_difference: See above.
-        **options: Those of :class:`~layeredrl_torchrl.levels.SkillReward`.
+        **options: Options of :class:`~layeredrl_torchrl.levels.SkillReward`.
     """
 
     __signature__ = SignatureOfInit()
@@ -298,8 +296,8 @@ class SPlaTESReward(SkillReward):
 class DADSReward(SkillReward):
     """Rewards every step of a skill, as in DADS (arXiv 1907.01657).
 
-    The level above has to predict single steps under a skill: build it with ``each_step=True``, and
-    the level of the skills too, where it is not the lowest.
+    The level above must predict single steps under a skill: build it with ``each_step=True``, and
+    also the level of the skills, unless it is the lowest.
 
     >>> DADSReward(n_skill_samples=64, std=0.2).n_skill_samples
     64

@@ -18,8 +18,8 @@ class LevelHook(TrainerHookBase):
     """Lets a level learn from each batch that a TorchRL ``Trainer`` collects.
 
     The level is the policy of the trainer's collector. It learns before the trainer's own updates,
-    of which there need be none (``optim_steps_per_batch=0``), and what it reports goes to the
-    trainer's logger, each term as ``"<level>/<term>"``.
+    which are optional (``optim_steps_per_batch=0``). The trainer's logger gets each of its terms as
+    ``"<level>/<term>"``.
 
     >>> from layeredrl_torchrl.levels import LevelHook
     >>> level = RandomLevel()
@@ -30,7 +30,7 @@ class LevelHook(TrainerHookBase):
         level: The level.
 
     Raises:
-        TypeError: Something else.
+        TypeError: Not a level.
     """
 
     def __init__(self, level: Level) -> None:
@@ -38,7 +38,7 @@ class LevelHook(TrainerHookBase):
         self.level, self.name = level, level.name
 
     def __call__(self, batch: TensorDictBase) -> dict[str, float]:
-        """Learn from a batch, and return what is logged."""
+        """Learn from a batch, and return the terms to log."""
         return {f"{self.name}/{term}": value for term, value in self.level.learn(batch).items()}
 
     def register(self, trainer: Trainer, name: str = "level") -> None:

@@ -1,4 +1,4 @@
-"""Check levels and put them together."""
+"""Check and connect levels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["assemble", "label", "names"]
 
 
 def label(levels: Sequence[Level], i: int) -> str:
-    """Return how messages refer to level ``i``."""
+    """Return the description of level ``i`` in messages."""
     place = {0: ", the highest", len(levels) - 1: ", the lowest"}.get(i, "")
     return f"level {i} ({levels[i].name}{place if len(levels) > 1 else ''})"
 
@@ -35,7 +35,7 @@ def _short(spec: TensorSpec) -> str:
 
 
 def _check_levels(levels: Sequence[Level]) -> None:
-    """Raise unless each level takes input from the one above and hands control back to it."""
+    """Raise unless each level takes input from the level above and hands control back to it."""
     if not levels:
         raise ValueError("levels is empty, expected at least one Level; highest first")
     for i, level in enumerate(levels):
@@ -132,7 +132,7 @@ def assemble(
             level.setup(maps[i].space, expected)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{label(levels, i)} above {lower}: {error}") from error
-        # Levels and their inputs are in this form, but what an environment says may not be.
+        # Specs of levels have this form, but the spec of an environment may not.
         if level.action_spec.cpu() != to_spec(expected).cpu():
             raise ValueError(
                 f"{label(levels, i)} was set up for {_short(level.action_spec)}, but {lower} "

@@ -1,4 +1,4 @@
-"""Make the inputs of levels, and check their answers."""
+"""Build the inputs of levels, and check their outputs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["Answers", "ask", "hand", "refuse_interruptions"]
 
 
 class Answers:
-    """What a level writes when it is called, if it fits the specs.
+    """Reads the entries that a called level wrote, if they fit the specs.
 
-    Shapes that would broadcast, and floats in place of choices, would go unnoticed otherwise.
+    Otherwise shapes that broadcast, and floats in place of choices, would go unnoticed.
 
     Args:
-        level: A level that is set up.
+        level: A level after ``setup``.
         memory: Specs of its memory.
     """
 
@@ -34,7 +34,7 @@ class Answers:
         self._following = {unravel_key(("next", key)): memory[key] for key in self._memory}
 
     def read(self, handed: TensorDictBase, key: NestedKey) -> Tensor:
-        """Return an entry of its record, ``[*B]``.
+        """Return an entry of the record, ``[*B]``.
 
         Raises:
             KeyError: It is missing. TypeError: Another kind of numbers. ValueError: Another shape.
@@ -42,7 +42,7 @@ class Answers:
         return self._fitting(handed, key, self._record[key])
 
     def action(self, handed: TensorDictBase) -> Tensor:
-        """Return the action; raises as :meth:`read`, and ``ValueError`` where it is not finite."""
+        """Return the action; raise as :meth:`read`, and ``ValueError`` if it is not finite."""
         key = self.level.action_key
         action = self._fitting(handed, key, self.level.action_spec)
         if action.is_floating_point():
@@ -51,7 +51,7 @@ class Answers:
         return action
 
     def memory(self, handed: TensorDictBase) -> TensorDictBase:
-        """Return its memory for the next step; raises as :meth:`read`."""
+        """Return the memory for the next step; raise as :meth:`read`."""
         for key, spec in self._following.items():
             self._fitting(handed, key, spec)
         following: TensorDictBase = handed.get("next")
@@ -78,12 +78,12 @@ class Answers:
 
 
 def hand(level: Level, seen: Tensor, given: Tensor | None, n_actions: Tensor) -> TensorDict:
-    """Return the TensorDict that a level is called with.
+    """Return the TensorDict with which a level is called.
 
     Args:
         level: The level.
         seen: Its part of the observation, ``[*B, obs_i]``.
-        given: Its input; ``None`` for the highest.
+        given: Its input; ``None`` for the highest level.
         n_actions: Its actions on this input so far, ``[*B, 1]``.
     """
     batch = n_actions.shape[:-1]
@@ -108,7 +108,7 @@ def ask(level: Level, handed: TensorDictBase) -> Tensor:
 
 
 def refuse_interruptions(levels: Sequence[Level]) -> None:
-    """Raise ``ValueError`` if a level is interrupted now, so that its inputs seem to end early."""
+    """Raise ``ValueError`` if a level is interrupted now, which makes its inputs end early."""
     for level in levels:
         if level.limit != level.duration:
             raise ValueError(

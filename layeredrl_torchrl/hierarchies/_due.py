@@ -1,4 +1,4 @@
-"""Work on some instances of a batch."""
+"""Process some instances of a batch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Values = TypeVar("Values", Tensor, TensorDictBase)
 class Due:
     """Some instances of ``[*B]``: pick their values, process them, and merge the results back.
 
-    On a CPU only the instances that are due are picked. On an accelerator, where counting them
-    would wait for the device, all are processed and the results of the others dropped.
+    On a CPU only the due instances are picked. On an accelerator, counting them would wait for the
+    device, so all are processed and the results of the others are dropped.
 
     Args:
         mask: Which instances are due, bool ``[*B, 1]``.
@@ -30,7 +30,7 @@ class Due:
         self.mask, self.index = mask, None
         self.everywhere = self.nowhere = False
         if is_at_once(mask):
-            flags = mask.squeeze(-1).numpy()  # counts several times faster than torch
+            flags = mask.squeeze(-1).numpy()  # numpy counts several times faster than torch
             n = np.count_nonzero(flags)
             self.nowhere, self.everywhere = n == 0, n == flags.size
             if not (self.nowhere or self.everywhere):
@@ -45,7 +45,7 @@ class Due:
         return values[self.index]
 
     def write(self, whole: Tensor, part: Tensor) -> None:
-        """Write ``part``, laid out as by :meth:`pick`, into ``whole [*B, n]`` where it is due."""
+        """Write ``part``, as from :meth:`pick`, into ``whole [*B, n]`` where instances are due."""
         if self.everywhere:
             whole.copy_(part)
         elif self.index is not None and len(self.index) == 1:
@@ -56,7 +56,7 @@ class Due:
             whole.copy_(self._where(whole, part))
 
     def merge(self, whole: Values, part: Values) -> Values:
-        """Replace ``whole [*B, ...]`` by ``part``, laid out as by :meth:`pick`, where it is due."""
+        """Replace ``whole [*B, ...]`` by ``part``, as from :meth:`pick`, where it is due."""
         if self.everywhere:
             return part
         if self.index is not None:

@@ -12,7 +12,7 @@ from torchrl.data import TensorSpec, Unbounded
 
 __all__ = ["Choice", "ObservationMap"]
 
-#: All of it, some of its entries, or a function ``[*B, obs]`` to ``[*B, obs_i]``.
+#: All of it (None), some of its entries, or a function from ``[*B, obs]`` to ``[*B, obs_i]``.
 Choice: TypeAlias = Sequence[int] | Callable[[Tensor], Tensor] | None
 
 
@@ -20,16 +20,16 @@ class ObservationMap(nn.Module):
     """Maps observations ``[*B, obs]`` to the part that one level sees, ``[*B, obs_i]``.
 
     Args:
-        choice: ``None`` for all, indices, or a function.
+        choice: ``None`` for the whole observation, indices, or a function.
         space: Spec of one whole observation, ``[obs]``.
 
     Attributes:
         space: Spec of the part that the level sees.
-        is_identity: Whether that is the whole observation.
+        is_identity: Whether the level sees the whole observation.
 
     Raises:
-        TypeError: Something else, or indices that are no integers. ValueError: Indices outside
-            the observation, given twice, or none; a function that gives another shape.
+        TypeError: A choice of another kind, or indices that are not integers. ValueError: Indices
+            outside the observation, repeated or missing; a function with results of another shape.
     """
 
     index: Tensor

@@ -1,4 +1,4 @@
-"""The state that a hierarchy carries from step to step."""
+"""The state that a hierarchy passes from step to step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["MEMORY", "STATE", "HierarchyPrimer", "Layout", "memory_of", "togethe
 
 #: The key of the state, one tensor ``[*B, n]``.
 STATE = "hierarchy"
-#: The key of the memories of those levels that have one, by position.
+#: The key of the levels' memories, by position.
 MEMORY = "hierarchy_memory"
 
 
@@ -28,7 +28,7 @@ def memory_of(level: Level) -> Composite:
     """Return the specs of a level's own memory.
 
     Raises:
-        ValueError: The memory starts from other values than zeros.
+        ValueError: A memory that does not start from zeros.
     """
     primer = level.make_tensordict_primer()
     starts = primer.default_value
@@ -44,10 +44,9 @@ def memory_of(level: Level) -> Composite:
 def together(
     entries: Mapping[str, Any], batch: torch.Size, device: torch.device | None
 ) -> TensorDict:
-    """Make a TensorDict ``[*B]`` of entries that are known to fit, without checks.
+    """Make a TensorDict ``[*B]`` of matching entries, without checks.
 
-    A hierarchy makes several at every step of an environment, and checks would take most of the
-    time.
+    A hierarchy makes several at every environment step, and checks would take most of the time.
     """
     return TensorDict._new_unsafe(dict(entries), batch, device=device)
 
@@ -63,24 +62,24 @@ class _Field:
 
 
 class Layout:
-    """The places of all levels' state in one tensor ``[*B, n]``.
+    """The layout of all levels' state in one tensor ``[*B, n]``.
 
-    The cost of a TensorDict grows with its entries, which every step of an environment touches many
-    times, so all of it is one entry. In float64, which has room for every float32, bool and
-    integer up to 2**53. Each level but the lowest holds, from one of its actions to the next:
+    The cost of a TensorDict grows with its number of entries, which every environment step touches
+    many times, so the state is one entry. It is float64, which represents every float32, bool and
+    integer up to 2**53. Each level except the lowest holds, from one of its actions to the next:
 
     ===============  =====================================================================
     ``"action"``       its action
     ``"observation"``  the whole observation it acted on
-    ``"n_actions"``    its own actions on its input before this one
+    ``"n_actions"``    its actions on its input before this one
     ===============  =====================================================================
 
-    and every level holds its ``record``. The first columns are the environment steps under each
-    action, the current one included, and then the rewards of each so far. So the steps under the
-    action of the last but one level count the actions of the lowest on its input. A 0 there, before
-    a step, means that the instance was reset.
+    and every level holds its ``record``. The first columns are the environment steps of each
+    action, including the current one; then come the rewards of each action so far. So the steps of
+    the action of the last but one level count the actions of the lowest level on its input. A 0
+    there, before a step, means that the instance was reset.
 
-    (Columns are taken by ``narrow``, which takes a third of the time of indexing.)
+    (``narrow`` selects columns in a third of the time of indexing.)
 
     Args:
         levels: Highest first.
@@ -128,7 +127,7 @@ class Layout:
         return held.narrow(-1, self._n_steps + i, 1)
 
     def get(self, held: Tensor, i: int, key: NestedKey) -> Tensor:
-        """Return what level ``i`` holds under ``key``, ``[*B, ...]``."""
+        """Return the entry ``key`` of level ``i``, ``[*B, ...]``."""
         field = self.fields[i][key]
         values = held.narrow(-1, field.start, field.stop - field.start).to(field.dtype)
         if len(field.shape) == 1:
@@ -150,12 +149,12 @@ class Layout:
     def put(
         self, held: Tensor, i: int, values: Mapping[NestedKey, Tensor], due: Due | None = None
     ) -> None:
-        """Replace all that level ``i`` holds, in place.
+        """Replace all entries of level ``i``, in place.
 
         Args:
             held: A copy of the state.
             i: Which level.
-            values: ``[*B, ...]``, or as ``due`` picked them.
+            values: ``[*B, ...]``, or the values picked by ``due``.
             due: Which instances; all by default.
         """
         parts = []
@@ -192,7 +191,7 @@ class Layout:
         held.narrow(-1, 0, self._n_steps).add_(1)
 
     def earn(self, held: Tensor, reward: Tensor) -> Tensor:
-        """Return the state after a ``reward [*B, 1]``; ``held`` is not changed."""
+        """Return the state after a ``reward [*B, 1]``, without changing ``held``."""
         if not self.n_held:
             return held
         held = held.clone()
@@ -201,11 +200,11 @@ class Layout:
 
 
 class HierarchyPrimer(TensorDictPrimer):
-    """Carries the state of a hierarchy, clears it at resets, and sums the rewards of each action.
+    """Passes on the state of a hierarchy, clears it at resets, and sums rewards per action.
 
     Args:
         carried: Specs of the state of one instance, and of the memories of the levels.
-        layout: The places in the state.
+        layout: The layout of the state.
         reward_key: Key of the environment's reward.
     """
 

@@ -1,4 +1,4 @@
-"""Cut collected rows into the transitions of each level."""
+"""Split collected rows into the transitions of each level."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from layeredrl_torchrl.levels._rows import collected
 __all__ = ["Cut", "EnvKeys"]
 
 _HINT = "transitions are cut from what a collector yields with the hierarchy as its policy"
-# What acted in a row, with the rewards up to its end.
+# The state that acted in a row, with the rewards up to the end of the row.
 _HELD = ("next", STATE)
 _TRAJECTORIES = ("collector", "traj_ids")
 
 
 @dataclass(frozen=True)
 class EnvKeys:
-    """Keys of the environment; those of reward and ends without ``"next"``."""
+    """Keys of the environment; reward and ends without ``"next"``."""
 
     observation: NestedKey
     action: NestedKey
@@ -35,7 +35,7 @@ class EnvKeys:
 
 
 class Cut:
-    """Cuts collected rows into the transitions of each level; see ``Hierarchy.transitions``.
+    """Splits collected rows into the transitions of each level; see ``Hierarchy.transitions``.
 
     Args:
         layout: The places of the levels' state in the rows.
@@ -61,7 +61,7 @@ class Cut:
 
         Raises:
             TypeError: Not a TensorDict. KeyError: A missing entry.
-            ValueError: Rows that another policy collected.
+            ValueError: Rows collected by another policy.
         """
         rows = collected(data, self.keys.ends)
         n_steps, rows = rows.shape[-1], rows.reshape(-1)
@@ -78,7 +78,7 @@ class Cut:
         return [self._of_level(rows, handed_back, i) for i in range(len(self.levels))]
 
     def _read(self, rows: TensorDictBase) -> TensorDict:
-        """Select the entries of ``rows [N]`` that are needed."""
+        """Select the needed entries of ``rows [N]``."""
         keys = self.keys
         needed = [_HELD, keys.observation, keys.action]
         needed += [("next", key) for key in (keys.observation, keys.reward, "done", "terminated")]
@@ -112,13 +112,13 @@ class Cut:
         return answers
 
     def _check_interrupted(self, rows: TensorDict, handed_back: list[Tensor], n_steps: int) -> None:
-        """Refuse rows where the next one of ``n_steps`` has another input, not handed back for."""
+        """Refuse rows whose next one has a new input although control was not handed back."""
         reached = rows.get(unravel_key(("next", self.keys.observation)))
         following = reached[:-1] == rows.get(self.keys.observation)[1:]
         goes_on = following.all(-1, keepdim=True) & ~rows.get(("next", "done"))[:-1]
         goes_on[n_steps - 1 :: n_steps] = False  # another environment's
         for i in range(len(self.levels) - 1, 0, -1):
-            # The first row of an input of level i is one of all levels below it, too.
+            # The first row of an input of level i is also a first row of all levels below.
             goes_on = goes_on & (self.layout.n_taken(rows.get(_HELD), i)[1:] == 1)
             n = int((goes_on & ~handed_back[i][:-1]).sum())
             if n:

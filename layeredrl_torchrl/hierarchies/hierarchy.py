@@ -45,23 +45,23 @@ _NEEDS = (
 
 
 class Hierarchy(OnePrimer, WholeState):
-    """Levels, each of which acts through the one below it, as one TorchRL policy.
+    """Levels as one TorchRL policy; each level acts through the level below it.
 
-    The lowest level acts at every environment step. A level above holds its action, which is the
+    The lowest level acts at every environment step. A higher level holds its action, which is the
     input of the level below, until that level hands control back. ``hands_back`` is called before
-    each action of a level but the first on an input, from the bottom up, since only a level that is
-    due to act can hand control back. After a reset all levels act anew. A level is called only for
-    the instances where it is due, with its part of the observation, its input, ``"n_actions"`` (its
-    own on this input so far) and its memory.
+    each action of a level except the first on an input, from the bottom up, since only a level that
+    is due to act can hand control back. After a reset all levels act anew. A level is called only
+    for the instances where it is due, with its part of the observation, its input, ``"n_actions"``
+    (its actions on this input so far) and its memory.
 
-    The state travels in the TensorDict under ``"hierarchy"``, and the memories of those levels that
-    have one under ``"hierarchy_memory"``. So the environment needs the transform
-    :meth:`make_tensordict_primer`, and single instances may be reset. No gradients are kept.
+    The state is passed on in the TensorDict under ``"hierarchy"``, and the memories of levels under
+    ``"hierarchy_memory"``. So the environment needs the transform :meth:`make_tensordict_primer`,
+    and single instances may be reset. Acting computes no gradients.
 
-    On construction each level gets access to the predictor of the level above it (``attach``) and
-    is set up for the level below it (``setup``). :meth:`transitions` cuts collected data into the
-    transitions of each level. It calls ``hands_back`` again, which must therefore depend on its
-    arguments only. :meth:`learn` lets each level learn from its transitions.
+    On construction each level gets access to the predictor of the level above (``attach``) and is
+    set up for the level below (``setup``). :meth:`transitions` splits collected data into the
+    transitions of each level. It calls ``hands_back`` again, so this must depend only on its
+    arguments. :meth:`learn` lets each level learn from its transitions.
 
     >>> env = get_task("Reacher-v5").make(seed=0)
     >>> lower = ModelFreeLevel(
@@ -76,18 +76,18 @@ class Hierarchy(OnePrimer, WholeState):
 
     Args:
         levels: Highest first; different objects.
-        env: The environment it acts in; only its specs are used.
+        env: The environment to act in; only its specs are used.
         observation_maps: The part of the observation that each level sees: ``None`` for all of it,
-            a list of indices, or a function ``[*B, obs]`` to ``[*B, obs_i]``.
+            a list of indices, or a function from ``[*B, obs]`` to ``[*B, obs_i]``.
         observation_key: Key of the environment's observation. The keys of action, reward and ends
-            of episodes are those of ``env``; levels have keys of their own.
+            of episodes are those of ``env``; levels have their own keys.
 
     Raises:
-        TypeError, ValueError: No environment; no levels, or one twice; a highest level with an
-            input, or a lower one without or that never hands control back; a level that was set up
-            for other spaces, or that lacks the predictor it needs above it; ``each_step`` of the
-            lowest level; a map
-            that does not fit. The messages name the levels.
+        TypeError, ValueError: Not an environment; no levels, or a level twice; a highest level with
+            an input; a lower level without an input, or that never hands control back; a level that
+            is set up for other spaces, or that needs a predictor above it and has none;
+            ``each_step`` of the lowest level; a map that does not fit. The messages name the
+            levels.
     """
 
     levels: nn.ModuleList
@@ -123,11 +123,11 @@ class Hierarchy(OnePrimer, WholeState):
         own = {str(i): m for i, m in enumerate(memories) if m.keys()}
         carried = {STATE: self.layout.spec}
         self._carried = Composite(carried | ({MEMORY: Composite(own)} if own else {}))
-        # Keys below MEMORY, of levels that have none "".
+        # Keys under MEMORY; "" for levels without a memory.
         self._memories = [str(i) if m.keys() else "" for i, m in enumerate(memories)]
         self._records = [tuple(level.record.keys(True, True)) for level in levels]
         self._answers = [Answers(level, m) for level, m in zip(levels, memories, strict=True)]
-        # Looked up at every step, which takes modules long.
+        # Looked up at every step, which is slow in a ModuleList.
         self.__dict__["_ordered"] = levels
         self._sees_all = [see.is_identity for see in maps]
         leaves = list(self._carried.keys(True, True))
@@ -135,7 +135,7 @@ class Hierarchy(OnePrimer, WholeState):
         self.out_keys = [self.action_key, *(unravel_key(("next", leaf)) for leaf in leaves)]
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
-        """Return the transform that carries the state, and clears it where instances are reset."""
+        """Return the transform that passes on the state and clears it where instances are reset."""
         return HierarchyPrimer(self._carried.clone(), self.layout, self.reward_key)
 
     def _in_order(self) -> list[Any]:
@@ -150,10 +150,10 @@ class Hierarchy(OnePrimer, WholeState):
         """Write the action for ``[*B]``, and under ``"next"`` the state for the next step.
 
         Raises:
-            KeyError: The observation or the state is missing, or what a level has to write.
+            KeyError: The observation, the state or an entry that a level must write is missing.
             ValueError: An observation of another width; an observation or action that is not
                 finite; an action, record or memory of another shape than the level's spec.
-            TypeError: Likewise, floats where the spec has choices.
+            TypeError: Likewise, floats where the spec is discrete.
         """
         held = require(tensordict, STATE, reader="Hierarchy", hint=_NEEDS)
         memories: dict[str, Any] = {}
@@ -171,7 +171,7 @@ class Hierarchy(OnePrimer, WholeState):
         ]
         new, given = layout.is_reset(held), None
         due = self._due(levels, seen, held, new)
-        # The state that acts now and is carried on; the input is not changed.
+        # The new state, used now and passed on; the input is not changed.
         now = held.clone()
         for i, acts in enumerate(due):
             if not acts.nowhere:
@@ -190,8 +190,8 @@ class Hierarchy(OnePrimer, WholeState):
             layout.put(now, len(levels) - 1, written)
 
         layout.step(now)
-        # Under "next" alone: of what it knows already, a collector whose policy is on another
-        # device takes back only what one step changed everywhere.
+        # Only under "next": of known entries, a collector with its policy on another device takes
+        # back only those that changed in all instances.
         following: dict[str, Any] = {STATE: now}
         if memories:
             following[MEMORY] = together(memories, tensordict.batch_size, tensordict.device)
@@ -203,7 +203,7 @@ class Hierarchy(OnePrimer, WholeState):
     def _due(
         self, levels: list[Level], seen: list[Tensor], held: Tensor, reset: Tensor
     ) -> list[Due]:
-        """Return where each level but the lowest has to act, highest first."""
+        """Return where each level except the lowest has to act, highest first."""
         due: list[Due] = []
         asked = ~reset
         for i in range(len(levels) - 1, 0, -1):
@@ -223,9 +223,9 @@ class Hierarchy(OnePrimer, WholeState):
     def _call(
         self, i: int, handed: TensorDict, memories: dict[str, TensorDictBase], due: Due | None
     ) -> dict[NestedKey, Tensor]:
-        """Call level ``i`` where it is ``due``, with its memory, and return what it writes.
+        """Call level ``i`` where it is ``due``, with its memory, and return its entries.
 
-        Its memory is not returned but replaced in ``memories``.
+        Its new memory replaces the old one in ``memories``.
         """
         level, key = self._in_order()[i], self._memories[i]
         memory = memories.get(key)
@@ -245,16 +245,16 @@ class Hierarchy(OnePrimer, WholeState):
     # -- learning ---------------------------------------------------------------------------
 
     def transitions(self, data: TensorDictBase) -> list[TensorDict]:
-        """Cut collected data into the transitions of each level.
+        """Split collected data into the transitions of each level.
 
-        Nothing is kept between calls: an action that goes on beyond the end of ``data`` belongs to
-        the data in which it ends. The entries, under the keys of the level:
+        Nothing is kept between calls: an action that continues beyond the end of ``data`` belongs
+        to the data in which it ends. The entries, under the keys of the level:
 
         ==================================  =======================================================
         its observation, input, action      when it acted; also its record
-        ``"n_actions" [N, 1]``              its own actions on this input before this one
+        ``"n_actions" [N, 1]``              its actions on this input before this one
         ``"parent_observation"``            what the level above saw when it gave the input
-        ``"parent_sees"``                   what it sees where the action begins
+        ``"parent_sees"``                   what that level sees where the action begins
         ``("collector", "traj_ids")``       if the data has it
         ``("next", observation)``           at the end of the action
         ``("next", "reward") [N, 1]``       the environment's, summed; or by ``reward_func``
@@ -267,9 +267,9 @@ class Hierarchy(OnePrimer, WholeState):
         ``("next", "parent_observation")``  what the level above sees at the end
         ==================================  =======================================================
 
-        The highest level has no input, ``"input_done"``, and nothing of the level above. With
-        ``each_step`` each environment step under an action is a transition, of which
-        ``("next", "n_actions")`` says how many of its own actions on this input are over at its
+        The highest level has no input, no ``"input_done"``, and no entries of a level above. With
+        ``each_step``, each environment step of an action is a transition. Then
+        ``("next", "n_actions")`` counts the level's actions on this input that are finished at its
         end, and the ``"parent_observation"`` of the level below is what its parent sees where the
         transition of that level begins.
 
@@ -277,7 +277,7 @@ class Hierarchy(OnePrimer, WholeState):
             data: ``[T]`` or ``[env, T]``.
 
         Returns:
-            Transitions ``[N_i]`` of each level, highest first; ordered by environment, then time.
+            Transitions ``[N_i]`` of each level, highest first; sorted by environment, then time.
 
         Raises:
             TypeError: Not a TensorDict. KeyError: Not collected by a hierarchy. ValueError: A
@@ -288,21 +288,21 @@ class Hierarchy(OnePrimer, WholeState):
         return Cut(self.layout, self._in_order(), maps, keys)(data)
 
     def learn(self, data: TensorDictBase) -> dict[str, float]:
-        """Let each level learn from its :meth:`transitions`, the highest first.
+        """Let each level learn from its :meth:`transitions`, highest first.
 
         Args:
             data: ``[T]`` or ``[env, T]``, from a collector of this hierarchy.
 
         Returns:
             The results of the levels' ``learn``, under ``"<name of the level>/"``, or under
-            ``"<name>_<position>/"`` for levels that share a name; they log under the same names.
-            ``"reward"`` is the mean one of a level with a ``reward_func``, and of the updates of a
-            ``SkillLevel``.
+            ``"<name>_<position>/"`` for levels with equal names; they log under the same names.
+            ``"reward"`` is the mean reward of a level with a ``reward_func``, or of the updates of
+            a ``SkillLevel``.
 
         Raises:
             ValueError: In evaluation, with a level that is interrupted (``interrupt_after``); and
                 as :meth:`transitions` and the levels' ``learn`` raise. After any error all levels
-                are as they were before.
+                are as before the call.
         """
         info: dict[str, float] = {}
         levels = self._in_order()
@@ -319,14 +319,14 @@ class Hierarchy(OnePrimer, WholeState):
         return info
 
     def parts(self) -> dict[str, Any]:
-        """Return the parts of a checkpoint: itself, and its levels' optimizers and buffers."""
+        """Return the parts of a checkpoint: itself, its levels' optimizers and their buffers."""
         parts: dict[str, Any] = {"hierarchy": self}
         for i, level in enumerate(self.levels):
             parts |= {f"optim_{i}": level.optim, f"buffer_{i}": level.buffer}
         return {name: part for name, part in parts.items() if part is not None}
 
     def checkpoint(self, **more: Any) -> SafeCheckpoint:
-        """Return a checkpoint, from which a new hierarchy goes on learning bit for bit.
+        """Return a checkpoint from which a new hierarchy resumes learning bit for bit.
 
         Args:
             **more: Further parts of the run for ``SafeCheckpoint``, such as a ``CollectorState``.

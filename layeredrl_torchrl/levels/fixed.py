@@ -161,7 +161,7 @@ class ActionSequenceLevel(_FixedLevel):
         self.actions = canonical_action(action_spec, self.actions, batch)
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
-        """Return the transform that carries the number of actions played, without an input."""
+        """Return the transform for the number of actions played; empty with an input."""
         carried = Composite()
         if self.input_spec is None:
             carried[self.position_key] = Unbounded((1,), dtype=torch.int64)

@@ -96,7 +96,7 @@ class SkillLevel(ModelFreeLevel):
         self.parent_each_step = skill_reward.each_step
 
     def attach(self, parent_predictor: Predictor | None) -> None:
-        """Give the level access to the predictor that tells skills apart; see :meth:`Level.attach`.
+        """Give the level access to the predictor that rates its skills; see :meth:`Level.attach`.
 
         Raises:
             TypeError, ValueError: ``None``, or a predictor that the ``skill_reward`` cannot use.

@@ -1,4 +1,4 @@
-"""Transforms of environments and of data that TorchRL lacks."""
+"""Transforms of environments and data that TorchRL does not have."""
 
 from layeredrl_torchrl.transforms.flips import Angle, FlipTermination, QuaternionTilt
 from layeredrl_torchrl.transforms.goals import JoinGoals

@@ -1,4 +1,4 @@
-"""Ends episodes of walkers that have flipped over."""
+"""End episodes of walkers that have flipped over."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Angle", "FlipTermination", "QuaternionTilt"]
 
 @dataclass(frozen=True)
 class Angle:
-    """Reads the tilt of a walker in a plane, which is one angle of its observation.
+    """Reads the tilt of a planar walker, an angle in its observation.
 
     >>> Angle(1)(torch.tensor([0.0, 0.5, 0.0]))
     tensor(0.5000)
@@ -73,7 +73,7 @@ class QuaternionTilt:
                 f"{self} reads 4 values, an observation has {width} values; name another index"
             )
         w, x, y, z = observation[..., self.first : self.first + 4].unbind(-1)
-        # The turned z axis is (.., .., w² - x² - y² + z²) for a quaternion of length 1; with its
+        # The rotated z axis is (.., .., w² - x² - y² + z²) for a unit quaternion; with its
         # horizontal part, atan2 is exact near both ends and needs no normalisation.
         horizontal = 2.0 * torch.hypot(x * z + w * y, y * z - w * x)
         return torch.atan2(horizontal, w**2 - x**2 - y**2 + z**2)
@@ -81,7 +81,7 @@ class QuaternionTilt:
 
 @dataclass(frozen=True)
 class _Flipped:
-    """Whether the tilt exceeds the limit; an object, so that environments can be pickled."""
+    """Tells whether the tilt exceeds the limit; an object, so that environments can be pickled."""
 
     tilt: Callable[[Tensor], Tensor]
     limit: float
@@ -97,14 +97,14 @@ class _Flipped:
                 "each environment"
             )
         tilt = check_per_item("tilt", self.tilt(observation), observation.shape[:-1])
-        # Written so that NaN counts as flipped.
+        # In this form NaN counts as flipped.
         return ~(tilt.abs() <= self.limit)
 
 
 class FlipTermination(TerminateTransform):
     """Terminates the episode (``terminated`` and ``done``) where the tilt exceeds a limit.
 
-    It is TorchRL's ``TerminateTransform`` with this condition.
+    This is TorchRL's ``TerminateTransform`` with such a condition.
 
     >>> from torchrl.envs import GymEnv, TransformedEnv
     >>> env = TransformedEnv(GymEnv("HalfCheetah-v5"), FlipTermination(Angle(1)))
@@ -113,8 +113,8 @@ class FlipTermination(TerminateTransform):
 
     Args:
         tilt: ``observation [*B, obs] -> [*B]`` rad: an :class:`Angle`, a
-            :class:`QuaternionTilt`, or any such function.
-        limit: Largest size of the tilt that is not a flip, above 0; a quarter turn by default.
+            :class:`QuaternionTilt`, or your own function.
+        limit: Largest absolute tilt that is not a flip, in rad, above 0; a quarter turn by default.
         key: Key of the observation.
 
     Raises:

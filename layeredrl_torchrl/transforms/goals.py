@@ -16,11 +16,12 @@ __all__ = ["JoinGoals"]
 
 
 class JoinGoals(CatTensors):
-    """Joins the entries of a goal environment's observation, and knows the place of each.
+    """Joins the entries of a goal environment's observation, and knows their places.
 
-    In an environment, ``state_dims`` and ``context_dims`` are the arguments of ``FixedEncoderNet``.
-    It is TorchRL's ``CatTensors`` with the keys in the order given here, and its inverse: stateless
-    environments, which read their observation at each step, get the single entries back.
+    In an environment, ``state_dims`` and ``context_dims`` are the arguments for
+    ``FixedEncoderNet``. It is TorchRL's ``CatTensors`` with the keys in the given order, plus its
+    inverse: stateless environments, which read their observation at each step, get the single
+    entries back.
 
     >>> parts = {"observation": torch.zeros(3), "achieved_goal": torch.ones(2)}
     >>> td = TensorDict(parts | {"desired_goal": torch.full((2,), 2.0)})
@@ -29,13 +30,13 @@ class JoinGoals(CatTensors):
 
     Args:
         state_keys: Entries that change in an episode.
-        context_keys: Entries that do not, usually the goal.
+        context_keys: Entries that do not change, usually the goal.
         out_key: Key of the vector ``[*B, obs]``.
-        del_keys: Whether to drop the entries that were joined.
+        del_keys: Whether to drop the joined entries.
 
     Raises:
-        ValueError: No state key, or a key given twice. TypeError: Keys that are no list. And at a
-            reset: ValueError: An entry that is no vector.
+        ValueError: No state key, or a repeated key; at a reset, an entry that is not a vector.
+            TypeError: Keys that are not a list.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class JoinGoals(CatTensors):
             )
         super().__init__(keys, out_key, del_keys=del_keys, sort=False)
         self.state_keys, self.context_keys = state_keys, context_keys
-        # The places at which _inv_call splits; looked up once in an environment.
+        # Where _inv_call splits; looked up once in an environment.
         self._parts: dict[NestedKey, tuple[range, torch.dtype]] | None = None
 
     @property
@@ -127,11 +128,11 @@ class JoinGoals(CatTensors):
         super().set_container(container)
 
     def _joined_dtype(self, spec: Composite) -> torch.dtype:
-        """The dtype of the vector, to which ``torch.cat`` promotes those of the entries."""
+        """Return the dtype of the vector, to which ``torch.cat`` promotes the entries."""
         return reduce(torch.promote_types, (spec[key].dtype for key in self.in_keys))
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        """Declare the vector; TorchRL gives it the dtype of one of its entries."""
+        """Declare the vector; TorchRL would give it the dtype of one of its entries."""
         found = set(self.in_keys) <= set(observation_spec.keys(True, True))
         dtype = self._joined_dtype(observation_spec) if found else None
         out = super().transform_observation_spec(observation_spec)

@@ -1,4 +1,4 @@
-"""Hindsight relabelling of observations that are joined with their goals."""
+"""Hindsight relabelling of observations that include their goals."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ __all__ = ["RelabelGoals"]
 class RelabelGoals(Transform):
     """Lets TorchRL's ``HERReplayBuffer`` relabel goals that are part of one flat observation.
 
-    A share of the sampled transitions is given, in place of its goal, one that was reached later
-    in the same episode (arXiv 1707.01495). :meth:`make_buffer` builds the buffer, of which this is
+    In a share of the sampled transitions, a goal that was reached later in the same episode
+    replaces the goal (arXiv 1707.01495). :meth:`make_buffer` builds the buffer, with this object as
     a transform. When rows are stored it adds, for the buffer to choose from,
 
     ========================  ================================================================
@@ -36,12 +36,12 @@ class RelabelGoals(Transform):
     ``("next", "goal_end")``  whether the next row does not follow on this one, bool ``[N, 1]``
     ========================  ================================================================
 
-    and where a row is relabelled, :meth:`relabel` writes the new goal into the observation and the
-    next one, and computes the reward. Terminations stay as they were.
+    and in relabelled rows, :meth:`relabel` writes the new goal into the observation and the next
+    one, and computes the reward. Terminations do not change.
 
-    Store ``[N]`` rows of one environment after the other, as ``data.reshape(-1)`` of a collector
-    has them. Goals are not taken from beyond the end of what is stored at once: let the collector
-    give whole episodes, or long parts of them.
+    Store ``[N]`` rows of one environment after the other, like ``data.reshape(-1)`` of a
+    collector's batch. New goals come only from rows stored in the same call: let the collector give
+    whole episodes, or long parts of them.
 
     >>> near = lambda achieved, desired: (achieved - desired).norm(dim=-1) <= 0.45
     >>> hindsight = RelabelGoals(8, achieved=[4, 5], desired=[6, 7], reward_func=near)
@@ -55,20 +55,20 @@ class RelabelGoals(Transform):
 
     Args:
         observation_dim: Width of an observation, ``[obs]``.
-        achieved: Where in it the achieved goal is, ``G`` indices; of ``JoinGoals`` its
+        achieved: Indices of the achieved goal in the observation, ``G``; with ``JoinGoals`` its
             ``index_ranges["achieved_goal"]``.
-        desired: Where the desired goal is, likewise.
-        reward_func: ``(achieved [N, G], desired [N, G]) -> [N]`` or ``[N, 1]``, of the goal that
-            a step achieves, as gymnasium's ``compute_reward``.
-        observation_key: Key of the observation, also below ``"next"``.
-        reward_key: Key of the reward below ``"next"``.
-        done_key: Key below ``"next"`` of what is true where an episode ends.
+        desired: Indices of the desired goal, likewise.
+        reward_func: ``(achieved [N, G], desired [N, G]) -> [N]`` or ``[N, 1]``, with the goal that
+            a step achieves, like gymnasium's ``compute_reward``.
+        observation_key: Key of the observation, also under ``"next"``.
+        reward_key: Key of the reward under ``"next"``.
+        done_key: Key under ``"next"`` of the flag for the end of an episode.
 
     Raises:
-        TypeError: Indices that are no integers. ValueError: Indices outside the observation, or
-            given twice; another number of achieved than of desired ones. And when rows are stored:
-            KeyError: An entry that they lack. ValueError: Observations of another width; a
-            ``"goal"`` of their own that is another one.
+        TypeError: Indices that are not integers. ValueError: Indices outside the observation, or
+            repeated; different numbers of achieved and desired ones. When rows are stored:
+            KeyError: A missing entry. ValueError: Observations of another width; a ``"goal"`` that
+            differs from the desired goal.
     """
 
     goal_key: NestedKey = "goal"
@@ -104,12 +104,12 @@ class RelabelGoals(Transform):
 
     @property
     def added_keys(self) -> list[NestedKey]:
-        """The entries that rows are stored with."""
+        """The entries that are added to stored rows."""
         return [self.goal_key, self.reached_key, self.end_key]
 
     @property
     def relabelled_keys(self) -> list[NestedKey]:
-        """The entries that differ in relabelled rows."""
+        """The entries that change in relabelled rows."""
         keys = self.observation_key, self.next_observation_key, self.next_reward_key
         return [*keys, self.goal_key]
 
@@ -117,12 +117,12 @@ class RelabelGoals(Transform):
         """Return a buffer that relabels.
 
         Args:
-            **options: Those of TorchRL's ``HERReplayBuffer``: ``storage``, ``batch_size``,
+            **options: Options of TorchRL's ``HERReplayBuffer``: ``storage``, ``batch_size``,
                 ``her_ratio`` (0.8 of a batch by default), ``strategy`` (``"future"``) and others.
 
         Raises:
-            TypeError: A storage of other things than tensors, as TorchRL makes where none is given.
-                ValueError: One of several axes.
+            TypeError: A storage of anything but tensors, which is TorchRL's default. ValueError: A
+                storage of several axes.
         """
         storage: Any = options.get("storage")
         hint = "pass storage=LazyTensorStorage(n)"
@@ -187,7 +187,7 @@ class RelabelGoals(Transform):
         return tensordict.set(self.end_key, ends)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Return what was sampled as it is: the buffer relabels it afterwards."""
+        """Return the sample unchanged: the buffer relabels it afterwards."""
         return tensordict
 
     def _reset(self, tensordict: Any, tensordict_reset: Any) -> Any:
@@ -195,20 +195,19 @@ class RelabelGoals(Transform):
 
 
 class _HindsightBuffer(HERReplayBuffer):
-    """Finds the ends of episodes anew for every sample, and refuses transforms of what it relabels.
+    """Finds the ends of episodes at every sample, and refuses transforms of relabelled entries.
 
-    TorchRL's remembers the ends until other rows were written last, which it can no longer compare
-    once the storage is full, and not where other rows came into the same places: by loading, or
-    where a level took back what it had stored. Transforms come before relabelling, which would not
-    know their scales.
+    TorchRL's buffer caches the ends until it notices new rows. It does not notice them once the
+    storage is full, nor when other rows take the same places: after loading, or when a level undoes
+    a write. Transforms run before relabelling, which would not know their scales.
     """
 
     def append_transform(self, transform: Any, *, invert: bool = False) -> ReplayBuffer:
-        """Append a transform that leaves alone what is relabelled; ``ValueError`` for others."""
+        """Append a transform; ``ValueError`` if it changes relabelled entries."""
         return super().append_transform(self._harmless(transform), invert=invert)
 
     def insert_transform(self, index: int, transform: Any, *, invert: bool = False) -> ReplayBuffer:
-        """Insert a transform that leaves alone what is relabelled; ``ValueError`` for others."""
+        """Insert a transform; ``ValueError`` if it changes relabelled entries."""
         return super().insert_transform(index, self._harmless(transform), invert=invert)
 
     def _harmless(self, transform: Any) -> Any:
@@ -224,5 +223,5 @@ class _HindsightBuffer(HERReplayBuffer):
 
     def _get_episode_ends(self, storage: Storage) -> Tensor:
         ends = storage[:].get(self.end_key).reshape(-1).clone()
-        ends[-1] = True  # an episode may go on at the beginning of the ring; its goals do not
+        ends[-1] = True  # an episode may continue at the start of the ring, but its goals do not
         return ends.nonzero()[:, 0].cpu()

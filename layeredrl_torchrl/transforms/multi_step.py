@@ -16,7 +16,7 @@ def sum_rewards(data: TensorDictBase, gamma: float) -> TensorDictBase:
 
     It applies TorchRL's ``MultiStep``, which sums the discounted rewards and moves the next states,
     but takes ``"done"``, ``"terminated"`` and ``"truncated"`` from the first step, so that value
-    targets would go on behind the end of an episode. Here they are those of the last step.
+    targets would continue beyond the end of an episode. Here they come from the last step.
 
     >>> step = {"reward": torch.ones(1, 3, 1), "observation": torch.arange(3.0).reshape(1, 3, 1)}
     >>> ends = torch.tensor([[[False], [True], [False]]])
@@ -26,12 +26,12 @@ def sum_rewards(data: TensorDictBase, gamma: float) -> TensorDictBase:
     (tensor([1.5000, 1.0000, 1.0000]), tensor([ True,  True, False]))
 
     Args:
-        data: ``[N, T]``: ``N`` trajectories, each a row in the order of time. They end before what
-            TorchRL marks as padding (``split_trajectories``).
+        data: ``[N, T]``: ``N`` trajectories, each a row in the order of time. They end before
+            TorchRL's padding (``split_trajectories``).
         gamma: Discount of one step.
 
     Returns:
-        ``[N, T]``, with ``"steps_to_next_obs"``, which TorchRL's value estimators discount by.
+        ``[N, T]``, with ``"steps_to_next_obs"``, by which TorchRL's value estimators discount.
 
     Raises:
         ValueError: Data of another batch shape.
@@ -42,7 +42,7 @@ def sum_rewards(data: TensorDictBase, gamma: float) -> TensorDictBase:
     if "truncated" in data["next"].keys():
         flags.append("truncated")
     ends = data["next"].select(*flags)
-    # MultiStep stops at ends only, so the last step before the padding becomes one.
+    # MultiStep stops only at ends, so mark the last step before the padding as one.
     done = until_padding(data, data["next", "done"].reshape(*data.shape, -1))
     data = data.clone(recurse=False).set(("next", "done"), done)
     data = MultiStep(gamma=gamma, n_steps=data.shape[1])(data)

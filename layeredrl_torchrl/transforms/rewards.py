@@ -59,8 +59,8 @@ class _MappedReward(Transform):
 class AffineReward(_MappedReward):
     """``reward -> scale * reward + offset``.
 
-    TorchRL's ``RewardScaling`` raises a scale that is below 1e-6 to 1e-6, so that costs cannot be
-    turned into rewards with it, and refuses bounded rewards.
+    TorchRL's ``RewardScaling`` raises any scale below 1e-6 to 1e-6, so it cannot turn costs into
+    rewards, and it refuses bounded rewards.
 
     >>> transform = AffineReward(scale=-1.0, offset=10.0, in_keys=[("next", "reward")])
     >>> transform(TensorDict({"next": {"reward": torch.tensor([4.0])}}))["next", "reward"]
@@ -75,7 +75,7 @@ class AffineReward(_MappedReward):
 
     Raises:
         ValueError: A scale of 0, or numbers that are not finite; another number of ``out_keys``.
-        TypeError: Keys that are no list. KeyError: An environment without such a reward.
+        TypeError: Keys that are not a list. KeyError: An environment without such a reward.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class AffineReward(_MappedReward):
 class LogReward(_MappedReward):
     """``reward -> scale * log(max(reward, floor)) + offset``, for rewards of at least 0.
 
-    It turns a reward ``exp(-distance)`` back into ``-distance``, which still differs at large
+    It turns a reward ``exp(-distance)`` back into ``-distance``, which still varies at large
     distances.
 
     >>> transform = LogReward(floor=1e-3, in_keys=[("next", "reward")])
@@ -105,8 +105,8 @@ class LogReward(_MappedReward):
     tensor([-2.])
 
     Args:
-        floor: Smaller rewards count as this one, since the logarithm of 0 is not finite. Choose it
-            below all rewards that should remain different.
+        floor: Smaller rewards are raised to this, since the logarithm of 0 is not finite. Choose it
+            below all rewards that should stay distinct.
         scale: Factor of the logarithm; not 0.
         offset: Added after scaling. ``LogReward(math.exp(-30), scale=1 / 50, offset=0.6)`` maps
             ``exp(-30)`` to 0 and ``exp(20)`` to 1.
@@ -114,8 +114,8 @@ class LogReward(_MappedReward):
         out_keys: Likewise.
 
     Raises:
-        ValueError: A floor that is not above 0, or a scale or offset as for
-            :class:`AffineReward`; when it is called: a negative reward.
+        ValueError: A floor that is not above 0; a scale or offset as for :class:`AffineReward`;
+            when called, a negative reward.
     """
 
     def __init__(

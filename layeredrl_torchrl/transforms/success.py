@@ -1,4 +1,4 @@
-"""Success of episodes, and its rate."""
+"""Success of episodes, and the success rate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["SuccessRate"]
 
 
 class SuccessRate(Transform):
-    """Writes whether an episode has succeeded so far, and the share of episodes that did.
+    """Writes whether the episode has succeeded so far, and the share of successful episodes.
 
     ====================  ======================================================================
     written by default    ``[*B, 1]`` each, at resets and steps
@@ -27,13 +27,13 @@ class SuccessRate(Transform):
     ``episode_count``     int64: how many have finished, of all instances
     ====================  ======================================================================
 
-    ``episode_success`` travels in the TensorDict. The other two outlast episodes, and TorchRL's
-    resets clear every entry that they do not write. So they are statistics of this object, as in
-    ``VecNormV2``, saved in its ``state_dict``, and each worker process has its own. :meth:`clear`
-    resets them (after ``check_env_specs``, for instance).
+    ``episode_success`` is passed on in the TensorDict. The other two outlast episodes, but
+    TorchRL's resets clear every entry that they do not write. So they are statistics of this
+    object, as in ``VecNormV2``: its ``state_dict`` has them, and each worker process has its own.
+    :meth:`clear` resets them (for instance after ``check_env_specs``).
 
-    An episode counts where ``done_key`` becomes true, so this transform comes after those that
-    end episodes (``StepCounter``, ``FlipTermination``).
+    An episode counts when ``done_key`` becomes true, so put this transform after those that end
+    episodes (``StepCounter``, ``FlipTermination``).
 
     >>> from torchrl.envs import StepCounter
     >>> env = get_task("PointMaze-U").make().append_transform(StepCounter(5))
@@ -42,14 +42,14 @@ class SuccessRate(Transform):
     tensor([2])
 
     Args:
-        success_key: Entry that is not 0 where the goal is reached, ``[*B, 1]``.
+        success_key: Entry that is nonzero where the goal is reached, ``[*B, 1]``.
         window: Number of episodes in the rate.
-        done_key: Entry that is true where an episode has ended, of the same shape.
+        done_key: Entry that is true where an episode has ended, with the same shape.
         out_keys: The three keys to write, in the order of the table.
 
     Raises:
-        TypeError, ValueError: A window that is no integer of at least 1; other than three
-            ``out_keys``; success of another shape than ``done_key``.
+        TypeError, ValueError: A window that is not an integer of at least 1; not exactly three
+            ``out_keys``; different shapes of success and ``done_key``.
         KeyError: An environment without ``success_key`` or ``done_key``.
     """
 
@@ -92,7 +92,7 @@ class SuccessRate(Transform):
         success = next_tensordict.get(self.in_keys[0]).bool() | tensordict.get(episode)
         finished = success[next_tensordict.get(self.done_key)].to(self.outcomes.device)
         if finished.numel():
-            # More instances than the window holds may finish at once; the last ones are kept.
+            # More instances than the window holds may finish at once; keep the last ones.
             self.count += len(finished)
             finished = finished[-len(self.outcomes) :]
             first = self.count - len(finished)
@@ -103,7 +103,7 @@ class SuccessRate(Transform):
     def _reset(
         self, tensordict: TensorDictBase | None, tensordict_reset: TensorDictBase
     ) -> TensorDictBase:
-        # Written for all instances; TorchRL restores those that are not reset.
+        # Write for all instances; TorchRL restores those that are not reset.
         self._check_key(tensordict_reset)
         like = tensordict_reset.get(self.in_keys[0])
         tensordict_reset.set(self.out_keys[0], torch.zeros_like(like, dtype=torch.bool))
@@ -162,7 +162,7 @@ class SuccessRate(Transform):
         key = self.out_keys[0]
         group = key[:-1] if isinstance(key, tuple) else ()
         if group and group in parent.keys(True) and group not in state_spec.keys(True):
-            # A group of its own would have another shape than the environment's.
+            # A new group would not have the shape of the environment's.
             state_spec[group] = Composite(shape=parent[group].shape, device=parent[group].device)
         state_spec[key] = spec
         input_spec["full_state_spec"] = state_spec

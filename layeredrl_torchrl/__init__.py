@@ -2,8 +2,8 @@
 
 from pathlib import Path as _Path
 
-# On disk the tasks lie in envs/ beside this package; installed, they are layeredrl_torchrl.envs.
-# Run from a checkout that is not installed, the second name has to lead to the first place.
+# On disk the tasks are in envs/, next to this package; installed, they are layeredrl_torchrl.envs.
+# In a checkout that is not installed, this name must also lead to envs/.
 _here = _Path(__file__).parent
 if not (_here / "envs").is_dir() and (_here.parent / "envs" / "__init__.py").is_file():
     __path__.append(str(_here.parent))

@@ -1,4 +1,4 @@
-"""Checks of tensors at the public calls, and the wording of the errors they raise."""
+"""Checks of arguments in public calls, and the wording of their errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torchrl.data import Composite
 
 from layeredrl_torchrl._watch import is_traced, refuse
 
-# What planners, levels, hierarchies, InitTracker and StepCounter add to observations.
+# Entries that planners, levels, hierarchies, InitTracker and StepCounter add to observations.
 _CARRIED = {
     *("planner", "random_steps_left", "hierarchy", "hierarchy_memory"),
     *("is_init", "step_count"),
@@ -23,13 +23,13 @@ _CARRIED = {
 
 
 def require(tensordict: TensorDictBase, key: NestedKey, *, reader: str, hint: str) -> Tensor:
-    """Return ``tensordict[key]``; raise ``KeyError`` that names what is there instead.
+    """Return ``tensordict[key]``; raise a ``KeyError`` that names the existing keys.
 
     Args:
         tensordict: Any TensorDict.
         key: The entry to read.
-        reader: Who reads it, for the message.
-        hint: What to do where it is missing.
+        reader: Name of the reader, for the message.
+        hint: Remedy for a missing entry.
 
     Raises:
         KeyError: The entry is missing. TypeError: Not a TensorDict.
@@ -47,7 +47,7 @@ def require(tensordict: TensorDictBase, key: NestedKey, *, reader: str, hint: st
     return value
 
 
-#: What is wrong with an environment that masks actions, and what to do.
+#: The problem with an environment that masks actions, and the remedy.
 MASKED = (
     "the environment masks actions ('action_mask'), and levels would take illegal ones: neither "
     "random actions nor plans look at masks. Let the environment carry out a legal action instead, "
@@ -56,16 +56,16 @@ MASKED = (
 
 
 def refuse_mask(tensordict: TensorDictBase, action_key: NestedKey) -> None:
-    """Raise ``ValueError`` if ``tensordict`` has a mask of actions beside ``action_key``."""
+    """Raise ``ValueError`` if ``tensordict`` has an action mask next to ``action_key``."""
     above = action_key[:-1] if isinstance(action_key, tuple) else ()
     if tensordict.get((*above, "action_mask"), None) is not None:
         raise ValueError(MASKED)
 
 
 def own_entries(space: Mapping[Any, Any]) -> list[str]:
-    """Name the entries of an observation space, without those that policies and transforms carry.
+    """Return the names of an observation space's entries, without those of policies and transforms.
 
-    These are known by their usual names.
+    These are recognised by their usual names.
     """
     keys = space.keys(True, True) if isinstance(space, Composite) else space.keys()
     tops = {key: key if isinstance(key, str) else key[0] for key in keys}
@@ -83,10 +83,9 @@ def check_width(name: str, tensor: Tensor, width: int, *, hint: str) -> None:
 
 
 def check_finite(name: str, tensor: Tensor, *, hint: str) -> None:
-    """Raise ``ValueError`` if ``tensor`` holds NaN or infinity, saying how many and where first.
+    """Raise ``ValueError`` if ``tensor`` holds NaN or infinity, with their number and first place.
 
-    On an accelerator the error comes with a later call and names no place
-    (``_watch.py``).
+    On an accelerator the error comes with a later call, without a place (``_watch.py``).
     """
     if tensor.numel() == 0:
         return
@@ -104,8 +103,8 @@ def check_finite(name: str, tensor: Tensor, *, hint: str) -> None:
             f"(the first, {tensor[first].item()}, at index {list(first)}); {hint}"
         )
 
-    # One reduction decides the common case. NaN and infinity both survive a sum; the sum of large
-    # finite ones may overflow, so a CPU looks closer before it raises.
+    # One reduction decides the common case, since NaN and infinity survive a sum. A sum of large
+    # finite values may overflow, so on a CPU check again before raising.
     total = tensor.detach()
     if on_host and not is_traced(total) and math.isfinite(float(total.sum())):
         return
@@ -114,10 +113,10 @@ def check_finite(name: str, tensor: Tensor, *, hint: str) -> None:
 
 
 def check_resolution(name: str, value: Tensor, dtype: torch.dtype) -> None:
-    """Refuse ``value [*B, n]`` that ``dtype`` rounds to less than it varies by, so far from 0.
+    """Refuse ``value [*B, n]`` so far from 0 that ``dtype`` rounds off its variation.
 
-    Map coordinates, clocks and counters can be such. A few rows do not show how much they vary.
-    What has no more digits than ``dtype`` loses none.
+    Examples are map coordinates, clocks and counters. Few rows do not show how much values vary.
+    Values of no higher precision than ``dtype`` lose nothing.
     """
     if not value.is_floating_point() or value.dtype.itemsize <= dtype.itemsize:
         return
@@ -129,7 +128,7 @@ def check_resolution(name: str, value: Tensor, dtype: torch.dtype) -> None:
     error_of = (rows - rows.to(dtype).to(rows.dtype)).abs().amax(0)
     far = rows.abs().amax(0)
     spread = rows.std(0)
-    # A constant also varies, by rounding, but by less than a billionth.
+    # A constant varies too, by rounding, but by less than a billionth.
     bad = (far > 1e4) & (spread > 1e-10 * far) & (error_of > 0.1 * spread)
 
     def error(found: Tensor) -> ValueError:
@@ -144,12 +143,12 @@ def check_resolution(name: str, value: Tensor, dtype: torch.dtype) -> None:
 
 
 def check_per_item(name: str, value: Tensor, batch: Sequence[int]) -> Tensor:
-    """Return what the function ``name`` gave if it is one number for each of ``[*B]`` items.
+    """Return the result of the function ``name`` if it is one number for each of ``[*B]`` items.
 
-    Only shapes are looked at, so this waits for no device.
+    This checks only shapes, so it does not wait for a device.
 
     Raises:
-        TypeError: No tensor. ValueError: Another shape, also one that would broadcast.
+        TypeError: Not a tensor. ValueError: Another shape, even one that would broadcast.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} gave a {type(value).__name__}, expected a tensor [*B]")
@@ -163,7 +162,7 @@ def check_per_item(name: str, value: Tensor, batch: Sequence[int]) -> Tensor:
 
 
 def check_probability(name: str, value: Tensor, batch: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return what the function ``name`` gave for ``[*B]`` items as probabilities of ``dtype``.
+    """Return the result of the function ``name`` as probabilities ``[*B]`` of ``dtype``.
 
     Raises:
         TypeError: Neither bool nor floats. ValueError: As :func:`check_per_item`; values that are
@@ -187,7 +186,7 @@ def check_probability(name: str, value: Tensor, batch: Sequence[int], dtype: tor
 
 
 def check_trainable(name: str, loss: Tensor) -> None:
-    """Raise ``RuntimeError`` if no parameter that a loss depends on is to be trained."""
+    """Raise ``RuntimeError`` if a loss depends on no trainable parameter."""
     if not loss.requires_grad:
         raise RuntimeError(
             f"{name} cannot learn: all parameters of its loss are frozen (requires_grad is False); "
@@ -208,10 +207,10 @@ def check_positive_int(name: str, value: int, *, minimum: int = 1) -> int:
 def check_indices(name: str, value: Iterable[SupportsIndex], size: int | None = None) -> list[int]:
     """Return ``value`` as a list if it holds integers, each once, from 0 to ``size - 1``.
 
-    Any sequence of integers will do: a list, a range, an array of numpy, a tensor.
+    Any sequence of integers works: a list, a range, a numpy array, a tensor.
 
     Raises:
-        TypeError: Something else. ValueError: A number that is repeated or outside.
+        TypeError: Not integers. ValueError: A number that is repeated or out of range.
     """
     try:
         found = [operator.index(index) for index in value]
@@ -228,10 +227,10 @@ def check_indices(name: str, value: Iterable[SupportsIndex], size: int | None = 
 
 
 def check_sizes(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
-    """Return ``sizes`` as a tuple if they are at least one ``int``, all of at least 1.
+    """Return ``sizes`` as a tuple if it is not empty and holds ints of at least 1.
 
     Raises:
-        TypeError: Not a sequence of ``int``. ValueError: None, or one below 1.
+        TypeError: Not a sequence of ``int``. ValueError: An empty sequence, or a number below 1.
     """
     if not isinstance(sizes, Sequence) or isinstance(sizes, str):
         raise TypeError(f"{name} must be a sequence of int, e.g. (128, 128), got {sizes!r}")
@@ -254,12 +253,12 @@ def check_number(
 
     Args:
         name: Name of the argument, for the message.
-        value: An ``int`` or ``float``, or a scalar of numpy.
-        low: The least that is allowed.
-        high: The most that is allowed.
-        open_low: Leave out ``low`` itself.
-        open_high: Leave out ``high`` itself.
-        hint: What to do, for the message.
+        value: An ``int``, ``float`` or numpy scalar.
+        low: Lowest allowed value.
+        high: Highest allowed value.
+        open_low: Exclude ``low`` itself.
+        open_high: Exclude ``high`` itself.
+        hint: Remedy, for the message.
 
     Raises:
         TypeError: Not a number. ValueError: NaN, infinite or outside the range.
@@ -286,7 +285,7 @@ def check_flag(name: str, value: bool) -> bool:
 
 
 def check_key(name: str, key: NestedKey) -> NestedKey:
-    """Return ``key`` as tensordict writes it; raise ``TypeError`` if it is no key."""
+    """Return ``key`` in tensordict's form; raise ``TypeError`` if it is not a key."""
     parts = key if isinstance(key, tuple) and key else (key,)
     if not all(isinstance(part, str | tuple) for part in parts):
         raise TypeError(f"{name} must be a key, a str or a tuple of str, got {key!r}")
@@ -295,10 +294,10 @@ def check_key(name: str, key: NestedKey) -> NestedKey:
 
 
 def check_keys(name: str, keys: Iterable[NestedKey]) -> list[NestedKey]:
-    """Return ``keys`` as a list of keys as tensordict writes them.
+    """Return ``keys`` as a list of keys in tensordict's form.
 
     Raises:
-        TypeError: A lone string, whose letters would count as keys, or what holds no keys.
+        TypeError: A single string, whose letters would count as keys, or anything else but keys.
     """
     if isinstance(keys, str) or not isinstance(keys, Iterable):
         raise TypeError(f"{name} must be a list of keys, got {keys!r}")
@@ -314,7 +313,7 @@ def check_callable(
 ) -> None:
     """Raise ``TypeError`` unless ``value`` can be called (or is ``None`` where ``optional``).
 
-    A class is refused, since an object of it is meant, unless ``value`` is a ``factory``.
+    A class is refused, since probably an object of it is meant, unless ``factory``.
     """
     if optional and value is None:
         return
@@ -329,7 +328,7 @@ def check_callable(
 
 
 def check_instance(name: str, value: object, kind: type | tuple[type, ...], *, hint: str) -> None:
-    """Raise ``TypeError`` unless ``value`` is an object of ``kind``; a class is no object of it."""
+    """Raise ``TypeError`` unless ``value`` is an object of ``kind``; classes are refused."""
     if isinstance(value, kind) and not isinstance(value, type):
         return
     kinds = kind if isinstance(kind, tuple) else (kind,)

@@ -1,4 +1,4 @@
-"""Compile a function apart from all that was compiled of it before."""
+"""Compile a function independently of earlier compilations."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["compile_apart"]
 
 
 def compile_apart(function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
-    """Return a compiled copy of ``function``, a plain one without a closure.
+    """Return a compiled copy of ``function``, a plain function without a closure.
 
-    Torch counts compilations by code object and falls back to eager beyond a limit; the copy gets
-    a code object of its own, and ``fullgraph`` makes the limit an error.
+    Torch counts compilations by code object and falls back to eager beyond a limit. The copy has
+    its own code object, and ``fullgraph`` makes the limit an error.
 
     Args:
         function: The function.
-        options: Of ``torch.compile``.
+        options: Options of ``torch.compile``.
     """
     code, scope = function.__code__.replace(), function.__globals__
     own = types.FunctionType(code, scope, function.__name__)

@@ -16,15 +16,15 @@ R = TypeVar("R")
 
 
 def dispatched(forward: Callable[..., R]) -> Callable[..., R]:
-    """Let a module's ``in_keys`` be given by name: ``module(state=..., action=...)``.
+    """Accept a module's ``in_keys`` as keyword arguments: ``module(state=..., action=...)``.
 
-    A nested key is joined by underscores: ``("next", "state")`` is ``next_state``. What is returned
-    then are the entries below ``out_keys``, a tensor if there is one and a tuple if there are more.
-    (tensordict's own ``dispatch`` does not know which axes are the batch's: all but those of an
-    entry that an encoder names, or all but the last of a vector of floats.)
+    A nested key is joined by underscores: ``("next", "state")`` is ``next_state``. The call then
+    returns the entries of ``out_keys``: one tensor, or a tuple of several. (tensordict's own
+    ``dispatch`` does not know the batch axes. They are all axes but those of an entry that an
+    encoder names, or all but the last axis of a vector of floats.)
 
     Args:
-        forward: Reads ``in_keys`` of a TensorDict, its first argument, and returns one with
+        forward: Takes a TensorDict with ``in_keys`` as first argument, and returns one with
             ``out_keys``.
     """
 
@@ -51,19 +51,19 @@ def dispatched(forward: Callable[..., R]) -> Callable[..., R]:
 
 
 def _batch(module: Any, given: Mapping[NestedKey, Any]) -> torch.Size:
-    """Return the batch axes of tensors that a module was given."""
+    """Return the batch axes of a module's inputs."""
     shapes = _entries(module)
     for key, value in given.items():
         if key in shapes:
             return torch.Size(value.shape[: value.ndim - len(shapes[key])])
-    # Choices have no axis of their own; states come first among the keys of a module.
+    # Choices may have no axis of their own; states come first among a module's keys.
     ordered = [given[key] for key in module.in_keys if key in given]
     vectors = [x for x in ordered if isinstance(x, Tensor) and x.is_floating_point() and x.ndim]
     return torch.Size((vectors or ordered)[0].shape[:-1])
 
 
 def _entries(module: Any) -> Mapping[NestedKey, Sequence[int]]:
-    """Return the shapes of the entries of an observation, by the encoder that a module has."""
+    """Return the shapes of an observation's entries, from the module's encoder."""
     predictor = getattr(module, "predictor", None)
     for owner in (module, getattr(module, "encoder", None), getattr(predictor, "encoder", None)):
         found = getattr(owner, "entries", None)

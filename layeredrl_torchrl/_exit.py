@@ -1,9 +1,9 @@
-"""Processes with collectors' workers end by themselves.
+"""Let processes with collectors' workers end.
 
-TorchRL 0.14 ends the workers of a collector that was not shut down in its ``__del__``, and stops
-sharing a policy's weights in another, which starts a thread. For a collector that is still referred
-to when the interpreter ends, as after an error in the loop over it, Python 3.11 waits for workers
-and thread for ever. So both are ended before.
+TorchRL 0.14 ends the workers of a collector that was not shut down in the collector's ``__del__``.
+Another ``__del__``, which starts a thread, stops sharing a policy's weights. If a collector is
+still referenced when the interpreter ends, for example after an error in the loop over it, Python
+3.11 waits for workers and thread for ever. So this module ends both before.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ __all__: list[str] = []
 
 
 def _forget_callers() -> None:
-    """Drop the frames that TorchRL keeps with the error of an import.
+    """Drop the frames that TorchRL keeps with an import error.
 
-    The frames are those of whoever made the first gymnasium environment, so that all that stands in
-    the variables there, a collector for example, would live until the end.
+    They are the frames that made the first gymnasium environment. Everything in their variables, a
+    collector for example, would live until the end.
     """
     error = getattr(utils, "IMPORT_ERROR", None)
     if isinstance(error, BaseException):
@@ -29,7 +29,7 @@ def _forget_callers() -> None:
 
 
 def _stop_workers() -> None:
-    """End all workers, and all sharing of weights, that are still there."""
+    """End all remaining workers and all sharing of weights."""
     for name, kind, options in (
         ("torchrl.collectors._multi_base", "MultiCollector", {"raise_on_error": False}),
         ("torchrl.weight_update.weight_sync_schemes", "WeightSyncScheme", {}),
@@ -38,7 +38,7 @@ def _stop_workers() -> None:
         if module is None:
             continue
         for thing in gc.get_objects():
-            # By the exact kind: asking whatever else there is for its class may run code.
+            # Use type(): reading __class__ of arbitrary objects may run code.
             if issubclass(type(thing), getattr(module, kind)):
                 thing.shutdown(**options)
 

@@ -1,4 +1,4 @@
-"""Functions of tensors as CUDA graphs: captured once, then replayed by a single launch."""
+"""Functions of tensors as CUDA graphs: captured once, then replayed with a single launch."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ __all__ = ["Graphs", "Same"]
 
 R = TypeVar("R")
 
-# Calls before a capture: they compile, choose algorithms and allocate what stays allocated, none
-# of which a capture may do.
+# Calls before a capture: they compile, choose algorithms and make lasting allocations, which a
+# capture may not do.
 _WARM_UP = 2
 
 
 class Graphs:
     """Captures functions as CUDA graphs, one for each layout of their inputs, and replays them.
 
-    Where there is nothing to capture (on a CPU, where gradients are kept, while something around is
-    captured or traced) functions run as they are. Tensors that a function reads beside its inputs
-    may be changed in place. Copies and other processes capture for themselves.
+    If nothing can be captured (on a CPU, with gradients, inside another capture or trace) functions
+    run normally. Other tensors that a function reads may be changed in place. Copies and other
+    processes capture separately.
 
     Args:
-        max_graphs: How many are kept; the one that was not used for longest goes first.
+        max_graphs: Number of graphs to keep; the least recently used is dropped first.
     """
 
     def __init__(self, max_graphs: int = 32) -> None:
@@ -47,7 +47,7 @@ class Graphs:
 
     @property
     def captures(self) -> bool:
-        """Whether this process has a GPU to capture graphs on."""
+        """Whether this process has a GPU for capturing graphs."""
         return torch.cuda.is_available()
 
     def run(
@@ -62,13 +62,13 @@ class Graphs:
         """Return ``function(*inputs)``.
 
         Args:
-            name: Tells functions apart, with all that they depend on beside tensors.
-            function: Does not wait for the device and returns tensors (in tuples and
-                dictionaries), which are copied.
+            name: Identifies the function and everything it depends on, except tensors.
+            function: Must not wait for the device; returns tensors (in tuples and dictionaries),
+                which are copied.
             inputs: Tensors of one device, also in tuples, dictionaries and TensorDicts.
-            reads: What it reads beside them: graphs are captured anew if these lie elsewhere.
-            changes: Whether it changes some of what it reads. Its first calls are then run as they
-                are; otherwise it is called a few times more than it is asked for.
+            reads: Other tensors that it reads; if their memory changes, the graph is captured anew.
+            changes: Whether it changes tensors that it reads. If so, its first calls run
+                uncaptured; otherwise it is called a few extra times to warm up.
         """
         leaves = _leaves(inputs)
         if not _can_capture(leaves):
@@ -96,9 +96,9 @@ class Graphs:
 
 
 class Same:
-    """Stands for an object in the name of a function, and keeps it alive.
+    """Represents an object in the name of a function, and keeps it alive.
 
-    Its address alone would do only until another object is given the same one.
+    An address alone is not enough: a later object may get the same one.
     """
 
     __slots__ = ("of",)
@@ -127,7 +127,7 @@ class _Graph:
 
     def __call__(self, inputs: tuple[Any, ...], leaves: list[Any]) -> Any:
         if self.own is None:
-            # Also what warms up: a function is compiled for the strides of these copies.
+            # The warm-up uses these copies too: functions are compiled for their strides.
             self.own = tree_map(_own, inputs, is_leaf=is_tensor_collection)
             self.inputs = [x for x in _leaves(self.own) if isinstance(x, Tensor)]
         torch._foreach_copy_(self.inputs, [x for x in leaves if isinstance(x, Tensor)])
@@ -153,7 +153,7 @@ class _Graph:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self.pool), uncached_autocast("cuda"):
-                # Flags are outputs too, to be looked at after each replay.
+                # Flags are outputs too, checked after each replay.
                 self.outputs, self.checks = gather(self._call)
         except RuntimeError as error:
             _end_capture()
@@ -184,13 +184,13 @@ def _can_capture(leaves: list[Any]) -> bool:
 
 
 def _end_capture() -> None:
-    """Let the generator draw again, which a capture that failed has left waiting for its end."""
+    """Let the generator draw again after a failed capture."""
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
     generator.graphsafe_set_state(generator.clone_state())
 
 
 def _aside(call: Callable[[], R]) -> R:
-    """Run ``call`` on a stream of its own, as a capture will."""
+    """Run ``call`` on a separate stream, as a capture will."""
     here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
     aside.wait_stream(here)
     with torch.cuda.stream(aside), uncached_autocast("cuda"):
@@ -200,7 +200,7 @@ def _aside(call: Callable[[], R]) -> R:
 
 
 def _leaves(inputs: Any) -> list[Any]:
-    """Everything in ``inputs`` that is no container; of TensorDicts the tensors, sorted."""
+    """Return everything in ``inputs`` except containers; of TensorDicts the sorted tensors."""
     leaves: list[Any] = []
     for leaf in tree_leaves(inputs, is_leaf=is_tensor_collection):
         if is_tensor_collection(leaf):
@@ -216,7 +216,7 @@ def _entries(td: TensorDictBase) -> list[tuple[Any, Tensor]]:
 
 
 def _own(leaf: Any) -> Any:
-    """A copy of an input, which replays read; without text, which cannot change in a graph."""
+    """Copy an input for replays to read; without text, which cannot change in a graph."""
     if is_tensor_collection(leaf):
         td = TensorDict({}, leaf.batch_size, device=leaf.device)
         for key, value in _entries(leaf):

@@ -11,7 +11,7 @@ from layeredrl_torchrl._watch import refuse
 
 __all__ = ["warn_of_outliers"]
 
-# Rows that tell what is usual.
+# Minimum number of rows.
 _LEAST = 100
 
 
@@ -25,18 +25,18 @@ def warn_of_outliers(
     varied: Tensor | None = None,
     stacklevel: int = 4,
 ) -> None:
-    """Warn if a thousandth of the rows makes up the spread of a feature that varies beside them.
+    """Warn if a thousandth of the rows causes the spread of a feature that also varies elsewhere.
 
-    What is constant but for a few rows, such as a sparse reward, is not spoiled by them.
+    A feature that is constant except in a few rows, such as a sparse reward, is fine.
 
     Args:
-        name: What the features are, for the message.
+        name: Name of the features, for the message.
         x: ``[m, F]``.
         loc: Mean of all rows, ``[F]``.
         scale: Their standard deviation.
-        n: How many rows that are, where ``x`` is the last of them; ``m`` by default.
+        n: Number of all rows, of which ``x`` are the last; ``m`` by default.
         varied: Whether the rows before ``x`` differed, bool ``[F]``.
-        stacklevel: Of the warning.
+        stacklevel: Stack level of the warning.
     """
     n = len(x) if n is None else n
     if n < _LEAST or not x.numel():
@@ -44,7 +44,7 @@ def warn_of_outliers(
     distance = ((x - loc) / scale).abs()
     n_far = max(1, n // 1000)
     far = distance.topk(min(n_far + 1, len(x)), dim=0).values
-    if len(x) <= n_far:  # the next lies among the rows before
+    if len(x) <= n_far:  # the next value is among the earlier rows
         far = torch.cat((far, torch.zeros_like(far[:1])))
     count = torch.arange(1, len(far), device=x.device).unsqueeze(-1)
     rest = (n - far[:-1].square().cumsum(0)) / (n - count)

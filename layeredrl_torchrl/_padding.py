@@ -1,4 +1,4 @@
-"""Where TorchRL says that steps are padding."""
+"""Padding, as marked by TorchRL."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ PADDING = ("collector", "mask")
 def padding_mask(rows: TensorDictBase, key: NestedKey) -> Tensor | None:
     """Return the mask of ``rows [*B]`` that is false for padding, if there is one.
 
-    TorchRL's ``split_trajectories`` writes it beside the trajectory ids: below ``"collector"``, or
-    at the root of what no collector has yielded.
+    TorchRL's ``split_trajectories`` writes it next to the trajectory ids: under ``"collector"``, or
+    at the root for data without a collector.
 
     Args:
         rows: Transitions.
-        key: Its key. At the root, another entry of that name is none: of no bool, or of more axes.
+        key: Key of the mask. At the root, an entry of that name that is not bool or has more axes
+            is ignored.
 
     Raises:
         ValueError: A mask of another dtype or shape.
@@ -59,7 +60,7 @@ def until_padding(
 ) -> Tensor:
     """Return ``done [*B, T, n]``, true also in the last step before padding.
 
-    An episode that is cut off there goes on, but not in the rows that follow.
+    An episode cut off there may go on, but not in the following rows.
 
     Args:
         rows: ``[*B, T]``, in the order of time.
@@ -77,7 +78,7 @@ def until_padding(
 
 
 def check_mask(key: NestedKey, mask: Tensor, batch: torch.Size) -> None:
-    """Raise ``ValueError`` unless ``mask`` are bools, one for each row of ``batch``."""
+    """Raise ``ValueError`` unless ``mask`` holds one bool for each row of ``batch``."""
     if mask.dtype != torch.bool or mask.shape.numel() != batch.numel():
         raise ValueError(
             f"{key!r} is {mask.dtype} {tuple(mask.shape)}, expected torch.bool {tuple(batch)}"

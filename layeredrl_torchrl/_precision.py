@@ -1,4 +1,4 @@
-"""Where low precision is worth having, and where it is not."""
+"""Where low precision pays off, and where it is avoided."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ __all__ = [
 
 
 class KeepsDoubles(nn.Module):
-    """A module whose own float64 buffers stay float64 when it is cast.
+    """A module whose own float64 buffers stay float64 when the module is cast.
 
-    They are counts and squares, which lower precision does not hold: in bfloat16 256 + 1 is 256.
+    They are counts and squares, for which lower precision is too coarse: in bfloat16 256 + 1 is
+    256.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -42,10 +43,10 @@ class KeepsDoubles(nn.Module):
 
 
 class KeepsFloats(nn.Module):
-    """A module whose own buffers stay float32 when it is cast to less.
+    """A module whose own buffers stay float32 when the module is cast to lower precision.
 
-    They are bounds of actions, which are rounded outwards as often as inwards: in bfloat16 0.3 is
-    0.3008, an action that is not allowed.
+    They are bounds of actions, which rounding may move outwards: in bfloat16 0.3 is 0.3008, an
+    action that is not allowed.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -59,7 +60,7 @@ class KeepsFloats(nn.Module):
 
 
 def rounding_of(*dtypes: torch.dtype) -> float:
-    """Return the share of a number below which its changes are rounding, in these dtypes."""
+    """Return the relative change below which changes count as rounding in these dtypes."""
     return 1e-10 if all(dtype == torch.float64 for dtype in dtypes) else 1e-6
 
 
@@ -69,11 +70,11 @@ def _is_lower(dtype: torch.dtype) -> bool:
 
 
 def product_dtype(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> torch.dtype:
-    """The precision that ``torch.autocast`` asks for, where it saves time, else ``dtype``.
+    """Return the precision of ``torch.autocast`` where it saves time, else ``dtype``.
 
     A CPU without units for it multiplies bfloat16 more slowly than float32 (1.5 to 2 times in
-    oneDNN with AVX512), and one with AVX512_BF16 or AMX two to four times as fast, so products of
-    about ``rows`` rows and ``width`` columns are timed once in a process.
+    oneDNN with AVX512), and a CPU with AVX512_BF16 or AMX two to four times as fast. So products of
+    about ``rows`` rows and ``width`` columns are timed once per process.
     """
     if not _is_on(device):
         return dtype
@@ -84,7 +85,7 @@ def product_dtype(device: torch.device, dtype: torch.dtype, rows: int, width: in
 def worthwhile_autocast(
     device: torch.device, rows: int, width: int
 ) -> AbstractContextManager[object]:
-    """Leave ``torch.autocast`` as it is where it saves time, and switch it off elsewhere."""
+    """Keep ``torch.autocast`` where it saves time, and switch it off elsewhere."""
     if not _is_on(device):
         return nullcontext()
     if _pays(device, torch.get_autocast_dtype(device.type), rows, width):
@@ -93,7 +94,7 @@ def worthwhile_autocast(
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Switches ``torch.autocast`` off; nothing where it is off, which takes no time."""
+    """Switch ``torch.autocast`` off, without overhead if it is off already."""
     if _is_on(device):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -102,15 +103,15 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
 def _is_on(device: torch.device) -> bool:
     """Whether autocast is on; some devices (``"meta"``) have none."""
     kind = device.type
-    # Torch 2.11 cannot trace the first question; what is compiled is on a device that has it.
+    # Torch 2.11 cannot trace the first call; compiled code is on a device that has autocast.
     known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
     return known and torch.is_autocast_enabled(kind)
 
 
 def uncached_autocast(device_type: str) -> AbstractContextManager[object]:
-    """``torch.autocast`` as it is, but without its memory of cast weights, which learning changes.
+    """Keep ``torch.autocast``, but without its cache of cast weights, which learning changes.
 
-    Nothing where it is off.
+    Do nothing if it is off.
     """
     if not _is_on(torch.device(device_type)):
         return nullcontext()
@@ -119,7 +120,7 @@ def uncached_autocast(device_type: str) -> AbstractContextManager[object]:
 
 
 def _pays(device: torch.device, low: torch.dtype, rows: int, width: int) -> bool:
-    # What is traced, or propagates shapes only, cannot be timed.
+    # Traced code, and code that only propagates shapes, cannot be timed.
     if (
         device.type != "cpu"
         or torch.compiler.is_compiling()
@@ -135,7 +136,7 @@ def _power_of_2(n: int, low: int, high: int) -> int:
 
 @cache
 def _is_faster(low: torch.dtype, rows: int, width: int) -> bool:
-    """Whether a product takes less time in ``low`` than in float32; in a few milliseconds."""
+    """Time in a few milliseconds whether a product is faster in ``low`` than in float32."""
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         x, weight = torch.ones(rows, width), torch.ones(width, width)
         n = max(1, 2**22 // (rows * width))  # enough to be timed

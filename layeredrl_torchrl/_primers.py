@@ -1,4 +1,4 @@
-"""Policies whose primer also carries the memory of their parts."""
+"""Policies whose primer includes the memory of their parts."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["OnePrimer"]
 
 
 class OnePrimer(TensorDictModuleBase):
-    """A policy whose ``make_tensordict_primer`` also carries the memory of its parts."""
+    """A policy whose ``make_tensordict_primer`` includes the memory of its parts."""
 
     def apply(self, fn: Callable[[nn.Module], None]) -> Self:
-        """As torch's, but TorchRL's search for primers, which uses it, does not go deeper."""
+        """Apply like torch, but do not let TorchRL's search for primers go deeper."""
         if getattr(fn, "__module__", None) == get_primers_from_module.__module__:
             fn(self)
             return self

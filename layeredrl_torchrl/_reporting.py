@@ -1,4 +1,4 @@
-"""Report the progress of learning: scalars for a logger, and a progress bar."""
+"""Report the progress of learning to a logger and in a progress bar."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _EVERY = 1.0
 def check_logger(logger: Logger | None) -> None:
     """Raise ``TypeError`` unless ``logger`` can log, or is ``None``.
 
-    Loggers that run in another process share no base class with TorchRL's ``Logger``, so the
-    method is checked instead of the class.
+    Loggers in another process share no base class with TorchRL's ``Logger``, so this checks the
+    method instead of the class.
     """
     can_log = callable(getattr(logger, "log_metrics", None)) and not isinstance(logger, type)
     if logger is not None and not can_log:
@@ -38,19 +38,19 @@ def log_terms(logger: Logger | None, name: str, info: Mapping[str, float], step:
 
 
 class Renamed:
-    """A logger that gets the scalars of a part under the name of the whole.
+    """A logger that renames the scalars of a part to the name of the whole.
 
     Args:
-        logger: What gets them.
-        part: The name that the part logs under.
-        whole: The name to put in its place.
+        logger: The logger that gets the scalars.
+        part: The name under which the part logs.
+        whole: The name to use instead.
     """
 
     def __init__(self, logger: Logger, part: str, whole: str) -> None:
         self.logger, self.part, self.whole = logger, part, whole
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log all of ``metrics``, those of the part under the other name."""
+        """Log all ``metrics``, those of the part under the other name."""
         part = f"{self.part}/"
         renamed = {
             f"{self.whole}/{key.removeprefix(part)}" if key.startswith(part) else key: value
@@ -70,9 +70,9 @@ def updates(
 
     Args:
         n_updates: Number of iterations of the caller's loop.
-        totals: Sums of the terms so far, scalars, which the caller's loop fills. About once a
-            second the bar shows the mean of each term since the last time.
-        counts: Number of updates in each sum, which the caller's loop fills.
+        totals: Scalar sums of the terms so far, filled by the caller's loop. About once a second
+            the bar shows the mean of each term since the last display.
+        counts: Number of updates in each sum, filled by the caller's loop.
         bar: Title of the bar.
     """
     if bar is None:

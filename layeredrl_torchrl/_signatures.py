@@ -12,7 +12,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class SignatureOfInit:
-    """Shows a class by its ``__init__``, where the metaclass hides it behind a call of its own.
+    """Shows the signature of ``__init__`` for a class whose metaclass hides it.
 
     >>> class Plain:
     ...     __signature__ = SignatureOfInit()
@@ -29,7 +29,7 @@ class SignatureOfInit:
 
 
 def passes_on(*receivers: Callable[..., Any]) -> Callable[[F], F]:
-    """Show, in place of a function's ``**options``, the keyword arguments of their ``receivers``.
+    """Show the keyword arguments of ``receivers`` in place of a function's ``**options``.
 
     >>> def draw(x: float, *, width: int = 1) -> None: ...
     >>> @passes_on(draw)
@@ -38,7 +38,7 @@ def passes_on(*receivers: Callable[..., Any]) -> Callable[[F], F]:
     ['title', 'width']
 
     Args:
-        *receivers: The functions that the options are for; of equal names the first counts.
+        *receivers: The functions that get the options; for equal names the first counts.
     """
 
     def decorate(function: F) -> F:

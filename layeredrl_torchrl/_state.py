@@ -1,4 +1,4 @@
-"""Loading a saved state as a whole, or not at all: of modules and of optimizers."""
+"""Load saved states of modules and optimizers completely or not at all."""
 
 from __future__ import annotations
 
@@ -28,36 +28,35 @@ __all__ = [
 
 
 class WholeLoading(nn.Module):
-    """A module whose state is loaded as a whole, or not at all."""
+    """A module whose state is loaded completely or not at all."""
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load a state as torch does, but only if everything fits.
+        """Load a state like torch, but only if everything fits.
 
         Raises:
-            ValueError: Entries that are missing, not known or of another shape, weights that are
-                not finite, other numbers that are NaN; the message lists them, and everything is
-                as it was.
+            ValueError: Entries that are missing, unknown or of another shape, weights that are not
+                finite, other numbers that are NaN. The message lists them, and nothing is changed.
         """
         load = partial(super().load_state_dict, strict=True, assign=assign)
         return load_whole(self, load, state_dict, strict=strict)
 
 
 class WholeState(TensorDictModuleBase):
-    """Likewise, a module of tensordict."""
+    """The same for a module of tensordict."""
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load a state as :class:`WholeLoading` does."""
+        """Load a state like :class:`WholeLoading`."""
         load = partial(super().load_state_dict, strict=True, assign=assign)
         return load_whole(self, load, state_dict, strict=strict)
 
     def reset_parameters_recursive(
         self, parameters: TensorDictBase | None = None
     ) -> TensorDictBase | None:
-        """Call tensordict's method, or without ``parameters`` an own ``reset_parameters``."""
+        """Call tensordict's method, or without ``parameters`` the own ``reset_parameters``."""
         own = getattr(type(self), "reset_parameters", None)
         if parameters is not None or own is None:
             return super().reset_parameters_recursive(parameters)
@@ -66,9 +65,9 @@ class WholeState(TensorDictModuleBase):
 
 
 def draw_anew(module: nn.Module) -> None:
-    """Draw new weights in all parts of ``module``, by their ``reset_parameters``.
+    """Draw new weights in all parts of ``module``, with their ``reset_parameters``.
 
-    Frozen parameters, and parts that have no others, stay: nobody would train what was drawn.
+    Frozen parameters, and parts with only such, keep their values: new ones would not be trained.
     """
     for child in module.children():
         parameters = list(child.parameters())
@@ -77,7 +76,7 @@ def draw_anew(module: nn.Module) -> None:
         draw_anew(child)
         reset = getattr(child, "reset_parameters", None)
         if callable(reset):
-            # It may reach frozen parameters further down, unless it looks after them by itself.
+            # It may reach frozen parameters further down, unless it handles them itself.
             own = getattr(child, "keeps_frozen", False)
             frozen = [] if own else [p for p in parameters if not p.requires_grad]
             before = [p.detach().clone() for p in frozen]
@@ -90,9 +89,9 @@ def draw_anew(module: nn.Module) -> None:
 def load_whole(
     module: nn.Module, load: Callable[..., Any], state_dict: Mapping[str, Any], *, strict: bool
 ) -> Any:
-    """Let ``load`` load a state, if everything in it fits ``module``.
+    """Load a state with ``load``, if everything in it fits ``module``.
 
-    Options that are buffers, and no part of the state now, were part of it once: they are ignored.
+    Old states contain options, buffers that are no longer part of the state; they are ignored.
     """
     own = module.state_dict()
     options = not_saved(module)
@@ -100,8 +99,8 @@ def load_whole(
     label = getattr(module, "name", type(module).__name__)
     _check_parameters(label, {name for name, _ in module.named_parameters()}, state_dict)
     _check_state(label, own, state_dict, strict=strict)
-    # TorchRL's losses load all of a network or, halfway through, raise: what is not strict keeps
-    # its value by being loaded as well.
+    # TorchRL's losses load a network completely or raise halfway through. So missing entries keep
+    # their values by being loaded as well.
     fitting = {name: state_dict.get(name, value) for name, value in own.items()}
     result = load(fitting)
     result.missing_keys.extend(name for name in own if name not in state_dict)
@@ -110,7 +109,7 @@ def load_whole(
 
 
 def not_saved(module: nn.Module) -> set[str]:
-    """Return the names of buffers that are no part of the state, such as options."""
+    """Return the names of buffers outside the state, such as options."""
     return {
         f"{prefix}.{name}" if prefix else name
         for prefix, part in module.named_modules(remove_duplicate=False)
@@ -119,7 +118,7 @@ def not_saved(module: nn.Module) -> set[str]:
 
 
 def _check_parameters(name: str, parameters: set[str], saved: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` if weights to be loaded are not finite, or anything else is NaN."""
+    """Raise ``ValueError`` if saved weights are not finite, or anything else is NaN."""
     bad = [
         key
         for key, value in saved.items()
@@ -140,9 +139,9 @@ def _check_state(
     """Raise ``ValueError`` unless ``saved`` fits.
 
     Args:
-        name: Whose state it is.
-        own: Its state now.
-        saved: What is to be loaded.
+        name: Name of the owner.
+        own: Its current state.
+        saved: The state to load.
         strict: Whether both must have the same entries.
     """
     problems = []
@@ -171,12 +170,12 @@ def _check_state(
 def refuse_other_shapes(optim: torch.optim.Optimizer) -> None:
     """Let ``optim.load_state_dict`` raise ``ValueError`` for a state that does not fit.
 
-    That is one of parameters of other shapes, or with numbers that are not finite.
+    It does not fit if its parameters have other shapes, or its numbers are not finite.
 
-    Torch itself compares only how many there are. A checkpoint of another architecture would leave
-    moments that fail in the next gradient step, and TorchRL's ``Checkpoint`` restores components in
-    the order of their names: ``"optim"`` before ``"predictor"``, whose own check would come too
-    late. Copies of an optimizer lose the check, as they lose all its hooks.
+    Torch itself compares only the number of parameters. A checkpoint of another architecture would
+    leave moments that fail in the next gradient step. TorchRL's ``Checkpoint`` restores components
+    in the order of their names: ``"optim"`` comes before ``"predictor"``, whose check would be too
+    late. Copies of an optimizer lose this check, like all hooks.
     """
     optim.register_load_state_dict_pre_hook(_check_shapes)
 
@@ -227,7 +226,7 @@ def _check_shapes(optim: torch.optim.Optimizer, state_dict: dict[str, Any]) -> N
 
 
 def follow_parameters(optim: torch.optim.Optimizer) -> None:
-    """Bring moments to the dtype and device of parameters that were cast or moved since."""
+    """Bring moments to the current dtype and device of their parameters."""
     moved = any(
         isinstance(value, Tensor) and value.ndim and (value.dtype, value.device) != kind
         for p, moments in optim.state.items()
@@ -235,20 +234,20 @@ def follow_parameters(optim: torch.optim.Optimizer) -> None:
         for kind in [(p.dtype, p.device)]
     )
     if moved:
-        optim.load_state_dict(optim.state_dict())  # which casts and moves what it loads
+        optim.load_state_dict(optim.state_dict())  # loading casts and moves
 
 
 def empty_storage(storage: TensorStorage) -> None:
-    """Bring a storage back to before its first data, which may have had any entries and axes."""
+    """Reset a storage to its state before its first data, whatever their entries and axes."""
     storage._storage, storage.initialized = None, False
     vars(storage).pop("_total_shape_value", None)
 
 
 @contextmanager
 def undone_on_error(*stateful: nn.Module | torch.optim.Optimizer) -> Iterator[None]:
-    """Put modules and optimizers back as they were if the block raises anything at all.
+    """Restore modules and optimizers if the block raises anything.
 
-    Everything is put back in place, so that what holds on to the tensors sees it.
+    Tensors are restored in place, so that all references to them see it.
     """
     before = [Snapshot(one) for one in stateful]
     try:
@@ -263,8 +262,8 @@ class Snapshot:
     """A copy of the state of a module, or of an optimizer's moments.
 
     Args:
-        stateful: What to copy.
-        parameters: Those whose moments are copied; all if ``None``.
+        stateful: The module or optimizer.
+        parameters: Parameters whose moments to copy; all if ``None``.
     """
 
     def __init__(
@@ -281,9 +280,9 @@ class Snapshot:
             self._state = {p: _copies(moments) for p, moments in self._moments()}
 
     def restore(self) -> None:
-        """Put back what was copied, in place."""
+        """Restore the copy in place."""
         if isinstance(self._of, nn.Module):
-            # Without the checks of what comes from elsewhere: weights may have been broken before.
+            # Without the checks of foreign states: the weights may have been broken before.
             nn.Module.load_state_dict(self._of, self._state)
             return
         for p, moments in self._moments():
@@ -302,7 +301,7 @@ class Snapshot:
 
 
 def _copies(values: Mapping[str, Any]) -> dict[str, Any]:
-    # A third of deepcopy's time; a level copies at each call of learn.
+    # This takes a third of deepcopy's time; a level copies at each call of learn.
     return {
         name: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
         for name, value in values.items()

@@ -1,11 +1,11 @@
 """Checks of values that do not wait for a device.
 
-On a CPU a check raises at once. Asking an accelerator for a value would stop the host until all
-work that was launched has ended, so there the flags of a call are gathered, copied to the host at
-its end and looked at when the next call begins; :func:`flush` waits for them. What is captured as a
-CUDA graph leaves its flags on the device, and later calls ask for them. While a function is traced
-(``torch.compile``, ``torch.export``, ``torch.vmap``) there are no values to look at: what is not
-finite then stays so in the results.
+On a CPU a check raises at once. Reading a value from an accelerator would block the host until all
+launched work has ended. So there the flags of a call are gathered, copied to the host at its end,
+and checked when the next call begins; :func:`flush` waits for them. Captured CUDA graphs leave
+their flags on the device, and later calls read them. While a function is traced (``torch.compile``,
+``torch.export``, ``torch.vmap``) there are no values to check: non-finite values then stay in the
+results.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ __all__ = ["Watch", "flush", "is_at_once", "is_traced", "refuse", "watched"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Makes the error of flags, or returns None where a closer look finds nothing wrong.
+# Makes the error for flags, or returns None if a closer check finds nothing wrong.
 Error: TypeAlias = Callable[[Tensor], Exception | None]
 
-# Flags that captured graphs of one device can report; later captures report nothing.
+# Number of flags that captured graphs of one device can report; later captures report nothing.
 _CAPTURED = 2**16
 
 
 class _Sent(NamedTuple):
-    """Flags on their way to the host, and the errors that they stand for."""
+    """Flags on their way to the host, with their errors."""
 
     flags: Tensor  # on the host
-    event: torch.Event | None  # recorded behind the copy; None where there was nothing to wait for
+    event: torch.Event | None  # recorded after the copy; None if there was nothing to wait for
     checks: list[tuple[torch.Size, Error]]
 
     def raise_first(self, late: str = "; it was found after the call") -> None:
@@ -48,7 +48,7 @@ class _Sent(NamedTuple):
 
 
 class _Captured:
-    """Where the captured graphs of a device leave their flags."""
+    """The flags of the captured graphs of a device."""
 
     def __init__(self, device: torch.device) -> None:
         self.flags = torch.zeros(_CAPTURED, dtype=torch.bool, device=device)
@@ -57,7 +57,7 @@ class _Captured:
         self.sent: _Sent | None = None
 
     def add(self, flags: Tensor, checks: list[tuple[torch.Size, Error]]) -> None:
-        """Called while a graph is captured: each replay sets the flags, and none clears them."""
+        """Add flags during a capture: each replay sets them, and none clears them."""
         if self.used + len(flags) > _CAPTURED:
             return
         self.flags[self.used : self.used + len(flags)].logical_or_(flags)
@@ -65,7 +65,7 @@ class _Captured:
         self.checks += checks
 
     def look(self, *, wait: bool = False) -> None:
-        """Ask for the flags as they are now, and look at those that have arrived."""
+        """Request the current flags, and check those that have arrived."""
         if not self.used:
             return
         if self.sent is None:
@@ -85,10 +85,10 @@ class _Captured:
 
 
 class Watch:
-    """Gathers the flags of a call and looks at them later.
+    """Gathers the flags of a call and checks them later.
 
     Args:
-        at_once: Types of devices whose values can be looked at without waiting.
+        at_once: Types of devices whose values can be read without waiting.
     """
 
     def __init__(self, at_once: tuple[str, ...] = ("cpu",)) -> None:
@@ -99,10 +99,10 @@ class Watch:
         self._captured: dict[torch.device, _Captured] = {}
 
     def refuse(self, bad: Tensor, error: Error) -> None:
-        """Raise ``error(bad)`` if any of ``bad`` is true: now, or when the next call begins.
+        """Raise ``error(bad)`` if any of ``bad`` is true, now or when the next call begins.
 
         Args:
-            bad: Flags (bool) of any shape; few, since all of them are copied.
+            bad: Flags (bool) of any shape; only few, since all are copied.
             error: Called with the flags on the host; returns the error to raise, or ``None``.
         """
         if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(bad):
@@ -118,7 +118,7 @@ class Watch:
             self._send()
 
     def watched(self, call: Callable[P, R]) -> Callable[P, R]:
-        """Make ``call`` one whose flags are copied together at its end; calls may be nested."""
+        """Copy all flags of ``call`` together at its end; calls may be nested."""
 
         @functools.wraps(call)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -142,7 +142,7 @@ class Watch:
         return run
 
     def gather(self, call: Callable[[], R]) -> tuple[R, list[tuple[Tensor, Error]]]:
-        """Run ``call`` and return what it returns and its flags, which are then the caller's."""
+        """Run ``call`` and return its result and its flags, for the caller to check."""
         before, self._gathered = self._gathered, []
         self._depth += 1
         try:
@@ -154,14 +154,14 @@ class Watch:
     def look(self) -> None:
         """Raise the error of an earlier call whose flags have arrived."""
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return  # asking an event would break the capture
+            return  # querying an event would break the capture
         while self._sent and ((event := self._sent[0].event) is None or event.query()):
             self._sent.popleft().raise_first()
         for captured in self._captured.values():
             captured.look()
 
     def flush(self) -> None:
-        """Wait for all flags that are under way, and raise the first error among them."""
+        """Wait for all pending flags, and raise the first error."""
         if self._gathered and self._depth == 0:
             self._send()
         for sent in self._sent:
@@ -169,7 +169,7 @@ class Watch:
                 sent.event.synchronize()
         self.look()
         for captured in self._captured.values():
-            captured.sent = None  # asked for before the last replay, perhaps
+            captured.sent = None  # may be older than the last replay
             captured.look(wait=True)
 
     def _send(self) -> None:
@@ -199,7 +199,7 @@ _WATCH = Watch()
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Whether ``tensor`` has no values to look at, as while a function is traced."""
+    """Whether ``tensor`` has no values, as while a function is traced."""
     return (
         torch.compiler.is_compiling()
         or isinstance(tensor, FakeTensor)
@@ -208,7 +208,7 @@ def is_traced(tensor: Tensor) -> bool:
 
 
 def is_at_once(tensor: Tensor) -> bool:
-    """Whether the values of ``tensor`` can be looked at without waiting for a device."""
+    """Whether the values of ``tensor`` can be read without waiting for a device."""
     return tensor.device.type in _WATCH.at_once
 
 

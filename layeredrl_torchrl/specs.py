@@ -1,7 +1,7 @@
-"""Spaces and specs: all other modules read spaces through this one.
+"""Spaces and specs; all other modules read spaces through this module.
 
 A *space* is a gymnasium ``Box`` or ``Discrete``, or a TorchRL ``Bounded``, ``Unbounded``,
-``OneHot`` or ``Categorical`` spec. Inside, only TorchRL specs are used.
+``OneHot`` or ``Categorical`` spec. Internally only TorchRL specs are used.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ __all__ = [
 Space: TypeAlias = gym.spaces.Box | gym.spaces.Discrete | TensorSpec
 ObservationSpace: TypeAlias = gym.Space[Any] | TensorSpec
 
-# Actions may leave their bounds by this share of the bound's size: float32 planners and
-# environments that rescale actions land an ulp outside.
+# Actions may exceed their bounds by this share of the bound: float32 planners and environments that
+# rescale actions end up slightly outside.
 _BOUND_TOLERANCE = 1e-4
 
 
@@ -53,21 +53,22 @@ def to_spec(space: Space | None, *, name: str = "space") -> TensorSpec:
     Args:
         space: ``Box`` of floats with one axis, ``Discrete`` that starts at 0, or a TorchRL
             ``Bounded``, ``Unbounded``, ``OneHot`` or ``Categorical``, alone or as the only leaf of
-            a ``Composite`` (as ``env.action_spec`` is where the key is not ``"action"``). A
-            ``MultiCategorical`` or ``MultiOneHot`` of one choice, as ``ActionDiscretizer`` gives
-            it for one dimension, counts as that choice. ``None`` is the empty space ``[0]``.
+            a ``Composite`` (like ``env.action_spec`` if the key is not ``"action"``). A
+            ``MultiCategorical`` or ``MultiOneHot`` with a single choice, as from
+            ``ActionDiscretizer`` in one dimension, counts as that choice. ``None`` is the empty
+            space ``[0]``.
         name: Name of the argument, for error messages.
 
     Returns:
         ``Bounded``/``Unbounded`` of shape ``[n]`` and a float dtype, ``OneHot`` of shape ``[n]``
         or ``Categorical`` of shape ``[]`` or ``[1]``. A gymnasium ``Discrete`` becomes
-        ``Categorical`` (integers, as gymnasium itself has it); TorchRL's ``GymEnv`` uses
-        ``OneHot`` unless asked otherwise, and its spec is taken as it is.
+        ``Categorical`` (integers, as in gymnasium). TorchRL's ``GymEnv`` uses ``OneHot`` by
+        default, and its spec is not changed.
 
     Raises:
-        TypeError: Any other kind of space, also a ``Box`` of integers.
-        ValueError: A space with several axes, a ``Discrete`` with another start, or choices with a
-            mask.
+        TypeError: Any other kind of space, including a ``Box`` of integers.
+        ValueError: A space with several axes, a ``Discrete`` with another start, or a discrete spec
+            with a mask.
     """
     if space is None:
         return Unbounded(shape=(0,))
@@ -131,7 +132,7 @@ def to_spec(space: Space | None, *, name: str = "space") -> TensorSpec:
 
 
 def _only_choice(spec: MultiCategorical | MultiOneHot, name: str) -> TensorSpec:
-    """Return the one choice of a spec that could hold several."""
+    """Return the only choice of a spec that could have several."""
     sizes = [int(box.n) for box in spec.space]
     wide = len(sizes) if isinstance(spec, MultiCategorical) else sum(sizes)
     if len(sizes) != 1 or tuple(spec.shape) != (wide,):
@@ -155,12 +156,12 @@ def _check_one_axis(name: str, shape: tuple[int, ...]) -> None:
 
 
 def is_discrete(spec: TensorSpec) -> bool:
-    """Return whether ``spec`` is a choice among ``n`` (``OneHot`` or ``Categorical``)."""
+    """Return whether ``spec`` is discrete (``OneHot`` or ``Categorical``)."""
     return isinstance(spec, OneHot | Categorical)
 
 
 def width(spec: TensorSpec) -> int:
-    """Return how many float features a network gets for one item: dimensions, or choices."""
+    """Return the number of float features of one item: its dimensions, or its choices."""
     return int(spec.space.n) if is_discrete(spec) else int(spec.shape[-1])
 
 
@@ -171,23 +172,23 @@ def canonical_action(
     *,
     bounds: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Bring actions of ``[*B]`` items into the form of ``spec``, checking shape and range.
+    """Convert actions of ``[*B]`` items to the form of ``spec``, and check shape and range.
 
     Args:
         spec: As returned by :func:`to_spec`.
         action: Continuous: ``[*B, A]``. Discrete: integers ``[*B]`` or ``[*B, 1]``, or one-hot
-            ``[*B, n]``, whichever the spec says.
+            ``[*B, n]``, for both kinds of spec.
         batch_shape: ``*B``.
-        bounds: The spec's bounds on the device of the action; copied there by default
+        bounds: The spec's bounds on the device of the action; by default copied there
             (:class:`ActionForm` keeps them).
 
     Returns:
-        ``[*B, A]``; ``[*B, n]`` (``OneHot``); or ``[*B]`` or ``[*B, 1]`` as the ``Categorical``.
+        ``[*B, A]``; ``[*B, n]`` (``OneHot``); or ``[*B]`` or ``[*B, 1]`` (``Categorical``).
 
     Raises:
-        TypeError: Non-integer choices; bools and complex numbers that are no choices.
-        ValueError: A shape that does not fit, NaN, or values outside the bounds (on an accelerator
-            the values are looked at one call later).
+        TypeError: Choices that are not integers; continuous actions that are bools or complex.
+        ValueError: A shape that does not fit, NaN, or values outside the bounds (on an accelerator,
+            values are checked one call later).
     """
     if not isinstance(action, Tensor):
         raise TypeError(f"action must be a torch.Tensor, got {type(action).__name__}")
@@ -231,28 +232,28 @@ class ActionForm(nn.Module):
         self.spec = spec
         self._bounded = isinstance(spec, Bounded)
         if self._bounded:
-            # As bits, so that a module in half precision keeps exact bounds; of a copy, since
-            # torch.save refuses memory that is seen in two dtypes.
+            # Stored as bits, so that a module in half precision keeps exact bounds; a copy, since
+            # torch.save refuses memory with views of two dtypes.
             for name, bound in (("low", spec.space.low), ("high", spec.space.high)):
                 bits = bound.to(torch.float32, copy=True).contiguous().view(torch.int32)
                 self.register_buffer(name, bits, persistent=False)
 
     def forward(self, action: Tensor, batch_shape: torch.Size) -> Tensor:
-        """Check actions of ``[*B]`` items and return them in the form of the spec."""
+        """Check actions of ``[*B]`` items, and return them in the form of the spec."""
         bounds = None
         if self._bounded:
             bounds = (self.low.view(torch.float32), self.high.view(torch.float32))
         return canonical_action(self.spec, action, batch_shape, bounds=bounds)
 
     def project(self, action: Tensor) -> Tensor:
-        """Move actions in the form of the spec to the nearest within its bounds."""
+        """Clip actions in the form of the spec to its bounds."""
         if not self._bounded:
             return action
         return action.clamp(self.low.view(torch.float32), self.high.view(torch.float32))
 
 
 def _check_bounds(action: Tensor, low: Tensor, high: Tensor) -> None:
-    # Written so that NaN counts as outside.
+    # In this form NaN counts as outside.
     inside = action.isfinite()
     inside &= action >= low - _BOUND_TOLERANCE * low.abs().clamp_min(1.0)
     inside &= action <= high + _BOUND_TOLERANCE * high.abs().clamp_min(1.0)
@@ -279,7 +280,7 @@ def _canonical_choice(spec: TensorSpec, action: Tensor, batch_shape: torch.Size)
     batch = tuple(batch_shape)
     float_row = isinstance(spec, OneHot) and action.is_floating_point()
     if n == 1 and shape == (*batch, 1) and not float_row:
-        # Stored as the number of the only choice, 0, or as its one-hot row, 1.
+        # The index of the only choice, 0, or its one-hot row, 1.
         refuse(
             ~((action == 0) | (action == 1)).all(),
             lambda _: ValueError("action values are not 0 or 1, expected those of one choice"),
@@ -323,8 +324,8 @@ def _canonical_choice(spec: TensorSpec, action: Tensor, batch_shape: torch.Size)
 def action_features(spec: TensorSpec, action: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the float features ``[*B, width(spec)]`` of actions in the form of ``spec``.
 
-    Integers become one-hot rows. Only the last axis is looked at, so this also runs under
-    ``vmap`` and with any batch shape; use :func:`canonical_action` for checks.
+    Integers become one-hot rows. Only the last axis matters, so this also runs under ``vmap`` and
+    with any batch shape; use :func:`canonical_action` for checks.
     """
     if isinstance(spec, Categorical):
         choices = torch.arange(width(spec), device=action.device)

@@ -1,4 +1,4 @@
-"""Checkpoints that are verified before they are read, and states to resume a run bit for bit."""
+"""Checkpoints that are verified before reading, and states to resume a run bit for bit."""
 
 from layeredrl_torchrl.checkpoints._rotation import SafeRotation
 from layeredrl_torchrl.checkpoints.environments import CollectorState, EnvState

@@ -21,7 +21,7 @@ _ROWS, _EMPTY, _TRANSFORM = "rows.json", "empty.json", "transform"
 
 
 class _FilledRows(TensorStorageCheckpointer):
-    """Saves the filled rows of a storage; TorchRL's saves its whole memory."""
+    """Saves only the filled rows of a storage; TorchRL's version saves its whole memory."""
 
     def dumps(self, storage: Any, path: str | Path) -> None:
         rows = storage._len_along_dim0
@@ -45,7 +45,7 @@ class _FilledRows(TensorStorageCheckpointer):
 
 @contextmanager
 def _filled_rows(storage: Any) -> Iterator[None]:
-    """Let a storage of a TensorDict be saved and loaded by :class:`_FilledRows`."""
+    """Save and load a storage of a TensorDict with :class:`_FilledRows` in the block."""
     own = storage.checkpointer
     if type(own) is TensorStorageCheckpointer and not own._save_hooks + own._load_hooks:
         storage.checkpointer = _FilledRows()
@@ -56,9 +56,10 @@ def _filled_rows(storage: Any) -> Iterator[None]:
 
 
 def _unroll(buffer: Any, saved: Path) -> None:
-    """Go on behind the last row where a full ring was loaded into a storage with more room.
+    """Continue after the last row if a full ring was loaded into a larger storage.
 
-    The writer would go on at the ring's oldest row, and the rows behind would count as written.
+    Otherwise the writer would continue at the ring's oldest row, and the rows after the ring would
+    count as written.
     """
     storage, writer = buffer.storage, buffer.writer
     if not saved.exists() or not hasattr(writer, "_cursor"):
@@ -73,10 +74,10 @@ def _unroll(buffer: Any, saved: Path) -> None:
 
 
 class BufferAdapter(CheckpointAdapter):
-    """Saves what TorchRL's ``ReplayBuffer.dump`` saves, without pickles.
+    """Saves the same as TorchRL's ``ReplayBuffer.dump``, without pickles.
 
-    TorchRL pickles batches that were drawn ahead (``prefetch=``), which are refused here, and the
-    state of transforms, which is saved like that of a module. Empty buffers can be saved, too.
+    TorchRL pickles prefetched batches (``prefetch=``), which this class refuses, and the state of
+    transforms, which it saves like that of a module. Empty buffers can be saved too.
     """
 
     adapter_id = "layeredrl_torchrl.buffer"
@@ -84,7 +85,7 @@ class BufferAdapter(CheckpointAdapter):
     def save(
         self, component: Any, path: Path, *, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
-        """Save a buffer below ``path``; ``CheckpointError`` if only a pickle can hold it."""
+        """Save a buffer under ``path``; ``CheckpointError`` if it would need a pickle."""
         self._check(component)
         path.mkdir(parents=True, exist_ok=True)
         with (path / _EMPTY).open("w") as file:

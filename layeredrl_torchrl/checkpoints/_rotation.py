@@ -21,9 +21,9 @@ __all__ = ["SafeRotation"]
 
 
 class SafeRotation(CheckpointRotation):
-    """TorchRL's ``CheckpointRotation`` that skips damaged checkpoints, with a warning.
+    """TorchRL's ``CheckpointRotation``, which here skips damaged checkpoints with a warning.
 
-    If saving is killed, the next :meth:`save` removes its unfinished files.
+    If saving is killed, the next :meth:`save` removes the unfinished files.
 
     >>> rotation = SafeRotation("checkpoints", keep_last=2)
     >>> path = rotation.save(SafeCheckpoint(value={"loss": 0.5}), step=100)
@@ -32,9 +32,9 @@ class SafeRotation(CheckpointRotation):
 
     Args:
         directory: Folder of the checkpoints.
-        keep_last: Number of the newest ones to keep.
+        keep_last: Number of newest checkpoints to keep.
         keep_best: See ``CheckpointRotation``.
-        prefix: Beginning of their names.
+        prefix: Prefix of their names.
     """
 
     def save(self, checkpoint: Checkpoint, *, step: int, **options: Any) -> Path:
@@ -42,8 +42,8 @@ class SafeRotation(CheckpointRotation):
 
         Args:
             checkpoint: A :class:`SafeCheckpoint`.
-            step: Part of the name.
-            **options: Those of ``CheckpointRotation.save``.
+            step: Step, which is part of the name.
+            **options: Options of ``CheckpointRotation.save``.
 
         Raises:
             TypeError: Not a :class:`SafeCheckpoint`. CheckpointError: As ``SafeCheckpoint.save``.
@@ -62,7 +62,7 @@ class SafeRotation(CheckpointRotation):
     def latest(self) -> Path | None:
         """Return the newest sound checkpoint; ``None`` if there are no checkpoints.
 
-        A warning names each newer one that is damaged.
+        A warning names each newer, damaged one.
 
         Raises:
             CheckpointError: There are checkpoints, and all are damaged.

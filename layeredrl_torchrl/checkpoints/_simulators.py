@@ -1,4 +1,4 @@
-"""Convert arrays, and the models and data of MuJoCo, to JSON and back."""
+"""Convert arrays and MuJoCo's models and data to JSON and back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 __all__ = ["SIMULATORS", "array", "simulator", "unarray"]
 
-# Fields of a MjModel that only rendering and meshes need, and that may be large.
+# Fields of a MjModel that may be large, and that only rendering and meshes need.
 _DRAWN = ("tex_", "mesh_", "skin_", "hfield_", "flex_", "bvh_", "names")
 
 
@@ -35,7 +35,7 @@ def simulator(value: Any) -> str | None:
 
 
 def _numbers(value: Any) -> dict[str, np.ndarray[Any, Any]]:
-    """Return the arrays of a MjModel or MjData whose sizes do not change while it runs."""
+    """Return the arrays of a MjModel or MjData that have a constant size."""
     found = {}
     for name in dir(value):
         if name.startswith(("_", "efc_", *_DRAWN)):
@@ -78,7 +78,7 @@ def _load_data(data: Any, state: dict[str, Any]) -> None:
         data.model, data, unarray(state["state"]), mujoco.mjtState.mjSTATE_INTEGRATION
     )
     # This fills the arena of contacts and constraints. After a step, all other computed fields
-    # belong to the state before it, and some rewards read them, so they are restored.
+    # belong to the state before the step, and some rewards read them, so restore them.
     mujoco.mj_forward(data.model, data)
     _load_arrays(data, state["computed"])
     mujoco.mj_setState(

@@ -1,4 +1,4 @@
-"""Undo a checkpoint that could be loaded only in part."""
+"""Undo a partly loaded checkpoint."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["undone_in_part"]
 
 @contextmanager
 def undone_in_part(components: Iterable[Any]) -> Iterator[None]:
-    """Put all components back as they were if the block raises anything at all.
+    """Restore all components if the block raises anything.
 
-    The filled rows of buffers are copied for it.
+    This copies the filled rows of buffers.
     """
     put_back = [_remember(component) for component in components]
     try:
@@ -31,7 +31,7 @@ def undone_in_part(components: Iterable[Any]) -> Iterator[None]:
 
 
 def _remember(component: Any) -> Callable[[], object]:
-    """Return what puts a component back as it is now."""
+    """Return a function that restores the current state of a component."""
     if isinstance(component, ReplayBuffer):
         return _remember_buffer(component)
     if isinstance(component, nn.Module):
@@ -57,7 +57,7 @@ def _remember_value(value: Any) -> Callable[[], object]:
 def _remember_buffer(buffer: Any) -> Callable[[], object]:
     storage = buffer.storage
     if not isinstance(storage, TensorStorage):
-        return lambda: None  # which is refused
+        return lambda: None  # loading refuses it
     parts = [part for part in (buffer.writer, buffer.sampler, buffer.transform) if part is not None]
     put_back = [_remember_part(part) for part in parts]
     made, length, last = storage.initialized, storage._len, storage._last_cursor
@@ -77,10 +77,10 @@ def _remember_buffer(buffer: Any) -> Callable[[], object]:
 
 
 def _remember_part(part: Any) -> Callable[[], object]:
-    """Return what puts a writer, a sampler or a transform back."""
+    """Return a function that restores a writer, a sampler or a transform."""
     try:
         state = copy.deepcopy(part.state_dict())
-    except NotImplementedError:  # TensorDictMaxValueWriter, which is saved by dumps()
+    except NotImplementedError:  # TensorDictMaxValueWriter, saved by dumps()
         count = getattr(part, "_write_count", None)
         held = {k: v.copy() if isinstance(v, list) else v for k, v in vars(part).items()}
 

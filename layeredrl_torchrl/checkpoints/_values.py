@@ -27,14 +27,15 @@ class _Held:
 
 
 class ValueAdapter(JSONCheckpointAdapter):
-    """Saves a value so that it comes back as it was.
+    """Saves a value so that loading returns an equal one.
 
-    TorchRL's gives back lists for tensors, arrays and tuples, and text for all other keys. What
-    JSON cannot hold is saved here like the state of an object; the rest as TorchRL does.
+    TorchRL's adapter returns lists for tensors, arrays and tuples, and text for keys that are not
+    text. Values that JSON cannot represent are saved here like the state of an object; others as
+    TorchRL does.
     """
 
     def save(self, component: Any, path: Path, **options: Any) -> Any:
-        """Save a value below ``path``."""
+        """Save a value under ``path``."""
         if _is_json(component):
             return super().save(component, path, **options)
         return StateDictCheckpointAdapter().save(_Held(component), path, **options)
@@ -57,7 +58,7 @@ class ValueAdapter(JSONCheckpointAdapter):
 
 
 def _is_json(value: Any) -> bool:
-    """Whether JSON gives the value back."""
+    """Whether JSON restores an equal value."""
     try:
         return bool(json.loads(json.dumps(value)) == value)
     except (TypeError, ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""The whole state of environments: of the simulation and of the random generators."""
+"""The complete state of environments: simulation and random generators."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["CollectorState", "EnvState"]
 
 
 class EnvState:
-    """Saves and loads the state of an environment, so that it goes on as if never stopped.
+    """Saves and loads the state of an environment, which then continues as if never stopped.
 
     It supports TorchRL's ``GymEnv``, ``GymWrapper`` and ``SerialEnv`` of these, with any
     transforms, and so ``Task.make`` and ``make_batched``. The state contains that of the
@@ -58,7 +58,7 @@ class EnvState:
         return {"parts": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Bring the environment into a saved state.
+        """Restore a saved state of the environment.
 
         Raises:
             ValueError: The state belongs to another environment.
@@ -74,18 +74,18 @@ class EnvState:
 
 
 class CollectorState:
-    """Saves and loads the state of a ``Collector``, so that it goes on as if never stopped.
+    """Saves and loads the state of a ``Collector``, which then continues as if never stopped.
 
-    The state contains that of the environments (:class:`EnvState`), the TensorDict that travels
-    from step to step (with the memories of policies and transforms), the ids of trajectories, and
-    the counters. It does not contain the policy's weights.
+    It contains the state of the environments (:class:`EnvState`), the TensorDict that is passed
+    from step to step (with the memories of policies and transforms), the trajectory ids and the
+    counters, but not the policy's weights.
 
     Args:
         collector: TorchRL's ``Collector`` in this process.
 
     Raises:
-        TypeError: Another collector, whose state is spread over its workers, or an environment that
-            cannot be saved.
+        TypeError: Another kind of collector, whose state is spread over workers, or an environment
+            that cannot be saved.
 
     >>> env = make_batched("InvertedPendulum-v5", 2, seed=0)
     >>> from torchrl.collectors import Collector
@@ -117,10 +117,10 @@ class CollectorState:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Bring the collector into a saved state; call it before iterating."""
+        """Restore a saved state of the collector; call it before iterating."""
         collector = self.collector
         self.env.load_state_dict(state_dict["env"])
-        # TorchRL restores the counters but starts new trajectories; here the old ones go on.
+        # TorchRL restores the counters but starts new trajectories; here the old ones continue.
         collector._frames, collector._iter = state_dict["frames"], state_dict["iter"]
         if state_dict["traj_pool"] is not None:
             collector._traj_pool.load_state_dict(state_dict["traj_pool"])

@@ -1,4 +1,4 @@
-"""Checkpoints that are verified before they are read, and never unpickle anything."""
+"""Checkpoints that are verified before reading and never unpickle anything."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ _TYPES = {
 class SafeCheckpoint(Checkpoint):
     """TorchRL's ``Checkpoint`` with checksums and without pickles.
 
-    :meth:`save` writes the sizes and SHA-256 sums of all files at the end. :meth:`load` compares
-    them before it reads anything else, and refuses files that would have to be unpickled, since
-    pickles can run any code. Replay buffers, also empty ones, are saved without TorchRL's
-    ``prefetch.pkl``, and plain values so that tensors, tuples and keys come back as they were.
+    At the end, :meth:`save` writes the sizes and SHA-256 sums of all files. :meth:`load` verifies
+    them before it reads anything else, and refuses files that need unpickling, since pickles can
+    run any code. Replay buffers, also empty ones, are saved without TorchRL's ``prefetch.pkl``.
+    Plain values keep tensors, tuples and keys.
 
     >>> net = torch.nn.Linear(2, 1)
     >>> path = SafeCheckpoint(net=net).save("checkpoint", metadata={"step": 3})
@@ -99,9 +99,9 @@ class SafeCheckpoint(Checkpoint):
 
         Raises:
             ValueError: ``format="archive"``.
-            CheckpointError: Too little room on the disk (found before anything is written, since
-                writing a memory map to a full disk ends the process), or a component that can only
-                be pickled.
+            CheckpointError: Too little space on the disk (checked before writing, since writing a
+                memory map to a full disk kills the process), or a component that can only be
+                pickled.
         """
         if format not in (None, "directory"):
             raise ValueError(f"format must be 'directory', got {format!r}")
@@ -124,7 +124,7 @@ class SafeCheckpoint(Checkpoint):
             os.replace(stage, destination)
         finally:
             for path in (stage, old):
-                self._remove_path(path)  # a folder, or a file that stood in its place
+                self._remove_path(path)  # a folder, or a file in its place
         return destination
 
     def load(self, path: str | Path, **options: Any) -> CheckpointLoadResult:
@@ -132,7 +132,7 @@ class SafeCheckpoint(Checkpoint):
 
         Raises:
             CheckpointError: As :meth:`verify`, before anything is loaded; a component that does not
-                fit. After any error all components are as they were.
+                fit. After any error all components are as before.
         """
         self.verify(path)
         names = options.get("components")
@@ -143,11 +143,11 @@ class SafeCheckpoint(Checkpoint):
 
     @staticmethod
     def verify(path: str | Path) -> None:
-        """Compare all files of a checkpoint with their checksums, and refuse pickles.
+        """Check all files of a checkpoint against their checksums, and refuse pickles.
 
         Raises:
             FileNotFoundError: There is no checkpoint.
-            CheckpointError: A file that is missing, of another size, changed, unexpected, or of a
+            CheckpointError: A file that is missing, changed, unexpected, of another size, or of a
                 kind that can run code; the message names it.
         """
         root = Path(path).expanduser().absolute()
@@ -248,7 +248,7 @@ def _read_checksums(root: Path) -> dict[str, tuple[int, str]]:
 
 
 def _size(value: Any) -> int:
-    """Estimate, from above, how many bytes a component takes on a disk."""
+    """Return an upper estimate of the bytes that a component takes on disk."""
     if isinstance(value, ReplayBuffer):
         return _size(value.storage[:]) + 8 * _BLOCK if len(value) else _BLOCK
     if isinstance(value, torch.Tensor | np.ndarray):

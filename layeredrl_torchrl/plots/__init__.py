@@ -1,6 +1,7 @@
-"""Pictures of what a predictor knows, each a function that returns a matplotlib figure.
+"""Plots of a predictor: functions that return a matplotlib figure.
 
-They need matplotlib, which the extra ``plots`` installs. Save a figure by ``figure.savefig(path)``.
+They need matplotlib, which the extra ``plots`` installs. Save a figure with
+``figure.savefig(path)``.
 """
 
 from layeredrl_torchrl.plots.calibration import plot_calibration

@@ -1,4 +1,4 @@
-"""What all pictures share: the figure, its colours, and the names of dimensions."""
+"""The common parts of all plots: figures, colours, and names of dimensions."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ BLUE, ORANGE, GREY = "#2a6fbb", "#d9722b", "#888888"
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of inches, which no window shows.
+    """Return an empty figure, with sizes in inches and without a window.
 
     Raises:
-        ModuleNotFoundError: Without matplotlib; the message says how to install it.
+        ModuleNotFoundError: Matplotlib is not installed; the message tells how to install it.
     """
     try:
         from matplotlib.figure import Figure
@@ -51,13 +51,13 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def tidy(axis: Axes) -> None:
-    """Draw a light grid, and no frame on the right and at the top."""
+    """Draw a light grid, and no frame at the right and top."""
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
 
 
 def names_of(names: Sequence[str] | None, n: int) -> list[str]:
-    """Return the names of ``n`` dimensions of the state; ``ValueError`` for another number."""
+    """Return the names of ``n`` state dimensions; ``ValueError`` if there are not ``n``."""
     if names is None:
         return [f"state {d}" for d in range(n)]
     if len(names) != n:
@@ -66,10 +66,10 @@ def names_of(names: Sequence[str] | None, n: int) -> list[str]:
 
 
 def is_real(predictor: Predictor, data: TensorDictBase) -> Tensor:
-    """Return for transitions ``[*B]`` whether they are any, and no padding that TorchRL marks.
+    """Return which rows ``[*B]`` are transitions and not TorchRL's padding.
 
     Raises:
-        TypeError: No predictor; no TensorDict. ValueError: Not a single transition.
+        TypeError: Not a predictor; not a TensorDict. ValueError: No transition at all.
     """
     check_instance("predictor", predictor, Predictor, hint="a level has one: level.predictor")
     hint = "give what a collector yields, or TensorDict({...}, batch_size)"
@@ -83,7 +83,7 @@ def is_real(predictor: Predictor, data: TensorDictBase) -> Tensor:
 
 
 def real_rows(predictor: Predictor, data: TensorDictBase) -> TensorDictBase:
-    """Return transitions ``[*B]`` as ``[N]``, without padding; raises as :func:`is_real`."""
+    """Return transitions ``[*B]`` as ``[N]``, without padding; raise as :func:`is_real`."""
     real = is_real(predictor, data).reshape(-1)
     return data.reshape(-1)[real]
 
@@ -92,7 +92,7 @@ def states(predictor: Predictor, data: TensorDictBase) -> tuple[Tensor, Tensor, 
     """Return state, context, action and next state of transitions ``[*B]``.
 
     Raises:
-        KeyError: An entry that the data do not have.
+        KeyError: A missing entry.
     """
     hint = "give what a collector yields"
     action = require(data, predictor.model.in_keys[2], reader="a plot", hint=hint)
@@ -102,15 +102,15 @@ def states(predictor: Predictor, data: TensorDictBase) -> tuple[Tensor, Tensor, 
 
 
 def changes(state: Tensor, next_state: Tensor, dims: Sequence[int] | None) -> tuple[list[int], Any]:
-    """Return the dimensions to show, those that change by default, and the std of their changes.
+    """Return the dimensions to show, by default those that change, and the std of their changes.
 
     Args:
         state: States ``[N, D]``.
-        next_state: Those after a step.
+        next_state: The states after a step.
         dims: The dimensions; ``None`` for all that change.
 
     Raises:
-        ValueError: Dimensions outside the state; none that changes; a single transition.
+        ValueError: Dimensions outside the state; no dimension that changes; a single transition.
     """
     if len(state) < 2:
         raise ValueError("data have one transition, whose change has no std; give more")
@@ -124,7 +124,7 @@ def changes(state: Tensor, next_state: Tensor, dims: Sequence[int] | None) -> tu
 
 
 def shown_of(dims: Sequence[int], n: int) -> list[int]:
-    """Return ``dims`` if they are at least one of the ``n`` dimensions of the state."""
+    """Return ``dims`` if they are at least one of the ``n`` state dimensions."""
     shown = check_indices("dims", dims, n)
     if not shown:
         raise ValueError("dims is empty; name dimensions of the state, or leave it out")

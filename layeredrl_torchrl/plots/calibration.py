@@ -1,4 +1,4 @@
-"""How often the truth lies where a model says."""
+"""How often the true next state is where the model predicts it."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ def plot_calibration(
     names: Sequence[str] | None = None,
     n_levels: int = 21,
 ) -> Figure:
-    """Show the share of real next states below each quantile of the prediction.
+    """Plot the share of real next states below each quantile of the prediction.
 
-    On the diagonal a model is calibrated. Below it on the left and above it on the right, its std
-    is too large; the other way round, it is too sure. Each thin line is a dimension of the state,
-    the thick one all together; the title has its mean distance from the diagonal.
+    On the diagonal a model is calibrated. Below the diagonal on the left and above it on the right,
+    its std is too large; the other way round, it is overconfident. Each thin line is one dimension
+    of the state, the thick line all together; the title gives its mean distance from the diagonal.
 
     Args:
         predictor: The predictor.
-        data: Transitions ``[*B]`` that it was not trained on; padding is left out.
+        data: Transitions ``[*B]`` outside the training data; padding is left out.
         dims: Dimensions of the state; all that change by default.
         names: Names of all dimensions of the state.
-        n_levels: Quantiles, evenly from 0 to 1; at least 2.
+        n_levels: Number of quantiles, evenly spaced from 0 to 1; at least 2.
 
     Raises:
         KeyError: Data without observations or actions. ValueError: States that do not change.
-            ModuleNotFoundError: No matplotlib.
+            ModuleNotFoundError: Matplotlib is not installed.
     """
     check_positive_int("n_levels", n_levels, minimum=2)
     state, context, action, real = states(predictor, real_rows(predictor, data))

@@ -29,23 +29,24 @@ def plot_disagreement(
     margin: float = 0.5,
     n: int = 60,
 ) -> Figure:
-    """Show the disagreement of the members over two dimensions of the state, and the data.
+    """Plot the disagreement of the members over two dimensions of the state, with the data.
 
-    Other dimensions, the context and the action are those of the transition in the middle of the
-    data (the one nearest to the median in all dimensions). Colours are in units of
+    Other dimensions, context and action are those of the most central transition (the nearest to
+    the median of all dimensions). Colours are in units of
     :class:`~layeredrl_torchrl.EnsembleDisagreement`.
 
     Args:
-        predictor: Has an ensemble of at least two members.
+        predictor: A predictor with an ensemble of at least two members.
         data: Transitions ``[*B]``, drawn as points; padding is left out.
         dims: Two dimensions of the state.
         names: Names of all dimensions of the state.
-        margin: How far the map reaches beyond the data, as a share of their range.
-        n: Points of the map along each axis, at least 2.
+        margin: Margin of the map around the data, as a share of their range.
+        n: Number of points of the map along each axis, at least 2.
 
     Raises:
         ValueError: Not two dimensions of the state. KeyError: Data without observations or actions.
-            TypeError: A model that is no ensemble. ModuleNotFoundError: No matplotlib.
+            TypeError: A model that is not an ensemble. ModuleNotFoundError: Matplotlib is not
+            installed.
     """
     check_number("margin", margin, 0.0)
     check_positive_int("n", n, minimum=2)
@@ -64,7 +65,7 @@ def plot_disagreement(
     rows = state[middle].expand(len(grid), -1).clone()
     rows[:, [first, second]] = grid
     held = (x[middle].expand(len(grid), *x.shape[1:]) for x in (context, action))
-    # Rows of the picture are the second axis.
+    # The rows of the picture are the second axis.
     found = bonus(rows, *held).reshape(n, n).T.float().cpu()
     figure = new_figure(5.4, 4.2)
     axis = figure.subplots()

@@ -1,4 +1,4 @@
-"""How errors grow with the number of steps ahead."""
+"""How errors grow with the prediction horizon."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ def plot_error_by_horizon(
     dims: Sequence[int] | None = None,
     n_particles: int = 10,
 ) -> Figure:
-    """Show the error of open-loop predictions, and the std that they come with, by steps ahead.
+    """Plot the error and the predicted std of open-loop predictions against the steps ahead.
 
-    Root mean squares over episodes and dimensions, each in units of the std of its change in one
-    step. Where the std follows the error, the model knows how far it can see. The grey line is the
-    error of a guess that nothing changes.
+    Both are root mean squares over episodes and dimensions, each in units of the std of its change
+    in one step. Where the std follows the error, the model knows its own error. The grey line is
+    the error of predicting no change.
 
     Args:
         predictor: The predictor.
-        episodes: Transitions ``[E, H]`` that it was not trained on; what comes after an episode's
-            end does not count, nor does padding.
+        episodes: Transitions ``[E, H]`` outside the training data; steps after an episode's end and
+            padding do not count.
         dims: Dimensions of the state; all that change by default.
         n_particles: Particles of each member.
 
     Raises:
         ValueError: Another batch shape; states that do not change. KeyError: Data without
-            observations or actions. ModuleNotFoundError: No matplotlib.
+            observations or actions. ModuleNotFoundError: Matplotlib is not installed.
     """
     alive = is_real(predictor, episodes).clone()
     if episodes.ndim != 2:
@@ -71,7 +71,7 @@ def plot_error_by_horizon(
     mean, std = parts["mean"], (parts["epistemic_var"] + parts["aleatoric_var"]).sqrt()
 
     def size(what: torch.Tensor) -> torch.Tensor:
-        """Root mean square ``[H]`` of ``[E, H, D]`` over what is alive."""
+        """Return the root mean square ``[H]`` of ``[E, H, D]`` over the steps that count."""
         square = torch.where(alive, (what[..., shown] / unit).square().mean(-1), 0.0)
         return (square.sum(0) / alive.sum(0)).sqrt().float().cpu()
 

@@ -37,22 +37,23 @@ def plot_prediction(
     names: Sequence[str] | None = None,
     n_particles: int = 50,
 ) -> Figure:
-    """Show what follows from the first observation and all actions, beside what really followed.
+    """Plot the prediction from the first observation and all actions, with the real trajectory.
 
-    Each dimension has its real course, the predicted mean, and two bands of two standard
-    deviations: of all particles, and between the members' means, which is what more data would
-    narrow. Every particle keeps its member (TSInfinity).
+    Each dimension shows its real course, the predicted mean, and two bands of two standard
+    deviations: of all particles, and between the members' means. More data would narrow the second
+    band. Every particle keeps its member (TSInfinity).
 
     Args:
         predictor: The predictor.
         episode: Consecutive transitions ``[T]`` of one episode; padding is left out.
-        dims: Dimensions of the state; the four that move most by default.
+        dims: Dimensions of the state; by default the four that vary most.
         names: Names of all dimensions of the state.
         n_particles: Particles of each member.
 
     Raises:
         ValueError: Another batch shape, or an episode that ends before the last transition.
-            KeyError: Data without observations or actions. ModuleNotFoundError: No matplotlib.
+            KeyError: Data without observations or actions. ModuleNotFoundError: Matplotlib is not
+            installed.
     """
     rows = real_rows(predictor, episode)
     if episode.ndim != 1:

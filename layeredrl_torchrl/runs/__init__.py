@@ -1,4 +1,4 @@
-"""Long runs in a folder of their own, which can be killed at any moment and resumed."""
+"""Long runs, each in its own folder, that can be killed at any moment and resumed."""
 
 from layeredrl_torchrl.runs._command import command
 from layeredrl_torchrl.runs._playing import play_episodes

@@ -17,14 +17,14 @@ __all__ = ["RunCheckpoints"]
 
 
 class RunCheckpoints:
-    """Saves the parts of a run, and loads them if the run is resumed.
+    """Saves the parts of a run, and loads them when the run is resumed.
 
     Args:
         directory: Folder of the checkpoints.
         **parts: Parts of every checkpoint.
 
     Attributes:
-        resumed: The checkpoint that the run is resumed from; ``None`` if it starts anew.
+        resumed: The checkpoint from which the run is resumed; ``None`` if it starts from scratch.
         saved_at: Step of the last checkpoint.
     """
 
@@ -68,7 +68,7 @@ class RunCheckpoints:
             RunError: The checkpoint has no such part, or it does not fit.
         """
         try:
-            # Verified by find(). Parts copy what they load to their own device.
+            # find() has verified it. Parts copy loaded tensors to their own device.
             Checkpoint.load(self.checkpoint, self.resumed, components=names, map_location="cpu")
         except CheckpointError as error:
             raise RunError(f"--resume: {error}") from error

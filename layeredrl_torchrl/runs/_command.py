@@ -1,4 +1,4 @@
-"""A command line whose errors are one line each."""
+"""A command line with one-line errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from layeredrl_torchrl.runs.options import (
 
 __all__ = ["command"]
 
-# The extra that installs a module.
+# The extra that installs each module.
 _EXTRAS = {
     "gymnasium_robotics": "robotics",
     "imageio": "examples",
@@ -46,24 +46,24 @@ def command(
 ) -> None:
     """Run ``main`` with the options of the command line.
 
-    The errors that a user can mend end the program with one line: those of a run, those of the
-    package that are about an option, an extra that is not installed, an output that
-    cannot be written. So does Ctrl-C. A resumed run takes the options
-    that are not given from its folder. Needs tyro, which the extra ``examples`` installs.
+    Errors that the user can fix end the program with one line: errors of a run, errors of the
+    package about an option, a missing extra, an output that cannot be written. So does Ctrl-C. A
+    resumed run takes missing options from its folder. Needs tyro, which the extra ``examples``
+    installs.
 
     Args:
         main: The program.
-        options: A dataclass, whose fields without a default are given by their place; that of a
-            run is a subclass of :class:`RunOptions`.
-        description: What ``--help`` says first.
-        needs: Modules of extras without which it ends before anything is done.
+        options: A dataclass; fields without a default are positional arguments. For a run, a
+            subclass of :class:`RunOptions`.
+        description: First text of ``--help``.
+        needs: Modules of extras; if one is missing, the program ends at the start.
     """
     given: Options | None = None
     try:
         for module in ("tyro", *needs):
             importlib.import_module(module)
         given = _read(options, description)
-        check_ranges(given)  # again by a run, but what comes before reads them
+        check_ranges(given)  # a run checks them again, but main() may read them before
         main(given)
     except RunError as error:
         _end(str(error))
@@ -75,7 +75,7 @@ def command(
             raise
         _end(f"--{option.replace('_', '-')}: {error}")
     except KeyboardInterrupt as error:
-        _end(str(error) or "interrupted", 130)  # as shells report what Ctrl-C ended
+        _end(str(error) or "interrupted", 130)  # the status that shells report after Ctrl-C
     except ImportError as error:
         extra = _EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
@@ -92,9 +92,9 @@ def command(
 
 
 def _option_of(error: Exception, given: Any) -> str | None:
-    """Return the name of the option that an error of the package is about, if it is about one.
+    """Return the name of the option that an error of the package is about, or ``None``.
 
-    It begins with it, also after what says where, or it has ``name=value`` in it.
+    Its message begins with the name, perhaps after a location, or contains ``name=value``.
     """
     text = str(error)
     for name in (f.name for f in fields(given)):
@@ -124,14 +124,14 @@ def _read(options: type[Options], description: str) -> Options:
 
 
 def _like(given: AnyRunOptions, saved: dict[str, Any]) -> AnyRunOptions:
-    """Return the ``saved`` options; the others are as ``given``."""
+    """Return ``given`` with the ``saved`` options."""
     names = {f.name for f in fields(given)}
     values = restored(type(given), saved)
     return replace(given, **{name: value for name, value in values.items() if name in names})
 
 
 def _concerns(error: OSError, output: Path) -> bool:
-    """Whether the file that an error names lies in the output, or the output in it."""
+    """Whether the path of an error is inside the output, or the other way round."""
     if not isinstance(error.filename, str):
         return False
     name, output = Path(error.filename).absolute(), output.absolute()

@@ -1,4 +1,4 @@
-"""Files of a run: locked, written as a whole, or row by row."""
+"""Files of a run: locks, atomic writes, and CSV files written row by row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Curve", "lock", "staged", "write_rows", "write_whole"]
 class Curve:
     """Rows of numbers in a CSV file; if the run is killed, the rows written so far are complete.
 
-    Loading its state from a checkpoint cuts the file back to the rows of that time.
+    Loading its state from a checkpoint truncates the file to the rows of that time.
 
     >>> curve = Curve(Path("curve.csv"))
     >>> curve.add({"env_steps": 100.0, "return": 4.5})
@@ -37,7 +37,8 @@ class Curve:
         """Write one more row.
 
         Raises:
-            TypeError: What is no number. ValueError: Other columns than those of the first row.
+            TypeError: A value that is not a number. ValueError: Other columns than in the first
+                row.
         """
         for name, value in row.items():
             if not isinstance(value, Real):
@@ -54,7 +55,7 @@ class Curve:
         self.rows.append(numbers)
 
     def rewrite(self) -> None:
-        """Write the file anew with the known rows."""
+        """Rewrite the file with the known rows."""
         write_rows(self.path, list(self.rows[0]) if self.rows else [], self._values())
 
     def _values(self) -> list[list[float]]:
@@ -65,14 +66,14 @@ class Curve:
         return {"columns": list(self.rows[0]) if self.rows else [], "values": self._values()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Replace the rows, also those in the file, by the saved ones."""
+        """Replace the rows, also in the file, by the saved ones."""
         columns = state_dict["columns"]
         self.rows[:] = [dict(zip(columns, row, strict=True)) for row in state_dict["values"]]
         self.rewrite()
 
 
 def write_rows(path: Path, columns: list[str], rows: Iterable[Iterable[float]]) -> None:
-    """Write a CSV file as a whole; an empty one without columns."""
+    """Write a CSV file atomically; without columns it is empty."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows([columns, *rows] if columns else [])
     write_whole(path, text.getvalue())

@@ -1,4 +1,4 @@
-"""The folder of a run, and what may go into it."""
+"""The folder of a run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["RunFolder", "read_settings"]
 
 
 class RunFolder:
-    """The folder of one run, with one process at a time that writes to it.
+    """The folder of one run; one process at a time writes to it.
 
     Args:
         options: Options of the run.
-        owned: Names of files that the run writes over.
+        owned: Names of files that the run overwrites.
     """
 
     def __init__(self, options: RunOptions, owned: tuple[str, ...]) -> None:
@@ -28,7 +28,7 @@ class RunFolder:
         self._settings = options.settings()
 
     def check(self, *, any_saved: bool) -> None:
-        """Raise ``RunError`` unless the run may begin, or go on, here.
+        """Raise ``RunError`` unless the run may start or resume here.
 
         Args:
             any_saved: Whether the folder holds checkpoints.
@@ -47,16 +47,16 @@ class RunFolder:
             self._refuse_strangers(saved)
 
     def refuse_others(self, saved: Mapping[str, Any], where: Path) -> None:
-        """Raise ``RunError`` if ``saved`` are not the options of this run."""
+        """Raise ``RunError`` if ``saved`` differs from the options of this run."""
         now, free = self._settings, self._options.free
         other = {k: v for k, v in saved.items() if k not in free and not _same(now.get(k), v)}
         if other:
             raise RunError(f"--resume: {where} was made with {other}; use the same")
 
     def _refuse_strangers(self, saved: Mapping[str, Any] | None) -> None:
-        """Raise ``RunError`` if a file is not of a run with such options.
+        """Raise ``RunError`` if a file does not belong to a run with such options.
 
-        One that was killed before its first checkpoint leaves settings with all of them.
+        A run killed before its first checkpoint leaves settings with all of these options.
         """
         if saved is None:
             taken = [name for name in self._owned if (self.path / name).exists()]
@@ -70,7 +70,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the folder, and hold its lock; it ends with the process in any case.
+        """Make the folder and hold its lock, at most until the process ends.
 
         Raises:
             RunError: It cannot be written or locked, or another process has the lock.
@@ -95,7 +95,7 @@ class RunFolder:
             yield
 
     def write_settings(self) -> None:
-        """Write the options that the run is started with."""
+        """Write the options of the run."""
         write_whole(settings_path(self.path), json.dumps(self._settings, indent=1))
 
 
@@ -119,5 +119,5 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
 
 
 def _same(a: object, b: object) -> bool:
-    """Whether two settings are the same, NaN too."""
+    """Whether two settings are equal; NaN equals NaN."""
     return a == b or json.dumps(a) == json.dumps(b)

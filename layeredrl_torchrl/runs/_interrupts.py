@@ -13,10 +13,10 @@ __all__ = ["Interrupts"]
 
 
 class Interrupts:
-    """Notes the first Ctrl-C in the block, so that what is under way can be completed and saved.
+    """Notes the first Ctrl-C in the block, so that the current batch can be completed and saved.
 
-    The second one interrupts at once, as ever. In other threads, and where somebody else already
-    listens to Ctrl-C, nothing is changed.
+    The second one interrupts at once, as usual. In other threads, and if another handler of Ctrl-C
+    is installed, nothing changes.
 
     Attributes:
         noted: Whether Ctrl-C was pressed.

@@ -21,10 +21,10 @@ def open_logger(kind: str, folder: Path, settings: Mapping[str, Any], steps: int
         kind: The option ``logger``.
         folder: Folder of the run.
         settings: Options of the run.
-        steps: Real steps taken so far; what TensorBoard was told of later ones is taken back.
+        steps: Real steps taken so far; TensorBoard's entries of later steps are removed.
 
     Raises:
-        RunError: W&B cannot be reached, or nobody is logged in.
+        RunError: W&B cannot be reached, or there is no login.
     """
     if kind == "csv":
         return None

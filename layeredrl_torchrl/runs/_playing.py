@@ -1,4 +1,4 @@
-"""Whole episodes, to evaluate a policy."""
+"""Play whole episodes to evaluate a policy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["collector_options", "evaluate", "make_checked", "play_episodes"]
 
 
 def make_checked(make_env: Callable[..., EnvBase], **kwargs: Any) -> EnvBase:
-    """Return ``make_env(**kwargs)``; ``TypeError`` unless that makes an environment."""
+    """Return ``make_env(**kwargs)``; raise ``TypeError`` unless it is an environment."""
     names = ", ".join(f"{name}=" for name in kwargs)
     if isinstance(make_env, EnvBase):
         raise TypeError(f"make_env is an environment; pass a function, make_env({names}) -> env")
@@ -30,7 +30,7 @@ def make_checked(make_env: Callable[..., EnvBase], **kwargs: Any) -> EnvBase:
 
 
 def collector_options(device: str | torch.device) -> dict[str, Any]:
-    """Return what a collector is told of a policy on ``device``: the environment is on the CPU."""
+    """Return options of a collector for a policy on ``device`` and environments on the CPU."""
     options: dict[str, Any] = {"auto_register_policy_transforms": True}
     if torch.device(device).type != "cpu":
         options["policy_device"] = device
@@ -46,22 +46,22 @@ def evaluate(
     seed: int,
     device: str | torch.device,
 ) -> dict[str, float]:
-    """Play ``n`` episodes by TorchRL's ``Evaluator``, one after the other.
+    """Play ``n`` episodes with TorchRL's ``Evaluator``, one after the other.
 
-    Nothing else notices: random numbers go on where they were, and the policy in its own mode.
+    Random numbers and the policy's mode are restored afterwards.
 
     Args:
-        make_env: Returns one environment, batch size ``[]`` or ``[1]``: of several, those whose
-            episodes are short would end more of the first ``n``. Closed at the end. (Making it may
-            draw and seed random numbers, too.)
+        make_env: Returns one environment, batch size ``[]`` or ``[1]`` (with several, short
+            episodes would be overrepresented among the first ``n``); it is closed at the end.
+            Making it may draw and seed random numbers.
         policy: The policy, whose primers are appended to the environment.
         n: Number of episodes.
         seed: Seed of the random numbers that the policy draws.
         device: Device of the policy.
 
     Returns:
-        ``"reward"``, the mean return, ``"episode_length"`` and others of the ``Evaluator``, and
-        the share of ``"success"`` where the environment says ``("next", "success")``.
+        ``"reward"``, the mean return, ``"episode_length"`` and other results of the ``Evaluator``,
+        and the share of ``"success"`` if the environment gives ``("next", "success")``.
     """
     modes = [(module, module.training) for module in policy.modules()]
     rng = GlobalRNGState()
@@ -69,12 +69,12 @@ def evaluate(
     try:
         env = make_env()
         torch.manual_seed(seed)
-        policy.eval()  # also where the collector only asks what it writes
+        policy.eval()  # before the collector tries the policy
         evaluator = Evaluator(
             env,
             policy,
             num_trajectories=n,
-            frames_per_batch=50,  # what is played in vain at the end
+            frames_per_batch=50,  # so many steps may be wasted at the end
             collector_kwargs={"traj_format": "cat", **collector_options(device)},
             metrics_fn=_success,
             log_prefix="",
@@ -91,7 +91,7 @@ def evaluate(
 
 
 def _success(data: TensorDictBase) -> dict[str, float]:
-    """Return the share of episodes in which the goal was reached at some step."""
+    """Return the share of episodes that reached the goal at some step."""
     success = data.get(("next", "success"), None)
     if success is None:
         return {}
@@ -106,9 +106,9 @@ def play_episodes(
 ) -> TensorDict:
     """Play one episode in each of ``n`` environments; return their last steps ``[n]``.
 
-    Actions are deterministic. A policy with memory needs its primer in the environment. Unlike
-    ``env.rollout``, environments go on when others are done, and playing ends with the longest
-    episode. A bar shows how far they are.
+    Actions are deterministic. A policy with memory needs its primer in the environment. Unlike in
+    ``env.rollout``, environments continue when others are done; playing ends with the longest
+    episode. A bar shows the progress.
 
     >>> from tensordict.nn import TensorDictModule
     >>> from torchrl.envs import RewardSum

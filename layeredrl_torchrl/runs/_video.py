@@ -1,4 +1,4 @@
-"""The video of an episode, by TorchRL's ``VideoRecorder``."""
+"""Record an episode as a video with TorchRL's ``VideoRecorder``."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def check_rendering(task: Task) -> None:
     """Render one picture of a task.
 
     Raises:
-        RuntimeError: The task or this machine cannot; the message is one line.
+        RuntimeError: The task or this machine cannot render; the message is one line.
     """
     if sys.platform == "linux" and not {"MUJOCO_GL", "DISPLAY"} & os.environ.keys():
-        # Gymnasium believes that GLFW works without a screen; EGL does.
+        # Gymnasium tries GLFW, which needs a screen; EGL does not.
         with contextlib.suppress(OSError):
             ctypes.CDLL("libEGL.so.1")
             os.environ["MUJOCO_GL"] = "egl"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # GLFW's, of the same that the error says
+            warnings.simplefilter("ignore")  # GLFW warns of the problem that the error describes
             env = task.make_gym(render_mode="rgb_array")
             env.reset(seed=0)
             picture = env.render()
@@ -62,17 +62,17 @@ def check_rendering(task: Task) -> None:
 def record(
     env: EnvBase, policy: TensorDictModuleBase, path: Path, device: str | torch.device
 ) -> None:
-    """Record an episode as an animated GIF, in real time, with at most 25 pictures a second.
+    """Record an episode as an animated GIF in real time, with at most 25 frames per second.
 
     Args:
         env: One environment, batch size ``[]`` or ``[1]``, that renders "rgb_array"; closed at the
             end.
-        policy: The policy, whose primers are in the environment.
+        policy: The policy; its primers are in the environment.
         path: The file.
         device: Device of the policy.
 
     Raises:
-        RuntimeError: An environment that does not draw.
+        RuntimeError: An environment that does not render.
     """
     mode = getattr(env, "render_mode", "rgb_array")
     if mode != "rgb_array":
@@ -80,8 +80,8 @@ def record(
             f"the environment of the video has render_mode {mode!r}, which draws no pictures; let "
             "make_env pass on its render_mode="
         )
-    # MuJoCo frees what a lost renderer drew with by number, in whatever context is current: later
-    # it would take what this one draws with, and leave black pictures.
+    # MuJoCo frees the resources of an unused renderer by number, in the current context. Later this
+    # would free the resources of the new renderer, and pictures would be black.
     gc.collect()
     fps = env.metadata.get("render_fps") or _FPS
     skip = math.ceil(fps / _FPS)
@@ -100,7 +100,7 @@ def record(
 
 
 class _GifWriter:
-    """What the recorder asks of a logger; TorchRL's own need torchcodec or moviepy."""
+    """The part of a logger that the recorder uses; TorchRL's loggers need torchcodec or moviepy."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -115,7 +115,7 @@ class _GifWriter:
 
 
 def _shrink(pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
-    """Return ``[n, 3, H, W]`` of n pictures ``[height, width, 3]``, ``[3, H, W]`` of one alone."""
+    """Shrink n pictures ``[height, width, 3]`` to ``[n, 3, H, W]``, one to ``[3, H, W]``."""
     found = torch.from_numpy(np.stack(pictures)).movedim(-1, -3)
     factor = max(found.shape[-2] // _HEIGHT, 1)
     return torch.nn.functional.avg_pool2d(found.float(), factor).to(torch.uint8)

@@ -39,7 +39,7 @@ class RunError(RuntimeError):
 
 @dataclass(frozen=True)
 class _Range:
-    """The numbers that an option may be."""
+    """The range of an option."""
 
     low: float
     high: float = float("inf")
@@ -62,9 +62,9 @@ Positive: TypeAlias = Annotated[float, _Range(0.0, open_low=True)]
 PositiveShare: TypeAlias = Annotated[float, _Range(0.0, 1.0, open_low=True)]
 """Above 0, at most 1: a planner's discount."""
 Seed: TypeAlias = Annotated[int, _Range(0, 2**32 - 1, whole=True)]
-"""What seeds any random generator."""
+"""A seed of any random generator."""
 Number: TypeAlias = Annotated[float, _Range(float("-inf"))]
-"""Any that is finite."""
+"""Any finite number."""
 Share: TypeAlias = Annotated[float, _Range(0.0, 1.0)]
 """Between 0 and 1, both included."""
 
@@ -83,10 +83,10 @@ _KINDS = {
 
 @dataclass
 class RunOptions:
-    """Options of every run; a subclass adds its own and may change the defaults.
+    """Options of every run; a subclass adds options and may change the defaults.
 
     Each number has one of the types ``Count``, ``Natural``, ``NotNegative``, ``Number``,
-    ``Positive``, ``PositiveShare``, ``Seed`` and ``Share``, which give its range to :meth:`check`.
+    ``Positive``, ``PositiveShare``, ``Seed`` and ``Share``; :meth:`check` uses their ranges.
 
     >>> RunOptions(n_envs=0).check()
     Traceback (most recent call last):
@@ -124,7 +124,7 @@ class RunOptions:
     threads: Count = 1
     """Threads that torch may use."""
 
-    #: Options that a resumed run may change; all others are those of its checkpoint.
+    #: Options that a resumed run may change; all others must equal those of its checkpoint.
     free: ClassVar[frozenset[str]] = frozenset(
         {
             "total_env_steps",
@@ -145,14 +145,14 @@ class RunOptions:
 
     @property
     def folder(self) -> Path:
-        """The folder of this run; a subclass may divide ``output`` among several runs."""
+        """The folder of this run; a subclass may use subfolders of ``output`` for several runs."""
         return self.output
 
     def settings(self) -> dict[str, Any]:
-        """Return the options as JSON gives them back: paths as text, tuples as lists.
+        """Return the options in the form that JSON restores: paths as text, tuples as lists.
 
         Raises:
-            TypeError: An option that JSON cannot hold.
+            TypeError: An option that JSON cannot store.
         """
         return {name: _plain(name, value) for name, value in asdict(self).items()}
 
@@ -195,12 +195,12 @@ class RunOptions:
 def check_ranges(options: object) -> None:
     """Check the numbers and choices of a dataclass of options whose types give their ranges.
 
-    If it has a ``device``, that has to be one that can be used.
+    If it has a ``device``, torch must be able to use that.
 
     Raises:
         RunError: An option out of range; the message names it, its value and its range.
     """
-    # Scripts that are run from strings, as notebooks do, have no module to look names up in.
+    # Scripts run from strings, as in notebooks, have no module to look up names.
     for name, hint in type_hints(type(options), None, _KINDS, include_extras=True).items():
         bounds = _range_of(hint)
         value: Any = getattr(options, name, None)
@@ -228,11 +228,11 @@ def check_ranges(options: object) -> None:
 
 
 def find_task(name: str, *, with_goals: bool = False) -> Task:
-    """Return the task of that name; :class:`RunError` with similar names if there is none.
+    """Return the task with that name; :class:`RunError` with similar names if there is none.
 
     Args:
         name: Name in the registry.
-        with_goals: Whether a task that does not report success is an error, too.
+        with_goals: Whether a task that does not report success is an error.
     """
     try:
         task = get_task(name)
@@ -260,13 +260,13 @@ def _plain(name: str, value: object) -> object:
 
 
 def restored(options: type, saved: dict[str, Any]) -> dict[str, Any]:
-    """Return those of the ``saved`` settings that ``options`` has, as values of their types."""
+    """Return the ``saved`` settings that ``options`` has, as values of their types."""
     hints = type_hints(options, None, _KINDS)
     return {name: _typed(value, hints[name]) for name, value in saved.items() if name in hints}
 
 
 def _typed(value: Any, hint: Any) -> Any:
-    """Return what JSON gave back as a value of the type ``hint``."""
+    """Return a value restored from JSON as a value of the type ``hint``."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return next((new for part in parts if (new := _typed(value, part)) is not value), value)
@@ -279,13 +279,13 @@ def _typed(value: Any, hint: Any) -> Any:
 
 
 def _holds_several(hint: object) -> bool:
-    """Whether the type is a tuple or a list, also an optional one."""
+    """Whether the type is a tuple or list, optional or not."""
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     return any(get_origin(kind) in (tuple, list) for kind in kinds)
 
 
 def _range_of(hint: object) -> _Range | None:
-    """Return the range in ``Annotated[...]``, also of an optional type or of a tuple's items."""
+    """Return the range in ``Annotated[...]``, also in optional types and in tuples."""
     if get_origin(hint) is Annotated:
         return next((found for found in get_args(hint)[1:] if isinstance(found, _Range)), None)
     if get_origin(hint) in (Union, types.UnionType, tuple):

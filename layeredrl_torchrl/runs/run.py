@@ -1,4 +1,4 @@
-"""A run in a folder of its own, which can be killed at any moment and resumed."""
+"""A run in its own folder that can be killed at any moment and resumed."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ _NO_ESTIMATE = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
 class Run:
-    """A run that collects, learns and saves, in a folder of its own.
+    """A run that collects, learns and saves in its own folder.
 
     As a context manager, it checks the options, seeds torch, and locks the folder. Every checkpoint
-    contains the parts that :meth:`keep` was given; if the run is resumed, they are loaded at once.
-    :meth:`collect` yields batches, and saves between them: parts, environments, random numbers and
-    the learning curve. So a run that was killed and resumed goes on bit for bit as if it had not
-    been killed (on the same machine, versions and device).
+    contains the parts passed to :meth:`keep`, which a resumed run loads at once. :meth:`collect`
+    yields batches and saves checkpoints between them: parts, environments, random numbers and the
+    learning curve. So a killed and resumed run continues bit for bit as if it had not been killed
+    (on the same machine, versions and device).
 
     ======================  ================================================================
     ``settings.json``       options that the run was last started with
@@ -116,7 +116,7 @@ class Run:
 
     @property
     def resumed(self) -> Path | None:
-        """The checkpoint that this run was resumed from; ``None`` if it started anew."""
+        """The checkpoint from which this run was resumed; ``None`` if it started from scratch."""
         return self._checkpoints.resumed
 
     @property
@@ -149,7 +149,7 @@ class Run:
         return self
 
     def _begin(self) -> None:
-        """Seed, load what was saved, and open what is written to, with the folder locked."""
+        """Seed, load the saved state and open the logs, with the folder locked."""
         options = self.options
         torch.set_num_threads(options.threads)
         torch.manual_seed(options.seed)
@@ -194,7 +194,7 @@ class Run:
             tqdm.write(f"{self.folder} has no checkpoint yet: starting from the beginning")
             return
         metadata = SafeCheckpoint.manifest(self.resumed)["metadata"]
-        own = self.options.settings()  # a Trainer notes its counts beside them
+        own = self.options.settings()  # a Trainer also stores its counts in the metadata
         told = {name: value for name, value in metadata.items() if name in own}
         self._own.refuse_others(told, self.resumed)
         self._checkpoints.load("run", "curve")
@@ -203,13 +203,13 @@ class Run:
     # -- the curve --------------------------------------------------------------------------
 
     def log(self, row: Mapping[str, float]) -> None:
-        """Add a row to the learning curve, with ``env_steps`` before and ``seconds`` after it.
+        """Add a row to the learning curve, between the columns ``env_steps`` and ``seconds``.
 
-        The numbers in it also go to the ``logger`` of the options.
+        The ``logger`` of the options also gets the finite numbers.
 
         Raises:
-            TypeError: What is no number. ValueError: One of these two names; other columns than
-                those of the first row.
+            TypeError: A value that is not a number. ValueError: A row with one of these two names,
+                or with other columns than the first row.
         """
         if own := {"env_steps", "seconds"} & row.keys():
             raise ValueError(f"a row has {sorted(own)}, which log() adds; use other names")
@@ -224,7 +224,7 @@ class Run:
 
         Returns:
             The number of ``"episodes"`` that ended, their mean ``"return"`` (that of the previous
-            row if none has ended), and the mean ``"return_so_far"`` of those that go on.
+            row if none ended), and the mean ``"return_so_far"`` of the others.
         """
         so_far = require(data, ("next", "episode_reward"), **_SUMMED)
         ended = so_far[data["next", "done"]]
@@ -242,16 +242,15 @@ class Run:
     ) -> dict[str, float]:
         """Evaluate the policy if it is due, for a row of the curve.
 
-        The same episodes each time, played by TorchRL's ``Evaluator``; the run goes on as if there
-        had been none.
+        TorchRL's ``Evaluator`` plays the same episodes each time. This does not affect the run.
 
         Args:
             make_env: ``make_env(seed=, n=)`` returns environments ``[n]``.
             policy: The policy.
 
         Returns:
-            The mean return, ``"evaluation"``, and for tasks with goals the share that was reached,
-            ``"evaluation_success"``; NaN between two evaluations. Nothing without
+            The mean return, ``"evaluation"``, and for tasks with goals the share of reached goals,
+            ``"evaluation_success"``; NaN between two evaluations. Empty without
             ``steps_per_evaluation``.
         """
         options, every = self.options, self.options.steps_per_evaluation
@@ -281,13 +280,13 @@ class Run:
         seed: int | None = None,
         solved_at: float | None = None,
     ) -> None:
-        """Evaluate the policy at length, report, and with the option ``video`` record an episode.
+        """Evaluate the final policy, report, and with the option ``video`` record an episode.
 
         Args:
             make_env: ``make_env(seed=, n=)`` returns environments ``[n]`` with ``RewardSum``; for a
-                video it is also given ``render_mode=``, as ``make_batched`` takes it.
+                video it also gets ``render_mode=``, as ``make_batched`` takes it.
             policy: The policy; stays in evaluation mode.
-            seed: Seed of the environments; 10,000 above that of the run by default.
+            seed: Seed of the environments; by default the run's seed plus 10,000.
             solved_at: As in :meth:`report`.
         """
         options, policy = self.options, policy.eval()
@@ -313,8 +312,8 @@ class Run:
         Args:
             ends: Last steps ``[n]`` or ``[]`` from :func:`play_episodes`, with ``RewardSum`` and,
                 for tasks with goals, ``SuccessRate``.
-            how: Description of the policy; also part of the file's name.
-            solved_at: Mean return from which the task counts as solved.
+            how: Description of the policy; also part of the file name.
+            solved_at: Mean return at which the task counts as solved.
         """
         returns = require(ends, "episode_reward", **_SUMMED).reshape(-1)
         columns = {"return": returns.tolist()}
@@ -337,10 +336,10 @@ class Run:
     # -- checkpoints ------------------------------------------------------------------------
 
     def keep(self, **parts: Any) -> None:
-        """Save these parts with the run; if it is resumed, load them now.
+        """Save these parts with the run; a resumed run loads them now.
 
         Args:
-            **parts: Components of a ``Checkpoint``; ``None`` is left out.
+            **parts: Components of a ``Checkpoint``; ``None`` is ignored.
 
         Raises:
             RunError: The checkpoint has no such part, or it does not fit.
@@ -350,7 +349,7 @@ class Run:
                 self._checkpoints.keep(name, part)
 
     def count(self, data: TensorDictBase) -> TensorDictBase:
-        """Count the steps in a batch that was collected by other means, and return it."""
+        """Count the steps of a batch collected in another way, and return it."""
         self._counts["env_steps"] += data.numel()
         return data
 
@@ -368,10 +367,10 @@ class Run:
         make_env: Callable[[int], EnvBase] | None = None,
         init_random_frames: int = 0,
     ) -> Iterator[TensorDictBase]:
-        """Yield batches ``[env, T]`` until all steps are taken; save when it is due.
+        """Yield batches ``[env, T]`` until all steps are taken; save checkpoints when due.
 
         With Ray workers (``n_workers`` of the options) each worker has its own environments, and a
-        resumed run goes on with new episodes.
+        resumed run continues with new episodes.
 
         Args:
             env: Environments ``[env]`` of this process.
@@ -423,7 +422,7 @@ class Run:
         if begun < self.total:
             self._set_aside_evaluations()
         bar = tqdm(total=self.total, initial=begun, unit="step", bar_format=_NO_ESTIMATE)
-        # Not in a block here: this may be closed long after the loop over it was left.
+        # Not in a with block: this generator may be closed long after its loop has ended.
         interrupts = self._stack.enter_context(Interrupts())
         with bar:
             while self.steps < self.total:
@@ -439,7 +438,7 @@ class Run:
                     last = {k: v for k, v in self.rows[-1].items() if math.isfinite(v)}
                     shown = [k for k in last if k not in ("env_steps", "episodes", "seconds")]
                     bar.set_postfix({k: f"{last[k]:.3g}" for k in shown[:3]}, refresh=False)
-                    # Before anything is learned the time that is left is anybody's guess.
+                    # Before learning starts, the remaining time cannot be estimated.
                     if any(k == "nll" or k.startswith("loss") for k in last):
                         bar.bar_format = None
                 unsaved = self.steps - self._checkpoints.saved_at

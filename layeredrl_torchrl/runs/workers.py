@@ -1,8 +1,8 @@
-"""Experience from the workers of a Ray cluster.
+"""Collect data with the workers of a Ray cluster.
 
-A worker is TorchRL's ``Collector`` in a Ray actor with environments of its own. ``RayCollector``
-asks all of them for a batch at once, and the learner sends its weights before each batch. The
-cluster, of one machine or many, is either started here or joined.
+A worker is TorchRL's ``Collector`` in a Ray actor with its own environments. ``RayCollector`` asks
+all workers for a batch at the same time, and the learner sends its weights before each batch. This
+module either starts a cluster on this machine, or joins one of one or many machines.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ __all__ = ["WorkerDiedError", "WorkerOptions", "collect_with_workers"]
 
 CONNECT_SECONDS = 10  # Ray itself would try for more than five minutes
 PLACE_SECONDS = 30
-OBJECT_STORE_BYTES = 128 * 1024**2  # batches and weights are small; Ray takes a third of the memory
+OBJECT_STORE_BYTES = 128 * 1024**2  # batches and weights are small; Ray's default is a third of RAM
 
 
 class WorkerDiedError(RuntimeError):
-    """A worker, or the machine that it ran on, has died."""
+    """A worker or its machine has died."""
 
 
 @dataclass
@@ -49,7 +49,7 @@ class WorkerOptions(RunOptions):
     n_workers: Natural = 0
     """Ray workers, each with `n_envs` environments and one CPU; 0 to collect in this process."""
     ray_address: str | None = None
-    """HOST:PORT of a running Ray cluster; a cluster on this machine alone by default."""
+    """HOST:PORT of a running Ray cluster; by default a new cluster on this machine alone."""
 
     free: ClassVar[frozenset[str]] = RunOptions.free | {"ray_address"}
 
@@ -85,11 +85,11 @@ def collect_with_workers(
 ) -> Iterator[Iterator[TensorDictBase]]:
     """Yield batches ``[env, T]`` that workers collect, each with the newest weights.
 
-    Every batch has the rows of the first worker's environments, then those of the second's, and so
-    on; trajectory ids are unique across workers.
+    Every batch has the rows of the first worker's environments first, then those of the second
+    worker, and so on; trajectory ids are unique across workers.
 
     Args:
-        options: How many workers, and where.
+        options: Number of workers, and the cluster.
         make_env: Returns the environments ``[env]`` of a worker for its seed.
         policy: The policy; each worker has a copy on its CPU.
         frames_per_batch: Steps in a batch, over all workers.
@@ -98,7 +98,7 @@ def collect_with_workers(
 
     Raises:
         RunError: A cluster that cannot be reached or has too few free CPUs.
-        WorkerDiedError: In the middle of the iteration.
+        WorkerDiedError: During the iteration.
     """
     import ray
     from torchrl.collectors.distributed import RayCollector
@@ -109,12 +109,12 @@ def collect_with_workers(
         acting = copy.deepcopy(policy).to("cpu")
     _connect(options)
     try:
-        # A script's functions travel as code: other machines need the package alone.
+        # Send a script's functions as code, so that other machines need only the package.
         script = sys.modules[getattr(make_env, "func", make_env).__module__]
         if not script.__name__.startswith("layeredrl_torchrl"):
             ray.cloudpickle.register_pickle_by_value(script)
-        # Drawn from the learner's generator, which a checkpoint restores, so that a resumed run
-        # uses other random numbers than those it began with.
+        # Draw seeds from the learner's generator, which a checkpoint restores, so that a resumed
+        # run does not repeat its first random numbers.
         seeds = torch.randint(2**31, (n,)).tolist()
         ray_collector = RayCollector(
             [partial(_make_seeded, make_env, seed) for seed in seeds],
@@ -127,8 +127,8 @@ def collect_with_workers(
             postproc=_join,
             collector_kwargs={"auto_register_policy_transforms": True},
             remote_configs={"num_cpus": 1, "scheduling_strategy": _place(options)},
-            # TorchRL's own transport of weights opens a second network beside Ray's, for which all
-            # host names must resolve, and which times out after a minute.
+            # TorchRL's own transport of weights opens a second network in addition to Ray's. For it
+            # all host names must resolve, and it times out after a minute.
             weight_sync_schemes={},
         )
         try:
@@ -143,8 +143,8 @@ def _connect(options: WorkerOptions) -> None:
     """Join the cluster, or start one."""
     import ray
 
-    # Lines printed by workers would each be preceded by a hundred lines that describe the
-    # collector; errors arrive without log_to_driver.
+    # A hundred lines that describe the collector would precede each line printed by a worker;
+    # errors arrive without log_to_driver.
     quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
     address = options.ray_address
     if address is None:
@@ -175,9 +175,9 @@ def _connect(options: WorkerOptions) -> None:
 
 @contextmanager
 def _loopback() -> Iterator[None]:
-    """Make clusters that are started in the block listen on this machine's loopback only.
+    """Make clusters started in the block listen only on this machine's loopback.
 
-    By default Ray listens on all interfaces, and anybody who reaches it can run code.
+    By default Ray listens on all interfaces, and anybody who can connect can run code.
     """
     from ray._private import ray_constants
 
@@ -236,7 +236,7 @@ def _batches(collector: Any, policy: TensorDictModuleBase) -> Iterator[TensorDic
             weights = ray.put({name: _on_cpu(value) for name, value in state.items()})
             collector.map_fn("policy.load_state_dict", [(weights,)] * len(actors))
             with warnings.catch_warnings():
-                # It warns that its own transport of weights is not used.
+                # TorchRL warns that its own transport of weights is not used.
                 warnings.filterwarnings("ignore", "RayCollector iteration started before")
                 data = next(batches, None)
         except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:

@@ -1,4 +1,4 @@
-"""Tasks to run the package on; installed as ``layeredrl_torchrl.envs``.
+"""Tasks for the package; installed as ``layeredrl_torchrl.envs``.
 
 ``python -m layeredrl_torchrl.envs`` lists them.
 """

@@ -21,7 +21,7 @@ _HEAD = (
 
 
 def _known(function: object, of: str) -> str:
-    """How a table puts that a function is known, and of what, or that it is not."""
+    """Return the cell for a function: "no" if it is unknown, "never", or its arguments."""
     if function is None:
         return "no"
     return "never" if function is never else of
@@ -36,7 +36,7 @@ def _row(task: Task) -> tuple[str, ...]:
 
 
 def table() -> str:
-    """Return all tasks as a Markdown table: ``D``, ``C`` and ``A``, steps, and what is known."""
+    """Return all tasks as a Markdown table: ``D``, ``C`` and ``A``, steps, known functions."""
     rows = [_HEAD, *map(_row, TASKS.values())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [

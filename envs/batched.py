@@ -1,4 +1,4 @@
-"""Many environments as one."""
+"""Several environments as one."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ def make_batched(task: Task | str, n: int, *, seed: int | None = None, **kwargs:
 
     The observation at the end of an episode is the true final one. (``GymEnv(num_envs=n)`` gives
     zeros there and a step that never happened, because gymnasium's vectorised environments reset
-    themselves by default: here that is switched off, and TorchRL resets them, one by one.) All run
-    in this process, which for MuJoCo's small tasks is faster than worker processes.
+    themselves by default. Here this is switched off, and TorchRL resets them one by one.) All
+    environments run in this process, which is faster than worker processes for MuJoCo's small
+    tasks.
 
     >>> make_batched("InvertedPendulum-v5", 4, seed=0).rollout(3).shape
     torch.Size([4, 3])
@@ -29,8 +30,8 @@ def make_batched(task: Task | str, n: int, *, seed: int | None = None, **kwargs:
     Args:
         task: A task, or the name of one in the registry.
         n: Number of environments, at least 1.
-        seed: Environment ``i`` behaves as ``task.make(seed=seed + i)`` does.
-        **kwargs: As ``Task.make`` takes them.
+        seed: Environment ``i`` behaves like ``task.make(seed=seed + i)``.
+        **kwargs: Keyword arguments of ``Task.make``.
 
     Raises:
         KeyError: A name that is not in the registry. TypeError: Neither name nor task; a number or

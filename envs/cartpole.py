@@ -1,4 +1,4 @@
-"""A cart-pole in MuJoCo whose pole hangs down at the start and has to be swung up."""
+"""A cart-pole in MuJoCo with a hanging pole that must be swung up."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _XML = Path(__file__).resolve().parent / "assets" / "cartpole_swingup.xml"
 
 
 class CartPoleSwingUpEnv(MujocoEnv, gym.utils.EzPickle):
-    """Swing a hanging pole up and hold it over the middle of the rail, at 25 Hz.
+    """Swing a hanging pole up and balance it over the middle of the rail, at 25 Hz.
 
     ============  =====================================================================
     observation   ``[x, sin(angle), cos(angle), dx/dt, dangle/dt]``, ``[5]`` float64: m, m/s,
@@ -29,13 +29,13 @@ class CartPoleSwingUpEnv(MujocoEnv, gym.utils.EzPickle):
     end           never terminates; the task's time limit truncates
     ============  =====================================================================
 
-    The rail ends 1.8 m to either side. The force is enough to swing the pole (0.2 kg, 0.6 m) up
-    in one or two strokes. The reward has no cost of the action: the best a controller can do is
-    limited by the time it takes to get up. An episode of 250 steps counts as solved from 180 on;
-    pumping energy and then linear feedback gets 219, random actions get 10 or so.
+    The rail extends 1.8 m to either side. The force is enough to swing the pole (0.2 kg, 0.6 m) up
+    in one or two strokes. The reward has no action cost: only the time of the swing-up limits the
+    best return. An episode of 250 steps counts as solved at a return of 180; energy pumping with
+    linear feedback at the top gets 219, random actions about 10.
 
     Args:
-        reset_noise_scale: Standard deviation at the start, in the units of position and velocity.
+        reset_noise_scale: Standard deviation of the start, in the units of position and velocity.
         **kwargs: ``render_mode``, ``width`` and so on of gymnasium's ``MujocoEnv``.
     """
 
@@ -69,7 +69,7 @@ class CartPoleSwingUpEnv(MujocoEnv, gym.utils.EzPickle):
         return self._observe(), reward, False, False, {}
 
     def reset_model(self) -> NDArray[np.float64]:
-        """Let the pole hang, up to noise."""
+        """Let the pole hang, with noise."""
         noise = self.reset_noise_scale * self.np_random.standard_normal(4)
         self.set_state(np.array([0.0, np.pi]) + noise[:2], noise[2:])
         return self._observe()

@@ -1,8 +1,8 @@
 """Rewards and terminations of the tasks in closed form.
 
-All are ``StepFunction``: batched over ``*B``, in the units of the environments, and indexed as
-``Task.state_dims`` and ``Task.context_dims`` order the observation. gymnasium's MuJoCo tasks
-(version 5) reward and terminate by where a step has led, so most of them read ``next_state``.
+All are ``StepFunction``: batched over ``*B``, in the units of the environments, with dimensions in
+the order of ``Task.state_dims`` and ``Task.context_dims``. Reward and termination of gymnasium's
+MuJoCo tasks (version 5) depend on the state after a step, so most functions read ``next_state``.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ __all__ = [
 ]
 
 _POLE = 0.6  # m, each pole of the double pendulum
-GOAL_RADIUS = 0.45  # m, within which gymnasium-robotics' mazes count a goal as reached
+GOAL_RADIUS = 0.45  # m; gymnasium-robotics' mazes count a goal as reached within it
 
 
 def never(state: Tensor, context: Tensor, action: Tensor, next_state: Tensor) -> Tensor:
-    """Return ``False`` for all: the termination of tasks that only end by their time limit."""
+    """Return ``False``: the termination of tasks that end only by their time limit."""
     return torch.zeros(next_state.shape[:-1], dtype=torch.bool, device=next_state.device)
 
 
 @dataclass(frozen=True)
 class InRange:
-    """Terminates unless all of ``next_state`` is finite, and some dimensions are in their range.
+    """Terminates unless ``next_state`` is finite and some of its dimensions are in range.
 
     Args:
         ranges: ``(dimension, low, high)`` each.
@@ -51,7 +51,7 @@ class InRange:
     def __call__(
         self, state: Tensor, context: Tensor, action: Tensor, next_state: Tensor
     ) -> Tensor:
-        """Whether the step terminates the episode, ``[*B]`` bool."""
+        """Return whether the step terminates the episode, ``[*B]`` bool."""
         healthy = next_state.isfinite().all(-1)
         for dim, low, high in self.ranges:
             x = next_state[..., dim]
@@ -61,12 +61,12 @@ class InRange:
 
 @dataclass(frozen=True)
 class ForwardReward:
-    """Speed along x, less a cost of the action, plus 1 while healthy (for states with x first).
+    """Speed along x minus an action cost, plus 1 while healthy (for states with x first).
 
     Args:
         dt: Seconds in a step.
         control_cost: Weight of the squared action.
-        termination: Says when the bonus is lost; ``None`` where there is none.
+        termination: Tells when the bonus is lost; ``None`` for no bonus.
     """
 
     dt: float
@@ -76,7 +76,7 @@ class ForwardReward:
     def __call__(
         self, state: Tensor, context: Tensor, action: Tensor, next_state: Tensor
     ) -> Tensor:
-        """Reward ``[*B]``."""
+        """Return the reward ``[*B]``."""
         speed = (next_state[..., 0] - state[..., 0]) / self.dt
         reward = speed - self.control_cost * action.square().sum(-1)
         if self.termination is None:
@@ -90,12 +90,12 @@ _UPRIGHT = InRange(((1, -0.2, 0.2),), closed=True)
 def inverted_pendulum_reward(
     state: Tensor, context: Tensor, action: Tensor, next_state: Tensor
 ) -> Tensor:
-    """1 unless the step terminates: while the pole's angle is within 0.2 rad."""
+    """Return 1 unless the step terminates, that is while the pole's angle is within 0.2 rad."""
     return (~_UPRIGHT(state, context, action, next_state)).to(next_state.dtype)
 
 
 def _double_pendulum_tip(state: Tensor) -> tuple[Tensor, Tensor]:
-    """Place ``x, y`` of the upper pole's end, ``[*B]`` each, in m."""
+    """Return the position ``x, y`` of the upper pole's end, ``[*B]`` each, in m."""
     x, sin_1, sin_2, cos_1, cos_2 = state[..., :5].unbind(-1)
     sin, cos = sin_1 * cos_2 + cos_1 * sin_2, cos_1 * cos_2 - sin_1 * sin_2
     return x + _POLE * (sin_1 + sin), _POLE * (cos_1 + cos)
@@ -104,18 +104,18 @@ def _double_pendulum_tip(state: Tensor) -> tuple[Tensor, Tensor]:
 def double_pendulum_termination(
     state: Tensor, context: Tensor, action: Tensor, next_state: Tensor
 ) -> Tensor:
-    """The tip is at most 1 m high; see :func:`double_pendulum_reward` on how exact that is."""
+    """Return whether the tip is at most 1 m high; see :func:`double_pendulum_reward` for errors."""
     return ~(_double_pendulum_tip(next_state)[1] > 1.0)
 
 
 def double_pendulum_reward(
     state: Tensor, context: Tensor, action: Tensor, next_state: Tensor
 ) -> Tensor:
-    """10 while up, less the tip's squared distances from the middle and from 2 m height.
+    """Return 10 while up, minus the tip's squared distances from x = 0 and 2 m height, and speeds.
 
-    Up to about 1e-3: the environment reads the tip's place where MuJoCo's integrator saw it last,
-    a fraction of a millimetre from where the joints are at the end of the step. And the
-    observation clips speeds at 10 rad/s, which the environment's speed penalty does not.
+    The error is about 1e-3: the environment reads the tip's position from MuJoCo's last integrator
+    stage, a fraction of a millimetre off the joints at the end of the step. In addition, the
+    observation clips speeds at 10 rad/s, but the environment's speed penalty does not.
     """
     x, y = _double_pendulum_tip(next_state)
     speed_1, speed_2 = next_state[..., 6], next_state[..., 7]
@@ -124,24 +124,24 @@ def double_pendulum_reward(
 
 
 def reacher_reward(state: Tensor, context: Tensor, action: Tensor, next_state: Tensor) -> Tensor:
-    """Minus the distance from fingertip to target (m), minus the squared action."""
+    """Return minus the distance from fingertip to target (m), minus the squared action."""
     return -next_state[..., 6:8].norm(dim=-1) - action.square().sum(-1)
 
 
 def tip_reward(state: Tensor, context: Tensor, action: Tensor, next_state: Tensor) -> Tensor:
-    """``exp(-distance / 0.1 m)`` from fingertip to target, where the tip is first in the state."""
+    """Return ``exp(-distance / 0.1 m)`` of fingertip and target; the state begins with the tip."""
     return torch.exp(-_goal_distance(context, next_state) / 0.1)
 
 
 def pusher_reward(state: Tensor, context: Tensor, action: Tensor, next_state: Tensor) -> Tensor:
-    """Minus distances object to goal and (half) hand to object (m), minus 0.1 action squared."""
+    """Return minus object-goal distance and half hand-object distance (m), minus 0.1 action²."""
     hand, thing = next_state[..., 14:17], next_state[..., 17:20]
     near, far = (hand - thing).norm(dim=-1), (thing - context).norm(dim=-1)
     return -0.5 * near - far - 0.1 * action.square().sum(-1)
 
 
 def swing_up_reward(state: Tensor, context: Tensor, action: Tensor, next_state: Tensor) -> Tensor:
-    """The cart-pole's: upright and in the middle, in the state in which the action is taken."""
+    """Return the swing-up's reward, of the state in which the action is taken."""
     return (1.0 + state[..., 2]) / 2.0 * torch.exp(-state[..., 0].square() / 2.0)
 
 
@@ -152,12 +152,12 @@ def _goal_distance(context: Tensor, next_state: Tensor) -> Tensor:
 def goal_distance_reward(
     state: Tensor, context: Tensor, action: Tensor, next_state: Tensor
 ) -> Tensor:
-    """``exp(-distance to the goal in m)``."""
+    """Return ``exp(-distance to the goal in m)``."""
     return torch.exp(-_goal_distance(context, next_state))
 
 
 def goal_reached_reward(
     state: Tensor, context: Tensor, action: Tensor, next_state: Tensor
 ) -> Tensor:
-    """1 within 0.45 m of the goal, else 0."""
+    """Return 1 within 0.45 m of the goal, else 0."""
     return (_goal_distance(context, next_state) <= GOAL_RADIUS).to(next_state.dtype)

@@ -17,9 +17,9 @@ from layeredrl_torchrl.envs.task import Task
 
 __all__ = ["LARGE", "MEDIUM", "OPEN", "U", "parse_maze", "point_maze"]
 
-# Rows from the top; a cell is 1 m wide. "#" is a wall, "." free. A maze may also say where
-# episodes start ("r") and where goals lie ("g"), or both ("c"); without any of them every free
-# cell can be either. The four are those of D4RL (arXiv 2004.07219).
+# Rows from the top; a cell is 1 m wide. "#" is a wall, "." is free. A maze may also mark starts
+# ("r"), goals ("g"), or both ("c"); without marks every free cell can be either. These four mazes
+# are from D4RL (arXiv 2004.07219).
 OPEN = (
     "#######",
     "#.....#",
@@ -60,11 +60,11 @@ _CELLS: dict[str, int | str] = {"#": 1, ".": 0, "r": "r", "g": "g", "c": "c"}
 
 
 def parse_maze(rows: Sequence[str]) -> list[list[int | str]]:
-    """Turn rows of characters into gymnasium-robotics' ``maze_map``, checking them.
+    """Check rows of characters, and turn them into gymnasium-robotics' ``maze_map``.
 
     Raises:
-        ValueError: No or unequal rows, other characters, a gap in the outer wall, or a goal that
-            has no start in another cell.
+        ValueError: No rows or rows of unequal length, other characters, a gap in the outer wall, or
+            a goal without a start in another cell.
     """
     rows = list(rows)
     widths = sorted({len(row) for row in rows})
@@ -84,9 +84,9 @@ def parse_maze(rows: Sequence[str]) -> list[list[int | str]]:
         for kind in ".rgc"
     }
     free, starts, goals, both = (places[kind] for kind in ".rgc")
-    # As gymnasium-robotics reads it: what is marked nowhere may lie in any free cell.
+    # As in gymnasium-robotics: without marks, starts or goals may be in any free cell.
     starts, goals = (starts | both or free), (goals | both or free)
-    # It draws starts until one differs from the goal: forever, if there is no other.
+    # It draws starts until one differs from the goal: for ever, if there is no other.
     if not starts or not goals or (len(starts) == 1 and starts <= goals):
         raise ValueError(
             f"every goal needs a start in another cell, got {len(starts)} starts and "
@@ -102,7 +102,7 @@ def _make(rows: tuple[str, ...], sparse: bool, horizon: int, **kwargs: Any) -> g
             'in the clone, python -m pip install -e ".[robotics]"',
             name="gymnasium_robotics",
         )
-    # A spec of our own: nothing has to be registered with gymnasium.
+    # With our own spec, nothing has to be registered with gymnasium.
     spec = EnvSpec(
         "PointMaze-v3",
         entry_point="gymnasium_robotics.envs.maze.point_maze:PointMazeEnv",
@@ -115,7 +115,7 @@ def _make(rows: tuple[str, ...], sparse: bool, horizon: int, **kwargs: Any) -> g
         },
     )
     env = gym.make(spec, disable_env_checker=True, **kwargs)
-    # It is read once, and would stay behind in the folder for temporary files.
+    # The file is read only once, and would stay in the folder for temporary files.
     maze: Any = env.unwrapped
     Path(maze.tmp_xml_file_path).unlink(missing_ok=True)
     return env
@@ -129,11 +129,11 @@ def point_maze(
     horizon: int = 300,
     budget: int = 20_000,
 ) -> Task:
-    """Make the task of a point mass that is pushed to a goal, which changes between episodes.
+    """Make the task of pushing a point mass to a goal that changes between episodes.
 
-    ``"observation" [8]`` is place and velocity (m, m/s), achieved goal and desired goal, joined.
-    The achieved goal repeats the place, so the state is the first four; the context is the
-    desired goal. The action is a force along x and y, each in ``[-1, 1]``, held for 0.01 s.
+    ``"observation" [8]`` is position and velocity (m, m/s), achieved goal and desired goal, joined.
+    The achieved goal repeats the position, so the state is the first four dimensions; the context
+    is the desired goal. The action is a force along x and y, each in ``[-1, 1]``, held for 0.01 s.
     Episodes run to their time limit; ``"success"`` is true within 0.45 m of the goal.
 
     >>> task = point_maze("Corridor", ["#######", "#r...g#", "#######"], sparse=True)
@@ -142,13 +142,14 @@ def point_maze(
 
     Args:
         name: Name of the task.
-        rows: The maze, for instance :data:`OPEN`; see this module for the characters.
-        sparse: Whether the reward is 1 at the goal and else 0, instead of ``exp(-distance)``.
+        rows: The maze, for instance :data:`OPEN`; for the characters see the source of this module.
+        sparse: Whether the reward is 1 at the goal and 0 elsewhere, instead of ``exp(-distance)``.
         horizon: Steps of an episode.
         budget: See :class:`Task`.
 
     Raises:
-        TypeError, ValueError: See :func:`parse_maze` and :class:`Task`; ``sparse`` that is no bool.
+        TypeError, ValueError: See :func:`parse_maze` and :class:`Task`; ``sparse`` that is not a
+            bool.
         ImportError: When an environment is made and gymnasium-robotics is not installed.
     """
     parse_maze(rows)

@@ -1,4 +1,4 @@
-"""MuJoCo's arm, observed from its tip: a place and a goal in the order of the point mazes."""
+"""MuJoCo's arm, observed by its tip: position and goal in the order of the point mazes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ __all__ = ["ReacherTipEnv"]
 
 
 class ReacherTipEnv(ReacherEnv):
-    """gymnasium's Reacher-v5, whose state does not depend on its target.
+    """gymnasium's Reacher-v5 with a state that does not depend on the target.
 
-    The arm, the torques, the starts and the targets are those of Reacher-v5. That observes the way
-    from the tip to the target, which is neither a state of the arm nor constant in an episode.
+    Arm, torques, starts and targets are those of Reacher-v5. But that task observes the vector from
+    the tip to the target, which is neither a state of the arm nor constant in an episode.
 
     ============  =====================================================================
     observation   ``[10]`` float64: the tip's ``x, y`` (m), cosines of shoulder and elbow, their
                   sines, their speeds (rad/s), the target's ``x, y`` (m)
     action        ``[2]`` in ``[-1, 1]``: torques of shoulder and elbow, held for 0.02 s
-    reward        ``exp(-distance of tip and target / 0.1 m)``, without a cost of torques
+    reward        ``exp(-distance of tip and target / 0.1 m)``, without a torque cost
     success       whether the tip is within 2 cm of the target
     end           never terminates; the task's time limit truncates
     ============  =====================================================================

@@ -32,7 +32,7 @@ __all__ = ["TASKS", "get_task"]
 
 
 def _mujoco(spec: str | EnvSpec, obs: int, act: int, **known: Any) -> Task:
-    """Make a task of gymnasium; the whole observation is the state unless ``known`` says more."""
+    """Make a gymnasium task; by default the whole observation is the state."""
     parts = {"state_dims": tuple(range(obs)), "context_dims": (), "horizon": 1000} | known
     make = partial(gym.make, spec, disable_env_checker=True)
     name = spec if isinstance(spec, str) else spec.id
@@ -40,13 +40,13 @@ def _mujoco(spec: str | EnvSpec, obs: int, act: int, **known: Any) -> Task:
 
 
 def _with_x(name: str, obs: int, act: int, **known: Any) -> Task:
-    """Make a walker's task that also observes its x (first), so that its reward is known."""
+    """Make a walker task that also observes x (first), so that its reward is known."""
     task = _mujoco(name, obs, act, budget=20_000, **known)
     make = partial(task.make_gym, exclude_current_positions_from_observation=False)
     return replace(task, name=f"{name}/x", make_gym=make)
 
 
-# gym.make takes a spec as well as a registered name, and imports MuJoCo only then.
+# gym.make also takes a spec in place of a registered name, and imports MuJoCo only then.
 _SWING_UP = EnvSpec(
     "CartPoleSwingUp",
     entry_point="layeredrl_torchrl.envs.cartpole:CartPoleSwingUpEnv",
@@ -59,8 +59,8 @@ _REACHER_TIP = EnvSpec(
     max_episode_steps=200,
 )
 
-# Height and pitch of the trunk where x is not observed; where it is, one further.
-# gymnasium's Hopper also wants its other coordinates within 100, and speeds are clipped at 10.
+# Height and pitch of the trunk if x is not observed; if it is, indices are one higher. gymnasium's
+# Hopper also requires its other coordinates within 100; speeds are clipped at 10.
 _HOPPER = ((0, 0.7, float("inf")), (1, -0.2, 0.2), *((d, -100.0, 100.0) for d in range(2, 11)))
 _WALKER = ((0, 0.8, 2.0), (1, -1.0, 1.0))
 
@@ -102,7 +102,7 @@ _ALL = (
         1,
         horizon=250,
         budget=5_000,
-        # Iterated sampling on the true dynamics, 0.8 s ahead, gets 226.
+        # Sampling-based planning on the true dynamics, 0.8 s ahead, gets 226.
         solved_at=180.0,
         reward=swing_up_reward,
         reward_needs_next_state=False,
@@ -119,7 +119,7 @@ _ALL = (
         "Reacher-v5",
         10,
         2,
-        # The target's place is drawn at the start of an episode.
+        # The target's position is drawn at the start of an episode.
         state_dims=(0, 1, 2, 3, 6, 7, 8, 9),
         context_dims=(4, 5),
         horizon=50,
@@ -158,7 +158,7 @@ _ALL = (
         "Pusher-v5",
         23,
         7,
-        # The goal's place.
+        # The goal's position.
         state_dims=tuple(range(20)),
         context_dims=(20, 21, 22),
         horizon=100,
@@ -166,13 +166,13 @@ _ALL = (
         reward=pusher_reward,
         termination=never,
     ),
-    # The reward takes the speed along x, which these do not observe: it has to be learned.
+    # The reward depends on the speed along x, which is not observed here: it has to be learned.
     _mujoco("HalfCheetah-v5", 17, 6, budget=20_000, termination=never),
     _mujoco("Hopper-v5", 11, 3, budget=20_000, termination=InRange(_HOPPER)),
     _mujoco("Walker2d-v5", 17, 6, budget=20_000, termination=InRange(_WALKER)),
     _mujoco("Ant-v5", 105, 8, budget=20_000, termination=InRange(((0, 0.2, 1.0),), closed=True)),
     _mujoco("Swimmer-v5", 8, 2, budget=20_000, termination=never),
-    # (MuJoCo's Ant measures its speed on a body whose place it does not observe exactly.)
+    # (MuJoCo's Ant measures its speed at a body whose position it does not observe exactly.)
     _with_x("HalfCheetah-v5", 18, 6, reward=ForwardReward(0.05, 0.1), termination=never),
     _with_x(
         "Hopper-v5",
@@ -206,7 +206,7 @@ TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _ALL})
 
 
 def get_task(name: str) -> Task:
-    """Return the task called ``name``; ``KeyError`` with the nearest names if there is none.
+    """Return the task called ``name``; ``KeyError`` with similar names if there is none.
 
     >>> get_task("InvertedPendulum-v5").solved_at
     1000.0

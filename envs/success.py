@@ -1,4 +1,4 @@
-"""Reads from gymnasium's ``info`` whether the goal is reached."""
+"""Read from gymnasium's ``info`` whether the goal is reached."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ __all__ = ["SuccessReader"]
 
 
 class SuccessReader(BaseInfoDictReader):
-    """Writes ``info[key]`` as ``"success" [*B, 1]`` bool, at resets and at steps.
+    """Writes ``info[key]`` as ``"success" [*B, 1]``, bool, at resets and steps.
 
-    TorchRL's own readers take arrays only, and gymnasium's environments report a Python bool (or
-    a float of 0 or 1, as gymnasium-robotics' Fetch tasks do); a vectorised environment reports an
-    array, and a mask that says which of its environments spoke.
+    TorchRL's own readers take only arrays, but gymnasium's environments report a Python bool (or a
+    float of 0 or 1, like gymnasium-robotics' Fetch tasks). A vectorised environment reports an
+    array, and a mask of the environments that reported.
 
-    It goes into ``env.set_info_dict_reader(SuccessReader(batch_size=env.batch_size))``.
+    Use it as ``env.set_info_dict_reader(SuccessReader(batch_size=env.batch_size))``.
 
     >>> SuccessReader()({"success": True}, TensorDict({"reward": torch.zeros(1)}))["success"]
     tensor([True])
 
     Args:
-        key: Where ``info`` holds it.
-        out_key: The key that is written.
-        batch_size: The environment's, ``[]`` or ``[n]``.
+        key: Key in ``info``.
+        out_key: Key to write.
+        batch_size: Batch size of the environment, ``[]`` or ``[n]``.
 
     Raises:
-        KeyError: After a step, if ``info`` does not hold ``key``. At a reset an environment may
-            leave it out: nothing is reached yet.
+        KeyError: ``info`` without ``key`` after a step. At a reset it may be missing: nothing is
+            reached yet.
         ValueError: A value that is neither true nor false.
     """
 
@@ -46,15 +46,15 @@ class SuccessReader(BaseInfoDictReader):
 
     @property
     def info_spec(self) -> dict[str, TensorSpec]:
-        """Spec of the entry that is written."""
+        """Spec of the written entry."""
         leaf = Binary(1, (*self.batch_size, 1), dtype=torch.bool)
         return Composite({self.out_key: leaf}, shape=self.batch_size)
 
     def reset(self) -> None:
-        """Do nothing: no state is kept from step to step."""
+        """Do nothing: there is no state between steps."""
 
     def __call__(self, info_dict: dict[str, Any], tensordict: TensorDictBase) -> TensorDictBase:
-        """Add ``out_key`` to what the environment returned."""
+        """Add ``out_key`` to the environment's output."""
         value = np.asarray(info_dict.get(self.key, False))
         spoke = np.asarray(info_dict.get(f"_{self.key}", self.key in info_dict))
         after_step = "reward" in tensordict.keys()

@@ -1,4 +1,4 @@
-"""Tasks: how to make their environments, and what is known about them."""
+"""Tasks: how to make their environments, and their known functions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ StepFunction: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class _OfNextState:
-    """A known function of a step as predictors take one that reads the next state."""
+    """A known function of a step that reads the next state, in the form for predictors."""
 
     function: StepFunction
     reads_next_state: ClassVar[bool] = True
@@ -37,7 +37,7 @@ class _OfNextState:
 
 @dataclass(frozen=True)
 class _OfState:
-    """A known function of a step as predictors take one that does not."""
+    """A known function of a step that does not read the next state, in the form for predictors."""
 
     function: StepFunction
 
@@ -47,9 +47,9 @@ class _OfState:
 
 
 class _GymWrapper(GymWrapper):
-    """TorchRL's, whose vectorised environments also take ``env.reset(tensordict)``.
+    """TorchRL's wrapper; here vectorised environments also take ``env.reset(tensordict)``.
 
-    TorchRL 0.14 looks there for the mask of a partial reset without asking whether there is one.
+    TorchRL 0.14 reads the mask of a partial reset there without checking that it exists.
     """
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
@@ -60,11 +60,12 @@ class _GymWrapper(GymWrapper):
 
 @dataclass(frozen=True)
 class Task:
-    """A control task, ready for planning: its environment and what is known in closed form.
+    """A control task for planning: its environment and its known functions in closed form.
 
     ``state = observation[state_dims]`` and ``context = observation[context_dims]`` are what
-    ``FixedEncoderNet((task.observation_dim,), task.state_dims, task.context_dims)`` gives, and
-    what ``reward`` and ``termination`` read, batched, in any float dtype.
+    ``FixedEncoderNet((task.observation_dim,), task.state_dims,
+    task.context_dims)`` returns, and what ``reward`` and ``termination`` read, batched and in any
+    float dtype.
 
     >>> task = get_task("Reacher-v5")
     >>> task.state_dims, task.context_dims, task.horizon
@@ -74,28 +75,28 @@ class Task:
 
     Args:
         name: Name in the registry.
-        make_gym: Makes one gymnasium environment, time limit included; keyword arguments go to
-            the environment's constructor, ``max_episode_steps`` to its time limit.
-        observation_dim: Values in ``"observation"``.
+        make_gym: Makes one gymnasium environment with its time limit; keyword arguments go to the
+            environment's constructor, ``max_episode_steps`` to the time limit.
+        observation_dim: Number of values in ``"observation"``.
         state_dims: Which of them are the state, ``D`` indices.
         context_dims: Which of them are the context, ``C`` indices: constant in an episode.
         action_dim: ``A``.
         horizon: Steps after which an episode is truncated.
-        budget: Real steps that the benchmark allows for learning the task from scratch.
-        solved_at: Undiscounted return of an episode from which the task counts as solved; ``None``
-            where no such score is agreed on.
-        reward: Reward of a step. ``None``: the standard observation does not determine it.
+        budget: Real steps in which the benchmarks learn the task from scratch.
+        solved_at: Undiscounted return of an episode at which the task counts as solved; ``None``
+            without an agreed score.
+        reward: Reward of a step; ``None`` if the standard observation does not determine it.
         reward_needs_next_state: Whether ``reward`` reads its fourth argument.
         termination: Whether a step terminates the episode, ``[*B]`` bool.
         joined: Keys of a dictionary observation, joined into ``"observation"`` in this order.
-        observation_names: Short names of the values in ``"observation"``, for pictures; empty where
-            nobody has named them.
-        reports_success: Whether the environment says in ``info["success"]`` that its goal is
-            reached; then it is read into ``"success" [*B, 1]``.
+        observation_names: Short names of the values in ``"observation"``, for pictures; may be
+            empty.
+        reports_success: Whether the environment reports in ``info["success"]`` that its goal is
+            reached; then this is read into ``"success" [*B, 1]``.
 
     Raises:
-        TypeError, ValueError: Dimensions, a horizon or a budget that are no integers, or out of
-            range; when it is made, a seed that is no integer.
+        TypeError, ValueError: Dimensions, a horizon or a budget that are not integers, or out of
+            range; in :meth:`make`, a seed that is not an integer.
     """
 
     name: str
@@ -123,18 +124,18 @@ class Task:
     def make(self, seed: int | None = None, **kwargs: Any) -> EnvBase:
         """Make one TorchRL environment: flat float32 ``"observation" [obs]``, batch size ``[]``.
 
-        More transforms are added with ``env.append_transform(...)``.
+        Add more transforms with ``env.append_transform(...)``.
 
         Args:
             seed: Seed of the environment; drawn by the operating system by default.
-            **kwargs: As ``make_gym`` takes them, for instance ``render_mode="rgb_array"``.
+            **kwargs: Keyword arguments of ``make_gym``, for instance ``render_mode="rgb_array"``.
         """
         return self.wrap(self.make_gym(**kwargs), seed)
 
     def wrap(
         self, env: gym.Env[Any, Any] | gym.vector.VectorEnv[Any, Any, Any], seed: int | None = None
     ) -> EnvBase:
-        """Turn gymnasium's environment, single or vectorised, into TorchRL's, and seed it."""
+        """Turn a gymnasium environment, single or vectorised, into a TorchRL one, and seed it."""
         wrapped = _GymWrapper(env)
         if self.reports_success:
             wrapped.set_info_dict_reader(SuccessReader(batch_size=wrapped.batch_size))
@@ -148,7 +149,7 @@ class Task:
         return out
 
     def names_of(self, dims: Iterable[int]) -> tuple[str, ...]:
-        """Return names of values in ``"observation"``: those of the task, or their places.
+        """Return names of values in ``"observation"``: the task's names, or their indices.
 
         >>> get_task("InvertedPendulum-v5").names_of([1])
         ('pole angle [rad]',)
@@ -157,9 +158,9 @@ class Task:
         return tuple(names[dim] if names else f"observation {dim}" for dim in dims)
 
     def rew_func(self) -> Callable[..., Tensor]:
-        """Return the known reward as predictors take it, their ``rew_func``.
+        """Return the known reward as a predictor's ``rew_func``.
 
-        It says itself whether it reads the next state, and can be pickled if ``reward`` can.
+        It declares whether it reads the next state, and can be pickled if ``reward`` can.
 
         Raises:
             ValueError: The reward is not known.
@@ -174,7 +175,7 @@ class Task:
         return _OfState(self.reward)
 
     def term_func(self) -> Callable[..., Tensor]:
-        """Return the known termination as predictors take it, their ``term_func``.
+        """Return the known termination as a predictor's ``term_func``.
 
         Raises:
             ValueError: The termination is not known.

@@ -1,8 +1,8 @@
-"""Learn any task of `layeredrl_torchrl.envs` by SAC on what a learned world model imagines.
+"""Learn any task of `layeredrl_torchrl.envs` by SAC on the imagined data of a learned world model.
 
-Model-based policy optimisation (MBPO, arXiv 1906.08253) out of TorchRL's own parts: `SACLoss`
-learns from two replay buffers. A collector fills one with real experience; the other gets short
-imagined episodes that branch off from there, out of a predictor stepped by `PredictorEnv`.
+Model-based policy optimisation (MBPO, arXiv 1906.08253) with TorchRL's own parts: `SACLoss` learns
+from two replay buffers. A collector fills one with real experience. `PredictorEnv` steps a
+predictor to fill the other with short imagined episodes that start at states of the first.
 
     python examples/dyna_sac.py --task HalfCheetah-v5
     python examples/dyna_sac.py --resume
@@ -36,29 +36,29 @@ class Config(runs.WorkerOptions):
     task: str = "HalfCheetah-v5"
     """Name of the task."""
     random_steps: runs.Natural | None = None
-    """Real steps with random actions at the start; a quarter of all by default."""
+    """Real steps with random actions at the start; by default a quarter of the total."""
     imagined_share: runs.Share = 0.9
-    """Share of a batch for SAC that is imagined; 0 for SAC alone, without a model."""
+    """Imagined share of SAC's batches; 0 for SAC alone, without a model."""
     horizon: runs.Count = 1
-    """Steps of an imagined episode, from a tenth of the run on; targets sum up their rewards."""
+    """Steps of an imagined episode, after a tenth of the run; targets sum their rewards."""
     hidden_size: runs.Count = 128
     """Width of the two hidden layers of all networks."""
     updates_per_step: runs.Positive = 20.0
-    """Gradient steps of SAC's critics for every real step; the model makes one."""
+    """Gradient steps of SAC's critics per real step; the model makes one."""
     updates_per_actor_update: runs.Count = 2
-    """Updates of the critics for one of the actor and of the entropy's weight."""
+    """Updates of the critics per update of the actor and of the entropy's weight."""
     batch_size: runs.Count = 256
     """Steps in a batch, for SAC and for each member of the ensemble."""
     gamma: runs.Share = 0.99
     """Discount."""
     compile: bool = False
-    """Compile SAC's losses: a third of the time of an update, after a minute or two."""
+    """Compile SAC's losses: updates take a third of the time, after a minute or two."""
     output: Path = Path("output/dyna_sac")
     """Folder of the learning curve, of the evaluation and of the checkpoints."""
 
 
 def make_loss(config: Config, task: lt.Task, env: EnvBase) -> SACLoss:
-    """SAC's actor and two critics; layer norm keeps many updates per step from diverging."""
+    """SAC's actor and two critics; layer norm prevents divergence with many updates per step."""
     spec, widths = env.full_action_spec_unbatched["action"], [config.hidden_size] * 2
     n_in, n_act = task.observation_dim, task.action_dim
     # ReLU keeps a mask for the backward pass, which Inductor writes one bool at a time.
@@ -71,13 +71,14 @@ def make_loss(config: Config, task: lt.Task, env: EnvBase) -> SACLoss:
     critic = ValueOperator(mlp(n_in + n_act, 1, **norm), in_keys=["state", "context", "action"])
     # Half a nat below a uniform distribution's, for each dimension of an action in [-1, 1].
     entropy = (((spec.space.high - spec.space.low) / 2).log() - 0.5).sum().item()
-    # TorchRL's smooth_l1 bounds the gradients: values of hundreds would take long to learn.
+    # TorchRL's smooth_l1 bounds the gradients: it would take long to learn values of hundreds.
     loss = SACLoss(actor, critic, loss_function="l2", alpha_init=0.1, target_entropy=entropy)
     loss.make_value_estimator(gamma=config.gamma)
     return loss.to(config.device)
 
 
-# What SAC learns from, and what is stored of real steps: the predictor learns from observations.
+# SAC learns from KEYS. Real steps are stored with REAL_KEYS: the predictor learns from
+# observations.
 FOLLOWING = tuple(("next", key) for key in ("state", "context", "reward", "done", "terminated"))
 KEYS = ("state", "context", "action", "steps_to_next_obs", *FOLLOWING)
 REAL_KEYS = (*KEYS, "observation", ("next", "observation"), ("collector", "traj_ids"))
@@ -94,14 +95,14 @@ class Agent:
         self.loss = make_loss(config, task, env)
         self.policy = TensorDictSequential(self.encoder, self.loss.actor_network)
         losses = (self.loss.qvalue_v2_loss, self.loss.actor_loss)
-        if config.compile:  # (Inductor's own random numbers take longer to draw.)
+        if config.compile:  # (Inductor's own random numbers are slower.)
             losses = [torch.compile(loss, options={"fallback_random": True}) for loss in losses]
         self.critic_loss, self.actor_loss = losses
         self.target = SoftUpdate(self.loss, tau=0.01)
         self.optim = torch.optim.Adam(self.loss.parameters(), lr=1e-3, fused=True)
         store = partial(LazyTensorStorage, device=config.device)
         self.real = TensorDictReplayBuffer(storage=store(max(total, 100_000), ndim=2))
-        # A model that has seen little leads HalfCheetah onto its back, where it stays.
+        # With too little data, the model leads HalfCheetah onto its back, and it stays there.
         n_random = total // 4 if config.random_steps is None else config.random_steps
         self.counts = {"steps": 0, "updates": 0, "random_steps": n_random}
         self.parts = {name: vars(self)[name] for name in ("optim", "real", "counts", "loss")}
@@ -124,7 +125,7 @@ class Agent:
         counts["steps"] += n_steps
         if counts["steps"] < counts["random_steps"]:
             return {}
-        # The first phase makes up for those in which there was nothing to learn for.
+        # The first phase also makes the updates for all random steps.
         n_steps, info = (n_steps if counts["updates"] else counts["steps"]), {}
         if config.imagined_share:
             sizes = (config.batch_size, config.batch_size)
@@ -140,7 +141,7 @@ class Agent:
 
     @torch.no_grad()
     def imagine(self, n: int, horizon: int) -> TensorDict:
-        """About `n` steps of episodes of the policy that start where real steps did, `[N, T]`."""
+        """Imagine about `n` steps of the policy, in episodes `[N, T]` from real states."""
         starts, batch = lt.FromBuffer(self.real, self.predictor), [max(n // horizon, 1)]
         options = {"propagation": lt.TS1(), "sample_termination": True, "initial_states": starts}
         env = lt.PredictorEnv(self.predictor, batch_size=batch, **options)
@@ -148,7 +149,7 @@ class Agent:
             return env.rollout(horizon, self.loss.actor_network, break_when_any_done=False)
 
     def batches(self, n: int):
-        """`n` batches of real and imagined steps; to draw many at once takes hardly longer."""
+        """Yield `n` batches of real and imagined steps, sampled many at once, which is faster."""
         n_imagined = round(self.config.imagined_share * self.config.batch_size)
         shares = {"real": self.config.batch_size - n_imagined, "imagined": n_imagined}
         for count in (min(100, n - start) for start in range(0, n, 100)):
@@ -157,13 +158,13 @@ class Agent:
             yield from torch.cat(parts, 1).unbind(0)
 
     def update(self, batch: TensorDictBase) -> TensorDict:
-        """One gradient step of the critics, and of the actor if it is its turn."""
+        """Make one gradient step of the critics, and of the actor if it is due."""
         self.counts["updates"] += 1
         loss, _ = self.critic_loss(batch)
         terms = {"loss_qvalue": loss.detach(), "alpha": self.loss.log_alpha.detach().exp()}
         if self.counts["updates"] % self.config.updates_per_actor_update == 0:
-            loss_actor, found = self.actor_loss(batch)
-            loss = loss + loss_actor + self.loss.alpha_loss(found["log_prob"]).mean()
+            loss_actor, outputs = self.actor_loss(batch)
+            loss = loss + loss_actor + self.loss.alpha_loss(outputs["log_prob"]).mean()
         self.optim.zero_grad()
         loss.backward()
         self.optim.step()
@@ -172,7 +173,7 @@ class Agent:
 
 
 def main(config: Config) -> None:
-    """Learn, saving on the way; then evaluate."""
+    """Learn and save checkpoints; then evaluate."""
     task = runs.find_task(config.task)
     total = config.total_env_steps or task.budget
     if config.horizon > 1 and not config.imagined_share:

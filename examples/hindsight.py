@@ -1,7 +1,7 @@
-"""Reach goals in a maze by SAC, with goals in hindsight: the same steps teach more than one goal.
+"""Reach goals in a maze by SAC with hindsight: each step teaches how to reach several goals.
 
-Where only the goal pays, a policy seldom sees a reward. In hindsight each path has reached some
-goal, the place where it came by later, and was right for that one (arXiv 1707.01495).
+If only the goal gives a reward, a policy seldom sees one. In hindsight, each path was right for
+another goal: a place that it reached later (arXiv 1707.01495).
 
     python examples/hindsight.py
     python examples/hindsight.py --hindsight-share 0    # SAC as it is
@@ -36,15 +36,15 @@ class Config(runs.RunOptions):
     task: str = "PointMaze-U-Sparse"
     """Name of the task: a point maze, or Reacher-Tip."""
     hindsight_share: runs.Share = 0.8
-    """Share of each batch whose goal is one that was reached later; 0 for SAC as it is."""
+    """Share of each batch with a goal that was reached later; 0 for plain SAC."""
     total_env_steps: runs.Count = 80_000
-    """Real steps in all."""
+    """Real steps in total."""
     n_envs: runs.Count = 20
     """Environments stepped side by side."""
     steps_per_batch: runs.Count = 2000
     """Real steps between two learning phases; actions are random until the first."""
     updates_per_step: runs.Positive = 0.5
-    """Gradient steps for every force that was applied."""
+    """Gradient steps per applied force."""
     hidden_size: runs.Count = 64
     """Width of the two hidden layers of all networks."""
     gamma: runs.Share = 0.99
@@ -54,21 +54,21 @@ class Config(runs.RunOptions):
     steps_per_checkpoint: runs.Count = 10_000
     """Real steps between two checkpoints; the last two are kept."""
     output: Path = Path("output/hindsight")
-    """Folder; each agent has one of its own in it for its learning curve and checkpoints."""
+    """Folder; each agent has a subfolder for its learning curve and checkpoints."""
 
     @property
     def agent(self) -> str:
-        """What learns."""
+        """Name of the agent, for its folder."""
         return "her" if self.hindsight_share else "sac"
 
     @property
     def folder(self) -> Path:
-        """Where this agent writes."""
+        """Folder of this agent's files."""
         return self.output / self.agent
 
 
 def make_buffer(config: Config, task: Task) -> HERReplayBuffer:
-    """A buffer that also asks what would have been right for goals that were reached later."""
+    """Make a buffer that replaces some goals by places that were reached later."""
     relabel = RelabelGoals(
         task.observation_dim,
         achieved=task.state_dims[:2],
@@ -103,7 +103,7 @@ def make_env(task: Task, n: int, seed: int, **kwargs) -> EnvBase:
 
 
 def main(config: Config) -> None:
-    """Learn, saving on the way; then reach new goals."""
+    """Learn and save checkpoints; then reach new goals."""
     task = runs.find_task(config.task, with_goals=True)
     with runs.Run(config, config.total_env_steps) as run:
         env = make_env(task, config.n_envs, config.seed)

@@ -1,7 +1,7 @@
 """Learn any task of `layeredrl_torchrl.envs` from scratch by planning in a learned world model.
 
-A `PlannerLevel` is the whole agent: it acts randomly first, then plans with iCEM in the predictor
-that it learns between the collector's batches. `python -m layeredrl_torchrl.envs` lists the tasks.
+A `PlannerLevel` is the whole agent: it first acts randomly, then plans with iCEM in a predictor,
+which learns after each batch of the collector. `python -m layeredrl_torchrl.envs` lists the tasks.
 
     python examples/learn_to_control.py --task InvertedPendulum-v5
     python examples/learn_to_control.py --task Reacher-v5 --horizon 15 --output output/reacher
@@ -46,17 +46,17 @@ class Config(WorkerOptions):
     """Learn to control a task."""
 
     n_envs: Count = 5
-    """Environments stepped side by side (in each worker); one plan serves them all."""
+    """Environments stepped side by side (in each worker); their plans are made together."""
     random_steps: Natural = 300
     """Real steps with random actions at the start."""
     random_prob: Share = 0.0
-    """Probability at each later step that a random phase begins."""
+    """Probability that a random phase begins, at each later step."""
     random_duration: Count = 10
     """Steps of a random phase."""
     updates_per_step: Positive = 2.0
-    """Gradient steps for every real step."""
+    """Gradient steps per real step."""
     batch_size: Count = 256
-    """Slices, and transitions for each member of the ensemble, in a batch."""
+    """Slices in a batch, and transitions for each member of the ensemble."""
     n_models: Count = 5
     """Members of the ensemble."""
     hidden_size: Count = 64
@@ -66,19 +66,19 @@ class Config(WorkerOptions):
     value_lr: Positive = 1e-3
     """Learning rate of the value function."""
     tau: Share = 0.01
-    """Share of the value network that its target takes over at each update."""
+    """Share of the value network that its target takes at each update."""
     n_steps: Count = 3
     """Rewards in a value target."""
     horizon: Count = 8
-    """Steps that are planned ahead; what comes after is left to the value function."""
+    """Steps of a plan; the value function estimates the return after them."""
     use_value: bool = True
-    """Whether plans count the value of the state they end in."""
+    """Whether plans include the value of their last state."""
     n_samples: Count = 100
     """Candidate plans in the first iteration."""
     n_iterations: Count = 3
     """Iterations of the planner."""
     compile: bool = False
-    """Compile what is planned with and the losses: faster, after minutes of compiling."""
+    """Compile model, reward and losses: faster, after minutes of compiling."""
     output: Path = Path("output/learn_to_control")
     """Folder of the learning curve, of the evaluation and of the checkpoints."""
 
@@ -89,7 +89,7 @@ class Config(WorkerOptions):
 
 
 def make_level(config: Config, task: Task, env: EnvBase) -> PlannerLevel:
-    """The agent; what it sees as state and as context is the task's to say."""
+    """Make the agent; the task defines which observations are its state and its context."""
     encoder = partial(
         FixedEncoderNet,
         latent_state_dims=list(task.state_dims),
@@ -125,8 +125,9 @@ def make_level(config: Config, task: Task, env: EnvBase) -> PlannerLevel:
         model_batch_size=config.batch_size,
     )
     if config.compile:
-        known = level.predictor
-        for part in (known.model, known.rew_func, known.model_loss, known.predictor_loss):
+        predictor = level.predictor
+        losses = predictor.model_loss, predictor.predictor_loss
+        for part in (predictor.model, predictor.rew_func, *losses):
             part.compile()
     return level.to(config.device)
 
@@ -137,7 +138,7 @@ def make_env(task: Task, n: int, seed: int, **kwargs) -> EnvBase:
 
 
 def row_of(data: TensorDictBase, info: dict[str, float]) -> dict[str, float]:
-    """What the learning curve says of a batch beside its returns."""
+    """The learning curve's entries for a batch, except its returns."""
     row = {"random": data["random_action"].float().mean().item()}
     if ("next", "success_rate") in data.keys(True):
         row["success_rate"] = data["next", "success_rate"][:, -1].mean().item()
@@ -146,15 +147,15 @@ def row_of(data: TensorDictBase, info: dict[str, float]) -> dict[str, float]:
 
 
 def main(config: Config) -> None:
-    """Learn, saving on the way; then evaluate."""
+    """Learn and save checkpoints; then evaluate."""
     task = find_task(config.task)
     total = config.total_env_steps or task.budget
     with Run(config, total) as run:
         env = make_env(task, config.n_envs, config.seed)
         level = make_level(config, task, env)
         run.keep(level=level, optim=level.optim, buffer=level.buffer)
-        worlds = partial(make_env, task, config.n_envs)
-        for data in run.collect(env, level, make_env=worlds):
+        make_batch = partial(make_env, task, config.n_envs)
+        for data in run.collect(env, level, make_env=make_batch):
             row = run.returns(data) | row_of(data, level.learn(data))
             run.log(row | run.evaluation(partial(make_env, task), level))
         run.finish(partial(make_env, task), level, solved_at=task.solved_at)

@@ -1,10 +1,10 @@
-"""Many tasks for the price of one: skills and their model are learned once, without any reward.
+"""Many tasks for the price of one: learn skills and their model once, without any reward.
 
-Then each task is a reward function that a planner over the skills is given, and costs no further
-real step: reach a goal, visit places in order, stay away from a region, follow a moving target.
+Then each task is just a reward function for a planner over the skills, and needs no further real
+step: reach a goal, visit places in order, stay away from a region, follow a moving target.
 
     python examples/many_tasks.py
-    python benchmarks/many_tasks.py    # beside a planner over forces, and SAC on each task
+    python benchmarks/many_tasks.py    # compare a planner over forces, and SAC on each task
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ROOMS = (*HALF, "##.###.##", *reversed(HALF))  # four, each with doors to two ot
 MAZE = point_maze("Rooms", ROOMS, horizon=400)
 MIDDLES = torch.tensor([[-2.0, 2.0], [2.0, 2.0], [2.0, -2.0], [-2.0, -2.0]])
 DOOR = torch.tensor([0.0, 2.0])
-# What is seen, [7]: place and velocity; the place of a target, and how many were reached.
+# Observations, [7]: place and velocity; the target's place, and the number of targets reached.
 STATE, CONTEXT, DURATION = (0, 1, 2, 3), (4, 5, 6), 20  # and the real steps of a skill
 
 
@@ -64,11 +64,11 @@ def stay_away(state: Tensor, context: Tensor, action: Any, next_state: Tensor) -
 
 
 class Job(NamedTuple):
-    """A reward, and the places of its target, which goes on when it is reached, or by itself."""
+    """A reward and its target's places. The target moves on if reached, or at constant speed."""
 
     reward: Callable[..., Tensor]  # (state, context, action, next_state) -> [*B]
     places: Tensor  # [n, 2]
-    speed: float = 0.0  # from place to place, in a step
+    speed: float = 0.0  # places per step
 
     def target(self, stage: Tensor) -> Tensor:
         """Place ``[*B, 2]`` at stages ``[*B]``."""
@@ -88,7 +88,7 @@ JOBS = {
 
 
 class Assign(Transform):
-    """Puts a job's target and stage in place of the maze's goal, and pays what the job does."""
+    """Replaces the maze's goal by a job's target and stage, and the reward by the job's."""
 
     def __init__(self, job: Job) -> None:
         super().__init__(in_keys=["observation"], out_keys=["observation"])
@@ -121,19 +121,19 @@ class Config(runs.RunOptions):
     """Learn skills without a reward, then plan for four jobs."""
 
     task: str = "Rooms"
-    """The maze, and the only one."""
+    """Name of the maze; there is only this one."""
     total_env_steps: runs.Count = 40_000
-    """Real steps, all of them before the first job."""
+    """Real steps, all before the first job."""
     skill_steps: runs.Natural = 30_000
-    """After so many of them skills stay as they are, and only their model goes on to learn."""
+    """Real steps in which skills learn; in the rest only their model learns."""
     horizon: runs.Count = 8
-    """Skills that are planned ahead."""
+    """Skills in a plan."""
     n_envs: runs.Count = 20
     """Environments stepped side by side."""
     steps_per_batch: runs.Count = 2000
     """Real steps between two learning phases."""
     eval_episodes: runs.Count = 20
-    """Episodes of each job, all with new starts."""
+    """Episodes per job, all with new starts."""
     steps_per_checkpoint: runs.Count = 10_000
     """Real steps between two checkpoints; the last two are kept."""
     output: Path = Path("output/many_tasks")
@@ -155,18 +155,18 @@ def make_planner(
     factory: Callable[..., Any], config: Config, discount: float = 0.99**DURATION, **options: Any
 ) -> PlannerLevel:
     planner = partial(ICEMPlanner, horizon=config.horizon, n_samples=128, n_iterations=3)
-    how = {"deterministic": True, "deterministic_mode": "best", "use_value_func": True}
-    planner = partial(planner, discount=discount, **how)
+    search = {"deterministic": True, "deterministic_mode": "best", "use_value_func": True}
+    planner = partial(planner, discount=discount, **search)
     return PlannerLevel(predictor_factory=factory, planner_factory=planner, **options)
 
 
 def make_skills(config: Config) -> SkillLevel:
-    """Skills that are told apart by the place they lead to."""
+    """Make skills that are distinguished by the place they lead to."""
     sac = partial(SACLearner, hidden_sizes=(64, 64), lr=1e-3, tau=0.01, alpha_init=0.1)
     reward = SPlaTESReward(state_dims=[0, 1], n_symmetry_breaking_steps=15_000)
-    how = {"input_spec": Bounded(-1.0, 1.0, (2,)), "duration": DURATION, "learner_factory": sac}
-    skills = SkillLevel(skill_reward=reward, n_initial_random_steps=config.steps_per_batch, **how)
-    skills.interrupt_after = DURATION // 2  # in the jobs: plans are made twice as often
+    rest = {"input_spec": Bounded(-1.0, 1.0, (2,)), "duration": DURATION, "learner_factory": sac}
+    skills = SkillLevel(skill_reward=reward, n_initial_random_steps=config.steps_per_batch, **rest)
+    skills.interrupt_after = DURATION // 2  # in the jobs: plan twice as often
     return skills
 
 
@@ -175,7 +175,7 @@ def make_env(job: Job, n: int, seed: int) -> EnvBase:
 
 
 def main(config: Config) -> None:
-    """Learn without a reward, saving on the way; then do the jobs."""
+    """Learn without a reward and save checkpoints; then do the jobs."""
     with runs.Run(config, config.total_env_steps) as run:
         env = make_env(JOBS["reach"], config.n_envs, config.seed)
         top = make_planner(FACTORY, config, random_prob=1.0, updates_per_step=4.0)
@@ -188,9 +188,9 @@ def main(config: Config) -> None:
             ways.extend(data["observation"][..., :2])
             run.log({"nll": agent.learn(data).get("PlannerLevel/nll", math.nan)})
         for name, job in JOBS.items():
-            known = top.predictor
-            known.rew_func, known.term_func = job.reward, ways.is_strange
-            known.val_func = ways.value_of(job.reward, speed=0.5, discount=0.99**DURATION)
+            predictor = top.predictor
+            predictor.rew_func, predictor.term_func = job.reward, ways.is_strange
+            predictor.val_func = ways.value_of(job.reward, speed=0.5, discount=0.99**DURATION)
             env = make_env(job, config.eval_episodes, config.seed + 100_000)
             env.append_transform(agent.make_tensordict_primer())
             run.report(runs.play_episodes(env, agent.eval(), config.device), how=name)

@@ -1,9 +1,9 @@
-"""Learn to control a task from stored data alone, without a real step.
+"""Learn to control a task from stored data alone, without real steps.
 
-A weak and noisy controller fills a data set in the layout of TorchRL's `MinariExperienceReplay`,
-made on the spot. From it a policy is cloned, and a predictor is learned, in which an `ICEMPlanner`
-plans and TorchRL's SAC learns on imagined episodes. Both are paid less where the members of the
-ensemble disagree: the model is wrong where there are no data, and plans would make use of that.
+A weak and noisy controller makes a data set in the layout of TorchRL's `MinariExperienceReplay`. A
+policy is cloned from it. A predictor learns from it, too: an `ICEMPlanner` plans in the predictor,
+and TorchRL's SAC learns from its imagined episodes. Both get less reward where the members of the
+ensemble disagree: without data the model is wrong, and plans would exploit its errors.
 
     python examples/offline.py --seed 0
 
@@ -53,11 +53,11 @@ class Config:
     noise: runs.Positive = 0.3
     """Std of the noise in the controller's actions, which range from -1 to 1."""
     n_updates: runs.Count = 2000
-    """Gradient steps of the model, of cloning and of SAC, each."""
+    """Gradient steps for each of the model, the cloned policy and SAC."""
     pessimism: runs.Number = 1.0
-    """What a unit of disagreement costs, in rewards; 0 believes the model."""
+    """Cost of a unit of disagreement, in rewards; 0 trusts the model."""
     episode_steps: runs.Count = 10
-    """Steps of SAC's imagined episodes, which branch off from the data."""
+    """Steps of SAC's imagined episodes, which start from states of the data."""
     hidden_size: runs.Count = 64
     """Width of the two hidden layers of all networks."""
     eval_episodes: runs.Count = 20
@@ -73,7 +73,7 @@ SPLIT = {"latent_state_dims": TASK.state_dims, "context_dims": TASK.context_dims
 
 
 def weak_controller(observation: Tensor, noise: float) -> Tensor:
-    """Pulls the fingertip towards the target, gently, and trembles."""
+    """Pull the fingertip gently towards the target, with noise."""
     cos1, cos2, sin1, sin2, _, _, _, _, dx, dy = observation.unbind(-1)
     speed = observation[..., 6:8]
     cos12, sin12 = cos1 * cos2 - sin1 * sin2, sin1 * cos2 + cos1 * sin2
@@ -84,12 +84,12 @@ def weak_controller(observation: Tensor, noise: float) -> Tensor:
 
 
 def make_env(n: int, seed: int) -> EnvBase:
-    """`n` environments side by side, with the returns of their episodes."""
+    """Make `n` environments side by side, with the returns of their episodes."""
     return lt.make_batched(TASK, n, seed=seed).append_transform(RewardSum())
 
 
 def make_data(config: Config) -> tuple[TensorDictReplayBuffer, float]:
-    """A read-only data set `[N]` of whole episodes, and their mean return."""
+    """Make a read-only data set `[N]` of whole episodes; return it with their mean return."""
     act = partial(weak_controller, noise=config.noise)
     policy = TensorDictModule(act, ["observation"], ["action"])
     env, n_steps = make_env(10, config.seed), -(-config.n_transitions // 10)
@@ -105,22 +105,22 @@ def make_data(config: Config) -> tuple[TensorDictReplayBuffer, float]:
 
 
 def clone(config: Config, data: TensorDictReplayBuffer, env: EnvBase) -> TensorDictModule:
-    """Behaviour cloning: a deterministic policy that imitates the actions of the data."""
+    """Clone the behaviour: a deterministic policy that imitates the actions of the data."""
     sizes = TASK.observation_dim, 0, env.action_spec_unbatched, (config.hidden_size,) * 2
     actor = TanhActor(*sizes, in_keys=["observation"])
     optim = torch.optim.Adam(actor.parameters(), 1e-3)
     for _ in trange(config.n_updates, desc="cloning", leave=False):
         batch = data.sample(256)
         with set_exploration_type(ExplorationType.DETERMINISTIC):
-            said = actor(batch.select("observation"))["action"]
+            action = actor(batch.select("observation"))["action"]
         optim.zero_grad()
-        (said - batch["action"]).square().mean().backward()
+        (action - batch["action"]).square().mean().backward()
         optim.step()
     return actor
 
 
 def learn_model(config: Config, data: TensorDictReplayBuffer, env: EnvBase) -> lt.RewardPredictor:
-    """A predictor of the data; its value function is that of the controller's actions."""
+    """Learn a predictor from the data; its values are those of the controller's actions."""
     encoder = partial(lt.FixedEncoderNet, **SPLIT)
     widths = (config.hidden_size,) * 2
     factory = lt.PredictorFactory(hidden_sizes=widths, n_models=5, partial_encoder=encoder)
@@ -130,7 +130,7 @@ def learn_model(config: Config, data: TensorDictReplayBuffer, env: EnvBase) -> l
 
 
 def make_planner(config: Config, predictor: lt.RewardPredictor) -> lt.ICEMPlanner:
-    """Plans that stay where the members agree."""
+    """Make a planner whose plans stay where the members agree."""
     cost = lt.EnsembleDisagreement(predictor.model, scale=-config.pessimism)
     options = {"horizon": 15, "n_samples": 100, "n_iterations": 3, "use_value_func": True}
     return lt.ICEMPlanner(
@@ -141,7 +141,7 @@ def make_planner(config: Config, predictor: lt.RewardPredictor) -> lt.ICEMPlanne
 def imagined_sac(
     config: Config, data: TensorDictReplayBuffer, predictor: lt.RewardPredictor
 ) -> TensorDictSequential:
-    """TorchRL's SAC on episodes that branch off from the data."""
+    """Train TorchRL's SAC on imagined episodes that start from states of the data."""
     dims = predictor.latent_state_dim, predictor.context_dim
     sizes = *dims, predictor.model.action_spec, (config.hidden_size,) * 2
     actor = TanhActor(*sizes)
@@ -163,16 +163,16 @@ def imagined_sac(
             with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
                 episodes = env.rollout(config.episode_steps, actor, break_when_any_done=False)
             memory.extend(episodes.reshape(-1))
-        found = loss(memory.sample())
+        losses = loss(memory.sample())
         optim.zero_grad()
-        sum(found[name] for name in ("loss_actor", "loss_qvalue", "loss_alpha")).backward()
+        sum(losses[name] for name in ("loss_actor", "loss_qvalue", "loss_alpha")).backward()
         optim.step()
         target.step()
     return TensorDictSequential(predictor.encoder, actor)
 
 
 def evaluate(config: Config, policy: TensorDictModule) -> float:
-    """The mean return in the real environment, which nobody has learned from."""
+    """The mean return in the real environment, which was not used for learning."""
     env = make_env(config.eval_episodes, config.seed + 10_000)
     if hasattr(policy, "make_tensordict_primer"):
         env.append_transform(policy.make_tensordict_primer())
@@ -180,20 +180,20 @@ def evaluate(config: Config, policy: TensorDictModule) -> float:
 
 
 def main(config: Config) -> None:
-    """Make the data, learn from them, and compare."""
+    """Make the data, learn from it, and compare."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     config.output.mkdir(parents=True, exist_ok=True)
-    data, in_data = make_data(config)
+    data, data_return = make_data(config)
     env = make_env(1, config.seed)
     predictor = learn_model(config, data, env)
-    found = {"data": in_data, "cloned": evaluate(config, clone(config, data, env))}
-    found["planned"] = evaluate(config, make_planner(config, predictor))
-    found["imagined SAC"] = evaluate(config, imagined_sac(config, data, predictor))
-    for name, value in found.items():
+    returns = {"data": data_return, "cloned": evaluate(config, clone(config, data, env))}
+    returns["planned"] = evaluate(config, make_planner(config, predictor))
+    returns["imagined SAC"] = evaluate(config, imagined_sac(config, data, predictor))
+    for name, value in returns.items():
         print(f"{name:12} {value:7.1f}")
     with (config.output / "results.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["policy", "mean return"], *found.items()])
+        csv.writer(file).writerows([["policy", "mean return"], *returns.items()])
 
 
 if __name__ == "__main__":

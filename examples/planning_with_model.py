@@ -1,8 +1,8 @@
 """Learn a world model of a MuJoCo task from real experience, and plan in it.
 
-A TorchRL collector gathers experience into a TorchRL replay buffer; a `RewardPredictor` around a
+A TorchRL collector stores experience in a TorchRL replay buffer; a `RewardPredictor` with a
 `ProbabilisticEnsemble` learns dynamics, reward, termination and value from it; an `ICEMPlanner`
-plans in the learned model, and is the collector's policy. All parts are built here by hand;
+plans in the learned model and is the collector's policy. This script builds all parts itself;
 `learn_to_control.py` does the same with a `PlannerLevel`.
 
     python examples/planning_with_model.py --task InvertedPendulum-v5 --total-env-steps 5000
@@ -37,16 +37,16 @@ from layeredrl_torchrl import (
 
 @dataclass
 class Config(runs.RunOptions):
-    """Learn a world model of a task and control the task by planning in it."""
+    """Learn a world model of a task, and control the task by planning in the model."""
 
     total_env_steps: runs.Count = 5000
     """Steps taken in the real environment."""
     random_steps: runs.Natural = 300
-    """Of these, how many with random actions at the start."""
+    """Number of these with random actions, at the start."""
     n_envs: runs.Count = 5
-    """Environments stepped side by side; one plan serves them all."""
+    """Environments stepped side by side; their plans are made together."""
     updates_per_step: runs.Positive = 2.0
-    """Gradient steps for every real step."""
+    """Gradient steps per real step."""
     n_models: runs.Count = 5
     """Members of the ensemble."""
     hidden_size: runs.Count = 64
@@ -56,28 +56,28 @@ class Config(runs.RunOptions):
     value_lr: runs.Positive = 1e-3
     """Learning rate of the value function."""
     tau: runs.Share = 0.01
-    """Share of the value network that its target takes over at each update."""
+    """Share of the value network that its target takes at each update."""
     n_steps: runs.Count = 3
     """Rewards in a value target."""
     horizon: runs.Count = 8
-    """Steps that are planned ahead."""
+    """Steps of a plan."""
     n_samples: runs.Count = 100
     """Candidate plans in the first iteration."""
     n_iterations: runs.Count = 3
     """Iterations of the planner."""
     elite_ratio: runs.PositiveShare = 0.1
-    """Share of the candidates that the next iteration is fitted to."""
+    """Share of the candidates to which the next iteration's distribution is fitted."""
     output: Path = Path("output/planning_with_model")
     """Folder of the learning curve, of the evaluation and of the checkpoints."""
 
 
 def make_env(config: Config, n: int, seed: int, **kwargs) -> EnvBase:
-    """`n` environments side by side, with the returns of their episodes."""
+    """Make `n` environments side by side, with the returns of their episodes."""
     return make_batched(config.task, n, seed=seed, **kwargs).append_transform(RewardSum())
 
 
 def make_predictor(config: Config, env: EnvBase) -> RewardPredictor:
-    """A predictor that fits the environment; its state is the observation."""
+    """Make a predictor with the environment's spaces; its state is the observation."""
     observation = env.observation_spec_unbatched["observation"]
     action = env.action_spec_unbatched
     (dim,) = observation.shape
@@ -104,7 +104,7 @@ def make_predictor(config: Config, env: EnvBase) -> RewardPredictor:
 
 
 def make_planner(config: Config, predictor: RewardPredictor) -> ICEMPlanner:
-    """A policy that plans in the predictor: observation in, action out."""
+    """Make a policy that plans in the predictor: observation in, action out."""
     return ICEMPlanner(
         predictor,
         horizon=config.horizon,
@@ -119,7 +119,7 @@ def make_planner(config: Config, predictor: RewardPredictor) -> ICEMPlanner:
 
 
 def main(config: Config) -> None:
-    """Collect, learn and plan until the steps are spent; then evaluate."""
+    """Collect, learn and plan for all steps; then evaluate."""
     task, total, n_random = runs.find_task(config.task), config.total_env_steps, config.random_steps
     with runs.Run(config, total) as run:
         env = make_env(config, config.n_envs, config.seed)

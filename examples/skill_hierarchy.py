@@ -1,8 +1,8 @@
 """Discover skills without any reward, then plan over them to reach goals never seen before.
 
-Two levels, in a point maze or on an arm: the lower one learns, from nothing but what the upper
-one's model can tell apart, skills of a fixed duration; the upper one plans in that model which
-skills lead to the goal. What comes after a plan is learned, or known from ways between landmarks.
+Two levels control a point maze or an arm. The lower one learns skills of a fixed duration; their
+only reward is how well the upper one's model can tell them apart. The upper one plans in this model
+which skills lead to the goal. The value after a plan is learned, or known from landmarks' paths.
 
     python examples/skill_hierarchy.py
     python examples/skill_hierarchy.py --task PointMaze-Large-Sparse --landmarks 0.3 --horizon 5
@@ -35,11 +35,11 @@ class Config(runs.RunOptions):
     agent: Literal["hierarchy", "planner"] = "hierarchy"
     """A planner over skills, or a planner over forces."""
     task: str = "PointMaze-U"
-    """Name of the task: a point maze, or Reacher-Tip, whose place is that of an arm's tip."""
+    """Name of the task: a point maze, or Reacher-Tip, where the place is that of an arm's tip."""
     skill_steps: runs.Natural = 30_000
-    """Real steps in which skills are drawn at random and learned, before the first plan."""
+    """Real steps before the first plan, in which random skills are learned."""
     total_env_steps: runs.Count = 80_000
-    """Real steps in all."""
+    """Real steps in total."""
     n_envs: runs.Count = 20
     """Environments stepped side by side."""
     steps_per_batch: runs.Count = 2000
@@ -47,13 +47,13 @@ class Config(runs.RunOptions):
     duration: runs.Count = 20
     """Real steps in a skill."""
     skill_std: runs.Positive = 0.5
-    """How close two outcomes may be and still be told apart, in standard deviations of outcomes."""
+    """Distance at which two outcomes are still distinct, in standard deviations of outcomes."""
     symmetry_breaking_steps: runs.Natural = 15_000
-    """Real steps over which a random linear model of skills gives way to the learned one."""
+    """Real steps over which the learned model of skills replaces a random linear one."""
     sac_updates_per_step: runs.Positive = 0.25
-    """Gradient steps of SAC for every force that was applied."""
+    """Gradient steps of SAC per applied force."""
     model_updates_per_action: runs.Positive = 4.0
-    """Gradient steps of the planner's model, reward and value for every action of the planner."""
+    """Gradient steps of the planner's model, reward and value per action of the planner."""
     hidden_size: runs.Count = 64
     """Width of the two hidden layers of all networks."""
     n_models: runs.Count = 5
@@ -61,11 +61,11 @@ class Config(runs.RunOptions):
     gamma: runs.PositiveShare = 0.99
     """Discount of a real step."""
     horizon: runs.Count = 10
-    """Skills that are planned ahead."""
+    """Skills in a plan."""
     landmarks: runs.NotNegative = 0.0
-    """Radius of landmarks in m; 0 for a reward and a value that are learned instead of known."""
+    """Radius of landmarks in m; 0 to learn reward and value instead."""
     random_prob: runs.Share = 1.0
-    """With landmarks, before there is a task: chance that ten random skills begin."""
+    """With landmarks, before there is a task: probability that ten random skills begin."""
     n_samples: runs.Count = 128
     """Candidate plans in the first iteration."""
     n_iterations: runs.Count = 3
@@ -75,7 +75,7 @@ class Config(runs.RunOptions):
     steps_per_checkpoint: runs.Count = 10_000
     """Real steps between two checkpoints; the last two are kept."""
     output: Path = Path("output/skill_hierarchy")
-    """Folder; each agent has one of its own in it for its learning curve and checkpoints."""
+    """Folder; each agent has a subfolder for its learning curve and checkpoints."""
 
     @property
     def without_effect(self) -> frozenset[str]:
@@ -88,7 +88,7 @@ class Config(runs.RunOptions):
 
     @property
     def folder(self) -> Path:
-        """Where this agent writes."""
+        """Folder of this agent's files."""
         return self.output / self.agent
 
 
@@ -114,7 +114,7 @@ def make_planner(config: Config, task: lt.Task, step: int) -> lt.PlannerLevel:
         n_initial_random_steps=config.steps_per_batch,
         updates_per_step=config.model_updates_per_action,
     )
-    level.landmarks = ways  # a part of it: saved with the level
+    level.landmarks = ways  # a submodule: saved with the level
     return level
 
 
@@ -168,13 +168,13 @@ def row_of(agent: lt.Hierarchy, data: TensorDictBase, info: dict[str, float]) ->
     if len(agent.levels) > 1:
         own = agent.transitions(data)[0]
         own = own[~own["next", "interrupted"].squeeze(-1)]
-        read = own["observation"], own["action"], own["next", "observation"]
-        row["skill_reward"] = agent.levels[1].rate(*read).mean().item() if len(own) else math.nan
+        inputs = own["observation"], own["action"], own["next", "observation"]
+        row["skill_reward"] = agent.levels[1].rate(*inputs).mean().item() if len(own) else math.nan
     return row | {"nll": info.get("PlannerLevel/nll", math.nan)}
 
 
 def main(config: Config) -> None:
-    """Discover, plan and learn, saving on the way; then reach new goals."""
+    """Discover, plan, learn and save checkpoints; then reach new goals."""
     task = runs.find_task(config.task, with_goals=True)
     if config.duration > task.horizon:
         raise runs.RunError(f"--duration is {config.duration}, episodes have {task.horizon} steps")
@@ -189,7 +189,7 @@ def main(config: Config) -> None:
             row = run.returns(data) | row_of(agent, data, agent.learn(data))
             if config.landmarks:
                 agent.levels[0].landmarks.extend(data["observation"][..., task.state_dims[:2]])
-            set_phase(config, task, agent, math.inf)  # evaluations are of the task
+            set_phase(config, task, agent, math.inf)  # evaluations are for the task
             run.log(row | run.evaluation(partial(make_env, task), agent))
             set_phase(config, task, agent, run.steps)
         run.finish(partial(make_env, task), agent, seed=config.seed + 100_000)

@@ -1,9 +1,9 @@
-"""Train the parts of a predictor by TorchRL's `Trainer` instead of `RewardPredictor.learn`.
+"""Train the parts of a predictor with TorchRL's `Trainer` instead of `RewardPredictor.learn`.
 
-Dynamics, reward and value are learned from random experience by two TorchRL loss modules: a
-`ModelLoss` for the ensemble and a `PredictorLoss` for reward and value. What `learn` does besides
-the gradient step becomes a hook: statistics, sampling, the average of the weights, the target
-network. In the end the trained parts make a predictor that is used as any other.
+Two TorchRL loss modules train dynamics, reward and value on random experience: a `ModelLoss` for
+the ensemble and a `PredictorLoss` for reward and value. Everything else that `learn` does becomes a
+hook: statistics, sampling, the average of the weights, the target network. The trained predictor is
+used like any other.
 
     python examples/train_with_trainer.py --task InvertedPendulum-v5 --total-env-steps 2000
 """
@@ -44,7 +44,7 @@ from layeredrl_torchrl import (
 
 @dataclass
 class Config(runs.RunOptions):
-    """Train a predictor's parts by TorchRL's Trainer."""
+    """Train a predictor's parts with TorchRL's Trainer."""
 
     total_env_steps: runs.Count = 2000
     """Random steps to learn from."""
@@ -65,11 +65,11 @@ class Config(runs.RunOptions):
     lr: runs.Positive = 3e-3
     """Learning rate of all parts."""
     tau: runs.Share = 0.01
-    """Share of the value network that its target takes over at each update."""
+    """Share of the value network that its target takes at each update."""
     output: Path = Path("output/train_with_trainer")
     """Folder of the scores (CSV) and the checkpoints."""
 
-    # Nobody acts here, and there is one environment.
+    # No policy acts here, and there is one environment.
     without_effect = frozenset(
         {"n_envs", "eval_episodes", "steps_per_evaluation", "episodes_per_evaluation", "video"}
     )
@@ -77,17 +77,17 @@ class Config(runs.RunOptions):
     def check(self) -> None:
         super().check()
         if self.n_steps >= min(self.steps_per_batch, self.total_env_steps):
-            told = f"--n-steps is {self.n_steps}, expected fewer than"
-            raise runs.RunError(f"{told} --steps-per-batch and --total-env-steps")
+            limit = "--steps-per-batch and --total-env-steps"
+            raise runs.RunError(f"--n-steps is {self.n_steps}, expected fewer than {limit}")
 
 
 class AllLosses(LossModule):
-    """Both losses of slices `[B, L]`, the ensemble's of their first transitions."""
+    """Both losses for slices `[B, L]`; the ensemble's reads only their first transitions."""
 
     def __init__(self, predictor: StaticPredictor, n_steps: int) -> None:
         super().__init__()
         self.encoder = predictor.encoder
-        # The losses' names for what they read are free: the state of this task is its observation.
+        # The losses' input keys can be chosen: the state of this task is its observation.
         self.model_loss = ModelLoss(predictor.model)
         self.model_loss.set_keys(state="observation", next_state=("next", "observation"))
         self.predictor_loss = PredictorLoss(
@@ -100,7 +100,7 @@ class AllLosses(LossModule):
 
 
 def make_predictor(config: Config, env: EnvBase) -> StaticPredictor:
-    """Untrained parts; StaticPredictor, as its own `learn` is not used."""
+    """Make untrained parts, in a StaticPredictor, as no `learn` is needed."""
     observation, action = env.observation_spec["observation"], env.action_spec
     (dim,) = observation.shape
     hidden = (config.hidden_size, config.hidden_size)
@@ -123,7 +123,7 @@ def make_predictor(config: Config, env: EnvBase) -> StaticPredictor:
 
 @torch.no_grad()
 def fit_statistics(predictor: StaticPredictor, buffer: TensorDictReplayBuffer, device: str) -> None:
-    """Let the networks' normalised inputs and outputs fit all that was collected so far."""
+    """Fit the normalisation of the networks' inputs and outputs to all data collected so far."""
     data = buffer[:].to(device)
     state, context = predictor.encode(data["observation"])
     next_state, _ = predictor.encode(data["next", "observation"])
@@ -134,7 +134,7 @@ def fit_statistics(predictor: StaticPredictor, buffer: TensorDictReplayBuffer, d
 
 @torch.no_grad()
 def score(predictor: StaticPredictor, held_out: TensorDictBase) -> dict[str, float]:
-    """How well unseen steps are predicted: nats per dimension, and reward units."""
+    """Scores on unseen steps: nats per dimension, and an error in reward units."""
     obs, act = held_out["observation"], held_out["action"]
     state, context = predictor.encode(obs)
     next_state, _ = predictor.encode(held_out["next", "observation"])
@@ -147,7 +147,7 @@ def score(predictor: StaticPredictor, held_out: TensorDictBase) -> dict[str, flo
 
 
 def main(config: Config) -> None:
-    """Train, and score before, in between and after."""
+    """Train; score before, during and after training."""
     task, device, total = runs.find_task(config.task), config.device, config.total_env_steps
     with runs.Run(config, total) as run:
         env, other = task.make(seed=config.seed), task.make(seed=config.seed + 1)
@@ -171,7 +171,7 @@ def main(config: Config) -> None:
             clip_norm=200.0,
             progress_bar=True,
             seed=config.seed,
-            # It saves what it knows beside what the run keeps.
+            # The trainer adds its own state to the run's checkpoints.
             checkpoint=run.checkpoint,
             checkpoint_rotation=run.rotation,
             checkpoint_metadata=lambda _: config.settings(),

@@ -35,9 +35,9 @@ class Config(runs.RunOptions):
     task: str = "HalfCheetah-v5"
     """Name of the task."""
     random_steps: runs.Natural | None = None
-    """Real steps with random actions at the start; 1,000 by default, at most a quarter of all."""
+    """Random real steps at the start; by default 1,000, at most a quarter of the total."""
     known_termination: bool = False
-    """Whether the task says which steps end an episode, instead of the model."""
+    """Whether the task's own termination function is used instead of a learned one."""
     gamma: runs.PositiveShare = 0.99
     """Discount."""
     late_gamma: runs.PositiveShare | None = None
@@ -47,13 +47,13 @@ class Config(runs.RunOptions):
     episode_steps: runs.Count = 40
     """Steps of the imagined episodes that the critics learn from."""
     n_episodes: runs.Count = 96
-    """Episodes that are imagined after every 20 updates; those of five times are kept."""
+    """Episodes that are imagined every 20 updates; the last five sets are kept."""
     updates_per_step: runs.Positive = 1.0
-    """Updates of the policy for every real step; the critics make twice as many."""
+    """Updates of the policy per real step; the critics make twice as many."""
     model_updates_per_step: runs.Positive = 1.0
-    """Gradient steps of the model for every real step."""
+    """Gradient steps of the model per real step."""
     batch_size: runs.Count = 256
-    """Rows in a batch, for the critics and for each member of the ensemble."""
+    """Steps in a batch, for the critics and for each member of the ensemble."""
     hidden_size: runs.Count = 128
     """Width of the two hidden layers of policy and critics."""
     model_size: runs.Count = 160
@@ -61,13 +61,13 @@ class Config(runs.RunOptions):
     lr: runs.Positive = 1e-3
     """Learning rate of policy and critics, which falls to a tenth over the run."""
     falls_cost: bool = False
-    """Whether critics are told that falls end the reward of staying alive: see the manual."""
+    """Whether critics learn that a fall ends the reward for staying alive: see the manual."""
     compile: bool = False
-    """Whether model and loss are compiled, and on a GPU updates captured as CUDA graphs."""
+    """Whether to compile model and loss, and on a GPU to capture updates as CUDA graphs."""
     steps_per_batch: runs.Count = 250
     """Real steps between two learning phases."""
     steps_per_evaluation: runs.Natural = 1000
-    """Real steps between two evaluations on the way; 0 for none."""
+    """Real steps between two evaluations during training; 0 for none."""
     output: Path = Path("output/value_gradients")
     """Folder of the learning curve, of the evaluation and of the checkpoints."""
 
@@ -97,14 +97,14 @@ class Agent:
         sizes = len(task.state_dims), len(task.context_dims), spaces[1], (config.hidden_size,) * 2
         self.actor = TanhActor(*sizes).to(config.device)
         q = QValueOperator(*sizes).to(config.device)
-        more = {"horizon": config.horizon, "target_entropy": -spaces[1].shape[-1] / 2}
-        self.loss = lt.ValueGradientLoss(self.actor, q, self.predictor, mean_qvalue=True, **more)
+        options = {"horizon": config.horizon, "target_entropy": -spaces[1].shape[-1] / 2}
+        self.loss = lt.ValueGradientLoss(self.actor, q, self.predictor, mean_qvalue=True, **options)
         self.loss.make_value_estimator(gamma=config.gamma, lmbda=0.97)
         self.policy = TensorDictSequential(self.predictor.encoder, self.actor)
         self.target = SoftUpdate(self.loss, tau=0.02)
         nets = [p for name, p in self.loss.named_parameters() if name != "log_alpha"]
         on_gpu = torch.device(config.device).type == "cuda"
-        rate = partial(torch.tensor, device=config.device) if on_gpu else float  # as graphs need
+        rate = partial(torch.tensor, device=config.device) if on_gpu else float  # for graphs
         groups = [{"params": nets, "lr": rate(config.lr)}]
         groups += [{"params": [self.loss.log_alpha], "lr": rate(3e-4)}]
         self.optim = torch.optim.Adam(groups, fused=True, capturable=on_gpu)
@@ -136,12 +136,12 @@ class Agent:
         n_fits, n = max(round(config.model_updates_per_step * n_steps), 1), config.batch_size
         _, info = self.predictor.learn(self.real, n_fits, n, n, counts["steps"])
         self.loss.fit_inputs(self.predictor.encoder(self.real[:]))
-        self.imagined.empty()  # what the model said before it was fitted
-        found, n_updates = [], max(round(config.updates_per_step * n_steps), 1)
+        self.imagined.empty()  # predictions of the model before its update
+        terms, n_updates = [], max(round(config.updates_per_step * n_steps), 1)
         for i in range(n_updates):
             if i % 20 == 0:
                 self.imagine()
-            found.append(self.take(self.imagined.sample(5 * config.batch_size // 2)))
+            terms.append(self.take(self.imagined.sample(5 * config.batch_size // 2)))
         counts["updates"] += n_updates
         self.schedule.step()
         return info | {name: term.item() for name, term in torch.stack(found).mean().items()}
@@ -159,26 +159,26 @@ class Agent:
         self.imagined.extend(self.loss.value_targets(episodes).select(*KEYS).reshape(-1))
 
     def update(self, rows: TensorDictBase) -> TensorDict:
-        """Update the critics twice, then policy and entropy's weight, each with rows of its own."""
+        """Update the critics twice, then policy and entropy's weight, each with its own steps."""
         *for_critics, for_actor = rows.split(self.config.batch_size)
         for batch in for_critics:
             loss, _ = self.loss.qvalue_loss(batch)
             self.step(loss)
             self.target.step()
-        loss_actor, found = self.loss.actor_loss(for_actor)
-        self.step(loss_actor + self.loss.alpha_loss(found["log_prob"]))
-        terms = {"value": found["value"].mean(), "entropy": -found["log_prob"].mean()}
+        loss_actor, outputs = self.loss.actor_loss(for_actor)
+        self.step(loss_actor + self.loss.alpha_loss(outputs["log_prob"]))
+        terms = {"value": outputs["value"].mean(), "entropy": -outputs["log_prob"].mean()}
         return TensorDict({"loss_qvalue": loss.detach(), "alpha": self.loss.alpha, **terms})
 
     def step(self, loss: torch.Tensor) -> None:
-        """One gradient step of whatever the loss depends on."""
+        """Make one gradient step of all parameters that the loss depends on."""
         self.optim.zero_grad()
         loss.backward()
         self.optim.step()
 
 
 def main(config: Config) -> None:
-    """Learn, saving and evaluating on the way; then evaluate at length."""
+    """Learn, save checkpoints and evaluate; then evaluate with more episodes."""
     task = runs.find_task(config.task)
     total = config.total_env_steps or task.budget
 

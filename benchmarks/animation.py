@@ -1,4 +1,4 @@
-"""An animation of a policy that plans: what it does, and what it imagines."""
+"""An animation of a policy that plans: real motion and predicted plans."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BLUE, ORANGE, LIGHT = "#2a6fbb", "#d9722b", 244
 
 
 class Camera:
-    """A light picture `[HEIGHT, WIDTH, 3]` from the side, wide, and following what moves."""
+    """A bright, wide picture `[HEIGHT, WIDTH, 3]` from the side; the camera follows the body."""
 
     def __init__(self, env: EnvBase) -> None:
         import mujoco
@@ -37,14 +37,14 @@ class Camera:
         self.renderer.update_scene(self.data, self.camera)
         picture = self.renderer.render().copy()
         self.renderer.enable_segmentation_rendering()
-        behind = self.renderer.render()[..., 0] < 0  # nothing is there
+        behind = self.renderer.render()[..., 0] < 0  # background
         self.renderer.disable_segmentation_rendering()
         picture[behind] = LIGHT
         return picture
 
 
 class Stage:
-    """The figure of a frame: the picture above, one dimension of the state over time below."""
+    """The figure of a frame: above the picture, below one dimension of the state over time."""
 
     def __init__(self, title: str, name: str, n_members: int, dt: float, n_steps: int) -> None:
         size = WIDTH / DPI, (HEIGHT + CHART) / DPI
@@ -72,7 +72,7 @@ class Stage:
     def frame(
         self, picture: np.ndarray, real: list[float], imagined: np.ndarray, gain: float
     ) -> np.ndarray:
-        """The frame after values `real`, with those that members `[M, H]` expect to follow."""
+        """The frame after values `real`, with the next values that members predict, `[M, H]`."""
         now = len(real) - 1
         self.picture.set_data(picture)
         self.text.set_text(f"step {now}, return {gain:.0f}")
@@ -114,7 +114,7 @@ def animation(task, policy, path: Path, seed: int, max_steps: int = 150) -> None
     policy.callback = None
     dt, seen = env.base_env._env.unwrapped.dt, torch.stack(states)
     traj = policy.predictor.rollout(seen, torch.stack(plans), deterministic=True)
-    # An angle if there is one, else what moves most.
+    # An angle if there is one, else the dimension that varies most.
     names = task.names_of(range(task.observation_dim))
     angles = [i for i, name in enumerate(names) if "angle" in name and "[rad]" in name]
     d = angles[0] if angles else int(seen.std(0).argmax())

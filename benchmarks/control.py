@@ -1,13 +1,13 @@
-"""Learned control from scratch: runs an example over tasks and seeds.
+"""Control learned from scratch: runs an example over tasks and seeds.
 
     python benchmarks/control.py                              # planning, every task, seeds 0 1 2
-    python benchmarks/control.py --example value_gradients    # likewise, by value gradients
+    python benchmarks/control.py --example value_gradients    # the same by value gradients
     python benchmarks/control.py --task Reacher-v5 --seeds 0
-    python benchmarks/control.py --no-run                     # table and picture of what is there
+    python benchmarks/control.py --no-run                     # table and picture of finished runs
 
-A run that was cut off goes on from its last checkpoint, one that is complete is not run again.
-Prints a table (mean return, lowest and highest episode, successes, minutes) and draws the curves of
-all seeds, both from the files in the output folder.
+An interrupted run continues from its last checkpoint; a complete run is not repeated. Prints a
+table (mean return, lowest and highest episode, successes, minutes) and draws the curves of all
+seeds, both from the files in the output folder.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from layeredrl_torchrl.runs import Count, Seed, command, find_task
 WALKS = "--known-termination --late-gamma 0.995"
 OPTIONS = {
     "learn_to_control": {
-        "InvertedPendulum-v5": "--n-envs 2",  # so that an episode of full length fits in 2,000
+        "InvertedPendulum-v5": "--n-envs 2",  # so that a full episode fits in 2,000 steps
         "CartPoleSwingUp": "--horizon 20",
         "Reacher-v5": "--horizon 15 --n-samples 200 --n-iterations 6 --no-use-value",
         "PointMaze-Open": "--horizon 20 --no-use-value --updates-per-step 1",
         "PointMaze-U": "--horizon 20 --no-use-value --updates-per-step 1",
-        # With the default 300 random steps seed 1 had 425 in the end.
+        # With the default of 300 random steps, seed 1 reached a return of only 425.
         "HalfCheetah-v5": "--horizon 12 --n-samples 200 --hidden-size 128 --random-steps 5000",
     },
     "value_gradients": {
@@ -47,7 +47,7 @@ OPTIONS = {
         "Pusher-v5": "",
     },
 }
-# At 20,000 steps, means of seeds (DHMBPO: TMLR 4/2025, the result files of its authors).
+# Mean returns over seeds at 20,000 steps (from the result files of DHMBPO's authors, TMLR 4/2025).
 PUBLISHED = {
     "HalfCheetah-v5": {"SAC": 4047.0, "DHMBPO": 5381.0},
     "Hopper-v5": {"SAC": 301.0, "DHMBPO": 2101.0},
@@ -64,19 +64,19 @@ class Config:
     example: Literal["learn_to_control", "value_gradients"] = "learn_to_control"
     """Which example learns."""
     task: tuple[str, ...] = ()
-    """Names of the tasks; all that the example has options for by default."""
+    """Names of the tasks; by default all with options for the example."""
     seeds: tuple[Seed, ...] = (0, 1, 2)
     """Seeds."""
     eval_episodes: Count = 10
     """Episodes of the final evaluation."""
     device: str = "cpu"
-    """Where networks learn and act."""
+    """Device of the networks."""
     threads: Count = 1
     """Threads that torch may use."""
     run: bool = True
-    """Whether what is missing is run."""
+    """Whether to make missing runs."""
     output: Path = Path("output/control")
-    """Folder with a folder for each example, for its runs and the picture."""
+    """Folder with a subfolder per example, for its runs and the picture."""
 
     def __post_init__(self) -> None:
         self.task = self.task or tuple(OPTIONS[self.example])
@@ -123,7 +123,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
 
 def table(config: Config) -> None:
-    """Print what the complete runs reached, as Markdown."""
+    """Print the results of complete runs, as Markdown."""
     print("| task | real steps | seed | mean return (lowest, highest) | success | minutes |")
     print("|---|---|---|---|---|---|")
     for task in config.task:
@@ -179,7 +179,7 @@ def picture(config: Config) -> None:
                 final = read(folder / "evaluation.csv")["return"].mean()
                 end = curve["env_steps"][-1]
                 axis.plot(end, final, "*", color=color, markersize=11, clip_on=False)
-                if shown.any():  # the last training episodes were under way, and did not end
+                if shown.any():  # the last training episodes did not end
                     last = steps[-1], curve[of][shown][-1]
                     axis.plot(*zip(last, (end, final), strict=True), ":", color=color, lw=1)
         solved = get_task(task).solved_at
@@ -206,7 +206,7 @@ def picture(config: Config) -> None:
 
 
 def main(config: Config) -> None:
-    """Run what is missing, print the table, draw the picture."""
+    """Make missing runs, print the table, draw the picture."""
     for task in config.task:
         find_task(task)
         for seed in config.seeds if config.run else ():

@@ -30,9 +30,9 @@ def learning_curve(
     title: str,
     how: str = "planned in a model learned from scratch",
 ) -> None:
-    """Plot returns of episodes and the final evaluation, and the model's NLL, over real steps.
+    """Plot the episodes' returns, the final evaluation and the model's NLL over real steps.
 
-    Where no episode has ended yet, what the first ones have collected so far is shown instead.
+    Until the first episode ends, the returns so far are shown instead.
     """
     steps = np.array([row["env_steps"] for row in rows])
     ended = np.array([row["episodes"] for row in rows]) > 0
@@ -43,7 +43,7 @@ def learning_curve(
         top.plot(steps[ended], returns[ended], "o-", color=BLUE, ms=5, lw=0.8, label=label)
     so_far = np.array([row["return_so_far"] for row in rows])
     if (~ended[1:] & (so_far[1:] > so_far[:-1])).any():
-        # Only the last climb: each new episode begins at 0 again.
+        # Only the part after the last end: each new episode starts at 0.
         last = int(np.flatnonzero(ended)[-1]) if ended.any() else 0
         label = "episodes that had not ended, so far"
         top.plot(steps[last:], so_far[last:], color=GREY, lw=1.2, label=label)
@@ -68,7 +68,7 @@ def learning_curve(
 def prediction(
     predictor, played: TensorDict, path: Path, names: tuple[str, ...], horizon: int = 30
 ) -> None:
-    """Plot an open-loop prediction of the longest unbroken stretch of `played [E, T]`."""
+    """Plot an open-loop prediction of the longest part of `played [E, T]` without an end."""
     alive = ~played["next", "done"].squeeze(-1)
     lengths = alive.int().cumprod(-1).sum(-1) + 1
     episode = int(lengths.argmax())
@@ -109,7 +109,7 @@ def _draw_maze(axis, maze) -> None:
 
 
 def skill_fan(paths: np.ndarray, skills: np.ndarray, maze, path: Path, title: str) -> None:
-    """Plot where skills lead from rest: `paths [n, T + 1, 2]` in metres of `skills [n, 2]`."""
+    """Plot where skills `[n, 2]` lead from rest: `paths [n, T + 1, 2]`, in metres."""
     colors = plt.get_cmap("hsv")((np.arctan2(skills[:, 1], skills[:, 0]) / (2 * np.pi)) % 1.0)
     figure, (left, right, key) = plt.subplots(1, 3, figsize=(11, 4.2), width_ratios=(4, 4, 2))
     for walk, color in zip(paths, colors, strict=True):
@@ -148,8 +148,8 @@ def maze_plans(
 ) -> None:
     """Plot episodes `[n, T, 2]` with their goals and the plans at their start.
 
-    `plans [n, M, H + 1, 2]` are the places that each member predicts after each skill of `step`
-    steps.
+    `plans [n, M, H + 1, 2]` are the places after each skill of `step` steps, predicted by each
+    member.
     """
     n_columns = min(4, len(paths))
     n_rows = -(-len(paths) // n_columns)
@@ -188,7 +188,7 @@ def success_curves(
     path: Path,
     title: str,
 ) -> None:
-    """Plot the share of episodes that reached their goal over real steps, for each agent."""
+    """Plot each agent's share of episodes that reach their goal, over real steps."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 5.5), sharex=True, height_ratios=(2, 1))
     for (name, rows), color in zip(curves.items(), (BLUE, ORANGE, "#3a923a"), strict=False):
         ended = [row for row in rows if row["episodes"]]

@@ -1,4 +1,4 @@
-"""The rows of `gpu_table.py`, and the ways to run each: made here, timed there."""
+"""The rows of `gpu_table.py` and the ways to run each; that script times them."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from layeredrl_torchrl import (
 )
 
 Run = Callable[[], object]
-Ways = dict[str, Callable[[], Run]]  # how each way is made; making may fail
+Ways = dict[str, Callable[[], Run]]  # a function that makes each way; it may fail
 
 
 # -- ways to run one function --------------------------------------------------------------------
 
 
 def captured(run: Run) -> Run:
-    """A function as one CUDA graph, as it is: whatever waits for the device in it raises."""
+    """Capture an unchanged function as one CUDA graph; waiting for the device raises."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -62,7 +62,7 @@ def ways_on(device: str) -> tuple[str, ...]:
 
 
 def compile_as(way: str, part: nn.Module) -> None:
-    """Let `part` run in the way that its own `compile` offers."""
+    """Compile `part` with its own `compile`."""
     compiled = {"dynamic": False} if way.startswith("compiled") else {"backend": "eager"}
     if "graph" in way:
         if "cudagraphs" not in inspect.signature(part.compile).parameters:
@@ -87,7 +87,7 @@ def in_graph(device: str, run: Run) -> Run:
 
 
 def chains(device: str, *parts: tuple[int, int, int, tuple[int, ...]]) -> Ways:
-    """Products alone: for each part `steps` times those of `members` networks on `rows` rows."""
+    """Matrix products alone, of `members` networks on `rows` rows, `steps` times for each part."""
 
     def make(dtype: torch.dtype) -> Run:
         made = []
@@ -136,9 +136,9 @@ def rollout_row(case: Case, device: str) -> Ways:
 
 
 def gradient_row(hidden: tuple[int, ...], batch: int, device: str) -> Ways:
-    """Five members on a shared batch: the loss, its gradients and Adam.
+    """A gradient step of five members on a shared batch: the loss, its gradients and Adam.
 
-    A step that a user writes is captured by torch; its `graph` is that.
+    Here `graph` is torch's capture of the whole step, as in a user's own training loop.
     """
     sizes = (STATE + ACTION, *hidden, 2 * STATE + 2)
 
@@ -172,7 +172,7 @@ def gradient_row(hidden: tuple[int, ...], batch: int, device: str) -> Ways:
 
 
 def learn_row(hidden: tuple[int, ...], batch: int, n_updates: int, device: str) -> Ways:
-    """One update of `RewardPredictor.learn`; its time is that of a call, divided by its updates."""
+    """One update of `RewardPredictor.learn`: the time of a call divided by its updates."""
     action = Bounded(-1.0, 1.0, (ACTION,)).to(device)
     sizes = (STATE + ACTION, *hidden, 2 * STATE + 2)
 
@@ -206,7 +206,7 @@ def learn_row(hidden: tuple[int, ...], batch: int, n_updates: int, device: str) 
         buffer.extend(TensorDict(data, [n]).to(device))
         return lambda: predictor.learn(buffer, n_updates, batch, batch, 0)
 
-    # The ensemble and, of one network each, reward, value and its target.
+    # The ensemble, and one network each for reward, value and its target.
     value, reward = (STATE, *hidden, 1), (STATE + ACTION, *hidden, 1)
     steps = [3 * n_updates, 3 * n_updates, 4 * n_updates]
     parts = zip(steps, (5, 1, 1), (batch,) * 3, (sizes, reward, value), strict=True)
@@ -217,7 +217,7 @@ def learn_row(hidden: tuple[int, ...], batch: int, n_updates: int, device: str) 
 def plan_row(
     kind: type[PredictorPlanner], n: int, members: int, options: dict, device: str
 ) -> Ways:
-    """One plan for `n` environments, from a memory that goes on."""
+    """One plan for `n` environments, with the memory of the plan before."""
     hidden, reward = (128, 128), (STATE + ACTION, 128, 128, 1)
     sizes = (STATE + ACTION, *hidden, 2 * STATE + 2)
 
@@ -246,7 +246,7 @@ def plan_row(
 def rows_of(
     device: str, only: tuple[str, ...] = (), *, quick: bool = False
 ) -> dict[str, tuple[Callable[[], Ways], int]]:
-    """Each row: how it is made, and by how much its times are divided.
+    """Return for each row a function that makes it, and the divisor of its times.
 
     `only` selects rows by parts of their names; `quick` makes all sizes tiny.
     """
@@ -280,7 +280,7 @@ def rows_of(
         "rollout 4096 x 5 x 20, H 30, 3x512": (partial(rollout_row, large, device), 1),
     }
     if not on_gpu and not quick:
-        del rows["rollout 4096 x 5 x 20, H 30, 3x512"]  # minutes for each rollout
+        del rows["rollout 4096 x 5 x 20, H 30, 3x512"]  # takes minutes per rollout
     return {
         name: row for name, row in rows.items() if not only or any(part in name for part in only)
     }

@@ -1,15 +1,15 @@
-"""One table of what is slow: rollouts, gradient steps, an update of `learn`, plans, a control step.
+"""One table of the slow parts: rollouts, gradient steps, updates of `learn`, plans, control steps.
 
-    python benchmarks/gpu_table.py                       # for the machine it runs on, in minutes
+    python benchmarks/gpu_table.py                       # for this machine, in minutes
     python benchmarks/gpu_table.py --device cuda --output output/gpu.jsonl
-    python benchmarks/gpu_table.py --quick               # tiny sizes: whether every row runs
+    python benchmarks/gpu_table.py --quick               # tiny sizes: check that every row runs
 
-Ways to run each row: the matrix products alone (`products`; on CUDA in a graph), ours as it is
-(`eager`), by the CUDA graphs that the package makes by one argument (`graph`; `compiled graph` of
-compiled steps), compiled, and as torch captures it (`captured`); rollouts also in bfloat16. Times
-are medians in milliseconds of runs that take turns. A way that fails says why in its place. The
-ways come in this order over all rows, as compiling takes most of the time, and those that the time
-is not enough for are left out. Lines of JSON go to `--output` as they come.
+Ways to run each row: only its matrix products (`products`; on CUDA in a graph); the package's code
+without changes (`eager`), in the package's own CUDA graphs (`graph`; with compiled steps
+`compiled graph`), compiled, and captured by torch (`captured`); rollouts also in bfloat16. Times
+are medians in milliseconds of runs that take turns. If a way fails, the table shows the reason. All
+rows run one way before the next, in this order, as compiling takes most of the time; ways that do
+not fit in the time are left out. Each time is written to `--output` at once, as a line of JSON.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class Config:
     """Options of the benchmark."""
 
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to run."""
+    """Device to run on."""
     minutes: Positive = 2.9
-    """Nothing begins after that time."""
+    """Time after which nothing is started."""
     repeats: Count = 15
-    """Runs that a median is taken over, at most."""
+    """Most runs per median."""
     seconds: Positive = 1.0
-    """Time of the runs of one way, about: slow ones are run less often."""
+    """Approximate time for the runs of one way: slow ones run less often."""
     rows: tuple[str, ...] = ()
     """Only rows whose names contain one of these."""
     ways: tuple[str, ...] = ()
@@ -47,11 +47,11 @@ class Config:
     threads: Count = 1
     """Threads that torch may use."""
     output: Path | None = None
-    """File that a line of JSON is added to for each time."""
+    """File to which a line of JSON is added for each time."""
 
 
 def clock(run: Run, device: str) -> float:
-    """Milliseconds of one run, until the device is done."""
+    """Return the milliseconds of one run, until the device is done."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
     begin = time.perf_counter()
@@ -67,7 +67,7 @@ def reason(error: BaseException) -> str:
 
 
 def measure(config: Config, ways: Ways) -> dict[str, float | str]:
-    """Median milliseconds of each way, or why there are none."""
+    """Return the median milliseconds of each way, or the reason why it failed."""
     found: dict[str, float | str] = {}
     ready: dict[str, tuple[Run, int]] = {}
     for name, make in ways.items():
@@ -75,11 +75,11 @@ def measure(config: Config, ways: Ways) -> dict[str, float | str]:
             continue
         try:
             run = make()
-            for _ in range(3):  # to compile, to capture, and to be warm
+            for _ in range(3):  # to compile, capture and warm up
                 once = clock(run, config.device)
             fits = int(1e3 * config.seconds / max(once, 1e-3))
             ready[name] = (run, max(3, min(config.repeats, fits)))
-        except Exception as error:  # noqa: BLE001 - whatever it is, the other ways go on
+        except Exception as error:  # noqa: BLE001 - the other ways continue after any error
             found[name] = reason(error)
     times: dict[str, list[float]] = {name: [] for name in ready}
     for turn in range(config.repeats):
@@ -110,7 +110,7 @@ PASSES = (
 
 
 def note(config: Config, row: str, way: str, value: float | str, divisor: int) -> float | str:
-    """Print a time, or why there is none, and add it to the file; returns it for the table."""
+    """Print a time, or the reason for its absence, add it to the file, and return it."""
     known: dict[str, object] = {"row": row, "way": way, **machine(config)}
     if isinstance(value, float):
         value = known["ms"] = value / divisor
@@ -138,7 +138,7 @@ def table(times: dict[str, dict[str, float | str]]) -> None:
 
 
 def main(config: Config) -> None:
-    """Time what the options ask for, then print the table."""
+    """Time all selected rows and ways, then print the table."""
     torch.set_num_threads(config.threads)
     known = [way for ways in PASSES for way in ways]
     for way in config.ways:
@@ -158,7 +158,7 @@ def main(config: Config) -> None:
             try:
                 ways = {w: f for w, f in build().items() if w.removesuffix(" bf16") in wanted}
                 found = measure(config, ways)
-            except Exception as error:  # noqa: BLE001 - a row that fails does not end the others
+            except Exception as error:  # noqa: BLE001 - the other rows continue
                 found = {wanted[0]: reason(error)}
             if found:
                 print(name)

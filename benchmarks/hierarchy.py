@@ -1,13 +1,14 @@
-"""What a hierarchy adds to a step of the lower of its two levels.
+"""Time that a hierarchy adds to a step of the lower of its two levels.
 
     python benchmarks/hierarchy.py
 
-16 environments that cost next to nothing, a lower level of 2x128, and above it a level that draws
-an action for every 10 steps of it. A step is the policy's call and the environment's step with its
-transforms, as a collector makes it; the lower level alone reads the same input from the
-environment. Instances act together, or each at its own time, which is dearer: then some of them
-act at almost every step. Bar: 300 us. For scale, the time of setting and getting 100 entries of a
-TensorDict on the same machine. Times are medians of blocks that take turns in one process.
+There are 16 environments that cost almost nothing, a lower level of 2x128, and an upper level that
+samples an action for every 10 steps of the lower one. A step is the policy's call and the
+environment's step with its transforms, as in a collector; without the hierarchy, the lower level
+reads the same input from the environment. The upper level acts in all environments at once, or in
+each at its own time; this is slower, since then it acts in some of them at almost every step. Bar:
+300 us. For scale, the time to set and get 100 entries of a TensorDict on the same machine. Times
+are medians of blocks that take turns in one process.
 """
 
 from __future__ import annotations
@@ -36,17 +37,17 @@ class Config:
     n_envs: Count = 16
     """Environments."""
     steps: Count = 100
-    """Steps of a block."""
+    """Steps per block."""
     blocks: Count = 20
-    """Blocks that a median is taken over."""
+    """Blocks per median."""
     device: str = "cpu"
-    """Where it acts; the environments are there, too."""
+    """Device of levels and environments."""
     threads: Count = 1
     """Threads that torch may use."""
 
 
 class Still(EnvBase):
-    """Observations that do not change; an episode takes ``length`` steps."""
+    """An environment with constant observations and episodes of ``length`` steps."""
 
     def __init__(self, n: int, length: int, *, spread: bool) -> None:
         super().__init__(batch_size=[n])
@@ -84,7 +85,7 @@ class Still(EnvBase):
 
 
 class Draw(Level):
-    """Draws its action."""
+    """Samples its action."""
 
     def forward(self, tensordict):
         return tensordict.set("action", self.action_spec.rand(tensordict.batch_size))
@@ -94,7 +95,7 @@ class Draw(Level):
 
 
 class Net(Level):
-    """A network of observation and input."""
+    """Acts by a network of observation and input."""
 
     def _build(self, observation_space, action_spec):
         self.net = nn.Sequential(
@@ -117,7 +118,7 @@ def make_lower() -> Level:
 
 
 def stepping(config: Config, policy: Callable, *transforms, spread: bool) -> Callable[[], float]:
-    """A function that makes a block of steps and returns the time of one, in microseconds."""
+    """Make a function that runs a block of steps and returns the time of one, in microseconds."""
     env = TransformedEnv(Still(config.n_envs, 103, spread=spread), InitTracker())
     for transform in transforms:
         env.append_transform(transform)
@@ -135,7 +136,7 @@ def stepping(config: Config, policy: Callable, *transforms, spread: bool) -> Cal
 
 
 def touching(config: Config) -> float:
-    """The time of setting and getting 100 entries, in microseconds."""
+    """Return the time to set and get 100 entries, in microseconds."""
     value, td, begin = torch.zeros(16, 1), TensorDict({}, [16]), time.perf_counter()
     for _ in range(100):
         td.set("entry", value)

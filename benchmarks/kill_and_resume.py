@@ -1,12 +1,12 @@
-"""Kill each example at random moments, resume it, and compare it with a run that was left alone.
+"""Kill each example at random moments, resume it, and compare it with a run that was not killed.
 
     python benchmarks/kill_and_resume.py                     # 20 kills of each example
     python benchmarks/kill_and_resume.py --examples dyna_sac --kills 3
 
-A run is a fork of this process, which has imported everything. It is killed (SIGKILL) at a moment
-drawn from the time that the whole run takes, every fourth while it writes a checkpoint, and resumed
-to the end. Equal means: the same learning curve (but for the seconds), the same evaluation, and the
-same bytes in the last checkpoint. The exit status is 1 if any run is another.
+A run is a fork of this process, which has imported everything. It is killed (SIGKILL) at a random
+moment of the time of a whole run (every fourth run while it writes a checkpoint), and resumed to
+the end. Equal means: the same learning curve (except for the seconds), the same evaluation, and the
+same bytes in the last checkpoint. The exit status is 1 if any run differs.
 """
 
 from __future__ import annotations
@@ -65,15 +65,15 @@ class Config:
     examples: tuple[str, ...] = tuple(OPTIONS)
     """Names of the examples."""
     kills: Count = 20
-    """Runs of each that are killed once."""
+    """Killed runs of each example."""
     seed: Seed = 0
     """Seed of the moments."""
     output: Path = Path("output/kill_and_resume")
-    """Folder of the runs; emptied, if it holds nothing else."""
+    """Folder of the runs; emptied if it contains nothing else."""
 
 
 def start(name: str, folder: Path, resume: bool) -> int:
-    """Start an example in a process of its own; returns the process id."""
+    """Start an example in a new process, and return the process id."""
     import tyro
 
     example = importlib.import_module(name)
@@ -89,7 +89,7 @@ def start(name: str, folder: Path, resume: bool) -> int:
         try:
             example.main(tyro.cli(example.Config, args=options))
             status = 0
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the child ends here
+        except BaseException as error:  # noqa: BLE001 - the child ends here after any error
             print(repr(error))
         sys.stdout.flush()
     os._exit(status)
@@ -100,7 +100,7 @@ def wait(pid: int) -> int:
 
 
 def saves(folder: Path) -> bool:
-    """Whether a run is writing a checkpoint."""
+    """Return whether a run is writing a checkpoint."""
     for place in (folder / "checkpoints", *folder.glob("*/checkpoints")):
         with contextlib.suppress(FileNotFoundError):
             return any(".stage-" in name for name in os.listdir(place))
@@ -108,7 +108,7 @@ def saves(folder: Path) -> bool:
 
 
 def kill(pid: int, folder: Path, delay: float, saving: bool) -> bool:
-    """Kill a run after a delay, or when it next saves after that; False if it ended before."""
+    """Kill a run after a delay, or at its next save after that; return False if it ended before."""
     end = time.monotonic() + delay
     while os.waitpid(pid, os.WNOHANG) == (0, 0):
         late = time.monotonic() >= end
@@ -121,7 +121,7 @@ def kill(pid: int, folder: Path, delay: float, saving: bool) -> bool:
 
 
 def content(folder: Path) -> dict[str, object]:
-    """What a run has left, without times."""
+    """Return the content of a run's files, without times."""
     found: dict[str, object] = {}
     for table in folder.rglob("*.csv"):
         with table.open() as file:
@@ -142,9 +142,9 @@ def content(folder: Path) -> dict[str, object]:
 
 
 def plain(tree: object) -> object:
-    """JSON without what differs from process to process and has no effect.
+    """Return JSON without entries that differ between processes and have no effect.
 
-    These are the generators of spaces, which nobody draws from, and the paths of a maze's model.
+    These are the generators of spaces, which are not used, and the paths of a maze's model.
     """
     if isinstance(tree, str) and tree.startswith("{"):
         return plain(json.loads(tree))
@@ -154,13 +154,13 @@ def plain(tree: object) -> object:
 
 
 def steps_in(folder: Path) -> int:
-    """Steps of the last checkpoint, 0 without one."""
+    """Return the steps of the last checkpoint, 0 without one."""
     names = [path.parent.name for path in folder.rglob("checkpoint-*/checksums.json")]
     return int(max(names).split("-")[1]) if names else 0
 
 
 def compare(config: Config, name: str) -> int:
-    """Kill and resume one example; prints a row of the table, returns how many are another run."""
+    """Kill and resume one example, print a row of the table, and return how many runs differ."""
     root = config.output / name
     alone = root / "alone"
     root.mkdir(parents=True)
@@ -174,7 +174,7 @@ def compare(config: Config, name: str) -> int:
         folder, begun = root / f"{killed}", time.monotonic()
         delay = moments.uniform(0.0, seconds)
         if not kill(start(name, folder, False), folder, delay, killed % 4 == 3):
-            # The machine is faster than it was: this run ended before it could be killed.
+            # This run was faster than the first, and ended before it could be killed.
             seconds = min(seconds, time.monotonic() - begun)
             shutil.rmtree(folder)
             continue
@@ -199,7 +199,7 @@ def compare(config: Config, name: str) -> int:
 
 
 def empty(output: Path) -> None:
-    """Remove what an earlier call has left; refuse a folder with anything else in it."""
+    """Remove the files of an earlier call; raise if the folder contains anything else."""
     runs = [path for path in output.glob("*/*") if path.stem != "alone" and not path.stem.isdigit()]
     for path in [path for path in output.glob("*") if path.name not in OPTIONS] + runs:
         raise RunError(f"--output would be emptied, and holds {path}; choose another folder")

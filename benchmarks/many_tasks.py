@@ -1,11 +1,11 @@
-"""The jobs of `examples/many_tasks.py`: skills that know none of them, and agents to compare.
+"""The jobs of `examples/many_tasks.py`: skills learned without them, and agents to compare.
 
     python benchmarks/many_tasks.py --seed SEED
-    python benchmarks/many_tasks.py --seed SEED --no-run    # table of what is there
+    python benchmarks/many_tasks.py --seed SEED --no-run    # table of finished runs
 
-Runs what is missing: the example; in the model of the same real steps a planner over forces, once
-without and once with the landmarks; SAC on each job, with as many real steps for each as the
-example has for all. Prints the mean returns.
+Makes the missing runs: the example; a planner over forces, in a model of the same real steps,
+without and with the landmarks; SAC on each job, with as many real steps per job as the example has
+in total. Prints the mean returns.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ class Config:
     eval_episodes: runs.Count = 20
     """Episodes of each evaluation."""
     run: bool = True
-    """Whether what is missing is run."""
+    """Whether to make missing runs."""
     output: Path = Path("output/many_tasks_compared")
-    """Folder with a folder for each seed."""
+    """Folder with a subfolder per seed."""
 
 
 def run_options(config: Config, folder: Path) -> example.Config:
-    """The options of one run in a folder, which goes on if it was cut off."""
+    """Return the options of a run in a folder; an interrupted run continues."""
     return example.Config(
         seed=config.seed,
         total_env_steps=config.total_env_steps,
@@ -71,7 +71,7 @@ def run_options(config: Config, folder: Path) -> example.Config:
 
 
 def learn_forces(options: example.Config, skills: Path) -> tuple[object, Landmarks]:
-    """A model of single steps, of those that the example took; and its landmarks."""
+    """Learn a model of single steps from the example's data; return it with the landmarks."""
     env = example.make_env(example.JOBS["reach"], options.n_envs, options.seed)
     level = example.make_skills(options)
     top = example.make_planner(example.FACTORY, options)
@@ -139,7 +139,7 @@ def learn_job(config: Config, folder: Path, name: str) -> None:
 
 
 def table(folder: Path) -> None:
-    """Print mean returns of what is there, as Markdown."""
+    """Print the mean returns of finished runs, as Markdown."""
     print(f"| agent | {' | '.join(example.JOBS)} |")
     print("|---|" + "---|" * len(example.JOBS))
     for agent, label in AGENTS.items():
@@ -157,7 +157,7 @@ def table(folder: Path) -> None:
 
 
 def main(config: Config) -> None:
-    """Run what is missing, print the table."""
+    """Make missing runs, print the table."""
     folder = config.output / str(config.seed)
     if config.run:
         last = list(example.JOBS)[-1]

@@ -1,13 +1,13 @@
-"""Distant goals, with a reward only at the goal: a planner over skills and flat agents, over seeds.
+"""Distant goals, with a reward only at the goal: compares a planner over skills with flat agents.
 
     python benchmarks/mazes.py                            # every agent, seeds 0 1 2
     python benchmarks/mazes.py --agents her --seeds 0
-    python benchmarks/mazes.py --no-run                   # table and picture of what is there
+    python benchmarks/mazes.py --no-run                   # table and picture of finished runs
     python benchmarks/mazes.py --no-run --curves benchmarks/curves/mazes.csv --output docs
 
-A run that was cut off goes on from its last checkpoint, one that is complete is not run again.
-Prints a table and draws success against real steps, both from a small file of curves, to which the
-runs in the output folder are added.
+An interrupted run continues from its last checkpoint; a complete run is not repeated. Prints a
+table and plots success over real steps, both from a small file of curves, to which the runs in the
+output folder are added.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ FORCES = "skill_hierarchy --agent planner --horizon 15 --n-samples 64 --n-iterat
 
 
 class Agent(NamedTuple):
-    """One line of the table: how it is called and drawn, and what it runs."""
+    """One line of the table: its label and color, and its command."""
 
     label: str
     color: str
-    example: str  # and what differs from its defaults
-    folder: str  # that the example writes to
+    example: str  # with options
+    folder: str  # for the example's files
 
 
 AGENTS = {
@@ -71,22 +71,22 @@ COLUMNS = ("agent", "seed", "what", "env_steps", "success", "minutes")
 
 @dataclass
 class Config:
-    """Reach far goals, over agents and seeds."""
+    """Reach distant goals, over agents and seeds."""
 
     task: str = "PointMaze-Large-Sparse"
     """Name of the task, a point maze."""
     agents: tuple[str, ...] = tuple(AGENTS)
-    """Which agents."""
+    """Names of the agents."""
     seeds: tuple[Seed, ...] = (0, 1, 2)
     """Seeds."""
     total_env_steps: Count = 60_000
     """Real steps of each agent."""
     run: bool = True
-    """Whether what is missing is run."""
+    """Whether to make missing runs."""
     output: Path = Path("output/mazes")
-    """Folder with a folder for each task and seed, for its runs and the picture."""
+    """Folder with a subfolder per task and seed for its runs, and the picture."""
     curves: Path | None = None
-    """File of the curves of one task; by default one in the output folder."""
+    """File with the curves of one task; by default in the output folder."""
 
 
 def folder_of(config: Config, agent: str, seed: int) -> Path:
@@ -103,7 +103,7 @@ def run(config: Config, agent: str, seed: int) -> None:
 
 
 def rows_of(config: Config, agent: str, seed: int) -> list[dict[str, str]]:
-    """A complete run: training episodes where they ended, then the evaluation; or nothing."""
+    """Rows of a complete run: its training episodes, then the evaluation; else none."""
     folder = folder_of(config, agent, seed)
     if not (folder / "evaluation.csv").exists():
         return []
@@ -124,7 +124,7 @@ def rows_of(config: Config, agent: str, seed: int) -> list[dict[str, str]]:
 
 
 def curves(config: Config) -> dict[tuple[str, int], list[dict[str, str]]]:
-    """Add the runs that are there to the file of curves, and return all of it."""
+    """Add the finished runs to the file of curves, and return all curves."""
     path = config.curves or config.output / f"{config.task}.csv"
     runs: dict[tuple[str, int], list[dict[str, str]]] = {}
     if path.exists():
@@ -145,7 +145,7 @@ def curves(config: Config) -> dict[tuple[str, int], list[dict[str, str]]]:
 
 
 def table(runs: dict[tuple[str, int], list[dict[str, str]]]) -> None:
-    """Print what the complete runs reached, as Markdown."""
+    """Print the results of complete runs, as Markdown."""
     print("| agent | seed | real steps | success | minutes |")
     print("|---|---|---|---|---|")
     for (agent, seed), rows in runs.items():
@@ -182,7 +182,7 @@ def picture(config: Config, runs: dict[tuple[str, int], list[dict[str, str]]]) -
             text = f"   {label}: {reached} % ({seeds})"
             labels.append((fmean(ends.values()), text, color))
     highest = 104.0
-    for mean, text, color in sorted(labels, reverse=True):  # none over another
+    for mean, text, color in sorted(labels, reverse=True):  # without overlaps
         at = (config.total_env_steps, min(mean, highest))
         axis.annotate(text, at, color=color, va="center", fontsize=9, annotation_clip=False)
         highest = at[1] - 10.0
@@ -208,7 +208,7 @@ def picture(config: Config, runs: dict[tuple[str, int], list[dict[str, str]]]) -
 
 
 def main(config: Config) -> None:
-    """Run what is missing, print the table, draw the picture."""
+    """Make missing runs, print the table, draw the picture."""
     find_task(config.task, with_goals=True)
     for agent in config.agents:
         if agent not in AGENTS:

@@ -1,20 +1,20 @@
-"""How good an ensemble's predictions are: likelihood, error and calibration on unseen transitions.
+"""Quality of an ensemble's predictions: likelihood, error and calibration on unseen transitions.
 
     python benchmarks/model_quality.py                         # HalfCheetah-v5 and Hopper-v5
     python benchmarks/model_quality.py --task Walker2d-v5 --seeds 3 4 --split episodes
 
-10,000 training and 4,000 test transitions of a random policy that keeps its last action with
-probability 1/2: one stream of 14,000, split at random, or (`--split episodes`) 10,000 and, from
-another seed, 4,000 of other episodes, which may lead where training never was; 5 members of
-3 x 200, 1 mode; 3,000 updates of batch 256 through `RewardPredictor.learn` with its default
-settings. Scores of the equal mixture over members, in units of the standard deviation of the
-training deltas:
+Data: 10,000 training and 4,000 test transitions of a random policy that keeps its last action with
+probability 1/2. They are one stream of 14,000, split at random, or (`--split episodes`) 10,000, and
+4,000 from other episodes of another seed, which may reach states that are not in the training data.
+Model: 5 members of 3 x 200, 1 mode. Training: 3,000 updates of batch 256 by `RewardPredictor.learn`
+with its default settings. Scores of the equal mixture over members, in units of the standard
+deviation of the training deltas:
 
 - NLL: nats per dimension; RMSE: of the mixture's mean;
 - ECE: mean gap between nominal and observed coverage of the marginal cdf at 19 levels, over all
   dimensions together and averaged over each dimension's own.
 
-At horizon 10, particles are rolled out along the real actions of unbroken other episodes, and a
+At horizon 10, particles follow the real actions of the other episodes, where no episode ends, and a
 Gaussian with their mean and variance is scored in units of the real 10-step change.
 """
 
@@ -52,9 +52,9 @@ class Config:
     task: tuple[str, ...] = ("HalfCheetah-v5", "Hopper-v5")
     """Tasks to score."""
     seeds: tuple[Seed, ...] = (0, 1)
-    """Seeds of data and training; test data has another."""
+    """Seeds of data and training; test data has a different seed."""
     split: Literal["random", "episodes"] = "random"
-    """Whether test transitions are drawn from the training episodes or from others."""
+    """Whether test transitions come from the training episodes or from others."""
     n_train: Count = 10_000
     """Training transitions."""
     n_test: Count = 4_000
@@ -62,7 +62,7 @@ class Config:
     n_updates: Count = 3_000
     """Gradient steps."""
     device: str = "cpu"
-    """Where it is learned."""
+    """Device to learn on."""
     threads: Count = 1
     """Threads that torch may use."""
 
@@ -103,7 +103,7 @@ def collect(name: str, n: int, seed: int) -> TensorDict:
 
 
 def make_data(name: str, config: Config, seed: int) -> tuple[TensorDict, TensorDict, TensorDict]:
-    """Training and test transitions, and unbroken stretches to roll out along."""
+    """Make training and test transitions, and a stream for rollouts."""
     others = collect(name, config.n_test, seed + 1000)
     if config.split == "episodes":
         return collect(name, config.n_train, seed), others, others
@@ -113,7 +113,7 @@ def make_data(name: str, config: Config, seed: int) -> tuple[TensorDict, TensorD
 
 
 def make_predictor(data: TensorDict, action_space: gym.Space) -> RewardPredictor:
-    """A predictor with the benchmark's ensemble and default settings otherwise."""
+    """Make a predictor with the benchmark's ensemble and otherwise default settings."""
     dim = data["observation"].shape[-1]
     model = ProbabilisticEnsemble(
         state_space=gym.spaces.Box(-math.inf, math.inf, (dim,)),
@@ -136,7 +136,7 @@ def make_predictor(data: TensorDict, action_space: gym.Space) -> RewardPredictor
 def learn_all(
     predictor: RewardPredictor, data: TensorDict, n_updates: int, *, progress: bool = False
 ) -> float:
-    """Learn from `data` in one call, and move the predictor to the CPU; milliseconds an update."""
+    """Learn from `data` in one call, move to the CPU, and return milliseconds per update."""
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(len(data)))
     buffer.extend(data)
     start = time.perf_counter()
@@ -147,7 +147,7 @@ def learn_all(
 
 
 def calibration_error(cdf: torch.Tensor) -> tuple[float, float]:
-    """Gap between nominal and observed coverage, pooled and per dimension, of `cdf [N, D]`."""
+    """Gap between nominal and observed coverage of `cdf [N, D]`, pooled and per dimension."""
     gap = (cdf <= LEVELS[:, None, None]).float().mean(1) - LEVELS[:, None]
     return gap.mean(1).abs().mean().item(), gap.abs().mean().item()
 
@@ -161,7 +161,7 @@ def one_step(predictor: RewardPredictor, test: TensorDict, unit: torch.Tensor) -
         state=state, context=state[:, :0], action=test["action"], batch_size=len(test)
     )
     dist = predictor.model.dist(data)
-    # The joint over dimensions would share a member; the score is per dimension, so marginal.
+    # The joint distribution shares a member over dimensions; the score per dimension is marginal.
     normal, weights = dist.modes, dist.mixture_distribution.logits
     log_prob = normal.log_prob(following.unsqueeze(-2)) + weights.unsqueeze(-1)
     marginal = log_prob.logsumexp(-2) + unit.log()

@@ -1,14 +1,15 @@
-"""Would the tests notice? Changes one place of the package at random, and runs the tests for it.
+"""Would the tests notice? Makes random changes to the package, one at a time, and runs its tests.
 
     pip install pytest-cov
     python benchmarks/mutations.py --n 150 --seed 0 --output output/mutations.jsonl
 
-Each change is made in a copy of the working tree's tracked files: another operator, constant,
-condition, or a statement left out. First all tests but the slow ones run once, to learn which of
-them run which lines (``--tests`` keeps that for other seeds of the same commit). Then those that
-run the changed line, and the changed file's own, are run until one fails: its own first, then the
-quickest, up to a minute's worth; then all of the file's folder. What no test notices is printed
-with its line, to be judged by hand: some changes change nothing that matters.
+Each change is made in a copy of the working tree's tracked files: another operator, constant or
+condition, or a statement removed. First all tests except the slow ones run once, to find out which
+lines each of them runs (``--tests`` keeps this for other seeds of the same commit). Then the tests
+that run the changed line and the file's own tests run until one fails: first the file's own, then
+the fastest, up to a minute in total; then all tests of the file's folder. Changes that no test
+notices are printed with their line, to be judged manually: some changes have no effect that
+matters.
 """
 
 from __future__ import annotations
@@ -58,11 +59,11 @@ ARITHMETIC = {
     ast.BitOr: "&",
     ast.MatMult: "*",
 }
-SECONDS = 60.0  # of tests for one change, by the times that they took at first
+SECONDS = 60.0  # of tests for one change, by their times in the first run
 
 
 def changes(source):
-    """All ``(start, end, text)`` of the source that may be replaced, by byte offsets."""
+    """Return all possible changes of the source as ``(start, end, text)``, in byte offsets."""
     starts = [0]
     for line in source.encode().splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
@@ -126,7 +127,7 @@ def changes(source):
 
 
 class Durations:
-    """A plugin of pytest that adds up how long each test takes, and knows which fail."""
+    """A pytest plugin that records how long each test takes, and which tests fail."""
 
     def __init__(self):
         self.seconds = {}
@@ -139,7 +140,7 @@ class Durations:
 
 
 def run_tests(folder, options, plugins=()):
-    """Run pytest on the copy, in a process that has imported all but the package."""
+    """Run pytest on the copy, in a process that has imported everything but the package."""
     child = os.fork()
     if child:
         _, status = os.waitpid(child, 0)
@@ -158,7 +159,7 @@ def run_tests(folder, options, plugins=()):
 
 
 def observe(folder, kept):
-    """Run all tests; keep which of them run which lines, and how long each of them takes."""
+    """Run all tests; store which lines each of them runs, and how long it takes."""
     options = ["--cov=layeredrl_torchrl", "--cov=envs", "--cov-context=test", "--cov-report="]
     code = run_tests(folder, options, [Durations()])
     observed = json.loads((folder / "durations.json").read_text())
@@ -181,9 +182,9 @@ def observe(folder, kept):
 
 
 def tests_of(path, first, last, kept):
-    """The tests that run one of the lines, as many as fit in the time.
+    """Return the tests that run one of the lines, as many as fit in the time.
 
-    A line that runs when the package is imported belongs to no test, as far as coverage can tell.
+    For coverage, a line that runs when the package is imported belongs to no test.
     """
     by_line, seconds = kept["lines"].get(str(path), {}), kept["seconds"]
     found = {test for line in range(first, last + 1) for test in by_line.get(str(line), ())}
@@ -194,11 +195,11 @@ def tests_of(path, first, last, kept):
 
     def order(test):
         place = Path(test.partition("::")[0])
-        whole = place.parent.name == "tests"  # the tests of all classes
+        whole = place.parent.name == "tests"  # tests of all classes
         near = place.stem != f"test_{own}", not whole and path.parts[-2] not in place.parts
         return (*near, seconds.get(test, 0.0), test)
 
-    # What is built when tests are collected belongs to no test either: ask the file's own.
+    # Code that runs during test collection belongs to no test either: run the file's own tests.
     found |= {test for test in seconds if order(test)[:2] == (False, False)}
     chosen, total = [], 0.0
     for test in sorted(found, key=order):
@@ -240,11 +241,12 @@ def main():
             line = before.count(b"\n", 0, start) + 1
             tests = tests_of(path, line, line + before.count(b"\n", start, end), kept)
             (folder / path).write_bytes(before[:start] + text.encode() + before[end:])
-            # A change that makes a loop endless is noticed, too.
+            # The timeout notices changes that make a loop endless.
             options = ["-x", "--timeout", "120", "--timeout-method", "signal"]
             asked = [tests] if tests else []
             if (folder / "tests" / path.parts[-2]).exists():
-                # What runs in a process that a test has started belongs to none: ask the folder's.
+                # Code in a process that a test has started belongs to no test: run the folder's
+                # tests.
                 asked.append([f"tests/{path.parts[-2]}"])
             passes = (run_tests(folder, [*options, *some]) == pytest.ExitCode.OK for some in asked)
             by = not all(passes)

@@ -1,7 +1,7 @@
-"""The pictures of runs: learning curves, predictions, animations, skills and plans.
+"""Pictures of runs: learning curves, predictions, animations, skills and plans.
 
     python benchmarks/pictures.py output/learn_to_control
-    python benchmarks/pictures.py output/skill_hierarchy/*      # also the agents beside each other
+    python benchmarks/pictures.py output/skill_hierarchy/*      # also compares the agents
 
 Of any example but `train_with_trainer.py`, `many_tasks.py` and `offline.py`. A run of
 `planning_with_model.py` is loaded from its last checkpoint for a prediction, diagnostics and an
@@ -18,7 +18,7 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # more slow each other down, in networks so small
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads are slower, as networks are small
 if sys.platform == "linux" and not {"MUJOCO_GL", "DISPLAY"} & os.environ.keys():
     # Without a screen MuJoCo renders through EGL, and fails on import if EGL is missing.
     try:
@@ -56,12 +56,12 @@ EXAMPLES = (
 
 @dataclass
 class Config:
-    """Draw runs."""
+    """Draw pictures of runs."""
 
     folders: tuple[Path, ...]
     """Folders of runs."""
     if_any: bool = False
-    """Skip folders that hold no run."""
+    """Skip folders without a run."""
 
 
 def read_csv(path: Path) -> list[dict[str, float]]:
@@ -70,7 +70,7 @@ def read_csv(path: Path) -> list[dict[str, float]]:
 
 
 def example_of(folder: Path) -> tuple[object, RunOptions] | None:
-    """The example that made a run, and its options; None where there is no run."""
+    """Return the example that made a run, and its options; None without a run."""
     saved = read_settings(folder)
     if saved is None:
         return None
@@ -109,7 +109,7 @@ def draw_curve(folder: Path, config: RunOptions) -> None:
 
 @torch.no_grad()
 def draw_prediction(folder: Path, example: object, config: RunOptions) -> None:
-    """What the model knows, and an animation, of `planning_with_model.py`."""
+    """Draw the model's predictions and an animation, for `planning_with_model.py`."""
     from animation import animation
     from figures import diagnostics, prediction
 
@@ -129,7 +129,7 @@ def draw_prediction(folder: Path, example: object, config: RunOptions) -> None:
 
 @torch.no_grad()
 def draw_maze(folder: Path, example: object, config: RunOptions) -> None:
-    """Episodes with the plans at their start, and the skills, of `skill_hierarchy.py`."""
+    """Draw the skills, and episodes with their first plans, for `skill_hierarchy.py`."""
     from figures import maze_plans, skill_fan
 
     task = get_task(config.task)
@@ -149,7 +149,7 @@ def draw_maze(folder: Path, example: object, config: RunOptions) -> None:
         plans = torch.cat([begin, reached], 2).numpy()
     skills = len(agent.levels) > 1
     places = played["observation"][..., :2].clone()
-    places[played["episode_success"].squeeze(-1)] = torch.nan  # the way to the goal is enough
+    places[played["episode_success"].squeeze(-1)] = torch.nan  # nothing after the goal
     maze_plans(
         places.numpy(),
         first["observation"][:, list(task.context_dims)].numpy(),

@@ -1,9 +1,9 @@
-"""Time of one plan for several environments beside one plan for one.
+"""Time of one plan for several environments, compared with one plan for one environment.
 
     python benchmarks/plan_batch.py --threads 2
 
-The networks and planner of `examples/planning_with_model.py` at its default settings, untrained;
-medians of plans that take turns in one process.
+Uses the networks and planner of `examples/planning_with_model.py` with its default settings,
+untrained. Times are medians of plans that take turns in one process.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Config:
     """Options of the benchmark."""
 
     repeats: Count = 15
-    """Runs that a median is taken over."""
+    """Runs per median."""
     device: str = "cpu"
-    """Where it is planned."""
+    """Device to plan on."""
     threads: Count = 1
     """Threads that torch may use."""
 

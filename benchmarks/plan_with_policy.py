@@ -1,4 +1,4 @@
-"""What planning adds to a policy: plans that try the policy and end in what its critics say.
+"""Benefit of planning over a policy: plans try the policy and end in its critics' value.
 
     python benchmarks/plan_with_policy.py output/value_gradients --eval-episodes 3
 
@@ -30,21 +30,21 @@ class Config:
     eval_episodes: Count = 10
     """Episodes."""
     horizon: Count = 4
-    """Steps that are planned ahead."""
+    """Steps of a plan."""
     n_samples: Count = 64
-    """Candidate plans in the first iteration, beside the policy's."""
+    """Candidate plans in the first iteration, besides the policy's."""
     device: str = "cpu"
-    """Where networks act."""
+    """Device of the networks."""
     threads: Count = 1
     """Threads that torch may use."""
 
 
 def make_planner(config: Config, agent, gamma: float) -> ICEMPlanner:
-    """Plans in the world model that try what the policy does, and end in what the critics say."""
+    """Make a planner that tries the policy's actions, and ends plans in the critics' value."""
     actor, loss, known = agent.loss.actor_network, agent.loss, agent.predictor
 
     def value(state: Tensor, context: Tensor, action: Tensor) -> Tensor:
-        """The lower of the critics' values `[*B]` of what the policy does in a state."""
+        """The lower of the critics' values `[*B]` of the policy's action in a state."""
         td = TensorDict({"state": state, "context": context}, state.shape[:-1])
         with set_exploration_type(ExplorationType.DETERMINISTIC):
             actor(td)

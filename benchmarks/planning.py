@@ -1,15 +1,15 @@
-"""Time of whole plans beside the time of their networks alone, and of a control loop.
+"""Time of whole plans, compared with their networks alone, and of a control loop.
 
     python benchmarks/planning.py --threads 2
-    python benchmarks/planning.py --quality          # also what plans are worth, fp32 and bf16
+    python benchmarks/planning.py --quality          # also the quality of plans in fp32 and bf16
 
 One model of 2x128 for dynamics and reward, state 17, action 6, horizon 15, 6 iterations of 256
-candidates, for 1 and for 8 environments: our planners in fp32 and under bf16 autocast, TorchRL's
-`CEMPlanner` on the same networks, and the bare chain of these networks (the dynamics' mean, its
-spread and the reward, step after step, with nothing else). iCEM's populations shrink: it evaluates
-a third fewer candidates than the others, so that its ratio is not theirs. Bars: 1.25 times the bare
-networks; 50 plans a second by 5 members, iCEM with 64 samples, 3 iterations, horizon 30. Times are
-medians of runs that take turns in one process; what counts is the ratio.
+candidates, for 1 and for 8 environments. Compared are our planners in fp32 and under bf16 autocast,
+TorchRL's `CEMPlanner` on the same networks, and these networks alone (the dynamics' mean and spread
+and the reward, step by step). iCEM's populations shrink: it evaluates a third fewer candidates than
+the others, so its ratio is not comparable with theirs. Bars: 1.25 times the networks alone; 50
+plans per second with 5 members, iCEM with 64 samples, 3 iterations, horizon 30. Times are medians
+of runs that take turns in one process; the ratio is what matters.
 """
 
 from __future__ import annotations
@@ -54,19 +54,19 @@ class Config:
     """Options of the benchmark."""
 
     repeats: Count = 15
-    """Runs that a median is taken over."""
+    """Runs per median."""
     threads: Count = 1
     """Threads that torch may use."""
     device: str = "cpu"
-    """Where to run."""
+    """Device to run on."""
     quality: bool = False
-    """Whether to compare what plans are worth, too."""
+    """Whether to compare the quality of plans, too."""
 
 
 def make_predictor(n_models: int, device: str, *, compiled: bool = False) -> StaticPredictor:
-    """Networks of random weights, not trained: times do not depend on them.
+    """Make untrained networks with random weights: times do not depend on weights.
 
-    The model has statistics, as one that learned: without them it skips what it does to inputs.
+    The model has statistics, like a trained one: without them it would not normalise its inputs.
     """
     torch.manual_seed(0)
     model = ProbabilisticEnsemble(
@@ -89,7 +89,7 @@ def make_predictor(n_models: int, device: str, *, compiled: bool = False) -> Sta
 
 
 def bare_networks(predictor: StaticPredictor, n: int, device: str) -> Callable[[], object]:
-    """What no planner can do without: both networks on every step of every candidate."""
+    """The work that every planner needs: both networks on every step of every candidate."""
     model, context = predictor.model, torch.empty(n * SAMPLES, 0, device=device)
     action = torch.rand(1, n * SAMPLES, ACTION, device=device)
     start = torch.randn(1, n * SAMPLES, STATE, device=device)
@@ -107,7 +107,7 @@ def bare_networks(predictor: StaticPredictor, n: int, device: str) -> Callable[[
 
 
 def plan_runs(n: int, device: str) -> dict[str, Callable[[], object]]:
-    """One plan for `n` environments by everything that is compared."""
+    """Return a function per compared planner that makes one plan for `n` environments."""
     predictor = make_predictor(1, device)
     obs = torch.randn(n, STATE, device=device)
     options = {"horizon": HORIZON, "n_samples": SAMPLES, "n_iterations": ITERATIONS}
@@ -144,7 +144,7 @@ def plan_runs(n: int, device: str) -> dict[str, Callable[[], object]]:
 
 
 def control_run(n: int, device: str, *, compiled: bool) -> Callable[[], object]:
-    """A step of the control loop: 5 members, iCEM, 64 samples, 3 iterations, horizon 30."""
+    """Return a step of the control loop: 5 members, iCEM, 64 samples, 3 iterations, horizon 30."""
     predictor = make_predictor(5, device, compiled=compiled)
     planner = ICEMPlanner(predictor, horizon=30, n_samples=64, n_iterations=3)
     obs = torch.randn(n, STATE, device=device)
@@ -158,7 +158,7 @@ def control_run(n: int, device: str, *, compiled: bool) -> Callable[[], object]:
 
 
 def quality(device: str) -> None:
-    """Worth of the plans in a system that is known: a linear one with quadratic costs."""
+    """Print the cost of the plans in a known system, linear with quadratic costs."""
     predictor = linear_predictor().to(device)
     torch.manual_seed(0)
     obs = torch.randn(32, STATE, device=device)
@@ -181,15 +181,15 @@ def quality(device: str) -> None:
             with torch.autocast(obs.device.type, dtype=dtype, enabled=dtype is not None):
                 actions, solution = planner.plan(td)
             td["planner"] = solution.memory
-            traj = predictor.rollout(obs, actions)  # its worth, in full precision
+            traj = predictor.rollout(obs, actions)  # its cost, in full precision
             costs.append(-traj["next", "reward"].sum((-2, -1)).mean().item())
         print(f"{name:36} {costs[0]:9.3f} {costs[-1]:9.3f}")
 
 
 def learned_quality() -> None:
-    """Returns of plans in a learned ensemble, with products in float32 and in bfloat16.
+    """Print returns of plans in a learned ensemble, with products in float32 and in bfloat16.
 
-    bfloat16 is followed here even where it is slower, which the package does not do by itself.
+    Here bfloat16 is used even where it is slower; by itself the package does not do this.
     """
     torch.manual_seed(0)
     env = get_task("InvertedPendulum-v5").make(seed=0)
@@ -221,7 +221,7 @@ def learned_quality() -> None:
 
 
 def linear_predictor() -> StaticPredictor:
-    """17 states that 6 actions push; the cost is quadratic in both."""
+    """A linear system with 17 states and 6 actions; the cost is quadratic in both."""
     from layeredrl_torchrl import Model
 
     generator = torch.Generator().manual_seed(0)

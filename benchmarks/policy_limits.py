@@ -2,9 +2,9 @@
 
     python benchmarks/policy_limits.py output/value_gradients --eval-episodes 5
 
-Plays episodes of a run of `examples/value_gradients.py` and prints, along these: how far the model
-is off when it follows the real actions, how the critics' values compare with the discounted returns
-that came, whether the model sees the falls coming, and the entropy that the policy learns with.
+Plays episodes with the policy of a run of `examples/value_gradients.py` and prints: the model's
+error along the real actions, the critics' values compared with the discounted returns that
+followed, whether the model predicts the falls, and the entropy of the policy with its noise.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Config:
 
 
 def model_errors(predictor: lt.Predictor, episode: TensorDictBase) -> dict[int, list[float]]:
-    """Error of the state and of the summed rewards after some steps of the real actions.
+    """Return errors of the state and of the summed rewards after some steps of the real actions.
 
-    Of the state the root mean square of the members' mean, in units of each dimension's std in the
-    episode; of the rewards the mean, so that its sign says in which direction.
+    For the state, the root mean square error of the members' mean, in units of each dimension's std
+    in the episode; for the rewards, the mean error, whose sign shows its direction.
     """
     found = {}
     state, _ = predictor.state_of(episode["observation"])
@@ -66,9 +66,10 @@ def model_errors(predictor: lt.Predictor, episode: TensorDictBase) -> dict[int, 
 
 
 def values(agent, episode: TensorDictBase, gamma: float) -> tuple[Tensor, Tensor]:
-    """What the critics say `[T]` of each step (their mean), and the discounted rewards that came.
+    """Return each step's value `[T]` (the critics' mean), and the discounted rewards that followed.
 
-    Only of episodes that terminate, and of steps from which a cut-off end counts less than 5 %.
+    Includes only steps whose return is known: all of an episode that terminates, else those for
+    which the missing rest has a weight below 5 %.
     """
     td = agent.predictor.encoder(episode.clone())
     td["action"] = episode["action"]
@@ -81,9 +82,9 @@ def values(agent, episode: TensorDictBase, gamma: float) -> tuple[Tensor, Tensor
 
 
 def foreseen(agent, episode: TensorDictBase, n: int = 64) -> dict[int, float]:
-    """Share of imagined episodes that fall where the real one does, from some steps before.
+    """Return the share of imagined episodes, from some steps before a real fall, that fall, too.
 
-    The policy acts as in the real episode, without noise; a fall counts up to ten steps late.
+    The policy acts without noise, as in the real episode; falls up to ten steps late count.
     """
     found = {}
     for before in BEFORE:
@@ -106,7 +107,7 @@ def foreseen(agent, episode: TensorDictBase, n: int = 64) -> dict[int, float]:
 
 @torch.no_grad()
 def main(config: Config) -> None:
-    """Print what was measured."""
+    """Print all measurements."""
     torch.set_num_threads(config.threads)
     found = example_of(config.folder)
     if found is None or found[0].__name__ != "value_gradients":

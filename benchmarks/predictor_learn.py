@@ -1,14 +1,13 @@
-"""Time of one update of `RewardPredictor.learn`, where it goes, and how it grows with the buffer.
+"""Time of one update of `RewardPredictor.learn`: its parts, and its growth with the buffer.
 
     python benchmarks/predictor_learn.py                     # all tables
     python benchmarks/predictor_learn.py --threads 1 --rows 20000 200000 --repeats 9
 
-State 17, action 6, both batches 256, networks of 2 x 128, default settings otherwise; once as it is
-and once with both losses compiled. Every time is the median over several calls of `learn` in one
-process, all cases taking turns; a call's time is divided by its updates, so what `learn` does once
-a call counts with the share it has there. The breakdown comes from the same calls with a clock
-around the parts of an update (seen from the outside: nested parts are taken off those they lie in),
-so its sum is a little above the time without the clocks.
+State 17, action 6, both batches 256, networks of 2 x 128, otherwise default settings; with and
+without compiled losses. Every time is the median over several calls of `learn` in one process,
+where all cases take turns. A call's time is divided by its updates, so work that `learn` does once
+per call is included proportionally. The breakdown times the parts of an update in the same calls
+(without the parts that are nested in them), so its sum is a little above the time without clocks.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from layeredrl_torchrl.predictors._upkeep import Upkeep
 from layeredrl_torchrl.runs import Count, command
 
 STATE, ACTION, BATCH = 17, 6, 256
-# LayeredRL's times on two cores of an Intel Xeon, and what we want to stay below.
+# LayeredRL's times on two cores of an Intel Xeon, and our upper limits.
 BARS = {"a": (13.4, 4.0), "b": (18.0, 6.0)}
 CASES = {
     "a": ("5 members, 1 mode, k 1, n 3", {"n_modes": 1, "k_steps": 1, "n_steps": 3}),
@@ -57,19 +56,19 @@ class Config:
     """Options of the benchmark."""
 
     repeats: Count = 7
-    """Calls of `learn` that a median is taken over."""
+    """Calls of `learn` per median."""
     n_updates: Count = 200
-    """Updates of a call."""
+    """Updates per call."""
     rows: tuple[Count, ...] = (20_000, 200_000, 2_000_000)
-    """Stored steps to compare; the first is that of the other tables."""
+    """Numbers of stored steps to compare; the other tables use the first."""
     device: str = "cpu"
-    """Where it is learned."""
+    """Device to learn on."""
     threads: Count = 1
     """Threads that torch may use."""
 
 
 def make_buffer(n_rows: int, folder: str) -> TensorDictReplayBuffer:
-    """Episodes of 1,000 steps of a random walk, memory-mapped."""
+    """Make a memory-mapped buffer of random-walk episodes of 1,000 steps."""
     buffer = TensorDictReplayBuffer(storage=LazyMemmapStorage(n_rows, scratch_dir=folder))
     generator = torch.Generator().manual_seed(0)
     for start in range(0, n_rows, 100_000):
@@ -125,7 +124,7 @@ def make_predictor(
 def medians(
     config: Config, runs: dict[str, tuple[RewardPredictor, TensorDictReplayBuffer]]
 ) -> dict[str, float]:
-    """Median milliseconds an update of each predictor on its buffer, all taking turns."""
+    """Median milliseconds per update of each predictor on its buffer; they take turns."""
     times: dict[str, list[float]] = defaultdict(list)
     for turn in range(config.repeats + 1):
         for name, (predictor, buffer) in runs.items():
@@ -137,14 +136,14 @@ def medians(
 
 
 class Clocks:
-    """Seconds spent in each part, without those of the parts called from within it."""
+    """Seconds spent in each part, without the parts that it calls."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self._inner = [0.0]
 
     def around(self, name: str, call: Callable) -> Callable:
-        """`call`, with its time added up under `name`."""
+        """Return `call` with its time added to that of `name`."""
 
         def timed(*args, **kwargs):
             self._inner.append(0.0)
@@ -161,7 +160,7 @@ class Clocks:
 
 @contextmanager
 def clocked(clocks: Clocks, predictor: RewardPredictor) -> Iterator[None]:
-    """Clocks around the parts of an update."""
+    """Time the parts of an update."""
     parts = [
         (TransitionSlices, "sample", "sampling"),
         (Experience, "encode", "preparing"),
@@ -184,7 +183,7 @@ def clocked(clocks: Clocks, predictor: RewardPredictor) -> Iterator[None]:
 
 
 def breakdown(config: Config, predictor: RewardPredictor, buffer: TensorDictReplayBuffer) -> None:
-    """Print milliseconds an update of every part."""
+    """Print the milliseconds per update of every part."""
     per_call = []
     for _ in range(config.repeats):
         clocks = Clocks()

@@ -1,19 +1,19 @@
-"""How good a learned reward and value function are on episodes that were not learned from.
+"""Quality of a learned reward and value function on held-out episodes.
 
     python benchmarks/predictor_quality.py                    # HalfCheetah-v5, 3 seeds
     python benchmarks/predictor_quality.py --seeds 1 --n-updates 2000
 
-20,000 transitions of a random policy that keeps its last action with probability 1/2; the last
-fifth of the episodes is held out. A `RewardPredictor` with its default settings learns from the
-rest, in one call of `learn`.
+The data are 20,000 transitions of a random policy that keeps its last action with probability 1/2;
+the last fifth of the episodes is held out. A `RewardPredictor` with default settings learns from
+the rest, in one call of `learn`.
 
-- reward R2: 1 - squared error / variance, over all held-out steps, and over those whose
-  observation lies within the range that was learned from (a held-out episode may lead elsewhere);
-- value correlation: of the value function with the discounted return that followed, over the
-  held-out steps with at least 300 steps left in their episode, of which all that is left counts: at
-  a discount of 0.99, what is cut off has a weight of 0.05 at most. The policy is random, so most of
-  a return is noise that no function of the state can know; beside it stands the same correlation on
-  the episodes that were learned from.
+- reward R2: 1 - squared error / variance, over all held-out steps, and over those whose observation
+  is within the range of the training data (held-out episodes may leave it);
+- value correlation: of the value function with the discounted return to the end of the episode,
+  over the held-out steps with at least 300 steps left: at a discount of 0.99, the missing rest has
+  a weight of 0.05 at most. The policy is random, so most of a return is noise that no function of
+  the state can predict; for comparison, the same correlation on the training episodes is printed,
+  too.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ class Config:
     """Options of the benchmark."""
 
     task: str = "HalfCheetah-v5"
-    """Task to learn; episodes of 1,000 steps."""
+    """Task to learn; its episodes have 1,000 steps."""
     seeds: tuple[Seed, ...] = (0, 1, 2)
     """Seeds of data and training."""
     n_steps: Count = 20_000
-    """Transitions, held-out ones included."""
+    """Transitions, including held-out ones."""
     n_updates: Count = 5_000
     """Gradient steps."""
     steps_left: Count = 300
-    """Steps that must be left in the episode for a return to be compared."""
+    """Least steps left in the episode for a return to be compared."""
     device: str = "cpu"
-    """Where it is learned."""
+    """Device to learn on."""
     threads: Count = 1
     """Threads that torch may use."""
     progress: bool = False
@@ -61,7 +61,7 @@ class Config:
 
 
 def returns(data: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
-    """The discounted return from each step to its episode's end, and the steps left until then."""
+    """Return the discounted return from each step to its episode's end, and the steps left."""
     value, left, n_left = 0.0, [], 0
     out = []
     rewards, ends = data["next", "reward"][:, 0].tolist(), data["next", "done"][:, 0].tolist()
@@ -73,7 +73,7 @@ def returns(data: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def split(data: TensorDict) -> tuple[TensorDict, TensorDict]:
-    """All but the last fifth of the episodes, and that fifth."""
+    """Split off the last fifth of the episodes."""
     ends = data["next", "done"][:, 0].nonzero()[:, 0] + 1
     if len(ends) < 5:
         raise SystemExit(f"{len(data)} steps hold {len(ends)} whole episodes; collect at least 5")
@@ -97,7 +97,7 @@ def make_predictor(data: TensorDict, action_space: gym.Space) -> RewardPredictor
 
 @torch.no_grad()
 def correlation(predictor: RewardPredictor, data: TensorDict, steps_left: int) -> float:
-    """Of values and returns, where enough of the episode is left."""
+    """Return the correlation of values and returns, for steps with enough steps left."""
     after, left = returns(data)
     enough = left >= steps_left
     value = predictor.value(data["observation"][enough])
@@ -106,14 +106,14 @@ def correlation(predictor: RewardPredictor, data: TensorDict, steps_left: int) -
 
 @torch.no_grad()
 def reward_r2(predictor: RewardPredictor, data: TensorDict) -> float:
-    """The share of the reward's variance that is predicted."""
+    """Return the share of the reward's variance that is predicted."""
     reward = data["next", "reward"].squeeze(-1)
     error = predictor.predict_reward(data["observation"], data["action"]) - reward
     return 1.0 - (error.square().mean() / reward.var(correction=0)).item()
 
 
 def covered(train: TensorDict, test: TensorDict) -> torch.Tensor:
-    """Which test steps lie, in every dimension, within the range of the training data."""
+    """Return which test steps are within the range of the training data, in every dimension."""
     low, high = train["observation"].amin(0), train["observation"].amax(0)
     return ((test["observation"] >= low) & (test["observation"] <= high)).all(-1)
 

@@ -1,9 +1,9 @@
-"""Reaching with an arm: how near runs on Reacher-Tip come to new targets, and what their skills do.
+"""Reaching with an arm: how close runs on Reacher-Tip get to new targets, and what their skills do.
 
     python examples/skill_hierarchy.py --task Reacher-Tip ... --output output/reacher
     python benchmarks/reacher.py output/reacher/*
 
-Plays the evaluation of each run again from its last checkpoint, 100 new targets, and prints a
+Repeats the evaluation of each run from its last checkpoint, with 100 new targets, and prints a
 table; draws the skills and some episodes of a planner over skills.
 """
 
@@ -38,15 +38,15 @@ class Config:
     folders: tuple[Path, ...]
     """Folders of runs."""
     interrupt_after: Natural = 0
-    """Real steps of a skill after which the planner chooses anew; 0 for never."""
+    """Real steps after which the planner may replace a skill; 0 for never."""
     episodes: Count = 100
-    """Episodes of each, the first of the run's own evaluation."""
+    """Episodes per run, the first of its own evaluation."""
     picture: Path = Path("output/reacher_skills.png")
-    """Where the skills and episodes of the last planner over skills are drawn."""
+    """File for the picture of the last planner over skills."""
 
 
 def restored(folder: Path) -> tuple[Any, Any, Any, Any]:
-    """The example that made a run, its options, its task and its agent, as saved last."""
+    """Return the example that made a run, its options, its task and its agent, as last saved."""
     found = example_of(folder)
     if found is None:
         raise SystemExit(f"{folder} holds no run")
@@ -61,14 +61,14 @@ def restored(folder: Path) -> tuple[Any, Any, Any, Any]:
 
 @torch.no_grad()
 def play(example: Any, options: Any, task: Any, agent: Any, episodes: int) -> TensorDictBase:
-    """Whole episodes ``[episodes, T]`` of the run's evaluation."""
+    """Play whole episodes ``[episodes, T]`` of the run's evaluation."""
     env = example.make_env(task, episodes, options.seed + 100_000)
     env.append_transform(agent.make_tensordict_primer())
     return env.rollout(task.horizon, agent)
 
 
 def table_row(name: str, seed: int, played: TensorDictBase) -> str:
-    """How many targets were reached, and how far away episodes end, as Markdown."""
+    """Return how many targets were reached, and how far away episodes end, as Markdown."""
     reached, seen = played["next", "success"].squeeze(-1), played["next", "observation"][:, -1]
     away = 100 * (seen[:, :2] - seen[:, 8:]).norm(dim=-1)
     first = torch.where(reached.any(-1), reached.int().argmax(-1) + 1.0, torch.nan).nanmedian()
@@ -82,7 +82,7 @@ def table_row(name: str, seed: int, played: TensorDictBase) -> str:
 
 
 def draw_arm(axis: Any, seen: np.ndarray) -> None:
-    """The links in the state ``seen``, and the edge of what they reach, in cm."""
+    """Draw the links in the state ``seen``, and the limit of their reach, in cm."""
     axis.add_patch(plt.Circle((0, 0), 100 * REACH, fill=False, color="#bbbbbb", lw=1, ls=":"))
     elbow = 10 * np.array([seen[2], seen[4]])
     links = np.stack([np.zeros(2), elbow, 100 * seen[:2]])
@@ -97,7 +97,7 @@ def draw_arm(axis: Any, seen: np.ndarray) -> None:
 
 
 def draw(folder: Path, played: TensorDictBase, path: Path) -> None:
-    """Above, where each skill leads from four postures; below, episodes with their first plans."""
+    """Draw where each skill leads from four postures, and below episodes with their first plans."""
     _, options, task, agent = restored(folder)
     top, level = agent.levels
     figure, axes = plt.subplots(
@@ -163,7 +163,7 @@ def pose(env: Any, angles: tuple[float, float]) -> TensorDictBase:
 
 
 def main(config: Config) -> None:
-    """Evaluate the runs, and draw the last of a planner over skills."""
+    """Evaluate the runs, and draw the last planner over skills."""
     torch.set_num_threads(1)
     head = "agent | seed | reached | there at the end | in all of the last second"
     print(f"| {head} | cm off at the end, mean (median) | steps until there, median | return |")

@@ -1,10 +1,10 @@
-"""Time of ensemble rollouts beside the time of their matrix products alone.
+"""Time of ensemble rollouts, compared with their matrix products alone.
 
     python benchmarks/rollout.py                    # the table, and a picture of the scaling
     python benchmarks/rollout.py --repeats 30 --threads 2 --output output/benchmarks
 
-Every time is the median of several runs in one process, ours and the bare products taking turns;
-what counts is the ratio. The products are the `torch.bmm`s of the forward passes, in float32.
+Every time is the median of several runs in one process; ours and the bare products take turns, and
+the ratio is what matters. The products are the `torch.bmm`s of the forward passes, in float32.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ class Config:
     """Options of the benchmark."""
 
     repeats: Count = 15
-    """Runs that a median is taken over."""
+    """Runs per median."""
     threads: Count = 1
     """Threads that torch may use."""
     device: str = "cpu"
-    """Where to run."""
+    """Device to run on."""
     output: Path = Path("output/benchmarks")
     """Folder of the picture."""
 
 
 @dataclass
 class Case:
-    """One rollout of `batch` states by `n_models` members of `n_particles` particles each."""
+    """One rollout of `batch` states by `n_models` members with `n_particles` particles each."""
 
     batch: int = 256
     n_models: int = 5
@@ -61,7 +61,7 @@ class Case:
     n_modes: int = 1
 
     def ensemble(self, device: str) -> ProbabilisticEnsemble:
-        """An ensemble with the statistics of smooth dynamics: changes a tenth of the states."""
+        """Make an ensemble with statistics of smooth dynamics: changes are a tenth of states."""
         box = partial(gym.spaces.Box, -float("inf"), float("inf"))
         model = ProbabilisticEnsemble(
             state_space=box((STATE,)),
@@ -77,7 +77,7 @@ class Case:
         return model.to(device)
 
     def products(self, device: str) -> Callable[[], None]:
-        """The same chain of batched products, without anything between them."""
+        """Return a function with the same chain of batched products, and nothing else."""
         sizes = (STATE + ACTION, *self.hidden, self.n_modes * (2 * STATE + 1) + 1)
         rows = self.batch * self.n_particles
         inputs = [torch.randn(self.n_models, rows, size, device=device) for size in sizes[:-1]]
@@ -92,7 +92,7 @@ class Case:
 
 
 def medians(repeats: int, device: str, **runs: Callable[[], object]) -> dict[str, float]:
-    """Median milliseconds of each run, all taking turns."""
+    """Return the median milliseconds of each run; the runs take turns."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 2):
         for name, run in runs.items():
@@ -108,7 +108,7 @@ def medians(repeats: int, device: str, **runs: Callable[[], object]) -> dict[str
 
 
 def rollout_runs(case: Case, device: str) -> dict[str, Callable[[], object]]:
-    """Ours in float32, compiled (on a GPU in a CUDA graph), both under bfloat16; the products."""
+    """Ours in float32, compiled (on a GPU in a CUDA graph), both in bfloat16; the products."""
     torch.manual_seed(0)
     model = case.ensemble(device)
     with_compile = copy.deepcopy(model)
@@ -143,7 +143,7 @@ CASES = {
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Highest sum of live allocations during a run on the CPU, from torch's profiler."""
+    """Return the peak of live allocations during a run on the CPU, from torch's profiler."""
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         kept = run()
     live = peak = 0
@@ -156,7 +156,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 def memory() -> None:
-    """Print what a rollout allocates beside what it returns, and sums over growing horizons."""
+    """Print the memory of a rollout compared with its result, and of sums over growing horizons."""
     box = partial(gym.spaces.Box, -float("inf"), float("inf"))
     for name, case in CASES.items():
         model = case.ensemble("cpu")
@@ -183,7 +183,7 @@ def memory() -> None:
 
 
 def scaling(config: Config) -> None:
-    """Draw how the time grows with batch, members, particles and horizon."""
+    """Plot how the time grows with batch, members, particles and horizon."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -207,7 +207,7 @@ def scaling(config: Config) -> None:
         for value in values:
             case = Case(**{"hidden": (200,) * 3, name: value})
             runs = rollout_runs(case, config.device)
-            for way in ("compiled", "compiled bf16"):  # some twenty sizes would take minutes
+            for way in ("compiled", "compiled bf16"):  # about twenty sizes would take minutes
                 del runs[way]
             rows.append(medians(max(config.repeats // 3, 3), config.device, **runs))
         for run, color, label in (

@@ -1,12 +1,12 @@
-"""Are changes learned that are seldom? A switch that one transition in twenty flips.
+"""Are rare changes learned? A switch that one transition in twenty flips.
 
     python benchmarks/sparse_changes.py
     python benchmarks/sparse_changes.py --beta-nll 0    # the plain likelihood
 
 A point drifts by a tenth of the action, and an action above 0.9 flips a switch, 0 or 1. A predictor
-with its default settings learns from 4,000 random transitions: in one call of ``learn``, and in
-many short ones, as a level makes them. Printed is the share of the flips that the mean of its
-predictions gets right, of those with an action above 0.93: a model that neglects them says 0 %.
+with default settings learns from 4,000 random transitions: in one call of ``learn``, and in many
+short ones, as in a level. Prints the share of flips with an action above 0.93 that the predictor's
+mean gets right; a model that neglects them has 0 %.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Config:
     seeds: tuple[Seed, ...] = (0, 1, 2)
     """Seeds of data and training."""
     n_updates: Count = 3000
-    """Gradient steps in all."""
+    """Gradient steps in total."""
     beta_nll: Share = 0.75
-    """Of the predictor; 0 is the plain likelihood."""
+    """The predictor's `beta_nll`; 0 is the plain likelihood."""
 
 
 def transitions(n: int) -> TensorDict:
-    """``n`` transitions of random actions from random states: two places, and a switch."""
+    """Make ``n`` transitions of random actions from random states: two places, and a switch."""
     place, switch = torch.randn(n, 2), (torch.rand(n, 1) < 0.5).float()
     action = 2 * torch.rand(n, 1) - 1
     after = torch.cat([place + 0.1 * action, torch.where(action > 0.9, 1 - switch, switch)], -1)
@@ -47,7 +47,7 @@ def transitions(n: int) -> TensorDict:
 
 
 def learned(seed: int, n_calls: int, config: Config) -> tuple[float, float]:
-    """The share of the flips that are predicted, and the last likelihood."""
+    """Return the share of flips that are predicted, and the last likelihood."""
     torch.manual_seed(seed)
     data = transitions(4000)
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(len(data)))

@@ -1,12 +1,12 @@
-"""Time of a gradient step of the ensemble beside that of its matrix products alone.
+"""Time of a gradient step of the ensemble, compared with its matrix products alone.
 
     python benchmarks/training_step.py
-    pip install mbrl && python benchmarks/training_step.py --with-mbrl    # mbrl-lib beside ours
+    pip install mbrl && python benchmarks/training_step.py --with-mbrl    # compares mbrl-lib, too
 
-Five members on a shared batch of 256: the loss, its gradients and Adam; as it is, and with
-`ModelLoss.compile()`. The products are those of the forward and of the backward pass, in float32.
-mbrl-lib's step is `GaussianMLP.update` of the same widths on a batch of the same size. Every time
-is the median of runs that take turns in one process; what counts is the ratio.
+Five members on a shared batch of 256: the loss, its gradients and Adam, without and with
+`ModelLoss.compile()`. The products are those of the forward and the backward pass, in float32.
+mbrl-lib's step is `GaussianMLP.update` with the same widths on a batch of the same size. Every time
+is the median of runs that take turns in one process; the ratio is what matters.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from layeredrl_torchrl import ModelLoss
 from layeredrl_torchrl.runs import Count, command
 
 N_MODELS, BATCH = 5, 256
-# Milliseconds to reach, on a machine where mbrl-lib took 2.4 and 7.8.
+# Upper limits in milliseconds, for a machine where mbrl-lib took 2.4 and 7.8.
 CASES = {"2x128": ((128, 128), 2.0), "4x200": ((200,) * 4, 6.5)}
 
 
@@ -34,17 +34,17 @@ class Config:
     """Options of the benchmark."""
 
     repeats: Count = 80
-    """Runs that a median is taken over."""
+    """Runs per median."""
     threads: Count = 1
     """Threads that torch may use."""
     device: str = "cpu"
-    """Where to run."""
+    """Device to run on."""
     with_mbrl: bool = False
     """Whether to time mbrl-lib, too; it must be installed."""
 
 
 def our_step(hidden: tuple[int, ...], device: str, *, compiled: bool) -> Callable[[], None]:
-    """One gradient step on a batch that all members share."""
+    """Return one gradient step on a batch that all members share."""
     torch.manual_seed(0)
     model = Case(n_models=N_MODELS, hidden=hidden).ensemble(device)
     loss_module = ModelLoss(model)
@@ -75,7 +75,7 @@ def our_step(hidden: tuple[int, ...], device: str, *, compiled: bool) -> Callabl
 
 
 def products(hidden: tuple[int, ...], device: str) -> Callable[[], None]:
-    """What no step can do without: each layer, and its gradients by weights and by inputs."""
+    """The work that every step needs: each layer, and its gradients by weights and by inputs."""
     sizes = (STATE + ACTION, *hidden, 2 * STATE + 2)
     weights = [torch.randn(N_MODELS, *shape, device=device) for shape in pairwise(sizes)]
     rows = [torch.randn(N_MODELS, BATCH, size, device=device) for size in sizes]
@@ -91,7 +91,7 @@ def products(hidden: tuple[int, ...], device: str) -> Callable[[], None]:
 
 
 def mbrl_step(hidden: tuple[int, ...], device: str) -> Callable[[], object]:
-    """The same of mbrl-lib, which imports `gym`; gymnasium has all that its networks ask for."""
+    """The same step of mbrl-lib, which imports `gym`; its networks work with gymnasium."""
     sys.modules.setdefault("gym", gymnasium)
     sys.modules.setdefault("gym.wrappers", gymnasium.wrappers)
     from mbrl.models import GaussianMLP

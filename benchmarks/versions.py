@@ -1,12 +1,12 @@
-"""Time of rollouts, or of learning, beside that of another version of the package.
+"""Time of rollouts, or of learning, compared with another version of the package.
 
     git worktree add --detach ../base COMMIT
     python benchmarks/versions.py ../base --repeats 15
     python benchmarks/versions.py ../base --what learn
 
-The cases are those of `rollout.py` (run eagerly) and of `predictor_learn.py` (a hundred updates a
-turn), on one thread. The versions take turns, each in a process of its own; times are those of the
-processor, so that other processes count for little.
+The cases are those of `rollout.py` (run eagerly) and of `predictor_learn.py` (a hundred updates per
+turn), on one thread. The versions take turns, each in its own process; times are CPU times, so
+other processes have little effect.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import rollout
 
 from layeredrl_torchrl.runs import Count, command
 
-# Run by either version: a line names a case, the answer is its milliseconds.
+# Run by both versions: each input line is a case's number, the answer its milliseconds.
 SERVE = """
 import inspect, sys, tempfile, time, torch
 import layeredrl_torchrl
@@ -66,7 +66,7 @@ class Config:
     other: Path
     """Folder of the other version."""
     what: Literal["rollout", "learn"] = "rollout"
-    """What is timed."""
+    """Which of the two is timed."""
     repeats: Count = 15
     """Turns that count."""
 

@@ -185,7 +185,7 @@ def _check_shapes(optim: torch.optim.Optimizer, state_dict: dict[str, Any]) -> N
     if missing:
         raise ValueError(
             f"{sorted(state_dict)[:5]} is not the state of an optimizer, which has 'state' and "
-            "'param_groups'; pass what optim.state_dict() gave"
+            "'param_groups'; pass the result of optim.state_dict()"
         )
     problems = []
     theirs = state_dict["param_groups"]

@@ -108,7 +108,7 @@ def to_spec(space: Space | None, *, name: str = "space") -> TensorSpec:
         return space
     if getattr(space, "mask", None) is not None:
         raise ValueError(
-            f"{name} has a mask, and illegal choices would be taken: masks are not looked at. Let "
+            f"{name} has a mask, but masks are ignored, so illegal choices would be taken. Let "
             "the environment carry out a legal choice instead"
         )
     if isinstance(space, MultiCategorical | MultiOneHot):

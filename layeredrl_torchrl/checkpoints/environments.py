@@ -100,7 +100,7 @@ class CollectorState:
         if not isinstance(collector, Collector):
             raise TypeError(
                 f"only a Collector of this process can be saved, got {type(collector).__name__}: "
-                "a run of workers goes on with new episodes"
+                "a run with workers continues with new episodes"
             )
         self.collector = collector
         self.env = EnvState(collector.env)

@@ -182,8 +182,8 @@ class SafeCheckpoint(Checkpoint):
         if needed > free:
             raise CheckpointError(
                 f"no room for the checkpoint {destination}: it takes {needed / 1e6:.1f} MB and "
-                f"{free / 1e6:.1f} MB are free; make room, or choose another disk. What was saved "
-                "before is untouched"
+                f"{free / 1e6:.1f} MB are free; make room, or choose another disk. Earlier "
+                "checkpoints are unchanged"
             )
 
 
@@ -205,7 +205,7 @@ def _check_types(file: Path) -> None:
     found = json.loads(file.read_bytes())
     kind = found.get("_type") if isinstance(found, dict) else type(found).__name__
     if kind not in _TYPES:
-        raise CheckpointError(f"{file} is not loaded: it asks for {kind}, expected a TensorDict")
+        raise CheckpointError(f"{file} is not loaded: its type is {kind}, expected a TensorDict")
 
 
 def _digest(file: Path) -> str:

@@ -61,20 +61,20 @@ def _check_levels(levels: Sequence[Level]) -> None:
         pair = f"{label(levels, i)} below {label(levels, i - 1)}"
         if level.input_spec is None:
             raise ValueError(
-                f"{pair} takes nothing from it; build it with input_spec=, or put it first, where "
-                "the highest belongs"
+                f"{pair} takes nothing from it; build it with input_spec=, or put it first, as the "
+                "highest level"
             )
         if level.parent_each_step not in (None, levels[i - 1].each_step):
             raise ValueError(
                 f"{pair} needs a level above that learns with each_step={level.parent_each_step}, "
-                f"got {levels[i - 1].each_step}; build that one so"
+                f"got {levels[i - 1].each_step}; build that one accordingly"
             )
         if level.parent_each_step and not level.each_step and level is not levels[-1]:
             raise ValueError(
-                f"{pair} is rated by what that one expects of single environment steps, but its "
-                f"own actions, which {label(levels, i + 1)} carries out, may take several; put it "
-                "lowest, build it with each_step=True too, or rate whole actions (a SkillLevel "
-                "does with SPlaTESReward, below a level without each_step)"
+                f"{pair} is rewarded by that one's predictions of single environment steps, but "
+                f"its own actions, which {label(levels, i + 1)} carries out, may take several; put "
+                "it lowest, build it with each_step=True too, or reward whole actions (as a "
+                "SkillLevel with SPlaTESReward below a level without each_step)"
             )
         if level.duration is None and level.ends_by_duration:
             raise ValueError(
@@ -115,7 +115,7 @@ def assemble(
     if len(choices) != len(levels):
         raise ValueError(
             f"observation_maps has {len(choices)} entries for {len(levels)} levels; give one for "
-            "each, None for all of the observation"
+            "each, None for the whole observation"
         )
     maps = []
     for i, level in enumerate(levels):

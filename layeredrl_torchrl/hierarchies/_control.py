@@ -46,7 +46,7 @@ class Answers:
         key = self.level.action_key
         action = self._fitting(handed, key, self.level.action_spec)
         if action.is_floating_point():
-            hint = "repair the level: what is below it would act on that, or the environment"
+            hint = "repair the level: its action goes to the level below or to the environment"
             check_finite(f"{key!r}, which {self.level.name} wrote,", action, hint=hint)
         return action
 
@@ -113,7 +113,7 @@ def refuse_interruptions(levels: Sequence[Level]) -> None:
         if level.limit != level.duration:
             raise ValueError(
                 f"{level.name} has interrupt_after={level.interrupt_after} in evaluation, where "
-                f"inputs end before duration={level.duration}, and would be learned as if they "
-                "were no longer; learn in training mode (.train()), from rows that were collected "
+                f"inputs end before duration={level.duration}, but learning would take them for "
+                "complete ones; learn in training mode (.train()), from rows that were collected "
                 "in it"
             )

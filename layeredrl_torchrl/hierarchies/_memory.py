@@ -36,7 +36,7 @@ def memory_of(level: Level) -> Composite:
     if primer.random or any(callable(v) or bool(torch.as_tensor(v).any()) for v in values):
         raise ValueError(
             f"{level.name}.make_tensordict_primer() starts from {starts}, but memory in a "
-            "hierarchy starts from zeros; let zeros mean that it remembers nothing"
+            "hierarchy starts from zeros; let zeros stand for an empty memory"
         )
     return primer.primers
 

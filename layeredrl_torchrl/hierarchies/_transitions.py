@@ -126,8 +126,8 @@ class Cut:
                 raise ValueError(
                     f"{level.name} was interrupted {n} times in {len(rows)} rows before it handed "
                     f"control back (interrupt_after={level.interrupt_after}): such rows show "
-                    "less than the whole of what was chosen; learn from rows that were collected "
-                    "in training mode"
+                    "only part of a chosen action; learn from rows that were collected in "
+                    "training mode"
                 )
 
     def _of_level(self, rows: TensorDict, handed_back: list[Tensor], i: int) -> TensorDict:

@@ -83,14 +83,14 @@ def step_by_members(
     if member.shape != (*batch, 1) or member.dtype != torch.int64:
         raise ValueError(
             f"the members are {member.dtype} of shape {tuple(member.shape)}, expected int64 of "
-            f"shape {(*batch, 1)}; leave them out to have them drawn"
+            f"shape {(*batch, 1)}; leave them out to sample them"
         )
     flat = member.reshape(n)
     refuse(
         ((flat < 0) | (flat >= n_models)).any(),
         lambda _: ValueError(
-            f"there are members outside [0, {n_models - 1}], which is all the model has; leave "
-            "them out to have them drawn"
+            f"there are members outside [0, {n_models - 1}], the members of the model; leave "
+            "them out to sample them"
         ),
     )
     if state.device.type != "cpu" or torch.compiler.is_compiling() or type(member) is not Tensor:

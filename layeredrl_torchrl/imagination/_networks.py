@@ -119,8 +119,8 @@ def _check_values(qvalue: Any, steps: TensorDict) -> None:
         values = qvalue(steps.clone()).get("state_action_value", None)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"qvalue_network cannot value {_shapes(steps)}: {error}; build it for the predictor's "
-            "latent_state_dim and context_dim, and its actions"
+            f"qvalue_network cannot evaluate {_shapes(steps)}: {error}; build it for the "
+            "predictor's latent_state_dim and context_dim, and its actions"
         ) from error
     # set_keys may still name another key; it is checked when called.
     if values is not None and tuple(values.shape) not in ((n, 1), (n,)):

@@ -253,8 +253,8 @@ class LearningLevel(KeepsDoubles, Level):
         """
         if self.buffer is None:
             raise RuntimeError(
-                f"this {self.name} is a copy that was made to act, and copies come without a "
-                "buffer; call learn() on the level that was copied"
+                f"this {self.name} is a copy for acting, without a buffer; call learn() on the "
+                "original level"
             )
         self.action_spec  # noqa: B018 - raises before setup
         made = collected(data, (self.done_key, self.terminated_key))

@@ -128,8 +128,8 @@ def with_known_ends(data: TensorDictBase, key: NestedKey, name: str) -> TensorDi
         return data
     warnings.warn(
         f"{name} leaves out {int(unknown.sum())} of {data.numel()} transitions: the last "
-        "observation of their episode is NaN, as environments that reset themselves have it, so "
-        "nothing is learned of how episodes end; let TorchRL reset the environment",
+        "observation of their episode is NaN, as in environments that reset themselves, so "
+        "the ends of episodes are not learned; let TorchRL reset the environment",
         stacklevel=4,
     )
     known = (~unknown).flatten().nonzero().squeeze(-1)
@@ -196,7 +196,7 @@ def check_flags(data: TensorDictBase, keys: Iterable[NestedKey], name: str, hint
         if value.dtype != torch.bool or value.shape != (*data.shape, 1):
             raise ValueError(
                 f"{key!r} is {value.dtype} {tuple(value.shape)}, expected torch.bool "
-                f"{(*data.shape, 1)}, for what happened and not how likely it was; {_NOTHING}"
+                f"{(*data.shape, 1)}, for events and not their probabilities; {_NOTHING}"
             )
 
 

@@ -69,7 +69,7 @@ def make_buffer(buffer: ReplayBuffer | None, size: int | None, n_axes: int) -> R
         size = check_positive_int("buffer_size", _BUFFER_SIZE if size is None else size)
         return TensorDictReplayBuffer(storage=_Storage(size, ndim=n_axes))
     if size is not None:
-        raise ValueError(f"buffer_size={size} has no effect beside a buffer; leave it out")
+        raise ValueError(f"buffer_size={size} has no effect with a buffer; leave it out")
     check_instance("buffer", buffer, ReplayBuffer, hint="a torchrl ReplayBuffer; " + _REPLACE)
     storage, writer = getattr(buffer, "storage", None), getattr(buffer, "writer", None)
     if not isinstance(storage, TensorStorage):
@@ -152,7 +152,7 @@ def select_stored(
     if before != data.batch_size[:-1]:
         raise ValueError(
             f"data has the batch shape {tuple(data.shape)}, but the buffer has "
-            f"{tuple(before)} environments beside time; use as many as before, or "
+            f"{tuple(before)} environments per step; use as many as before, or "
             "another level for them. Nothing of the data is stored"
         )
     for key in keys:

@@ -93,13 +93,13 @@ class Learner(nn.Module, ABC):
         check_callable("optim_factory", optim_factory, optional=True)
         name = type(loss).__name__
         if actor_every > 1 and not hasattr(loss, "actor_network"):
-            raise ValueError(f"actor_every={actor_every} is about an actor, and {name} has none")
+            raise ValueError(f"actor_every={actor_every} is for an actor, but {name} has none")
         try:
             loss.make_value_estimator(ValueEstimators.TD0, gamma=gamma)
         except NotImplementedError as error:
             raise ValueError(
-                f"{name} has no one-step returns (TD0), by which a level learns from rewards; take "
-                "one that has, such as SACLoss"
+                f"{name} has no one-step returns (TD0), which a level needs to learn from "
+                "rewards; take a loss that has, such as SACLoss"
             ) from error
         self.loss = loss
         self._targets: SoftUpdate | None = None
@@ -112,7 +112,7 @@ class Learner(nn.Module, ABC):
         elif tau is not None or targets_every > 1:
             raise ValueError(
                 f"{name} has no target networks, but tau={tau} and "
-                f"targets_every={targets_every} are about them; leave them out"
+                f"targets_every={targets_every} are for them; leave them out"
             )
         _leave_out_options(loss)
         self._count = 0
@@ -194,8 +194,7 @@ class Learner(nn.Module, ABC):
         """
         if self.optim is None:
             raise RuntimeError(
-                f"this {type(self).__name__} is a copy that was made to act; learn with the "
-                "original"
+                f"this {type(self).__name__} is a copy for acting; learn with the original"
             )
         count = self._count + 1
         found = self.loss(batch)

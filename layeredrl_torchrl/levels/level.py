@@ -103,8 +103,8 @@ class Level(OnePrimer, WholeState):
         self.duration = None if duration is None else check_positive_int("duration", duration)
         if self.duration is not None and self.input_spec is None:
             raise ValueError(
-                f"duration={duration} is about an input from above, and without an input_spec "
-                "there is none; pass input_spec=, or leave duration out"
+                f"duration={duration} is for an input from above, which needs an input_spec; "
+                "pass input_spec=, or leave duration out"
             )
         self._interrupt_after: int | None = None
         check_callable("reward_func", reward_func, optional=True)
@@ -163,7 +163,7 @@ class Level(OnePrimer, WholeState):
         """Spec of one action; ``RuntimeError`` before :meth:`setup`."""
         if self._action_spec is None:
             raise RuntimeError(
-                f"{self.name} knows no spaces yet; put it into a Hierarchy, or call "
+                f"{self.name} has no spaces yet; put it into a Hierarchy, or call "
                 "setup(observation_space, action_space)"
             )
         return self._action_spec

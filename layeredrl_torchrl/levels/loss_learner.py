@@ -214,8 +214,8 @@ def _refuse_on_policy(loss: LossModule) -> None:
     if getattr(loss.default_value_estimator, "name", None) in _ON_POLICY:
         raise ValueError(
             f"{type(loss).__name__} is an on-policy loss: it needs advantages along trajectories "
-            "of the policy as it is, but a level learns from single transitions of a buffer, of "
-            "older policies too; take an off-policy loss, such as SACLoss, TD3Loss or DQNLoss"
+            "of the current policy, but a level learns from single transitions of a buffer, also "
+            "of older policies; take an off-policy loss, such as SACLoss, TD3Loss or DQNLoss"
         )
 
 

@@ -135,8 +135,8 @@ class ModelFreeLevel(LearningLevel):
         check_flag("input_ends", input_ends)
         if input_spec is None and not input_ends:
             raise ValueError(
-                "input_ends is about an input from above, and without an input_spec there is "
-                "none; pass input_spec=, or leave input_ends out"
+                "input_ends is for an input from above, which needs an input_spec; "
+                "pass input_spec=, or leave input_ends out"
             )
         options = {"n_initial_random_steps": 1000, **options}
         super().__init__(input_spec=input_spec, duration=duration, n_axes=1, **options)

@@ -63,12 +63,12 @@ def check_planner(planner: object, predictor: Predictor, action_spec: TensorSpec
     if held and not any(part is predictor for part in held):
         raise ValueError(
             "planner_factory gave a planner in another predictor than it was called with, so "
-            "what is learned would not be planned in; hand its first argument on"
+            "plans would not use what is learned; pass its first argument on"
         )
     planned = getattr(planner, "action_spec", action_spec)
     if planned.cpu() != action_spec.cpu():
         raise ValueError(
             f"planner_factory gave a planner for {planned}, but the level's actions are "
-            f"{action_spec}; hand action_spec= on"
+            f"{action_spec}; pass action_spec= on"
         )
     return bool(held)

@@ -110,7 +110,7 @@ def check_step_function(
     given = "(state, context, action" + (", next_state)" if n_given == 4 else ")")
     raise TypeError(
         f"{name} takes the arguments {arguments}, but is called with {given}; let it take all of "
-        "them, also those that it does not use"
+        "them, also unused ones"
     )
 
 
@@ -141,6 +141,6 @@ def refuse_next_state(name: str, func: StepFunction | None) -> None:
     """Raise ``ValueError`` if ``func`` reads the next state, for places that have none."""
     if func is not None and needs_next_state(func):
         raise ValueError(
-            f"{name} was declared to read the next state, but is asked about state, context and "
+            f"{name} was declared to read the next state, but is called with state, context and "
             "action alone; only rew_func and term_func may read it"
         )

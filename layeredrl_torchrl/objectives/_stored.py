@@ -128,8 +128,8 @@ class StoredRows:
             dtype = contents.get(key).dtype
             if dtype != torch.bool:
                 raise ValueError(
-                    f"buffer: got {key!r} of {dtype}, expected torch.bool, for what happened and "
-                    "not how likely it was; convert it before extending the buffer."
+                    f"buffer: got {key!r} of {dtype}, expected torch.bool, for events and "
+                    "not their probabilities; convert it before extending the buffer."
                 )
         return contents, n_rows
 
@@ -156,9 +156,9 @@ def _check_sampling(buffer: ReplayBuffer) -> None:
     """Refuse buffers with their own drawing or relabelling, since slices would skip it."""
     if isinstance(buffer, RayReplayBuffer):
         raise TypeError(
-            "buffer: got a RayReplayBuffer, whose storage lies in another process, expected a "
+            "buffer: got a RayReplayBuffer, whose storage is in another process, expected a "
             "buffer of this one; extend a TensorDictReplayBuffer(storage=LazyTensorStorage(n)) "
-            "with what it holds."
+            "with its content."
         )
     # Hindsight buffers relabel in their own method; others leave it to the sampler.
     plain = (ReplayBuffer._sample, TensorDictReplayBuffer._sample)
@@ -166,8 +166,8 @@ def _check_sampling(buffer: ReplayBuffer) -> None:
         return
     raise TypeError(
         f"buffer: got a {type(buffer).__name__} with a {type(buffer.sampler).__name__}, which "
-        "chooses or relabels what it samples, expected uniform sampling: slices and learn() draw "
-        "by themselves. Pass a second buffer on the same storage, "
+        "chooses or relabels what it samples, expected uniform sampling: slices and learn() "
+        "sample on their own. Pass a second buffer on the same storage, "
         "TensorDictReplayBuffer(storage=buffer.storage), or store what is relabelled."
     )
 

@@ -125,8 +125,8 @@ def _check_tensors(
     for name in ("terminated", "valid"):
         if tensors[name].dtype != torch.bool:
             raise ValueError(
-                f"{name}: got {tensors[name].dtype}, expected torch.bool; a probability has to be "
-                "turned into what happened first."
+                f"{name}: got {tensors[name].dtype}, expected torch.bool; convert a probability "
+                "to an event first."
             )
     check_finite(
         "reward (of the valid steps)",

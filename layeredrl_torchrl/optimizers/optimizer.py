@@ -284,7 +284,7 @@ class Optimizer(nn.Module):
         """Check a memory and return its entries, flat ``[b, ...]``."""
         batch, entries = memory.batch_size, {}
         if batch.numel() == 0:
-            raise ValueError(f"the memory has batch shape {tuple(batch)}: there is no problem")
+            raise ValueError(f"the memory has batch shape {tuple(batch)}: nothing to optimize")
         for key, shape in self._shapes.items():
             value = memory.get(key, None)
             if value is None or value.shape != (*batch, *shape):

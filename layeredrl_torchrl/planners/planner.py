@@ -120,7 +120,7 @@ class PredictorPlanner(WholeLoading, MPCPlannerBase):
         **scoring: Any,
     ) -> None:
         check_instance("predictor", predictor, Predictor, hint="of an environment: env.predictor")
-        check_instance("optimizer", optimizer, Optimizer, hint="pass ICEM(make_search(spec)), say")
+        check_instance("optimizer", optimizer, Optimizer, hint="such as ICEM(make_search(spec))")
         check_callable("risk", risk, optional=True)
         check_callable("proposal", proposal, optional=True)
         check_callable("callback", callback, optional=True)

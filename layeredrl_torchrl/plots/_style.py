@@ -113,12 +113,12 @@ def changes(state: Tensor, next_state: Tensor, dims: Sequence[int] | None) -> tu
         ValueError: Dimensions outside the state; no dimension that changes; a single transition.
     """
     if len(state) < 2:
-        raise ValueError("data have one transition, whose change has no std; give more")
+        raise ValueError("data has a single transition, so changes have no std; give more")
     unit = (next_state - state).std(0)
     shown = (unit > 1e-6).nonzero()[:, 0].tolist() if dims is None else shown_of(dims, len(unit))
     if not shown or not bool((unit[shown] > 0).all()):
         raise ValueError(
-            f"no change of the state in dimension(s) {shown or 'of all'}; see the data"
+            f"no change of the state in dimension(s) {shown or 'of all'}; check the data"
         )
     return shown, unit[shown]
 

@@ -81,8 +81,8 @@ def value_of_state(value: StepFunction, state: Tensor, context: Tensor) -> Tenso
         return value(state, context, None)
     except (TypeError, AttributeError) as error:
         raise TypeError(
-            f"val_func failed where no action is chosen yet, which it is given as None ({error}); "
-            "there give a function of state and context, such as an action-value function of the "
+            f"val_func failed where no action is chosen yet and it is called with None ({error}); "
+            "give a function of state and context, such as an action-value function of the "
             "policy's own action"
         ) from error
 

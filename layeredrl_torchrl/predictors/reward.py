@@ -140,7 +140,7 @@ class RewardPredictor(Predictor):
             "model",
             model,
             ProbabilisticEnsemble,
-            hint="use StaticPredictor for a model that is given",
+            hint="use StaticPredictor for a given model",
         )
         check_instance("model_training", model_training, ModelTraining, hint="pass ModelTraining()")
         self.learn_encoder = check_flag("learn_encoder", learn_encoder)

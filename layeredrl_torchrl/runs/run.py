@@ -184,8 +184,8 @@ class Run:
         if not self._checkpoints.any_saved:
             return f"interrupted at step {self.steps}, before the first checkpoint: start again"
         return (
-            f"interrupted at step {self.steps} of {self.total}; go on from the last checkpoint in "
-            f"{self.folder} with the same command and --resume"
+            f"interrupted at step {self.steps} of {self.total}; continue from the last checkpoint "
+            f"in {self.folder} with the same command and --resume"
         )
 
     def _resume(self) -> None:
@@ -394,7 +394,7 @@ class Run:
             }
             if self.resumed is not None:
                 self._checkpoints.load("rng")
-                tqdm.write("Workers begin new episodes: not the run that was stopped, bit for bit")
+                tqdm.write("Workers start new episodes: this run differs from an uninterrupted one")
             batches = self._stack.enter_context(
                 collect_with_workers(options, make_env, policy, **frames, **left)
             )
@@ -463,5 +463,5 @@ class Run:
             return RunError(f"{error}; nothing was learned yet: start again")
         return RunError(
             f"{error}; all that was learned is in the last checkpoint: when the cluster has room "
-            "for the worker again, go on with --resume"
+            "for the worker again, continue with --resume"
         )

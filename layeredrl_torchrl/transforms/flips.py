@@ -38,7 +38,7 @@ class Angle:
     index: int
 
     def __post_init__(self) -> None:
-        check_instance("index", self.index, int, hint="pass where the angle stands")
+        check_instance("index", self.index, int, hint="pass the index of the angle")
 
     def __call__(self, observation: Tensor) -> Tensor:
         """Map observations ``[*B, obs]`` to angles ``[*B]`` in rad."""

@@ -70,8 +70,7 @@ class JoinGoals(CatTensors):
         """
         if self.parent is None:
             raise RuntimeError(
-                "JoinGoals knows the sizes once it is part of an environment: "
-                "TransformedEnv(env, JoinGoals())"
+                "JoinGoals needs an environment to know its sizes: TransformedEnv(env, JoinGoals())"
             )
         spec = self.parent.observation_spec
         ranges, start = {}, 0

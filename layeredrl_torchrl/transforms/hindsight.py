@@ -92,7 +92,7 @@ class RelabelGoals(Transform):
         self.desired = check_indices("desired", desired, observation_dim)
         if len(self.achieved) != len(self.desired) or set(self.achieved) & set(self.desired):
             raise ValueError(
-                "achieved and desired goal must be as wide as each other, in different places of "
+                "achieved and desired goal must have the same width and different places in "
                 f"the observation, got achieved={self.achieved} and desired={self.desired}"
             )
         check_callable("reward_func", reward_func)
@@ -216,8 +216,8 @@ class _HindsightBuffer(HERReplayBuffer):
         if both := written & set(goals.relabelled_keys):
             raise ValueError(
                 f"{type(transform).__name__} writes {sorted(map(str, both))}, which are relabelled "
-                "behind it, in the scale in which they are stored: put it into the environment "
-                "(and into reward_func), or apply it to what was sampled"
+                "after it, in their stored scale: put it into the environment (and into "
+                "reward_func), or apply it to sampled data"
             )
         return transform
 

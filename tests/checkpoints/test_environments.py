@@ -327,5 +327,5 @@ def test_environments_that_have_not_started_yet():
 
 
 def test_collectors_with_workers_are_refused():
-    with pytest.raises(TypeError, match="MultiSyncCollector: a run of workers"):
+    with pytest.raises(TypeError, match="MultiSyncCollector: a run with workers"):
         CollectorState(MultiSyncCollector.__new__(MultiSyncCollector))

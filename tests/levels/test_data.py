@@ -408,5 +408,5 @@ def test_samplers_that_would_have_no_effect_are_refused_at_once():
     class Relabels(RandomSampler):
         pass
 
-    with pytest.raises(TypeError, match=r"learn\(\) draw by"):
+    with pytest.raises(TypeError, match=r"sample on their own"):
         planner_level(buffer=buffer(sampler=Relabels()))

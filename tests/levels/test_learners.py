@@ -200,7 +200,7 @@ def test_a_copy_shares_nothing_and_does_not_learn():
     torch.testing.assert_close(other.state_dict(), learner.state_dict(), rtol=0, atol=0)
     with unchanged(other):
         learner.update(batch.clone())
-    with pytest.raises(RuntimeError, match="a copy that was made to act"):
+    with pytest.raises(RuntimeError, match="is a copy for acting"):
         other.update(batch)
     # The loss of the copy goes by the copy's own critics.
     losses = []

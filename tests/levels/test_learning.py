@@ -261,7 +261,7 @@ EITHER = [
     (
         {"buffer": ReplayBuffer(storage=ListStorage(3)), "buffer_size": 3},
         ValueError,
-        "buffer_size=3 has no effect beside a buffer",
+        "buffer_size=3 has no effect with a buffer",
     ),
     ({"env": ENV}, ValueError, "or env= to take both from"),
 ]
@@ -280,12 +280,12 @@ PLANNER = [
             )
         },
         ValueError,
-        "hand action_spec= on",
+        "pass action_spec= on",
     ),
 ]
 MODEL_FREE = [
-    ({"duration": 3}, ValueError, "duration=3 is about an input from above"),
-    ({"input_ends": False}, ValueError, "input_ends is about an input from above"),
+    ({"duration": 3}, ValueError, "duration=3 is for an input from above"),
+    ({"input_ends": False}, ValueError, "input_ends is for an input from above"),
     ({"learner_factory": lambda *_: OBS}, TypeError, "got Unbounded.*; pass partial"),
     ({"learner_factory": DQNLearner}, TypeError, "pass SACLearner"),
 ]

@@ -174,9 +174,9 @@ def test_bad_input():
         partial(ConstantLevel, torch.zeros(2)),
         RandomLevel,
     ):
-        with pytest.raises(ValueError, match="duration=3 is about an input from above"):
+        with pytest.raises(ValueError, match="duration=3 is for an input from above"):
             make(duration=3)
-    with pytest.raises(RuntimeError, match="knows no spaces yet"):
+    with pytest.raises(RuntimeError, match="has no spaces yet"):
         RandomLevel()(seen(3))
     for level in (RandomLevel(), ConstantLevel(torch.zeros(2))):
         with pytest.raises(KeyError, match="reads 'observation', which is missing"):

@@ -261,7 +261,7 @@ def test_copies_act_and_do_not_learn(name):
     for other in (copy.deepcopy(learner), pickle.loads(pickle.dumps(learner))):
         expected = learner.act(features, explore=False)
         assert torch.equal(other.act(features, explore=False), expected)
-        with pytest.raises(RuntimeError, match="a copy that was made to act"):
+        with pytest.raises(RuntimeError, match="is a copy for acting"):
             other.update(batch_of())
     learner.update(batch_of())
     assert before.keys() == learner.state_dict().keys()

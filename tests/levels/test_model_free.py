@@ -224,7 +224,7 @@ def test_what_is_missing_is_named():
     for key in ("observation", "input", "n_actions"):
         with pytest.raises(KeyError, match=f"ModelFreeLevel reads .*{key}.*, which is missing"):
             level(transitions(3).exclude(key))
-    with pytest.raises(RuntimeError, match="knows no spaces yet"):
+    with pytest.raises(RuntimeError, match="has no spaces yet"):
         ModelFreeLevel(learner_factory=SMALL_SAC)(transitions(3))
 
 

@@ -87,7 +87,7 @@ def test_before_it_is_set_up(make):
         lambda: level.optim,
         lambda: level.learn(make_transitions()),
     ):
-        with pytest.raises(RuntimeError, match="knows no spaces yet; put it into a Hierarchy"):
+        with pytest.raises(RuntimeError, match="has no spaces yet; put it into a Hierarchy"):
             use()
     assert not len(level.buffer)
 
@@ -97,7 +97,7 @@ def test_after_a_setup_that_failed_it_can_be_set_up(make):
     level = make()
     with pytest.raises((TypeError, ValueError)):
         level.setup(OneHot(3), ACTIONS)
-    with pytest.raises(RuntimeError, match="knows no spaces yet"):
+    with pytest.raises(RuntimeError, match="has no spaces yet"):
         level.action_spec  # noqa: B018
     level.setup(*SPACES)
     assert level.action_spec == ACTIONS

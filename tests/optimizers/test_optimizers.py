@@ -259,7 +259,7 @@ MISFITS = [
         "'mean' has sh",
     ),
     (lambda o: o.optimize(add, o.forget().exclude("warm")), "'warm' is missing"),
-    (lambda o: o.optimize(add, o.forget((0,))), "no problem"),
+    (lambda o: o.optimize(add, o.forget((0,))), "nothing to optimize"),
     (lambda o: o.optimize(add, None, o.draw_noise()[1:]), "noise"),
     (lambda o: o.optimize(add, o.forget([4]), o.draw_noise([2])), "noise has shape"),
     (lambda o: o.shift(o.forget(), -1), "steps"),

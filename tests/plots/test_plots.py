@@ -228,7 +228,7 @@ def test_inputs_that_show_nothing(plot):
     if plot in (plot_prediction, plot_disagreement):
         plot(predictor, one)
     else:
-        with pytest.raises(ValueError, match="one transition, whose change has no std"):
+        with pytest.raises(ValueError, match="single transition, so changes have no std"):
             plot(predictor, one)
 
 

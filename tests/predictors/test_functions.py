@@ -185,7 +185,7 @@ def test_what_cannot_be_called_is_refused():
 
 def test_only_rewards_and_terminations_can_read_the_next_state():
     of_next = reads_next_state(lambda s, c, a, after: after[..., 0])
-    match = "was declared to read the next state, but is asked about state, context and action"
+    match = "was declared to read the next state, but is called with state, context and action"
     with pytest.raises(ValueError, match=f"val_func {match}"):
         make_point(val_func=of_next)
     with pytest.raises(ValueError, match=f"exploration_bonus {match}"):

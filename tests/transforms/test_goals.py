@@ -200,7 +200,7 @@ def unravel(key):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: JoinGoals().index_ranges, RuntimeError, "part of an environment"),
+        (lambda: JoinGoals().index_ranges, RuntimeError, "needs an environment"),
         (lambda: JoinGoals([], ["goal"]), ValueError, "each key once"),
         (lambda: JoinGoals(["a", "b"], ["a"]), ValueError, "each key once"),
         (lambda: JoinGoals("observation"), TypeError, "state_keys must be a list of keys"),

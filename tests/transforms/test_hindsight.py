@@ -211,8 +211,8 @@ def test_a_model_free_level_learns_in_hindsight():
     [
         ({"desired": [6, 8]}, ValueError, "desired .* 8"),
         ({"achieved": [-1, 4]}, ValueError, "achieved .*-1"),
-        ({"desired": [6]}, ValueError, "as wide as each other"),
-        ({"desired": [5, 6]}, ValueError, "in different places"),
+        ({"desired": [6]}, ValueError, "the same width"),
+        ({"desired": [5, 6]}, ValueError, "different places"),
         ({"achieved": [0.5, 1.0]}, TypeError, "achieved"),
         ({"reward_func": 1.0}, TypeError, "reward_func"),
     ],

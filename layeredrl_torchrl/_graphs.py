@@ -134,7 +134,7 @@ class _Graph:
         if self.graph is None:
             if self.changes and self.n_calls < _WARM_UP:
                 self.n_calls += 1
-                return _copied(_aside(self._call))
+                return _copied(_on_separate_stream(self._call))
             self._capture()
         assert self.graph is not None
         self.graph.replay()
@@ -149,7 +149,7 @@ class _Graph:
     def _capture(self) -> None:
         if not self.changes:
             for _ in range(_WARM_UP):
-                _aside(lambda: gather(self._call))
+                _on_separate_stream(lambda: gather(self._call))
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self.pool), uncached_autocast("cuda"):
@@ -189,7 +189,7 @@ def _end_capture() -> None:
     generator.graphsafe_set_state(generator.clone_state())
 
 
-def _aside(call: Callable[[], R]) -> R:
+def _on_separate_stream(call: Callable[[], R]) -> R:
     """Run ``call`` on a separate stream, as a capture will."""
     here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
     aside.wait_stream(here)

@@ -150,7 +150,7 @@ def load(value: Any, state: Any, where: str, loaded: _Loaded | None = None) -> A
         found = unarray(state["array"])
         return found[()] if state["scalar"] else loaded.add(found)
     if "generator" in state:
-        saved = _walk(state["generator"], _unnumber)
+        saved = _walk(state["generator"], _decode_number)
         if saved["bit_generator"] not in _GENERATORS:
             raise ValueError(f"{where} was drawn by {saved['bit_generator']!r}, which is unknown")
         bits = getattr(np.random, saved["bit_generator"])()
@@ -257,11 +257,11 @@ def _walk(value: Any, leaf: Callable[[Any], Any]) -> Any:
     return leaf(value)
 
 
-def _number(value: Any) -> Any:
+def _encode_number(value: Any) -> Any:
     return {"array": array(value, "generator")} if isinstance(value, np.ndarray) else value
 
 
-def _unnumber(value: Any) -> Any:
+def _decode_number(value: Any) -> Any:
     return unarray(value["array"]) if isinstance(value, dict) else value
 
 

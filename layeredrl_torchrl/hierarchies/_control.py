@@ -39,12 +39,12 @@ class Answers:
         Raises:
             KeyError: It is missing. TypeError: Another kind of numbers. ValueError: Another shape.
         """
-        return self._fitting(handed, key, self._record[key])
+        return self._checked_entry(handed, key, self._record[key])
 
     def action(self, handed: TensorDictBase) -> Tensor:
         """Return the action; raise as :meth:`read`, and ``ValueError`` if it is not finite."""
         key = self.level.action_key
-        action = self._fitting(handed, key, self.level.action_spec)
+        action = self._checked_entry(handed, key, self.level.action_spec)
         if action.is_floating_point():
             hint = "repair the level: its action goes to the level below or to the environment"
             check_finite(f"{key!r}, which {self.level.name} wrote,", action, hint=hint)
@@ -53,11 +53,11 @@ class Answers:
     def memory(self, handed: TensorDictBase) -> TensorDictBase:
         """Return the memory for the next step; raise as :meth:`read`."""
         for key, spec in self._following.items():
-            self._fitting(handed, key, spec)
+            self._checked_entry(handed, key, spec)
         following: TensorDictBase = handed.get("next")
         return following.select(*self._memory)
 
-    def _fitting(self, handed: TensorDictBase, key: NestedKey, spec: TensorSpec) -> Tensor:
+    def _checked_entry(self, handed: TensorDictBase, key: NestedKey, spec: TensorSpec) -> Tensor:
         name = self.level.name
         hint = f"{name} did not write it"
         value = require(handed, key, reader=f"Hierarchy, after {name},", hint=hint)

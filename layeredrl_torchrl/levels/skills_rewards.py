@@ -197,15 +197,17 @@ class SkillReward(nn.Module, ABC):
         skills = torch.cat([skill.unsqueeze(1), others], 1)
         state, context = predictor.encode(observation)
 
-        def told(reached: Tensor) -> Tensor:
+        def score(reached: Tensor) -> Tensor:
             after, _ = predictor.encode(reached)
-            value = self._told(predictor, skill_spec, state, context, skills, after, n_env_steps)
+            value = self._identifiability(
+                predictor, skill_spec, state, context, skills, after, n_env_steps
+            )
             return value.clamp(*self.clip)
 
-        reward = told(next_observation)
-        return reward if since is None else reward - told(since)
+        reward = score(next_observation)
+        return reward if since is None else reward - score(since)
 
-    def _told(
+    def _identifiability(
         self,
         predictor: Any,
         skill_spec: TensorSpec,

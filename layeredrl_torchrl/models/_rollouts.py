@@ -50,8 +50,8 @@ def imagine(
     n_seats, n_part = propagation.particles(*sizes)
     particles = state.mT[None, :, :, None].expand(n_seats, -1, -1, n_part)
     # Columns of all rows: the action and context of a start are repeated for its particles.
-    ctx = _spread(context.mT, n_part)
-    acts = _spread(step.actions(actions).movedim(0, -1), n_part)  # [1, H, *, R]
+    ctx = _per_particle(context.mT, n_part)
+    acts = _per_particle(step.actions(actions).movedim(0, -1), n_part)  # [1, H, *, R]
     n_at_once = step.n_at_once if propagation.stays and into is None else 1
     horizon = actions.shape[1]
     if n_at_once > 1:
@@ -97,7 +97,7 @@ def imagine(
         particles = following
 
 
-def _spread(columns: Tensor, n_particles: int) -> Tensor:
+def _per_particle(columns: Tensor, n_particles: int) -> Tensor:
     """Repeat columns ``[..., N]`` of starts for their particles, ``[1, ..., N * P]``."""
     if n_particles > 1:
         columns = columns.repeat_interleave(n_particles, -1)

@@ -118,7 +118,7 @@ def ensemble_step(
         mean = _expected(predicted)
         next_state = torch.add(base, mean * scale, out=following)
     else:
-        pairs, total = _pick(predicted, noise.height)
+        pairs, total = _chosen_modes(predicted, noise.height)
         mean, raw = pairs.unbind(1)
         if total is not None:
             # NaN weights choose some mode, too; adding total - total makes the state NaN as well.
@@ -146,7 +146,7 @@ def ensemble_mixture(
     # Modes come first: the calibration is the same for all of them.
     std = _std(parts, raw.transpose(0, 1), extra).transpose(0, 1)
     mean = torch.addcmul(base.unsqueeze(1), mean, scale)
-    return (mean, std), _shares(predicted), predicted.term_prob
+    return (mean, std), _mode_weights(predicted), predicted.term_prob
 
 
 def sample_mixture(mean: Tensor, std: Tensor, weights: Tensor, noise: Noise | None) -> Tensor:
@@ -161,7 +161,7 @@ def sample_mixture(mean: Tensor, std: Tensor, weights: Tensor, noise: Noise | No
     mixture = MixtureColumns(torch.stack((mean, std), 1), weights, weights[:, 0], False)
     if noise is None:
         return _expected(mixture)
-    pairs, total = _pick(mixture, noise.height)
+    pairs, total = _chosen_modes(mixture, noise.height)
     mean, std = pairs.unbind(1)
     following = torch.addcmul(mean, std, noise.normal)
     return following if total is None else following + (total - total)
@@ -255,15 +255,15 @@ def _expected(mixture: MixtureColumns) -> Tensor:
     mean = mixture.pairs[:, 0]
     if mean.shape[1] == 1:
         return mean.squeeze(1)
-    return (mean * _shares(mixture).unsqueeze(2)).sum(1)
+    return (mean * _mode_weights(mixture).unsqueeze(2)).sum(1)
 
 
-def _shares(mixture: MixtureColumns) -> Tensor:
+def _mode_weights(mixture: MixtureColumns) -> Tensor:
     """Return the weights of the modes, ``[M, K, R]``."""
     return mixture.weights.softmax(1) if mixture.are_logits else mixture.weights
 
 
-def _pick(mixture: MixtureColumns, height: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _chosen_modes(mixture: MixtureColumns, height: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Return the pairs ``[M, 2, D, R]`` of the modes chosen by ``height``.
 
     With several modes, also return the sum of their weights ``[M, 1, R]``.

@@ -72,7 +72,7 @@ class Calibration(nn.Module):
 
         All modes of a member move together; ``weights [M, N, K]`` are theirs.
         """
-        return mean + (self.disagreement - 1.0) * _apart(mean, weights)
+        return mean + (self.disagreement - 1.0) * _from_average(mean, weights)
 
     @torch.no_grad()
     def fit(self, mean: Tensor, std: Tensor, weights: Tensor, target: Tensor) -> None:
@@ -87,11 +87,11 @@ class Calibration(nn.Module):
             target: ``[N, D]``.
         """
         given, dim = (mean, std, weights, target), target.shape[-1]
-        found = self._minimum(*given)
+        found = self._minimise(*given)
         if not bool(torch.isfinite(found).all()) and found.dtype != torch.float64:
             # With errors of many stds, the line search may leave the range of float32.
             on_host = (x.to("cpu", torch.float64) for x in given)  # some devices have no float64
-            found = self._minimum(*on_host).to(found)
+            found = self._minimise(*on_host).to(found)
         if not bool(torch.isfinite(found).all()):
             raise ValueError(
                 "the calibration did not converge to finite numbers; look at the held-out "
@@ -103,13 +103,13 @@ class Calibration(nn.Module):
         self.spread.copy_(spread.squeeze())
         self.disagreement.copy_(log_share.exp().squeeze())
 
-    def _minimum(self, mean: Tensor, std: Tensor, weights: Tensor, target: Tensor) -> Tensor:
+    def _minimise(self, mean: Tensor, std: Tensor, weights: Tensor, target: Tensor) -> Tensor:
         """Return shift and slope ``[D]``, spread and log disagreement, concatenated.
 
         They are NaN where the search left the range of the inputs' dtype.
         """
         n_models, n, _, dim = mean.shape
-        apart = _apart(mean, weights)
+        apart = _from_average(mean, weights)
         residual = target[None, :, None] - mean
         log_std = std.log()
         log_weights = weights.clamp_min(torch.finfo(weights.dtype).tiny).log().unsqueeze(-1)
@@ -149,7 +149,7 @@ class Calibration(nn.Module):
         return parameters.detach()
 
 
-def _apart(mean: Tensor, weights: Tensor) -> Tensor:
+def _from_average(mean: Tensor, weights: Tensor) -> Tensor:
     """Return each member's mean minus the mean of all members, ``[M, N, 1, D]``."""
     of_member = (weights.unsqueeze(-1) * mean).sum(-2)
     return (of_member - of_member.mean(0)).unsqueeze(-2)

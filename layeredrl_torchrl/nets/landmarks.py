@@ -94,23 +94,23 @@ class Landmarks(KeepsFloats, WholeLoading):
         before, all_seen = int(self.count), places.reshape(-1, places.shape[-1]).to(self.places)
         seen = all_seen
         while len(seen) and self.count < len(self.places):
-            seen = seen[self._off(seen) > self.radius]
+            seen = seen[self._distance_to_nearest(seen) > self.radius]
             if len(seen):
                 self.places[self.count] = seen[0]
                 self.count += 1
         if self.count > before:
             known = self.places[: self.count]
-            ways = _between(known, known)
-            ways = ways.where(ways <= self._reach, inf).fill_diagonal_(0.0)
+            ways = _distances(known, known)
+            ways = ways.where(ways <= self._neighbour_distance, inf).fill_diagonal_(0.0)
             for middle in range(len(known)):  # Floyd and Warshall
                 torch.minimum(ways, ways[:, middle : middle + 1] + ways[middle], out=ways)
             self.ways[: self.count, : self.count] = ways
         for some in all_seen.split(_ROWS):
-            near = _between(some, self.places[: self.count]) <= self._reach
+            near = _distances(some, self.places[: self.count]) <= self._neighbour_distance
             self.visits[: self.count] += near.sum(0)
 
     @property
-    def _reach(self) -> float:
+    def _neighbour_distance(self) -> float:
         """The largest distance of neighbours: two radii, apart from rounding.
 
         It also holds from a place to its landmarks. With the nearest landmark alone, paths would at
@@ -118,12 +118,12 @@ class Landmarks(KeepsFloats, WholeLoading):
         """
         return 2.001 * self.radius
 
-    def _off(self, places: Tensor) -> Tensor:
+    def _distance_to_nearest(self, places: Tensor) -> Tensor:
         """Return the distances ``[N]`` of places ``[N, P]`` from the nearest landmark."""
         if not self.count:
             return torch.full_like(places[:, 0], inf)
         known = self.places[: self.count]
-        return torch.cat([_between(some, known).amin(-1) for some in places.split(_ROWS)])
+        return torch.cat([_distances(some, known).amin(-1) for some in places.split(_ROWS)])
 
     def distance(self, place: Tensor, goal: Tensor) -> Tensor:
         """Return the lengths ``[*B]`` of the shortest paths from places to goals, both ``[*B, P]``.
@@ -141,9 +141,11 @@ class Landmarks(KeepsFloats, WholeLoading):
         known, ways = self.places[: self.count], self.ways[: self.count, : self.count].mT
         found = []
         for some, aims in rows:
-            first = _between(some, known)
-            last = _between(aims, known).argmin(-1)
-            found.append((first.where(first <= self._reach, inf) + ways[last]).amin(-1))
+            first = _distances(some, known)
+            last = _distances(aims, known).argmin(-1)
+            found.append(
+                (first.where(first <= self._neighbour_distance, inf) + ways[last]).amin(-1)
+            )
         return torch.cat(found).reshape(place.shape[:-1]).to(place.dtype)
 
     def value(self, state: Tensor, context: Tensor, action: Tensor | None = None) -> Tensor:
@@ -178,8 +180,8 @@ class Landmarks(KeepsFloats, WholeLoading):
         place = state[..., : known.shape[-1]].reshape(-1, known.shape[-1])
         found = []
         for some in place.split(_ROWS):
-            first = _between(some, known)
-            near = torch.exp(-first.where(first <= self._reach, inf) / self.scale)
+            first = _distances(some, known)
+            near = torch.exp(-first.where(first <= self._neighbour_distance, inf) / self.scale)
             found.append((near * worth).amax(-1))
         return self.top * torch.cat(found).reshape(state.shape[:-1]).to(state.dtype)
 
@@ -227,9 +229,9 @@ class Landmarks(KeepsFloats, WholeLoading):
             """Return the value of going to the best landmark, ``distance`` in the last axis."""
             left = discount ** (distance / speed)
             worth = (1.0 - left) * forever * paid + left * value
-            return worth.where(distance <= self._reach, -inf).amax(-1)
+            return worth.where(distance <= self._neighbour_distance, -inf).amax(-1)
 
-        value, gaps = paid * forever, _between(known, known)
+        value, gaps = paid * forever, _distances(known, known)
         for _ in range(len(known)):
             before = value
             value = going(gaps, paid.unsqueeze(1), value.unsqueeze(1))
@@ -239,7 +241,7 @@ class Landmarks(KeepsFloats, WholeLoading):
         found = []
         place = state[..., : known.shape[-1]].reshape(-1, known.shape[-1])
         for some, of in zip(place.split(_ROWS), which.split(_ROWS), strict=True):
-            worth = going(_between(some, known), paid[of], value[of])
+            worth = going(_distances(some, known), paid[of], value[of])
             found.append(worth.maximum(value.amin(-1)[of]))
         return torch.cat(found).reshape(state.shape[:-1])
 
@@ -249,11 +251,13 @@ class Landmarks(KeepsFloats, WholeLoading):
     ) -> Tensor:
         """Return whether a step leads far from all landmarks, into a wall for example, ``[*B]``."""
         place = next_state[..., : self.places.shape[-1]]
-        off = self._off(place.reshape(-1, place.shape[-1])).reshape(place.shape[:-1])
+        off = self._distance_to_nearest(place.reshape(-1, place.shape[-1])).reshape(
+            place.shape[:-1]
+        )
         return (off > self.radius) & (self.count > 0)
 
 
-def _between(places: Tensor, known: Tensor) -> Tensor:
+def _distances(places: Tensor, known: Tensor) -> Tensor:
     """Return distances ``[N, L]`` of places ``[N, P]`` from landmarks ``[L, P]``, in their dtype.
 
     Computed from differences: the default, products of large matrices, loses small distances far

@@ -161,8 +161,8 @@ def fingerprint(*tensors: Tensor) -> Tensor:
             if rows.is_floating_point()
             else rows.to(torch.int32)
         ).long()
-        factors = _stir(_stir(torch.arange(1, bits.shape[1] + 1, device=bits.device))) | 1
-        mixed = _stir(_stir(mixed) + (bits * factors).sum(-1))
+        factors = _mix_bits(_mix_bits(torch.arange(1, bits.shape[1] + 1, device=bits.device))) | 1
+        mixed = _mix_bits(_mix_bits(mixed) + (bits * factors).sum(-1))
     return mixed
 
 
@@ -170,14 +170,14 @@ def hashed_uniform(fingerprints: Tensor, salt: int) -> Tensor:
     """Return numbers uniform in [0, 1), a fixed function of fingerprints ``[R]`` and ``salt``."""
     # Torch wraps products that overflow 64 bits, but refuses Python numbers beyond them.
     offset = (_MULTIPLIER * (salt + 1) + 2**63) % 2**64 - 2**63
-    bits = _stir(_stir(fingerprints + offset))
+    bits = _mix_bits(_mix_bits(fingerprints + offset))
     return ((bits >> 33) & (2**24 - 1)).float() / 2**24
 
 
 _MULTIPLIER = 0x5851F42D4C957F2D
 
 
-def _stir(x: Tensor) -> Tensor:
+def _mix_bits(x: Tensor) -> Tensor:
     """Mix the bits by xor-shifts and products, so that few changed bits change all."""
     x = (x ^ ((x >> 30) & (2**34 - 1))) * _MULTIPLIER
     return x ^ ((x >> 27) & (2**37 - 1))

@@ -164,7 +164,7 @@ class TransitionSlices:
                 device = contents.get(self._end_keys[0]).device
                 places = torch.arange(n_stored, device=device)
             else:
-                places = _real(mask, n_stored)
+                places = _transition_places(mask, n_stored)
             index = places.unsqueeze(1)
             rows, valid, index = _copy(contents, index, index[:, 1:].bool())
         return self._finished(rows, valid, index)[:, 0]
@@ -282,11 +282,11 @@ class TransitionSlices:
         shape = (batch_size, 1)
         if mask is None:
             return torch.randint(n_stored, shape, generator=generator, device=device)
-        real = _real(mask, n_stored)
+        real = _transition_places(mask, n_stored)
         return real[torch.randint(len(real), shape, generator=generator, device=device)]
 
 
-def _real(mask: Tensor, n_stored: int) -> Tensor:
+def _transition_places(mask: Tensor, n_stored: int) -> Tensor:
     """Return the flat places [N] of transitions, without padding; raise if there are none."""
     real = mask.reshape(-1)[:n_stored].nonzero().squeeze(-1)
     if not len(real):

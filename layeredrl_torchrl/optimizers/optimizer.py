@@ -247,7 +247,7 @@ class Optimizer(nn.Module):
         parameters = self.search.start(entries, warm)
         kept = self.search.sample(parameters, of_kept)
         if self.n_kept:
-            cold = ~_like(warm, kept)
+            cold = ~_with_axes_of(warm, kept)
             kept = torch.where(cold, kept, self.search.project(entries["elites"]))
         best = self.search.mode(parameters)
         best_cost, costs = torch.full(warm.shape, torch.inf, device=warm.device), []
@@ -258,13 +258,13 @@ class Optimizer(nn.Module):
                 candidates = torch.cat([candidates, proposed], 1)
             costs.append(self._evaluate(cost, candidates, batch))
             elite_cost, index = costs[-1].topk(self.n_elites, largest=False)
-            elites = candidates.take_along_dim(_like(index, candidates), 1)
+            elites = candidates.take_along_dim(_with_axes_of(index, candidates), 1)
             fitted = self.search.fit(elites, self.weigh(elite_cost))
             pairs = zip(fitted, parameters, strict=True)
             parameters = tuple(new.lerp(old, self.momentum) for new, old in pairs)
             kept = elites[:, : self.n_kept]
             least = elite_cost[:, 0]
-            best = torch.where(_like(least < best_cost, best), elites[:, 0], best)
+            best = torch.where(_with_axes_of(least < best_cost, best), elites[:, 0], best)
             best_cost = torch.minimum(least, best_cost)
         self._check_costs(torch.cat(costs, 1), batch)
 
@@ -333,6 +333,6 @@ class Optimizer(nn.Module):
         refuse((~costs.isfinite()).any(1), error)
 
 
-def _like(x: Tensor, other: Tensor) -> Tensor:
+def _with_axes_of(x: Tensor, other: Tensor) -> Tensor:
     """Append axes of size 1 until ``x`` has as many axes as ``other``."""
     return x.view(x.shape + (1,) * (other.ndim - x.ndim))

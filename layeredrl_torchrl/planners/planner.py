@@ -246,14 +246,14 @@ class PredictorPlanner(WholeLoading, MPCPlannerBase):
             raise TypeError(f"a planner takes no further arguments, got {sorted(kwargs)}")
         actions, solution = self.plan(tensordict)
         out = tensordict if tensordict_out is None else tensordict_out
-        out.set(self.action_key, self._first(actions, solution))
+        out.set(self.action_key, self._first_actions(actions, solution))
         out.set(unravel_key(("next", self.plan_key)), self.optimizer.shift(solution.memory))
         return out
 
     def planning(self, td: TensorDictBase) -> Tensor:
         """Return the first actions ``[*B, A]`` of plans; write nothing."""
         actions, solution = self.plan(td)
-        return self._first(actions, solution)
+        return self._first_actions(actions, solution)
 
     @watched
     @torch.no_grad()
@@ -313,7 +313,7 @@ class PredictorPlanner(WholeLoading, MPCPlannerBase):
         def cost(candidates: Tensor) -> Tensor:
             shape = (*batch, candidates.shape[len(batch)], -1)
             starts = state.unsqueeze(-2).expand(shape), context.unsqueeze(-2).expand(shape)
-            returns = self.predictor.returns(*starts, self._form(candidates), self.options)
+            returns = self.predictor.returns(*starts, self._to_spec_form(candidates), self.options)
             return -score(self.risk, returns)
 
         entries = {key: memory.get(key) for key in memory.keys()}
@@ -325,7 +325,7 @@ class PredictorPlanner(WholeLoading, MPCPlannerBase):
                 f"the return mode gave {what}, expected a whole sequence, {tuple(expected.shape)}, "
                 "such as solution.mean"
             )
-        return self._form(plan), solution
+        return self._to_spec_form(plan), solution
 
     def _replay(
         self,
@@ -370,10 +370,10 @@ class PredictorPlanner(WholeLoading, MPCPlannerBase):
         after = TensorDict(entries, batch, device=state.device)
         return actions, Solution(mean, best, best_cost, random, after)
 
-    def _first(self, actions: Tensor, solution: Solution) -> Tensor:
+    def _first_actions(self, actions: Tensor, solution: Solution) -> Tensor:
         return self._action_form.project(actions.select(solution.memory.ndim, 0))
 
-    def _form(self, candidates: Tensor) -> Tensor:
+    def _to_spec_form(self, candidates: Tensor) -> Tensor:
         """Convert candidates of the optimizer to the form of the action spec."""
         if isinstance(self.action_spec, Categorical):
             candidates = candidates.reshape((*candidates.shape, *self.action_spec.shape))

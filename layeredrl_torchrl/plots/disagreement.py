@@ -52,7 +52,7 @@ def plot_disagreement(
     check_positive_int("n", n, minimum=2)
     state, context, action, _ = states(predictor, real_rows(predictor, data))
     labels = names_of(names, state.shape[-1])
-    first, second = _two(check_indices("dims", dims, len(labels)))
+    first, second = _checked_pair(check_indices("dims", dims, len(labels)))
     bonus = EnsembleDisagreement(predictor.model)
     scale = state.std(0, correction=0).clamp_min(1e-6)
     middle = int(((state - state.median(0).values) / scale).square().sum(-1).argmin())
@@ -78,7 +78,7 @@ def plot_disagreement(
     return figure
 
 
-def _two(dims: list[int]) -> tuple[int, int]:
+def _checked_pair(dims: list[int]) -> tuple[int, int]:
     if len(dims) != 2:
         raise ValueError(f"dims is {dims}, expected two dimensions of the state")
     return dims[0], dims[1]

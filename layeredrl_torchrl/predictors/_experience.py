@@ -95,7 +95,7 @@ class Experience:
         Draws with replacement would miss a third of them, and so rare events.
         """
         n = self.at_most(n)
-        return self._brought(self._slices.every()) if 0 < len(self) <= n else self.sample(n)
+        return self._on_device(self._slices.every()) if 0 < len(self) <= n else self.sample(n)
 
     @torch.no_grad()
     def encode(self, rows: TensorDictBase) -> TensorDict:
@@ -165,7 +165,7 @@ class Experience:
         show whether these were overwritten in between.
         """
         places = torch.arange(n_probes).mul(n_first).floor_divide(n_probes)
-        rows = self._joined(self._slices.at(places))
+        rows = self._with_joined(self._slices.at(places))
         keys = self._keys
         read = (keys.observation, keys.action, keys.next_observation, keys.reward, keys.terminated)
         return fingerprint(*(self._get(rows, key) for key in read)).cpu()
@@ -247,13 +247,13 @@ class Experience:
             yield from loss.prepare(self._draw(batch_size * n_ahead, loss.length)).split(batch_size)
 
     def _draw(self, n: int, length: int) -> TensorDictBase:
-        return self._brought(self._slices.sample(n, length))
+        return self._on_device(self._slices.sample(n, length))
 
-    def _brought(self, rows: TensorDictBase) -> TensorDictBase:
+    def _on_device(self, rows: TensorDictBase) -> TensorDictBase:
         """Move rows to the device, and add joined observations."""
-        return self._joined(rows if self._device is None else rows.to(self._device))
+        return self._with_joined(rows if self._device is None else rows.to(self._device))
 
-    def _joined(self, rows: TensorDictBase) -> TensorDictBase:
+    def _with_joined(self, rows: TensorDictBase) -> TensorDictBase:
         """Add the joined observations, where the encoder reads several entries, or images."""
         if self._joins:
             following = self._get(rows, "next")

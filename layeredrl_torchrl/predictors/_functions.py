@@ -49,7 +49,7 @@ class StepFunctions(NamedTuple):
         """Return the mean reward ``[*B]`` at ``mean [*B, M, K, D]``, by ``weights [*B, M, K]``."""
         if self.reward is None or not needs_next_state(self.reward):
             return self.reward_of(taken, taken[0])
-        return _average(self.reward_of(_each(taken, mean), mean), weights)
+        return _average(self.reward_of(_per_component(taken, mean), mean), weights)
 
     def mean_term_prob(
         self, taken: Taken, mean: Tensor, weights: Tensor, predicted: Tensor
@@ -58,7 +58,7 @@ class StepFunctions(NamedTuple):
         if self.term is None or not needs_next_state(self.term):
             return self.term_prob_of(taken, taken[0], predicted)
         of_model = predicted[..., None, None].expand_as(weights)
-        return _average(self.term_prob_of(_each(taken, mean), mean, of_model), weights)
+        return _average(self.term_prob_of(_per_component(taken, mean), mean, of_model), weights)
 
 
 def checked(name: str, value: Tensor, batch: Sequence[int]) -> Tensor:
@@ -87,7 +87,7 @@ def value_of_state(value: StepFunction, state: Tensor, context: Tensor) -> Tenso
         ) from error
 
 
-def _each(taken: Taken, mean: Tensor) -> Taken:
+def _per_component(taken: Taken, mean: Tensor) -> Taken:
     """Repeat what was taken for each component of ``mean [*B, M, K, D]``."""
     n, rows = mean.ndim - 3, mean.shape[:-1]
     state, context, action = (

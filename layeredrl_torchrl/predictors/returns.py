@@ -97,7 +97,7 @@ def imagined_returns(
             rows = slice(start, start + size)
             block = (flat[0][rows], flat[1][rows], flat[2][rows])
             imagined = imagine(step, block, propagation, sizes)
-            totals.append(_add_up(imagined, functions, block[1], options))
+            totals.append(_sum_rewards(imagined, functions, block[1], options))
         total = totals[0] if len(totals) == 1 else torch.cat(totals, 1)
         _check_returns(total, flat[2].shape[1])
         return (total.movedim(0, 1),)
@@ -112,7 +112,7 @@ def imagined_returns(
     return total.reshape(*state.shape[:-1], *total.shape[1:])
 
 
-def _add_up(
+def _sum_rewards(
     imagined: Iterator[ImaginedStep],
     functions: StepFunctions,
     context: Tensor,

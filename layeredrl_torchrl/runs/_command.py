@@ -86,7 +86,7 @@ def command(
         _end(str(error))
     except OSError as error:
         output = getattr(given, "output", None)
-        if output is None or not _concerns(error, Path(output)):
+        if output is None or not _is_about_output(error, Path(output)):
             raise
         _end(f"--output {output} cannot be written: {error.strerror} ({error.filename})")
 
@@ -119,18 +119,18 @@ def _read(options: type[Options], description: str) -> Options:
     saved = read_settings(given.folder)
     if saved is None:
         return given
-    default: Any = replace(_like(given, saved), output=given.output)
+    default: Any = replace(_with_saved(given, saved), output=given.output)
     return tyro.cli(options, description=description, config=settings, default=default)
 
 
-def _like(given: AnyRunOptions, saved: dict[str, Any]) -> AnyRunOptions:
+def _with_saved(given: AnyRunOptions, saved: dict[str, Any]) -> AnyRunOptions:
     """Return ``given`` with the ``saved`` options."""
     names = {f.name for f in fields(given)}
     values = restored(type(given), saved)
     return replace(given, **{name: value for name, value in values.items() if name in names})
 
 
-def _concerns(error: OSError, output: Path) -> bool:
+def _is_about_output(error: OSError, output: Path) -> bool:
     """Whether the path of an error is inside the output, or the other way round."""
     if not isinstance(error.filename, str):
         return False

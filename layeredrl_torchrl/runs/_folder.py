@@ -44,7 +44,7 @@ class RunFolder:
         elif any_saved:
             raise RunError(f"{self.path} holds a run; add --resume, or choose another --output")
         else:
-            self._refuse_strangers(saved)
+            self._refuse_other_files(saved)
 
     def refuse_others(self, saved: Mapping[str, Any], where: Path) -> None:
         """Raise ``RunError`` if ``saved`` differs from the options of this run."""
@@ -53,7 +53,7 @@ class RunFolder:
         if other:
             raise RunError(f"--resume: {where} was made with {other}; use the same")
 
-    def _refuse_strangers(self, saved: Mapping[str, Any] | None) -> None:
+    def _refuse_other_files(self, saved: Mapping[str, Any] | None) -> None:
         """Raise ``RunError`` if a file does not belong to a run with such options.
 
         A run killed before its first checkpoint leaves settings with all of these options.

@@ -178,9 +178,9 @@ class Run:
         if isinstance(error, CheckpointError):
             raise RunError(str(error)) from error
         if isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(self._how_to_go_on()) from None
+            raise KeyboardInterrupt(self._how_to_continue()) from None
 
-    def _how_to_go_on(self) -> str:
+    def _how_to_continue(self) -> str:
         if not self._checkpoints.any_saved:
             return f"interrupted at step {self.steps}, before the first checkpoint: start again"
         return (

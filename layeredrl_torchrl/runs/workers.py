@@ -126,7 +126,7 @@ def collect_with_workers(
             sync=True,  # the replay buffers are `[env, T]`: every batch needs all rows
             postproc=_join,
             collector_kwargs={"auto_register_policy_transforms": True},
-            remote_configs={"num_cpus": 1, "scheduling_strategy": _place(options)},
+            remote_configs={"num_cpus": 1, "scheduling_strategy": _reserve_cpus(options)},
             # TorchRL's own transport of weights opens a second network in addition to Ray's. For it
             # all host names must resolve, and it times out after a minute.
             weight_sync_schemes={},
@@ -194,7 +194,7 @@ def _loopback() -> Iterator[None]:
             os.environ[name] = given
 
 
-def _place(options: WorkerOptions) -> Any:
+def _reserve_cpus(options: WorkerOptions) -> Any:
     """Reserve a CPU for every worker, spread over all machines; wait until they are free."""
     import ray
     from ray.util.placement_group import placement_group

@@ -204,13 +204,13 @@ class _HindsightBuffer(HERReplayBuffer):
 
     def append_transform(self, transform: Any, *, invert: bool = False) -> ReplayBuffer:
         """Append a transform; ``ValueError`` if it changes relabelled entries."""
-        return super().append_transform(self._harmless(transform), invert=invert)
+        return super().append_transform(self._checked_transform(transform), invert=invert)
 
     def insert_transform(self, index: int, transform: Any, *, invert: bool = False) -> ReplayBuffer:
         """Insert a transform; ``ValueError`` if it changes relabelled entries."""
-        return super().insert_transform(index, self._harmless(transform), invert=invert)
+        return super().insert_transform(index, self._checked_transform(transform), invert=invert)
 
-    def _harmless(self, transform: Any) -> Any:
+    def _checked_transform(self, transform: Any) -> Any:
         written = {unravel_key(key) for key in getattr(transform, "out_keys", None) or ()}
         goals = next(each for each in self.transform if isinstance(each, RelabelGoals))
         if both := written & set(goals.relabelled_keys):

@@ -3,7 +3,7 @@
 TorchRL 0.14 ends the workers of a collector that was not shut down in the collector's ``__del__``.
 Another ``__del__``, which starts a thread, stops sharing a policy's weights. If a collector is
 still referenced when the interpreter ends, for example after an error in the loop over it, Python
-3.11 waits for workers and thread for ever. So this module ends both before.
+3.11 waits for workers and thread forever. So this module ends both before.
 """
 
 from __future__ import annotations

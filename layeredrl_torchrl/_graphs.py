@@ -66,7 +66,7 @@ class Graphs:
             function: Must not wait for the device; returns tensors (in tuples and dictionaries),
                 which are copied.
             inputs: Tensors of one device, also in tuples, dictionaries and TensorDicts.
-            reads: Other tensors that it reads; if their memory changes, the graph is captured anew.
+            reads: Other tensors that it reads; if their memory changes, a new graph is captured.
             changes: Whether it changes tensors that it reads. If so, its first calls run
                 uncaptured; otherwise it is called a few extra times to warm up.
         """

@@ -60,7 +60,7 @@ def until_padding(
 ) -> Tensor:
     """Return ``done [*B, T, n]``, true also in the last step before padding.
 
-    An episode cut off there may go on, but not in the following rows.
+    An episode cut off there may continue, but not in the following rows.
 
     Args:
         rows: ``[*B, T]``, in the order of time.

@@ -50,7 +50,7 @@ class Hierarchy(OnePrimer, WholeState):
     The lowest level acts at every environment step. A higher level holds its action, which is the
     input of the level below, until that level hands control back. ``hands_back`` is called before
     each action of a level except the first on an input, from the bottom up, since only a level that
-    is due to act can hand control back. After a reset all levels act anew. A level is called only
+    is due to act can hand control back. After a reset all levels act again. A level is called only
     for the instances where it is due, with its part of the observation, its input, ``"n_actions"``
     (its actions on this input so far) and its memory.
 

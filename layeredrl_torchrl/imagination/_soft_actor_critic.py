@@ -345,7 +345,7 @@ class SoftActorCritic(LossModule):
             rate: Step of the bounds from their old values, in ``(0, 1]``; single rewards are
                 included immediately.
             falls_cost: If false and nearly all rewards are positive, termination is valued like the
-                lowest of them for ever, so that staying alive earns nothing.
+                lowest of them forever, so that staying alive earns nothing.
 
         Raises:
             ValueError: A discount of 1, with which returns have no bounds. TypeError:
@@ -366,8 +366,8 @@ class SoftActorCritic(LossModule):
         ends = gain.quantile(shares)
         forever = ends / (1.0 - self.gamma)
         bounds = torch.where(self.bounds.isfinite(), self.bounds.lerp(forever, rate), forever)
-        # A fall must be able to have another value than going on badly for ever, and quantiles miss
-        # the bonus of a goal, so include single rewards.
+        # A fall must be able to have another value than endless bad steps, and quantiles miss the
+        # bonus of a goal, so include single rewards.
         paid = reward.to(bounds)
         low = torch.stack((bounds[0], ends[0], paid.min())).min()
         high = torch.stack((bounds[1], ends[1], paid.max())).max()
@@ -375,7 +375,7 @@ class SoftActorCritic(LossModule):
             low = torch.where(ends[0] > 0, bounds[0], low)
         bounds = torch.stack((low, high))
         most = bounds.abs().max()
-        # A scale of almost 0 would blow up the critics' weights.
+        # With a scale of almost 0, the critics' weights would explode.
         scale = torch.where(most > _LEAST, most / 2, self._scale())
         hint = "scale the rewards, such as by AffineReward, or lower gamma"
         check_finite("the bounds of returns, rewards divided by 1 - gamma,", bounds, hint=hint)

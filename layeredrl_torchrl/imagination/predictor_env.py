@@ -53,7 +53,7 @@ class PredictorEnv(ModelBasedEnvBase):
 
     - :class:`~layeredrl_torchrl.Expectation`: the mean over members and modes.
     - :class:`~layeredrl_torchrl.TS1`: a sample from one member's mixture; each entry of a batch is
-      one particle, and its member is drawn anew at every step.
+      one particle, and a new member is drawn at every step.
     - :class:`~layeredrl_torchrl.TSInfinity`: likewise, but an entry keeps its member for an
       episode, in the TensorDict under ``"imagined_member"``, int64 ``[*B, 1]``. If the key is
       absent, as in a plan, the member is drawn at the first step. A reset keeps the member that it
@@ -106,7 +106,7 @@ class PredictorEnv(ModelBasedEnvBase):
         initial_states: Called with a number ``n`` at resets, returns a TensorDict ``[n]`` with
             state ``[n, D]`` and context ``[n, C]``; for example
             :class:`~layeredrl_torchrl.FromBuffer`. Without it, resets give zeros, and instances
-            that have ended go on. Under a transform they start over at zeros, with a warning.
+            that have ended continue. Under a transform they start over at zeros, with a warning.
         batch_size: Batch size of the environment; empty by default, as TorchRL's planners need it.
         use_value_func: Whether to shape rewards as above; needs a value function.
         discount: ``gamma`` of the shaping; only with ``use_value_func``.

@@ -213,10 +213,10 @@ class Level(OnePrimer, WholeState):
     def interrupt_after(self) -> int | None:
         """Number of its actions after which it hands control back in evaluation.
 
-        The level above then chooses anew, with a whole ``duration`` ahead, instead of following its
-        choice to the end: interrupting options (Sutton, Precup and Singh, Artificial Intelligence
-        112, 1999, section 4). This helps if its values are accurate, and costs one choice each
-        time. ``None``, the default, for no interruption; in training it has no effect.
+        The level above then chooses again, with a whole ``duration`` ahead, instead of following
+        its choice to the end: interrupting options (Sutton, Precup and Singh, Artificial
+        Intelligence 112, 1999, section 4). This helps if its values are accurate, and costs one
+        choice each time. ``None``, the default, for no interruption; in training it has no effect.
 
         Raises:
             TypeError, ValueError: When set: not an int, below 1 or above ``duration``; a level

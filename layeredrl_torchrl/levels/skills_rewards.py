@@ -41,7 +41,8 @@ class SkillReward(nn.Module, ABC):
     are compared in units of the state. A subclass selects which actions of a skill are rewarded.
 
     At first skills have no effect, so the model cannot distinguish them. During
-    ``n_symmetry_breaking_steps`` a fixed random model helps, which is linear in the skill,
+    ``n_symmetry_breaking_steps`` a fixed random model helps, which is linear in the skill (``W``
+    whitens changes),
 
     .. math:: W (s' - s) = L z,
 

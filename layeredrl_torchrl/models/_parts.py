@@ -25,7 +25,7 @@ def step_parts(
     rows: int,
     ignores_context: bool,
 ) -> StepParts:
-    """Collect the parts of a step, anew for each rollout, since learning changes them.
+    """Collect the parts of a step; call it for each rollout, since learning changes them.
 
     Args:
         members: The networks.

@@ -19,8 +19,9 @@ class EnsembleDisagreement(TensorDictModuleBase):
     """``scale`` times the std over members of their mean next state, averaged over dimensions.
 
     Each dimension is in units of the std of its change (of the state itself with
-    ``predict_delta=False``), so that large numbers do not drown small ones. The bonus is 0 where
-    all members agree. Disagreement is as in arXiv 1906.04161, with a std in place of the variance.
+    ``predict_delta=False``), so that dimensions with large numbers do not dominate. The bonus is 0
+    where all members agree. Disagreement is as in arXiv 1906.04161, with a std in place of the
+    variance.
 
     Planners (``exploration_bonus=``) and ``PredictorEnv`` call it with tensors, like a reward
     function. Called with a TensorDict, for example in the pipeline of an environment or a loss, it

@@ -303,6 +303,9 @@ class Model(WholeState):
             particles), each ``[*B, H, D]``; the two sum to the variance over all particles. With
             one particle per member the aleatoric part is 0; with :class:`TS1` the split is
             meaningless.
+
+        Raises:
+            KeyError: ``traj`` has no next states with these axes.
         """
         state = traj.get(("next", self.in_keys[0]), None)
         if state is None or state.ndim < 4:

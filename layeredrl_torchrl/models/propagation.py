@@ -1,4 +1,4 @@
-"""Ways to carry the particles of an ensemble from step to step of a rollout."""
+"""Ways to move the particles of an ensemble from step to step of a rollout."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Move: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 class Propagation(ABC):
     """Which member moves which particle (arXiv 1805.12114, section 5.1).
 
-    Particles have shape ``[M', D, N, P']`` for ``N`` starts; mostly ``M' = M`` and ``P' = P``.
+    Particles have shape ``[M', D, N, P']`` for ``N`` starts; usually ``M' = M`` and ``P' = P``.
 
     >>> spaces = Unbounded((3,)), None, Bounded(-1.0, 1.0, (1,))
     >>> model = ProbabilisticEnsemble(*spaces, n_models=2, n_particles_per_model=4)
@@ -92,9 +92,9 @@ class TSInfinity(_Sampled):
 class TS1(_Sampled):
     """Move each particle by a newly drawn member at every step.
 
-    Each step deals the ``M * P`` particles of a start to the members anew, ``P`` to each, so that
-    every particle gets every member with probability ``1 / M``. The axes ``[M, P]`` of a rollout
-    then only count particles; different members move each of them.
+    Each step assigns the ``M * P`` particles of a start to members at random, ``P`` to each, so
+    that every particle gets every member with probability ``1 / M``. The axes ``[M, P]`` of a
+    rollout then only count particles; different members move each of them.
 
     >>> spaces = Unbounded((3,)), None, Bounded(-1.0, 1.0, (1,))
     >>> model = ProbabilisticEnsemble(*spaces, n_models=2, n_particles_per_model=4)

@@ -51,7 +51,7 @@ class ProbFCDynamics(ConcatenatedInputs):
         nonlinearity: Class of the activation. ``nn.SiLU``, which the default approximates,
             predicts slightly better on some tasks and takes three times as long on a CPU.
         ignore_context: Whether to leave the context out of the input (LayeredRL's default: a goal
-            does not move the world). Set ``False`` where the context changes the dynamics.
+            does not change the dynamics). Set ``False`` where the context changes the dynamics.
         log_std_bounds: Soft bounds of the log standard deviation, in units of the target.
 
     Shapes:

@@ -47,7 +47,7 @@ class Landmarks(KeepsFloats, WholeLoading):
 
     Args:
         dim: Number of dimensions of a place, ``P``: the first of the state, and all of the context.
-        radius: Largest distance of a landmark to the places it stands for, in the units of places;
+        radius: Largest distance of a landmark to the places it represents, in the units of places;
             must be less than half the thickness of walls, or paths lead through them.
         scale: Distance over which the value falls to ``1 / e``.
         top: Value at the goal.
@@ -168,7 +168,7 @@ class Landmarks(KeepsFloats, WholeLoading):
 
         The maximum over landmarks of ``top * exp(-distance / scale) / sqrt(visits)``. Visits are
         the places seen within two radii since the landmark was made. A planner with this value goes
-        to the edge of the known region, and random phases go on from there (first return, then
+        to the edge of the known region, and random phases continue from there (first return, then
         explore: Go-Explore, arXiv 2004.12919; counts as in arXiv 1606.01868). 0 far from all
         landmarks.
         """

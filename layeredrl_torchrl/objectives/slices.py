@@ -182,7 +182,7 @@ class TransitionSlices:
         """Return stored rows ``[B, L]`` checked, transformed and with what is added to them."""
         check_single_steps(rows)
         shape = rows.batch_size
-        if _is_mask(rows.get(self._valid_key, None), shape):  # it has been heeded
+        if _is_mask(rows.get(self._valid_key, None), shape):  # already used as a mask
             rows = rows.exclude(self._valid_key)
         rows = self._transformed(rows.reshape(-1)).reshape(shape)
         added = {

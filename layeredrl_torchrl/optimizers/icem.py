@@ -21,7 +21,7 @@ class ICEM(Optimizer):
     with each iteration, never below twice the elites (3.2); elites kept from iteration to iteration
     and, shifted, from call to call (3.3); the mean as a candidate of the last iteration (3.4).
     Samples are clipped to the bounds. A shifted elite repeats its last step; in the paper, the last
-    step is drawn anew.
+    step is a new draw.
 
     >>> icem = ICEM(make_search(Bounded(-1.0, 1.0, (2,))), horizon=4, n_samples=100, decay=2.0)
     >>> icem.populations

@@ -213,7 +213,7 @@ class PredictorPlanner(WholeLoading, MPCPlannerBase):
         return self.return_mode if random else self.deterministic_mode
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
-        """Return the transform that carries the memory between steps and clears it at resets."""
+        """Return the transform that passes the memory between steps and clears it at resets."""
         return TensorDictPrimer(
             Composite({self.plan_key: self.optimizer.memory_spec}), expand_specs=True
         )

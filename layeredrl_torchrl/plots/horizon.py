@@ -38,7 +38,7 @@ def plot_error_by_horizon(
     """Plot the error and the predicted std of open-loop predictions against the steps ahead.
 
     Both are root mean squares over episodes and dimensions, each in units of the std of its change
-    in one step. Where the std follows the error, the model knows its own error. The grey line is
+    in one step. Where the std follows the error, the model predicts its own error. The grey line is
     the error of predicting no change.
 
     Args:

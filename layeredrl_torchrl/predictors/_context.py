@@ -13,8 +13,8 @@ from layeredrl_torchrl.nets import Encoder, FixedEncoderNet
 __all__ = ["ContextWatch"]
 
 # A context counts as moving if it changes in more than this share of the transitions. A goal that
-# is drawn anew now and then outlasts a plan, and environments that reset themselves show a change
-# at each reset.
+# is rarely drawn again outlasts a plan, and environments that reset themselves show a change at
+# each reset.
 _LEAST_SHARE = 0.1
 # Changes below this share of the value count as rounding.
 _ROUNDING = 1e-5

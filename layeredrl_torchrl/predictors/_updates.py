@@ -181,7 +181,7 @@ class Updates(nn.Module):
                 many updates, but reaches 0 a quarter of them earlier (for means see
                 ``mixture_loss``).
             watch: Ends the model's updates early.
-            states_move: Whether to encode states anew for each update, as with an encoder that
+            states_move: Whether to encode states again for each update, as with an encoder that
                 learns.
             bar: Title of the progress bar; ``None`` for no bar.
 

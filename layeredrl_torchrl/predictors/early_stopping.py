@@ -21,8 +21,8 @@ class EarlyStopping:
     Every ``every`` updates, the model is evaluated on the held-out transitions in the way it is
     used: with the averaged weights, the calibration and all members as one mixture. After
     ``patience`` evaluations in a row without a gain of ``min_delta``, the model's updates of this
-    call end; reward and value function go on. At the end of a call, stopped or not, the best model
-    of the call is restored; the model at its start counts too.
+    call end; reward and value function continue to learn. At the end of a call, stopped or not, the
+    best model of the call is restored; the model at its start counts too.
 
     ``annealing`` of :class:`~layeredrl_torchrl.ModelTraining` makes the weights settle in the last
     updates of a call, which earlier evaluations cannot show. With it, ``patience * every`` should

@@ -33,7 +33,7 @@ class Predictor(WholeState):
     """Bundles what planning needs to know about a task.
 
     Called with a TensorDict that holds observation and action, it writes state and context and
-    then everything :meth:`step` writes. It answers as TorchRL's ``WorldModel`` does
+    then everything :meth:`step` writes. It has the methods of TorchRL's ``WorldModel``
     (:meth:`encode`, :meth:`step`, :attr:`step_module`).
 
     ``name`` is its name in logs: the name of its class unless you set another.

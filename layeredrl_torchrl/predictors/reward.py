@@ -83,8 +83,8 @@ class RewardPredictor(Predictor):
         delta_standardizer: Whether to keep the statistics that
             :meth:`get_standardized_log_prob` needs.
         encoder_warm_up: Number of first updates, counted over all calls, in which only reward
-            function and encoder learn. Otherwise model and value function would chase a state that
-            still moves, and would later have to forget it.
+            function and encoder learn. Otherwise model and value function would learn from states
+            that still change, and would later have to unlearn this.
         beta_nll: ``beta`` of :class:`~layeredrl_torchrl.ModelLoss` at the start of each call. It
             falls to 0 towards the end of the call (``ModelTraining.annealing``), for the means only
             as far as they explain the variance. So the means are fitted first, including those of
@@ -458,9 +458,9 @@ class RewardPredictor(Predictor):
         """Return the log-density of the standardised state change under the whole ensemble.
 
         The change and the members' predictions of it go through ``delta_standardizer``, and each
-        prediction becomes a Gaussian of fixed std there. So every dimension counts alike, whatever
-        its unit, and uncertain dimensions are no cheaper than others. Skills are distinguished by
-        this density (arXiv 1907.01657).
+        prediction becomes a Gaussian of fixed std there. So every dimension counts equally, in any
+        unit, and uncertain dimensions have no advantage. Skills are distinguished by this density
+        (arXiv 1907.01657).
 
         Args:
             obs: ``[*B, obs]``, or a TensorDict with its entries.

@@ -26,7 +26,7 @@ class DeltaStandardizer(nn.Module):
     the ZCA-cor whitening of arXiv 1512.00809. Its outputs correlate more with its inputs than those
     of any other whitening, so dimension ``d`` keeps its meaning. It depends neither on the units
     nor, as Cholesky whitening would, on the order of the dimensions. It is computed in closed form;
-    a linear map trained by gradient steps gets there slowly.
+    a linear map trained by gradient steps converges slowly.
 
     >>> standardizer = DeltaStandardizer(2)
     >>> delta = torch.randn(1000, 2) @ torch.tensor([[1.0, 3.0], [0.0, 4.0]])
@@ -37,7 +37,7 @@ class DeltaStandardizer(nn.Module):
     Args:
         dim: ``D``.
         min_eigenvalue: Smaller eigenvalues of :math:`R` (1 on average) are raised to this: in
-            directions where the data hardly varies, whitening would blow up the model's error.
+            directions where the data hardly varies, whitening would magnify the model's error.
 
     Before :meth:`fit` it is the identity.
     """

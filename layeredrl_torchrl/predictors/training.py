@@ -24,7 +24,7 @@ class ModelTraining:
         annealing: Share of each call's updates, at its end, over which the model's learning rate
             falls linearly to a tenth: the weights settle, and the predicted variance becomes that
             of the settled weights. ``beta_nll`` falls to 0 over as many updates, but reaches 0
-            earlier, by a quarter of them. For the means it falls only in dimensions of which they
+            earlier, by a quarter of them. For the means it falls only in dimensions where they
             explain more than nine tenths of the variance, so that rare changes are still learned. 0
             for neither.
         huber_std: See :class:`~layeredrl_torchrl.ModelLoss`.

@@ -106,7 +106,7 @@ class RunOptions:
     eval_episodes: Count = 10
     """Episodes of the final evaluation."""
     steps_per_evaluation: Natural = 0
-    """Real steps between two evaluations on the way; 0 for none."""
+    """Real steps between two evaluations during training; 0 for none."""
     episodes_per_evaluation: Count = 3
     """Episodes of each of them."""
     logger: Literal["csv", "tensorboard", "wandb"] = "csv"

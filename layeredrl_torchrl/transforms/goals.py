@@ -16,7 +16,7 @@ __all__ = ["JoinGoals"]
 
 
 class JoinGoals(CatTensors):
-    """Joins the entries of a goal environment's observation, and knows their places.
+    """Joins the entries of a goal environment's observation, and reports their places.
 
     In an environment, ``state_dims`` and ``context_dims`` are the arguments for
     ``FixedEncoderNet``. It is TorchRL's ``CatTensors`` with the keys in the given order, plus its

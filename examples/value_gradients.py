@@ -1,8 +1,8 @@
 """Learn any task of `layeredrl_torchrl.envs` by gradients through a learned world model.
 
-`ValueGradientLoss` rolls the policy out in the model for a few steps that keep gradients and end in
-the critics. These learn from lambda-returns of long imagined episodes without gradients, at whose
-states the short ones start (DHMBPO, arXiv 2512.15439). One update for each real step is enough.
+`ValueGradientLoss` rolls out the policy in the model for a few steps with gradients, and adds the
+critics' value. Critics learn from lambda-returns of long imagined episodes, whose states are the
+starts of the short rollouts (DHMBPO, arXiv 2512.15439). One update per real step is enough.
 
     python examples/value_gradients.py --task Hopper-v5
     python examples/value_gradients.py --resume
@@ -131,7 +131,7 @@ class Agent:
             return {}
         if config.late_gamma and counts["steps"] > self.quarter:
             self.loss.gamma = config.late_gamma
-        # The first phase makes up for those in which there was nothing to learn for.
+        # The first phase also makes the updates for all random steps.
         n_steps = n_steps if counts["updates"] else counts["steps"]
         n_fits, n = max(round(config.model_updates_per_step * n_steps), 1), config.batch_size
         _, info = self.predictor.learn(self.real, n_fits, n, n, counts["steps"])
@@ -144,7 +144,7 @@ class Agent:
             terms.append(self.take(self.imagined.sample(5 * config.batch_size // 2)))
         counts["updates"] += n_updates
         self.schedule.step()
-        return info | {name: term.item() for name, term in torch.stack(found).mean().items()}
+        return info | {name: term.item() for name, term in torch.stack(terms).mean().items()}
 
     @torch.no_grad()
     def imagine(self) -> None:

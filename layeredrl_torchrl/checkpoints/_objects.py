@@ -74,7 +74,7 @@ def save(value: Any, where: str, seen: dict[int, tuple[int, Any]]) -> Any:
     if isinstance(value, np.ndarray):
         return {"array": array(value, where), "scalar": False}
     if isinstance(value, np.random.Generator):
-        return {"generator": _walk(value.bit_generator.state, _number)}
+        return {"generator": _walk(value.bit_generator.state, _encode_number)}
     if isinstance(value, list):
         return {"items": _save_items(value, where, seen), "tuple": False}
     if isinstance(value, dict):

@@ -181,7 +181,7 @@ class LearningLevel(KeepsDoubles, Level):
 
     @property
     def explores(self) -> bool:
-        """Whether actions may be random: in training, if TorchRL's exploration type allows it."""
+        """Whether actions may be random, in training, if TorchRL's exploration type allows it."""
         return self.training and exploration_type() in (ExplorationType.RANDOM, None)
 
     @property

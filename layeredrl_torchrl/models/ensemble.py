@@ -156,7 +156,7 @@ class ProbabilisticEnsemble(Model):
 
     @property
     def predicting_members(self) -> nn.Module:
-        """The networks that predict: the averaged ones as soon as there is an average."""
+        """The networks that predict, the averaged ones as soon as there is an average."""
         if self.ema_decay is None or not self._averaging:
             return self.members
         return self.averaged_members

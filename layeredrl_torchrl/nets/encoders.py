@@ -114,7 +114,7 @@ class Encoder(WholeState):
 
     @property
     def joins(self) -> bool:
-        """Whether observations have to be joined: several entries, or one with several axes."""
+        """Whether observations have to be joined, as several entries or one with several axes."""
         return [len(shape) for shape in self.entries.values()] != [1]
 
     @abstractmethod

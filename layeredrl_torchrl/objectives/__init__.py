@@ -1,4 +1,4 @@
-"""Losses of models and predictors as TorchRL ``LossModule``s, and the data they learn from."""
+"""Losses of models and predictors as TorchRL loss modules, and the data they learn from."""
 
 from layeredrl_torchrl.objectives.batches import (
     BootstrappedBatches,

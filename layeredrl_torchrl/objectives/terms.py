@@ -110,7 +110,7 @@ class TermsLoss(LossModule):
 
     @property
     def functional(self) -> bool:
-        """Whether parameters are passed in by a TensorDict: never, the modules keep theirs."""
+        """Whether a TensorDict passes in parameters. Never; the modules keep theirs."""
         return False
 
     @property

@@ -14,6 +14,7 @@ from torchrl.envs import ExplorationType, set_exploration_type
 from layeredrl_torchrl._checks import check_instance, check_positive_int
 from layeredrl_torchrl.imagination._members import step_by_mean
 from layeredrl_torchrl.predictors import Predictor
+from layeredrl_torchrl.specs import is_discrete
 
 __all__ = ["PolicyProposal", "Proposal"]
 
@@ -44,7 +45,8 @@ class PolicyProposal:
 
     Raises:
         TypeError: A predictor or policy of another kind, an ``n`` that is no integer. ValueError:
-            ``n`` below 1; a policy that reads other keys, or writes no action.
+            ``n`` below 1; a policy that reads other keys, or writes no action; when called, actions
+            of another shape.
     """
 
     def __init__(self, predictor: Predictor, policy: TensorDictModuleBase, n: int = 8) -> None:
@@ -80,6 +82,7 @@ class PolicyProposal:
         """Play ``n`` episodes from each start, ``[*B, n, H, A]``."""
         model = self._predictor.model
         state_key, context_key, action_key = model.in_keys
+        spec = model.action_spec
         shape = (*state.shape[:-1], n)
         state, context = (x.unsqueeze(-2).expand(*shape, x.shape[-1]) for x in (state, context))
         actions: list[Tensor] = []
@@ -89,6 +92,12 @@ class PolicyProposal:
                 if h:
                     state, _ = step_by_mean(model, state, context, actions[-1])
                 td = TensorDict({state_key: state, context_key: context}, shape)
+                action = self.policy(td).get(action_key)
+                if not is_discrete(spec) and action.shape != (*shape, *spec.shape):
+                    raise ValueError(
+                        f"the policy wrote {action_key!r} of shape {tuple(action.shape)}, expected "
+                        f"{(*shape, *spec.shape)}, one action of {spec} for each state"
+                    )
                 # Project to the bounds now; a search would do so only later.
-                actions.append(model.action_form.project(self.policy(td).get(action_key)))
+                actions.append(model.action_form.project(action))
         return torch.stack(actions, len(shape))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import make_point, observed
+from helpers import known, make_point, observed
 from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequential
 from torch import nn
-from torchrl.data import OneHot, Unbounded
+from torchrl.data import Bounded, OneHot, Unbounded
 from torchrl.envs import ExplorationType, set_exploration_type
 from torchrl.modules import ProbabilisticActor, TanhNormal
 
@@ -121,7 +121,7 @@ def test_bad_proposals_are_refused(linear):
         PolicyProposal(predictor, make_policy(lambda x: x, in_keys=["observation"]))
     with pytest.raises(ValueError, match=r"writes \['act'\].*must write 'action'"):
         PolicyProposal(predictor, make_policy(out_keys=["act"]))
-    with pytest.raises(ValueError, match="n "):
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
         PolicyProposal(predictor, make_policy(), n=0)
     with pytest.raises(TypeError, match="proposal must be callable or None, got 3"):
         ICEMPlanner(predictor, proposal=3)
@@ -132,12 +132,24 @@ def test_bad_proposals_are_refused(linear):
 
 
 def test_a_policy_of_another_task_is_refused_when_it_plans(linear):
-    """Sequences of another width do not reach the search."""
+    """By its own actions, not by what the world or the search says of them."""
     predictor, _ = linear
     wide = make_policy(lambda state, context: torch.zeros(*state.shape[:-1], 3))
     planner = ICEMPlanner(predictor, horizon=3, proposal=PolicyProposal(predictor, wide))
-    with pytest.raises((ValueError, RuntimeError), match=r"shape|expand|size|width"):
+    with pytest.raises(ValueError, match=r"'action' of shape \(4, 1, 3\), expected \(4, 1, 1\)"):
         planner(observed(planner, torch.randn(4, 2)))
+
+
+def test_an_action_too_narrow_is_refused_though_the_bounds_would_widen_it():
+    predictor = known(
+        lambda state, action: state + action,
+        lambda state, context, action: state.sum(-1),
+        Bounded(-1.0, 1.0, (2,)),
+        width=2,
+    )
+    narrow = make_policy(lambda state, context: state[..., :1])
+    with pytest.raises(ValueError, match=r"'action' of shape \(4, 1, 1\), expected \(4, 1, 2\)"):
+        PolicyProposal(predictor, narrow)(torch.randn(4, 2), torch.zeros(4, 0), 3)
 
 
 def test_a_policy_without_bounds_is_imagined_within_them():

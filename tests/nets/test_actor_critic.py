@@ -49,6 +49,7 @@ def test_the_distribution_is_torchrl_s(drawn, batch):
     torch.testing.assert_close(log_prob, their_log_prob)
     torch.testing.assert_close(ours.log_prob(action), log_prob)
     torch.testing.assert_close(ours.deterministic_sample, theirs.deterministic_sample)
+    assert torch.equal(ours.mode, ours.deterministic_sample)  # theirs has none
     assert ours.rsample((3,)).shape == (3, *batch, 2)
 
 
@@ -156,6 +157,7 @@ def test_inputs_are_standardised():
         network.fit_inputs(*sample)
         found = network.inputs(torch.cat(sample, -1)[:, :n])
         torch.testing.assert_close(found.mean(0), torch.zeros(n), atol=1e-5, rtol=0)
+        torch.testing.assert_close(found.std(0, correction=0), torch.ones(n), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(

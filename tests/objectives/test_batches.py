@@ -1,4 +1,4 @@
-"""Numbers that are a fixed function of a row's content, and what is drawn with them."""
+"""Which rows a member learns from, and numbers that are a fixed function of what a row holds."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from layeredrl_torchrl import BootstrappedBatches
-from layeredrl_torchrl.objectives.batches import fingerprint, hashed_uniform
+from layeredrl_torchrl.objectives.batches import (
+    BootstrappedBatches,
+    OwnBatches,
+    PartitionedBatch,
+    SharedBatch,
+    fingerprint,
+    hashed_uniform,
+)
 
 GRID = torch.cartesian_prod(torch.arange(64.0), torch.arange(64.0))
 
@@ -55,3 +61,30 @@ def test_bootstrap_weights_are_poisson_for_many_members(seed):
 def test_rows_without_a_place_in_the_storage_cannot_be_bootstrapped():
     with pytest.raises(KeyError, match=r"'storage_index'.*index_key"):
         BootstrappedBatches().assign(TensorDict({"state": torch.zeros(8, 3)}, [8]), 2)
+
+
+@pytest.mark.parametrize(
+    ("batches", "rows"),
+    [
+        # The rows of each of the three members, of a batch size of 6.
+        (OwnBatches(), [range(6), range(6, 12), range(12, 18)]),
+        (BootstrappedBatches(), [range(6), range(6, 12), range(12, 18)]),
+        (SharedBatch(), [range(6)] * 3),
+        (PartitionedBatch(), [range(2), range(2, 4), range(4, 6)]),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_each_member_gets_its_share_of_the_rows_that_are_asked_for(batches, rows):
+    n_rows = batches.n_rows(batch_size=6, n_models=3)
+    assert n_rows == len({row for member in rows for row in member})
+    place = torch.arange(n_rows)
+    given = TensorDict({"storage_index": place, "state": 2.0 * place.unsqueeze(-1)}, [n_rows])
+    own = batches.assign(given, n_models=3)
+    assert own["storage_index"].tolist() == [list(member) for member in rows]
+    torch.testing.assert_close(own["state"].squeeze(-1), 2.0 * own["storage_index"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 7])
+def test_a_batch_that_cannot_be_divided_evenly_is_refused(batch_size):
+    with pytest.raises(ValueError, match=rf"is {batch_size}, which 3 members .*multiple of 3"):
+        PartitionedBatch().n_rows(batch_size, 3)

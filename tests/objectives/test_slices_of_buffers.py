@@ -6,12 +6,7 @@ import re
 
 import pytest
 import torch
-from lanes import (
-    Lane,
-    assert_slices,
-    expected_slices,
-    fill,
-)
+from lanes import Lane, assert_slices, expected_slices, fill
 from tensordict import NonTensorStack, tensorclass
 from torch import multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -72,7 +67,7 @@ def test_the_newest_row_is_known_in_a_second_buffer_on_the_same_storage(filled):
     check(TransitionSlices(view), lane, 0, 13)
 
 
-def test_a_buffer_that_another_process_fills(filled, tmp_path):
+def test_a_buffer_that_another_process_fills_is_read(filled, tmp_path):
     lane, _ = filled
     storage = LazyMemmapStorage(40, shared_init=True, scratch_dir=tmp_path)
     buffer = ReplayBuffer(storage=storage, batch_size=7, shared=True)
@@ -86,7 +81,7 @@ def test_a_buffer_that_another_process_fills(filled, tmp_path):
 
 
 @pytest.mark.parametrize("in_one_piece", [True, False])
-def test_a_data_set_that_nobody_writes(in_one_piece, filled):
+def test_a_data_set_that_nobody_writes_is_read(in_one_piece, filled):
     lane, _ = filled
     data = lane.tensordict(0, 30)
     if not in_one_piece:
@@ -128,7 +123,7 @@ RENAMED = {
 }
 
 
-def test_renamed_keys():
+def test_keys_can_be_renamed():
     lane = Lane(0, [(12, "cut"), (8, "truncated"), (10, "terminated")], "trajectory")
     data = lane.tensordict(10, 30)
     for old, new in [*RENAMED.values(), (("next", "observation"), ("next", "agent", "position"))]:
@@ -175,6 +170,16 @@ def test_padding_neither_starts_nor_continues_a_slice(key, shape):
     assert torch.equal(rows["valid"], steps <= last)
 
 
+def test_padding_is_read_under_the_name_that_is_given_or_not_at_all():
+    real = torch.arange(12) % 6 < 4
+    data = Lane(0, [(12, "goes on")], "done").tensordict(0, 12).set(("agent", "real"), real)
+    rows = TransitionSlices(filled_with(data), mask_key=("agent", "real")).sample(200, 1)
+    assert set(rows["number"].flatten().tolist()) == {0, 1, 2, 3, 6, 7, 8, 9}
+    data["collector", "mask"] = real
+    rows = TransitionSlices(filled_with(data), mask_key=None).sample(200, 1)
+    assert len(rows["number"].unique()) == 12
+
+
 @pytest.mark.parametrize("other", [torch.zeros(12), torch.zeros(12, 2).bool()])
 def test_another_entry_of_that_name_masks_nothing(other):
     data = Lane(0, [(12, "goes on")], "done").tensordict(0, 12).set("mask", other)
@@ -188,7 +193,7 @@ def test_transitions_that_say_that_they_are_single_steps_are_taken():
     assert len(TransitionSlices(filled_with(data)).sample(200, 1)["number"].unique()) == 12
 
 
-def test_images_and_entries_that_are_no_tensors():
+def test_images_and_entries_that_are_no_tensors_are_sliced():
     data = Lane(0, [(4, "terminated"), (6, "truncated")], "observation").tensordict(0, 10)
     data["observation"] = data["number"].view(10, 1, 1, 1).expand(10, 3, 4, 4).byte()
     data["next", "observation"] = data["observation"] + 1
@@ -301,7 +306,7 @@ class Step:
         ),
     ],
 )
-def test_buffers_that_cannot_be_sliced(buffer, error, told):
+def test_buffers_that_cannot_be_sliced_are_refused(buffer, error, told):
     buffer = buffer()
     with pytest.raises(error, match=f"(?s){told}"):
         TransitionSlices(buffer).sample(8, 4)
@@ -315,6 +320,6 @@ def test_buffers_that_cannot_be_sliced(buffer, error, told):
         ((3, 2.0), TypeError, r"length.*2\.0"),
     ],
 )
-def test_counts_that_make_no_sense(counts, error, told):
+def test_counts_that_make_no_sense_are_refused(counts, error, told):
     with pytest.raises(error, match=told):
         TransitionSlices(filled_with(ten())).sample(*counts)

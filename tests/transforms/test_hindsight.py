@@ -50,7 +50,7 @@ def buffer_of(data, **options):
 
 
 @pytest.mark.parametrize("strategy", ["future", "final", "episode"])
-def test_against_relabelling_by_hand(strategy):
+def test_rows_are_relabelled_as_by_hand(strategy):
     data = walk()[:, :-3]  # cut off in the middle of an episode, where the next instance begins
     buffer = buffer_of(data, batch_size=2000, her_ratio=0.75, strategy=strategy)
     rows, batch = data.reshape(-1), buffer.sample()
@@ -108,7 +108,7 @@ def numbered(n_episodes, length, first=0):
 
 @pytest.mark.parametrize("strategy", ["future", "final"])
 @pytest.mark.parametrize("capacity", [21, 25, 40])
-def test_goals_of_the_own_episode_when_old_rows_are_overwritten(strategy, capacity):
+def test_goals_are_of_the_own_episode_when_old_rows_are_overwritten(strategy, capacity):
     options = {"her_ratio": 1.0, "strategy": strategy, "batch_size": 1}
     buffer = relabelling().make_buffer(storage=LazyTensorStorage(capacity), **options)
     for turn, (n, length) in enumerate([(3, 7), (7, 3), (3, 7), (1, 1), (1, 21)]):
@@ -127,7 +127,7 @@ def test_sampling_leaves_the_ends_as_they_were_stored():
     assert torch.equal(buffer[:]["next", "goal_end"], stored)
 
 
-def test_goals_of_the_own_episode_after_loading(tmp_path):
+def test_goals_are_of_the_own_episode_after_loading(tmp_path):
     def build(*shape):
         options = {"her_ratio": 1.0, "strategy": "final", "batch_size": 1}
         buffer = relabelling().make_buffer(storage=LazyTensorStorage(21), **options)
@@ -144,7 +144,7 @@ def test_goals_of_the_own_episode_after_loading(tmp_path):
     assert [lost(buffer) for buffer in (first, second, third)] == [0, 0, 0]
 
 
-def test_ends_of_other_names_and_shapes():
+def test_ends_may_have_other_names_and_shapes():
     data = numbered(3, 7)
     done = data["next"].pop("done")
     data["next", "agent", "end"] = done.float().squeeze(-1)
@@ -153,6 +153,28 @@ def test_ends_of_other_names_and_shapes():
     assert torch.equal(buffer[:]["next", "goal_end"], done)
     buffer.extend(data[:0])  # such as a batch of which a filter left nothing
     assert len(buffer) == 21
+
+
+def test_rows_under_other_names_are_relabelled_alike():
+    plain = walk().reshape(-1)
+    names = {
+        "observation": ("agent", "joined"),
+        ("next", "observation"): ("next", "agent", "joined"),
+        ("next", "reward"): ("next", "pay"),
+    }
+    named = plain.clone()
+    for old, new in names.items():
+        named.rename_key_(old, new)
+    other = {"observation_key": ("agent", "joined"), "reward_key": "pay"}
+    drawn = []
+    for data, options in ((plain, {}), (named, other)):
+        buffer = relabelling(**options).make_buffer(storage=LazyTensorStorage(50), batch_size=40)
+        buffer.extend(data)
+        torch.manual_seed(5)
+        drawn.append(buffer.sample())
+    for old, new in names.items():
+        assert torch.equal(drawn[1][new], drawn[0][old])
+    assert (drawn[1]["next", "pay"] == 1).any()  # nobody is paid before rows are relabelled
 
 
 def test_sac_of_torchrl_learns_in_hindsight_in_a_maze():
@@ -217,12 +239,12 @@ def test_a_model_free_level_learns_in_hindsight():
         ({"reward_func": 1.0}, TypeError, "reward_func"),
     ],
 )
-def test_goals_outside_of_the_observation(changes, error, message):
+def test_goals_outside_of_the_observation_are_refused(changes, error, message):
     with pytest.raises(error, match=message):
         RelabelGoals(8, **{**PLACES, "reward_func": near} | changes)
 
 
-def test_rows_and_rewards_of_another_shape():
+def test_rows_and_rewards_of_another_shape_are_refused():
     data = walk()
     buffer = relabelling().make_buffer(storage=LazyTensorStorage(100))
     with pytest.raises(ValueError, match=r"must be \[N\] .* data.reshape\(-1\)"):
@@ -246,7 +268,7 @@ def test_rows_and_rewards_of_another_shape():
         buffer_of(agents)
 
 
-def test_storages_that_do_not_fit():
+def test_storages_that_do_not_fit_are_refused():
     for options in ({}, {"storage": ListStorage(100)}):
         with pytest.raises(TypeError, match=r"TensorStorage, got .*=LazyTensorStorage\(n\)"):
             relabelling().make_buffer(**options)
@@ -255,13 +277,13 @@ def test_storages_that_do_not_fit():
 
 
 @pytest.mark.parametrize("key", ["observation", *(("next", k) for k in ("reward", "done"))])
-def test_entries_that_are_missing(key):
+def test_entries_that_are_missing_are_named(key):
     data = walk().reshape(-1).exclude(key)
     with pytest.raises(KeyError, match=f"RelabelGoals reads .*{key[-1]}.*missing"):
         buffer_of(data)
 
 
-def test_entries_that_would_be_overwritten_or_cut():
+def test_entries_that_would_be_overwritten_or_cut_are_refused():
     data = walk().reshape(-1)
     data["goal"] = data["observation"][:, 6:].clone()  # the desired goal itself
     buffer_of(data)
@@ -285,7 +307,7 @@ class Threes(Transform):
         return tensordict.set("three", torch.full(tensordict.shape, 3.0))
 
 
-def test_transforms_of_what_is_relabelled():
+def test_transforms_of_what_is_relabelled_are_refused():
     """They would be applied before relabelling, so to the other rows only."""
     buffer = buffer_of(walk(), batch_size=10)
     scale = AffineReward(2.0, 1.0, in_keys=[("next", "reward")])

@@ -1,4 +1,4 @@
-"""The whole road on a real task: the calls of the design, as they are written there."""
+"""The whole way on a real task: from its spaces to a predictor, collected data, learning, plans."""
 
 from __future__ import annotations
 
@@ -55,36 +55,60 @@ def make_predictor(state_space, action_space, **kwargs):
     )
 
 
-@pytest.mark.parametrize("kind", ["gymnasium", "torchrl"])
-def test_modes_of_torch(kind):
-    """``train`` and ``eval`` mean what they mean in torch; randomness follows the seed."""
-    if kind == "gymnasium":
+@pytest.fixture(params=["gymnasium", "torchrl"])
+def predictor(request):
+    """From the spaces of either library."""
+    if request.param == "gymnasium":
         env = gym.make(ENV)
-        predictor = make_predictor(env.observation_space, env.action_space)
-    else:
-        env = make_env()
-        predictor = make_predictor(env.observation_spec["observation"], env.action_spec)
+        return make_predictor(env.observation_space, env.action_space)
+    env = make_env()
+    return make_predictor(env.observation_spec["observation"], env.action_spec)
+
+
+@pytest.fixture
+def situation():
+    """Three observations, and four actions after each."""
+    return torch.randn(3, D), 6 * torch.rand(3, 4, A) - 3
+
+
+def test_train_and_eval_set_the_mode_of_every_part(predictor):
     assert not any(module.training for module in predictor.eval().modules())
     assert all(module.training for module in predictor.train().modules())
-    obs, act = torch.randn(3, D), 6 * torch.rand(3, 4, A) - 3
+
+
+def test_rollouts_are_random_and_follow_the_seed(predictor, situation):
     torch.manual_seed(7)
-    first = predictor.rollout(obs, act)["next", "state"]
-    assert not torch.equal(predictor.rollout(obs, act)["next", "state"], first)
+    first = predictor.rollout(*situation)["next", "state"]
+    assert not torch.equal(predictor.rollout(*situation)["next", "state"], first)
     torch.manual_seed(7)
-    assert torch.equal(predictor.rollout(obs, act)["next", "state"], first)
-    exact = predictor.predict(obs, act[:, 0])
+    assert torch.equal(predictor.rollout(*situation)["next", "state"], first)
+
+
+def test_values_and_rewards_are_those_of_their_networks(predictor, situation):
+    obs, act = situation
+    *_, reward, _ = predictor.predict(obs, act[:, 0])
     torch.testing.assert_close(predictor.value(obs), predictor.val_func(obs, obs[:, :0], act))
-    torch.testing.assert_close(predictor.predict_reward(obs, act[:, 0]), exact[3])
+    torch.testing.assert_close(predictor.predict_reward(obs, act[:, 0]), reward)
+
+
+def test_under_autocast_predictions_are_float32_and_near_the_exact_ones(predictor, situation):
+    obs, act = situation
+    exact, *_ = predictor.predict(obs, act[:, 0])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mean, *_ = predictor.predict(obs, act[:, 0])
     assert mean.dtype == torch.float32
-    torch.testing.assert_close(mean, exact[0], atol=0.05, rtol=0.05)
-    # what TorchRL's WorldModel does
-    td = TensorDict({"observation": obs, "action": act[:, 0]}, [3])
+    torch.testing.assert_close(mean, exact, atol=0.05, rtol=0.05)
+
+
+def test_steps_of_a_tensordict_are_what_predict_says(predictor, situation):
+    """By name, as a module, and with the encoder before it, as TorchRL's WorldModel is called."""
+    obs, act = situation[0], situation[1][:, 0]
+    mean, _, _, reward, _ = predictor.predict(obs, act)
+    td = TensorDict({"observation": obs, "action": act}, [3])
     encoded = predictor.encode(td.clone())
     for result in (predictor.step(encoded.clone()), predictor.step_module(encoded), predictor(td)):
-        torch.testing.assert_close(result["next", "loc"], exact[0])
-        torch.testing.assert_close(result["next", "reward"], exact[3].unsqueeze(-1))
+        torch.testing.assert_close(result["next", "loc"], mean)
+        torch.testing.assert_close(result["next", "reward"], reward.unsqueeze(-1))
         for key in ("terminated", "done"):
             assert result["next", key].shape == (3, 1)
             assert result["next", key].dtype == torch.bool
@@ -92,7 +116,9 @@ def test_modes_of_torch(kind):
 
 @pytest.mark.parametrize("use_value_func", [False, True])
 @pytest.mark.parametrize("n_envs", [None, 2])
-def test_collect_extend_learn(n_envs, use_value_func):
+def test_what_a_collector_yields_is_stored_and_every_parameter_learns_from_it(
+    n_envs, use_value_func
+):
     real_env = make_env(n_envs)
     real_env.set_seed(0)
     space = real_env.observation_spec_unbatched["observation"], real_env.action_spec_unbatched

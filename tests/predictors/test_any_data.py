@@ -10,36 +10,20 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import (
-    learn,
-    make_buffer,
-    make_ensemble,
-    make_predictor,
-    make_transitions,
-    parameters,
-    parts_moved,
-)
+from helpers import learn, make_buffer, make_predictor, make_transitions
 from tensordict import TensorDict
 from torchrl.data import (
     Bounded,
     Categorical,
-    Composite,
     ImmutableDatasetWriter,
     LazyTensorStorage,
-    OneHot,
-    ReplayBuffer,
     TensorDictReplayBuffer,
     TensorStorage,
     Unbounded,
 )
 from torchrl.envs.transforms import ObservationNorm, RenameTransform
 
-from layeredrl_torchrl import (
-    BootstrappedBatches,
-    ModelLoss,
-    PredictorFactory,
-    TransitionSlices,
-)
+from layeredrl_torchrl import BootstrappedBatches, PredictorFactory, TransitionSlices
 from layeredrl_torchrl.objectives import OwnBatches
 from layeredrl_torchrl.predictors._experience import Experience
 
@@ -309,123 +293,3 @@ def test_a_data_set_that_cannot_be_written_to_is_learned():
     storage = TensorStorage(make_transitions(60))
     buffer = TensorDictReplayBuffer(storage=storage, writer=ImmutableDatasetWriter(), batch_size=32)
     assert learn(make_predictor(), buffer)["n_updates"] == 3.0
-
-
-# -- names, dtypes, modes -------------------------------------------------------------------------
-
-
-KEYS = {"reward": ("next", "gain"), "terminated": ("next", "ended"), "valid": "belongs"}
-
-
-def test_renamed_and_nested_keys_learn_the_same():
-    found = []
-    for observation, action in [("observation", "action"), (("agents", "see"), ("agents", "do"))]:
-        torch.manual_seed(0)
-        data = make_transitions(60)
-        data = data.rename_key_("observation", observation).rename_key_("action", action)
-        data["next"].rename_key_("observation", observation)
-        space = Composite(shape=())
-        space[observation] = Unbounded((2,))
-        factory = PredictorFactory(
-            hidden_sizes=(8,), n_models=2, observation_key=observation, action_key=action
-        )
-        predictor = factory(space, Bounded(-1.0, 1.0, (1,)))
-        assert predictor(data.clone())["next", "reward"].shape == (60, 1)
-        assert predictor.in_keys == [observation, action]
-        if found:
-            predictor.predictor_loss.set_keys(**KEYS)
-            data.rename_key_(("next", "reward"), KEYS["reward"])
-            data.rename_key_(("next", "terminated"), KEYS["terminated"])
-        buffer = ReplayBuffer(storage=LazyTensorStorage(60))
-        buffer.extend(data)
-        found.append(learn(predictor, buffer))
-    assert found[0] == found[1]
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_a_predictor_that_was_cast_learns_and_predicts(dtype):
-    predictor = make_predictor().to(dtype)
-    learn(predictor, make_buffer())
-    mean = predictor.predict(torch.randn(4, 2), torch.zeros(4, 1))[0]
-    assert mean.dtype == dtype
-    assert mean.isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_trained_predictor_can_be_cast_and_goes_on(dtype):
-    predictor, buffer = make_predictor(), make_buffer()
-    learn(predictor, buffer)
-    predictor.to(dtype)
-    before = parameters(predictor)
-    learn(predictor, buffer)
-    assert {"model", "rew_func", "val_func"} <= parts_moved(predictor, before)
-    twins = [make_predictor() for _ in range(2)]
-    twins[1].load_state_dict(twins[0].state_dict())
-    for twin in twins:
-        torch.manual_seed(0)
-        learn(twin, buffer)
-    twins[1].double().float()  # which changes no number
-    for twin in twins:
-        torch.manual_seed(1)
-        learn(twin, buffer)
-    torch.testing.assert_close(twins[1].state_dict(), twins[0].state_dict(), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("space", [Bounded(-1.0, 1.0, (1,)), OneHot(3)])
-def test_torch_saves_whole_predictors(space, tmp_path):
-    predictor = make_predictor(model={"action_space": space})
-    torch.save(predictor, tmp_path / "predictor.pt")
-    other = torch.load(tmp_path / "predictor.pt", weights_only=False)
-    obs, action = torch.randn(4, 2), space.rand((4,))
-    for a, b in zip(predictor.predict(obs, action), other.predict(obs, action), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_the_default_dtype_of_a_script_is_not_that_of_a_predictor():
-    predictor, buffer = make_predictor(), make_buffer()
-    torch.set_default_dtype(torch.float64)
-    try:
-        learn(predictor, buffer)
-        assert predictor.predict_reward(torch.zeros(3, 2), torch.zeros(3, 1)).dtype == torch.float32
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_learning_turns_gradients_on_by_itself(mode):
-    found = []
-    for context in (torch.enable_grad, mode):
-        torch.manual_seed(0)
-        predictor, buffer = make_predictor(), make_buffer()
-        with context():
-            found.append(learn(predictor, buffer))
-    assert found[0] == found[1]
-
-
-NAN = float("nan")
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        (("next", "state"), NAN),
-        ("state", float("inf")),
-        ("action", NAN),
-        (("next", "terminated"), NAN),
-        (("next", "terminated"), 2.0),
-        ("weight", NAN),
-        ("weight", -1.0),
-    ],
-)
-def test_bad_rows_of_a_loss_are_refused_unless_they_are_masked(key, value):
-    state = torch.randn(6, 2)
-    rows = {"state": state, "context": state[:, :0], "action": torch.zeros(6, 1)}
-    rows |= {"weight": torch.ones(6), "next": {"state": state, "terminated": torch.zeros(6, 1)}}
-    batch, loss = TensorDict(rows, [6]), ModelLoss(make_ensemble())
-    expected = loss(batch[1:].clone()).detach()
-    batch[key][0] = value
-    with pytest.raises(ValueError, match=r"finite|lie in|at least 0"):
-        loss(batch)
-    batch["collector", "mask"] = (torch.arange(6) > 0).unsqueeze(-1)
-    if key != "weight":
-        torch.testing.assert_close(loss(batch).detach(), expected)

@@ -358,3 +358,22 @@ def test_functions_that_declare_a_next_state_take_one():
         PredictorFactory(rew_func=short)
     with pytest.raises(TypeError, match="takes the arguments"):  # no advice that would be refused
         PredictorFactory(val_func=lambda state, context, action, next_state: state[..., 0])
+
+
+@pytest.mark.parametrize("name", ["rew_func", "term_func"])
+def test_a_function_that_does_not_say_what_it_reads_is_refused(name):
+    undeclared = {name: lambda s, c, a, ns: ns[..., 0]}
+    with pytest.raises(TypeError, match=rf"{name} takes four .*\(s, c, a, ns\).*@reads_next_state"):
+        PredictorFactory(**undeclared)
+    with pytest.raises(TypeError, match=name):
+        make_predictor(**undeclared)
+
+
+def test_whatever_three_arguments_suffice_is_taken():
+    for func in (
+        lambda s, c, a, scale=2.0: scale * s[..., 0],
+        lambda *taken: taken[0][..., 0],
+        partial(lambda scale, s, c, a: scale * s[..., 0], 2.0),
+        torch.nn.Sequential(torch.nn.Identity()).__call__,  # its signature says nothing
+    ):
+        PredictorFactory(rew_func=func, term_func=func)

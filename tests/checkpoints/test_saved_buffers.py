@@ -92,7 +92,7 @@ def test_transforms_keep_their_state(tmp_path):
     one.extend(steps(20))
     assert torch.equal(one[:]["obs"], (one.storage[:]["obs"] - 5.0) / 2.0)
     path = SafeCheckpoint(buffer=one, z_net=torch.nn.Linear(2, 1)).save(tmp_path / "checkpoint")
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="component 'z_net'"):
         SafeCheckpoint(buffer=other, z_net=torch.nn.Linear(3, 1)).load(path)
     other.extend(steps(20))
     assert torch.equal(other[:]["obs"], other.storage[:]["obs"])
@@ -139,7 +139,7 @@ def test_a_buffer_of_the_largest_values_goes_on(n, held, tmp_path):
     before = other[:]["value"].tolist() if held else []
     parts = {"buffer": other, "z_net": torch.nn.Linear(2, 1)}
     full = SafeCheckpoint(buffer=one, z_net=torch.nn.Linear(3, 1)).save(tmp_path / "other")
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="component 'z_net'"):
         SafeCheckpoint(**parts).load(full)
     assert (other[:]["value"].tolist() if len(other) else []) == before
     SafeCheckpoint(buffer=other).load(path)

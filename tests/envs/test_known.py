@@ -248,5 +248,5 @@ def test_unknown_names_raise_with_the_nearest():
 
 
 def test_the_registry_is_read_only():
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="does not support item assignment"):
         TASKS["mine"] = TASKS["Hopper-v5"]

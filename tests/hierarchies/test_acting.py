@@ -40,7 +40,7 @@ def set_up(env, hierarchy):
 
 
 @pytest.mark.parametrize("n", [None, 3])
-def test_environment_specs(three, n):
+def test_levels_are_handed_what_they_need_and_specs_are_what_is_carried(three, n):
     """Levels are handed just what they need; what is read and written is what is declared."""
     env, hierarchy = three(n)
     env = set_up(env, hierarchy)
@@ -134,7 +134,7 @@ def test_torchrl_finds_one_primer(three):
     assert set(next(iter(collector)).keys()) & {"own", "memory"} == set()
 
 
-def test_batched_environments_of_torchrl(toy, three):
+def test_in_torchrls_serial_environments_it_acts_as_in_a_batched_one(toy, three):
     """In a SerialEnv it does what it does in a batched environment."""
     _, hierarchy = three(2)
     runs = []
@@ -161,11 +161,13 @@ def test_in_keys_are_all_that_it_reads(three, n):
     expected = hierarchy(td.clone())["action"]
     assert torch.equal(hierarchy(td.select(*hierarchy.in_keys))["action"], expected)
     for key in hierarchy.in_keys:
-        with pytest.raises(KeyError):
+        # What a level remembers it reads by itself.
+        lacks = f"reads '{key}', which is missing" if isinstance(key, str) else '"own" not found'
+        with pytest.raises(KeyError, match=lacks):
             hierarchy(td.select(*(other for other in hierarchy.in_keys if other != key)))
 
 
-def test_one_hierarchy_in_environments_of_several_sizes(three):
+def test_one_hierarchy_acts_in_environments_of_several_sizes(three):
     """A primer that is fitted to an environment leaves those of others alone."""
     _, hierarchy = three()
     for n in (3, None, 2):
@@ -194,7 +196,7 @@ def test_keys_of_the_environment_can_be_renamed(toy, three):
 
 
 @pytest.mark.parametrize("n", [None, 3])
-def test_discrete_inputs(toy, n):
+def test_choices_are_handed_down_in_the_dtype_of_their_spec(toy, n):
     """Choices as input: integers between levels, also of a single environment."""
     for spec in (OneHot(3), Categorical(3)):
 
@@ -247,7 +249,7 @@ def test_what_a_level_records_may_have_any_shape(toy, n):
     assert torch.equal(upper["count"], upper["action"].squeeze(-1).long())
 
 
-def test_needs_observation_and_memory(three):
+def test_a_missing_observation_or_memory_is_named(three):
     env, hierarchy = three()
     with pytest.raises(KeyError, match=r"append_transform\(hierarchy\.make_tensordict_primer"):
         hierarchy(env.reset())
@@ -356,7 +358,7 @@ def test_the_environment_is_given_the_dtype_of_its_spec(toy):
     assert set_up(env, hierarchy).rollout(2, hierarchy)["action"].dtype == torch.float32
 
 
-def test_evaluation_reaches_a_level(toy):
+def test_evaluation_reaches_the_levels_of_a_copy(toy):
     """An upper level that is in its random steps plans in evaluation; in a copy, too."""
     env = toy.Env()
     box = Bounded(-1.0, 1.0, (1,))

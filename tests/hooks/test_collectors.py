@@ -30,14 +30,19 @@ def make_primed():
     return TASK.make().append_transform(make_planner().make_tensordict_primer())
 
 
-def check(data, n_steps):
-    assert data.numel() == n_steps
-    assert TASK.make().action_spec.is_in(data["action"])
-    assert data["action"].std() > 0
-    assert data["planner", "warm"].any()  # the memory has got from one step to the next
+def check(collector, n_batches):
+    """So many batches of 20 steps that a planner has planned come out of it."""
+    batches = [data.clone() for data in collector]
+    collector.shutdown()
+    assert len(batches) == n_batches
+    for data in batches:
+        assert data.numel() == 20
+        assert TASK.make().action_spec.is_in(data["action"])
+        assert data["action"].std() > 0
+        assert data["planner", "warm"].any()  # the memory has got from one step to the next
 
 
-def test_asynchronous_collector_of_one_policy_for_many_environments():
+def test_one_planner_acts_in_the_many_environments_of_an_asynchronous_collector():
     collector = AsyncBatchedCollector(
         [make_primed] * 2,
         policy=make_planner(),
@@ -45,12 +50,10 @@ def test_asynchronous_collector_of_one_policy_for_many_environments():
         total_frames=20,
         env_backend="threading",
     )
-    for data in collector:
-        check(data, 20)
-    collector.shutdown()
+    check(collector, 1)
 
 
-def test_evaluator_in_a_thread():
+def test_an_evaluator_in_a_thread_plays_with_a_planner():
     evaluator = Evaluator(
         TASK.make(), make_planner(), num_trajectories=2, max_steps=5, collector_kwargs=AUTO
     )
@@ -67,7 +70,7 @@ def test_an_evaluator_that_does_not_carry_the_memory_is_told_how():
 
 
 @pytest.mark.slow
-def test_evaluator_in_a_process():
+def test_an_evaluator_in_a_process_plays_with_a_planner():
     evaluator = Evaluator(
         TASK.make,
         policy_factory=make_planner,
@@ -87,7 +90,7 @@ def test_evaluator_in_a_process():
     [(MultiSyncCollector, {"cat_results": 0}), (MultiAsyncCollector, {})],
     ids=["synchronous", "asynchronous"],
 )
-def test_two_worker_processes(kind, options):
+def test_a_planner_acts_in_two_worker_processes(kind, options):
     collector = kind(
         [TASK.make] * 2,
         make_planner(),
@@ -96,13 +99,11 @@ def test_two_worker_processes(kind, options):
         **options,
         **AUTO,
     )
-    for data in collector:
-        check(data, 20)
-    collector.shutdown()
+    check(collector, 2)
 
 
 @pytest.mark.parametrize("kind", [CEMPlanner, ICEMPlanner, MPPIPlanner])
-def test_weights_can_be_sent(kind):
+def test_the_weights_of_a_planner_can_be_sent(kind):
     """Torch's gloo refuses tensors that are not contiguous."""
     env = TASK.make()
     planner = kind(SMALL_FACTORY(env.observation_spec, env.action_spec), horizon=3, n_samples=24)
@@ -111,7 +112,7 @@ def test_weights_can_be_sent(kind):
 
 
 @pytest.mark.slow
-def test_two_workers_that_talk_by_torch_distributed():
+def test_a_planner_acts_in_two_workers_that_talk_by_torch_distributed():
     collector = DistributedCollector(
         [TASK.make] * 2,
         make_planner(),
@@ -121,6 +122,4 @@ def test_two_workers_that_talk_by_torch_distributed():
         sync=True,
         collector_kwargs=AUTO,
     )
-    for data in collector:
-        check(data, 20)
-    collector.shutdown()
+    check(collector, 2)

@@ -55,7 +55,7 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_transforms_of_an_imagined_environment(imagined, name):
+def test_transforms_leave_the_steps_of_an_imagined_environment_as_they_are(imagined, name):
     env = imagined().append_transform(TRANSFORMS[name]())
     check_env_specs(env)
     torch.manual_seed(1)
@@ -68,7 +68,7 @@ def test_transforms_of_an_imagined_environment(imagined, name):
 
 
 @pytest.mark.parametrize("make", [lambda: RewardScaling(0.0, 2.0), lambda: RewardClipping(-9, 9)])
-def test_torchrls_planner_in_an_imagined_environment_that_is_transformed(make):
+def test_torchrls_planner_plans_in_an_imagined_environment_that_is_transformed(make):
     """Beyond 0.8 lies a treasure, which the dead cannot take; ends do not confuse the plan."""
 
     def treasure(state, context, action):
@@ -102,7 +102,7 @@ def starts(n):
     [SerialEnv, pytest.param(ParallelEnv, marks=pytest.mark.slow)],
     ids=["serial", "parallel"],
 )
-def test_several_imagined_environments(kind):
+def test_several_imagined_environments_step_side_by_side(kind):
     env = kind(2, make_imagined)
     data = env.rollout(7, break_when_any_done=False)
     assert data.batch_size == (2, 2, 7)
@@ -113,7 +113,7 @@ def test_several_imagined_environments(kind):
 
 
 @pytest.mark.slow
-def test_a_planner_in_environments_of_worker_processes():
+def test_a_planner_acts_in_environments_of_worker_processes():
     env = ParallelEnv(2, TASK.make)
     planner = planner_level(env.observation_spec_unbatched, env.action_spec_unbatched).planner
     env = TransformedEnv(env, planner.make_tensordict_primer())

@@ -221,7 +221,7 @@ class Dot(gym.Env):
         return picture
 
 
-def test_a_video_of_a_planner(tmp_path):
+def test_a_video_recorder_records_a_planner(tmp_path):
     logger = CSVLogger("run", log_dir=str(tmp_path), video_format="pt")
     env = TransformedEnv(GymWrapper(Dot(), from_pixels=True, pixels_only=False), DoubleToFloat())
     spec = env.observation_spec["observation"]
@@ -236,16 +236,16 @@ def test_a_video_of_a_planner(tmp_path):
     assert data["planner", "warm"][1:].all()
 
 
-def test_a_recurrent_policy_in_an_imagined_environment(imagined):
+def test_a_recurrent_policy_begins_each_imagined_episode_without_memory(imagined):
     keys = {"in_keys": ["both", "h", "c"], "out_keys": ["hidden", ("next", "h"), ("next", "c")]}
     lstm = LSTMModule(3, 8, **keys)
     both = TensorDictModule(lambda *x: torch.cat(x, -1), STATE, ["both"])
     actor = make_actor(both, lstm, keys=["hidden"], n_in=8)
     env = imagined().append_transform(InitTracker()).append_transform(lstm.make_tensordict_primer())
-    for data in Collector(env, actor, frames_per_batch=120, total_frames=120):
-        ended = data["next", "done"][:, :-1, 0]
-        assert ended.any()
-        assert not data["h"][:, 1:][ended].any()  # a new imagined episode begins without memory
-        handed, got = data["next", "h"][:, :-1], data["h"][:, 1:]
-        assert torch.equal(got[~ended], handed[~ended])
-        assert got[~ended].any()
+    (data,) = Collector(env, actor, frames_per_batch=120, total_frames=120)
+    ended = data["next", "done"][:, :-1, 0]
+    assert ended.any()
+    assert not data["h"][:, 1:][ended].any()  # a new imagined episode begins without memory
+    handed, got = data["next", "h"][:, :-1], data["h"][:, 1:]
+    assert torch.equal(got[~ended], handed[~ended])
+    assert got[~ended].any()

@@ -64,7 +64,7 @@ def test_a_planner_finds_the_way_in_a_wrapped_world_model():
     torch.testing.assert_close(found, best, atol=0.1, rtol=0)
 
 
-def test_a_level_acts_by_it():
+def test_a_level_acts_by_a_world_model():
     env = GymEnv("Pendulum-v1")
     factory = partial(from_world_model, world_model(), latent_dim=4)
     level = planner_level(
@@ -72,9 +72,9 @@ def test_a_level_acts_by_it():
         predictor_factory=lambda _, action: factory((3,), action),
         planner_factory=SMALL_PLANNER,
     )
-    for data in collected(env, level, 1):
-        assert env.action_spec.is_in(data["action"])
-        assert level.learn(data)["n_env_steps"] == 20
+    (data,) = collected(env, level, 1)
+    assert env.action_spec.is_in(data["action"])
+    assert level.learn(data)["n_env_steps"] == 20
 
 
 @pytest.mark.parametrize(

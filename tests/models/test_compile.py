@@ -124,13 +124,13 @@ def test_no_size_falls_back_to_what_is_not_compiled(fc, recorded):
 
     model, _ = recorded(fc)
     state, context, action = (x[0] for x in inputs(1, 30))
-    for dynamic, expected in ((False, 10), (None, 3)):
+    for dynamic, expected in ((False, {10}), (None, {1, 2, 3})):
         model.compile(backend=backend, dynamic=dynamic)
         compiled.clear()
         for n in range(2, 12):
             with torch.no_grad():
                 model.rollout(state[:n], context[:n], action[:n, None])
-        assert len(compiled) == expected if dynamic is False else len(compiled) <= expected
+        assert len(compiled) in expected
 
 
 def test_members_of_another_kind_are_refused(tanh_net, recorded):

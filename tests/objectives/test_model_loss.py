@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
 from densities import log_density
 from model_batches import D, N, fit, gradients, make_batch
+from tensordict import TensorDict
 from torchrl.data import Bounded, Categorical, OneHot
 
 from layeredrl_torchrl import ModelLoss
@@ -55,7 +57,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("options", "per_member", "valid", "weight"), CASES)
-def test_equals_a_loop_over_members_and_rows(make_ensemble, options, per_member, valid, weight):
+def test_the_loss_equals_a_loop_over_members_and_rows(
+    make_ensemble, options, per_member, valid, weight
+):
     model = fit(make_ensemble(context_dim=1, n_models=3, **options))
     batch = make_batch(model, (3, N) if per_member else (N,), valid, weight)
 
@@ -187,20 +191,60 @@ def test_it_is_the_loss_of_the_weights_under_training(make_ensemble):
 
 
 @pytest.mark.parametrize(
-    ("per_member", "shape", "uncounted", "message"),
-    [
-        (True, (3, N), None, "N"),
-        (True, (2, 2, N), None, "N"),
-        (False, (2, N), None, "N"),
-        (True, (N,), None, "N"),
-        (False, (N,), "valid", "no transition"),
-        (False, (N,), "weight", "no transition"),
-    ],
+    ("per_member", "shape"), [(True, (3, N)), (True, (2, 2, N)), (False, (2, N)), (True, (N,))]
 )
-def test_a_batch_that_does_not_fit_is_refused(make_ensemble, per_member, shape, uncounted, message):
+def test_a_batch_of_another_shape_is_refused(make_ensemble, per_member, shape):
     model = make_ensemble(n_models=2)
     batch = make_batch(model, shape, valid=True, weight=True)
-    if uncounted:
-        batch[uncounted] = torch.zeros_like(batch[uncounted])
-    with pytest.raises(ValueError, match=message):
+    told = rf"per_member={per_member}\) takes a batch of shape .*got {re.escape(str(shape))}"
+    with pytest.raises(ValueError, match=told):
         ModelLoss(model, per_member=per_member)(batch)
+
+
+@pytest.mark.parametrize("uncounted", ["valid", "weight"])
+def test_a_batch_of_which_no_row_counts_is_refused(make_ensemble, uncounted):
+    model = make_ensemble(n_models=2)
+    batch = make_batch(model, valid=True, weight=True)
+    batch[uncounted] = torch.zeros_like(batch[uncounted])
+    with pytest.raises(ValueError, match="no transition"):
+        ModelLoss(model)(batch)
+
+
+NAN = float("nan")
+
+
+def make_rows():
+    """Six rows, of which each counts."""
+    state = torch.randn(6, 2)
+    rows = {"state": state, "context": state[:, :0], "action": torch.zeros(6, 1)}
+    rows |= {"weight": torch.ones(6), "next": {"state": state, "terminated": torch.zeros(6, 1)}}
+    return TensorDict(rows, [6])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (("next", "state"), NAN),
+        ("state", float("inf")),
+        ("action", NAN),
+        (("next", "terminated"), NAN),
+        (("next", "terminated"), 2.0),
+    ],
+)
+def test_bad_rows_are_refused_unless_they_are_masked(make_ensemble, key, value):
+    batch, loss = make_rows(), ModelLoss(make_ensemble())
+    expected = loss(batch[1:].clone()).detach()
+    batch[key][0] = value
+    with pytest.raises(ValueError, match=r"finite|lie in"):
+        loss(batch)
+    batch["collector", "mask"] = (torch.arange(6) > 0).unsqueeze(-1)
+    torch.testing.assert_close(loss(batch).detach(), expected)
+
+
+@pytest.mark.parametrize("value", [NAN, float("inf"), -1.0])
+def test_weights_that_no_row_can_have_are_refused(make_ensemble, value):
+    batch, loss = make_rows(), ModelLoss(make_ensemble())
+    loss(batch)
+    batch["weight"][0] = value
+    with pytest.raises(ValueError, match="'weight' must be finite and at least 0"):
+        loss(batch)

@@ -111,7 +111,8 @@ def test_it_can_go_on_after_an_error():
 def test_a_buffer_shorter_than_a_slice_is_refused(k_steps, n_steps):
     predictor = make_predictor(k_steps=k_steps, n_steps=n_steps)
     length = k_steps + n_steps
-    with unchanged(predictor, predictor.optim), pytest.raises(ValueError, match=str(length)):
+    told = f"got {length - 1} rows along time, expected at least length={length}"
+    with unchanged(predictor, predictor.optim), pytest.raises(ValueError, match=told):
         learn(predictor, make_buffer(n_steps=length - 1))
     learn(predictor, make_buffer(n_steps=length))
 

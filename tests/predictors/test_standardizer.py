@@ -65,7 +65,7 @@ def test_it_depends_neither_on_units_nor_on_the_order_of_dimensions(seed, magnit
     )
 
 
-def test_two_dimensions_by_hand():
+def test_two_dimensions_are_whitened_by_the_known_inverse_root():
     """Correlation r: the inverse root of [[1, r], [r, 1]] is known."""
     r, n = 0.6, 4
     a = torch.tensor([1.0, -1.0, 1.0, -1.0])
@@ -120,7 +120,7 @@ def test_bad_arguments_change_nothing():
     ):
         with unchanged(standardizer), pytest.raises(ValueError, match=r"sample|delta"):
             standardizer.fit(sample)
-    with pytest.raises(ValueError, match="dim"):
+    with pytest.raises(ValueError, match=r"^dim must be at least 1"):
         DeltaStandardizer(0)
     with pytest.raises(ValueError, match="min_eigenvalue"):
         DeltaStandardizer(2, min_eigenvalue=0.0)

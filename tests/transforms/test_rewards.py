@@ -44,7 +44,7 @@ def test_by_default_nothing_is_scaled_or_added():
     assert apply(LogReward(0.1), 3.0) == pytest.approx([math.log(3.0)])
 
 
-def test_torchrls_own_cannot_turn_a_cost_around():
+def test_torchrls_own_transform_cannot_turn_a_cost_around():
     # Why there is an AffineReward: this fails once RewardScaling can.
     assert apply(RewardScaling(0.0, -1.0), 2.0) == pytest.approx([2e-6])
     assert apply(AffineReward(-1.0), 2.0) == [-2.0]
@@ -83,14 +83,16 @@ def test_rewards_of_other_kinds_fit_their_spec(kind):
     [(lambda: AffineReward(-2.0, 0.5), -4.5), (lambda: LogReward(0.1, 2.0), 2 * math.log(2.5))],
     ids=["affine", "log"],
 )
-def test_in_environments_and_collectors(build, make, expected):
+def test_rewards_are_changed_in_environments_and_collectors(build, make, expected):
     walks = [{"reward": 2.5, "length": 3}, {"reward": 2.5, "length": 5}]
     env = build(make, walks)
     check_env_specs(env)
     data = env.rollout(8, break_when_any_done=False)
     n = data.shape.numel()
     torch.testing.assert_close(data["next", "reward"], torch.full((*data.shape, 1), expected))
-    for batch in Collector(env, None, frames_per_batch=n, total_frames=2 * n):
+    batches = list(Collector(env, None, frames_per_batch=n, total_frames=2 * n))
+    assert len(batches) == 2
+    for batch in batches:
         torch.testing.assert_close(batch["next", "reward"], torch.full((*batch.shape, 1), expected))
 
 
@@ -108,14 +110,14 @@ def test_the_logarithm_of_a_negative_reward_is_an_error():
         apply(LogReward(0.1), 1.0, -0.5)
 
 
-def test_a_floor_that_float16_does_not_know():
+def test_a_floor_below_the_smallest_float16_is_kept():
     found = LogReward(1e-9, 0.5)(TensorDict({"reward": torch.tensor([0.0, 4.0]).half()}, []))
     assert found["reward"].dtype == torch.float16
     assert found["reward"].tolist() == pytest.approx([math.log(1e-9) / 2, math.log(2)], rel=1e-3)
 
 
 @pytest.mark.parametrize("make", [AffineReward, partial(LogReward, 0.1)])
-def test_keys_that_do_not_fit(make, build):
+def test_keys_that_do_not_fit_are_refused(make, build):
     with pytest.raises(TypeError, match="in_keys must be a list of keys, got 'reward'"):
         make(in_keys="reward")
     with pytest.raises(TypeError, match="out_keys must be a list of keys, got 'scaled'"):

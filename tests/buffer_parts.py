@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import torch
 from tensordict import TensorDict
-from torchrl.data import (
-    LazyTensorStorage,
-    TensorDictReplayBuffer,
-)
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 
 def make_buffer(size=40, ndim=1, **kwargs):

@@ -5,27 +5,12 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from helpers import (
-    learned_from_inputs,
-)
+from helpers import learned_from_inputs
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
 from torchrl.data import OneHot
-from torchrl.modules import (
-    MLP,
-    ProbabilisticActor,
-    QValueActor,
-    TanhNormal,
-    ValueOperator,
-)
-from torchrl.objectives import (
-    CrossQLoss,
-    DDPGLoss,
-    DQNLoss,
-    REDQLoss,
-    TD3Loss,
-    TQCLoss,
-)
+from torchrl.modules import MLP, ProbabilisticActor, QValueActor, TanhNormal, ValueOperator
+from torchrl.objectives import CrossQLoss, DDPGLoss, DQNLoss, REDQLoss, TD3Loss, TQCLoss
 
 from layeredrl_torchrl.levels import LossLearner
 

@@ -110,7 +110,7 @@ def given(accelerator, space, *batch, horizon=None):
     [("built-in", name) for name in SPACES]
     + [("own network", "continuous"), ("own model", "integer")],
 )
-def test_models_and_returns(accelerator, kind, space, grad):
+def test_models_and_returns_neither_wait_nor_copy(accelerator, kind, space, grad):
     predictor = accelerator.move(make_predictor(kind, space))
     model = predictor.model
     with torch.set_grad_enabled(grad), accelerator.watched():
@@ -152,7 +152,7 @@ def risky(state, context, action, next_state):
 
 
 @pytest.mark.parametrize("propagation", [TSInfinity(), TS1(), Expectation()])
-def test_known_rewards_and_terminations(accelerator, propagation):
+def test_known_rewards_and_terminations_neither_wait_nor_copy(accelerator, propagation):
     base = make_predictor()
     parts = (base.model, base.val_func, moved, base.encoder, D, C)
     env = PredictorEnv(StaticPredictor(*parts, term_func=risky), propagation=propagation)
@@ -174,7 +174,7 @@ def test_known_rewards_and_terminations(accelerator, propagation):
     "options", [{}, {"sample_termination": True}, {"use_value_func": True}], ids=str
 )
 @pytest.mark.parametrize("propagation", [TSInfinity(), TS1(), Expectation()])
-def test_imagined_environments(accelerator, propagation, options):
+def test_imagined_environments_neither_wait_nor_copy(accelerator, propagation, options):
     env = PredictorEnv(make_predictor(), propagation=propagation, **options)
     env.exploration_bonus = EnsembleDisagreement(env.predictor.model)
     env = accelerator.move(env)
@@ -190,7 +190,7 @@ def test_imagined_environments(accelerator, propagation, options):
 
 
 @pytest.mark.parametrize("kind", ["built-in", "own network"])
-def test_the_loss_of_a_model(accelerator, kind):
+def test_the_loss_of_a_model_neither_waits_nor_copies(accelerator, kind):
     loss = ModelLoss(make_predictor(kind).model)
     loss = accelerator.move(loss)
     with accelerator.watched():
@@ -203,7 +203,7 @@ def test_the_loss_of_a_model(accelerator, kind):
 
 
 @pytest.mark.parametrize("given_targets", [False, True])
-def test_the_policy_s_gradient(accelerator, given_targets):
+def test_value_gradients_neither_wait_nor_copy(accelerator, given_targets):
     actor = TanhActor(D, C, SPACES["continuous"], (8,))
     qvalue = QValueOperator(D, C, A, (8,))
     loss = ValueGradientLoss(actor, qvalue, make_predictor(), horizon=2)

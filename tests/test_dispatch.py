@@ -35,7 +35,7 @@ def predictor():
 @pytest.mark.parametrize(
     "part", ["encoder", "model", "predictor", "model_loss", "predictor_loss", "planner"]
 )
-def test_by_name_and_by_tensordict(predictor, part):
+def test_tensors_by_name_give_what_a_tensordict_gives(predictor, part):
     td = TensorDict({}, [5, 4])
     if part == "planner":
         module = ICEMPlanner(predictor, horizon=2, n_samples=24)
@@ -100,7 +100,7 @@ def assert_by_name_is_by_tensordict(module, data):
 
 
 @pytest.mark.parametrize("batch", [(), (5,), (2, 3)])
-def test_images_by_name(batch):
+def test_images_by_name_give_what_a_tensordict_gives(batch):
     """Whatever entry comes first, and of integers, too."""
     data = TensorDict(
         {
@@ -136,7 +136,7 @@ class Flat(nn.Module):
 
 
 @pytest.mark.parametrize("one_hot", [False, True])
-def test_choices_by_name(one_hot):
+def test_choices_by_name_give_what_a_tensordict_gives(one_hot):
     """They have no axis of their own as integers, and one as flags."""
     predictor = PredictorFactory(hidden_sizes=(8,), n_models=5)(Unbounded((3,)), Categorical(2))
     action = torch.randint(2, (5, 4))

@@ -40,7 +40,7 @@ def test_inputs_are_told_apart_by_their_tensors_and_not_by_their_order():
     assert sorted(first) == [0.0, 1.0, 2.0]
 
 
-def test_names_keep_objects_apart_that_no_longer_are_used():
+def test_a_name_is_never_given_again_to_another_object():
     """Another object may be given the address of one that nobody holds."""
     assert len({Same(object()) for _ in range(100)}) == 100
     one, equal = [1], [1]

@@ -7,7 +7,7 @@ from pathlib import Path
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_example_runs(run_examples):
+def test_the_example_runs_and_gives_what_its_comments_say(run_examples):
     """Its variables have the shapes that its comments claim."""
     names = run_examples(README)
     assert names["traj"].batch_size == (8, 5, 1, 10)

@@ -321,7 +321,7 @@ def test_what_cannot_be_saved_says_so():
         EnvState(make_env("serial", 0)).load_state_dict(state)
 
 
-def test_environments_that_have_not_started_yet():
+def test_an_environment_that_has_not_started_has_a_state():
     fresh = EnvState(SerialEnv(2, partial(GymEnv, "Hopper-v5")))
     assert len(fresh.state_dict()["parts"]) == 2
 

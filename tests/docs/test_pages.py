@@ -21,7 +21,7 @@ PUBLIC = {name for module in MODULES for name in importlib.import_module(module)
 
 
 @pytest.mark.parametrize("name", WITH_CODE)
-def test_examples_run(name, run_examples, tmp_path, monkeypatch):
+def test_the_python_blocks_of_a_page_run(name, run_examples, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # for what an example writes
     assert run_examples(PAGES[name])
 

@@ -70,7 +70,7 @@ def test_tasks_and_seeds_of_other_kinds_are_named():
         make_batched("CartPoleSwingUp", 2, seed=1.5)
 
 
-def test_other_seeds_other_episodes():
+def test_other_seeds_give_other_episodes():
     starts = [make_batched("Reacher-v5", 2, seed=s).reset()["observation"] for s in (0, 1, None)]
     assert torch.equal(starts[0][1], starts[1][0])  # instance i has seed + i
     assert not torch.equal(starts[0], starts[2])

@@ -39,7 +39,7 @@ def episode(policy, seed):
     return score
 
 
-def test_gymnasiums_check():
+def test_gymnasiums_check_finds_nothing_wrong():
     with pytest.warns(UserWarning, match="infinity"):  # observations are unbounded, as MuJoCo's
         check_env(CartPoleSwingUpEnv(), skip_render_check=True)
 
@@ -59,7 +59,7 @@ def test_the_reward_belongs_to_the_state_in_which_the_action_is_taken(env):
         assert reward == pytest.approx(expected)
 
 
-def test_signs_and_units(env):
+def test_a_leaning_pole_falls_further_and_a_force_accelerates_the_cart_in_si_units(env):
     env.set_state(np.array([0.0, 0.01]), np.zeros(2))
     obs = step(env, 0.0)[0]
     assert obs[1] == pytest.approx(math.sin(0.01), abs=2e-3)
@@ -86,7 +86,7 @@ def test_the_rail_ends_and_it_runs_at_25_hertz(env):
     assert 1.7 < max(xs) < 2.0
 
 
-def test_the_noise_at_the_start():
+def test_the_noise_at_the_start_has_the_given_std():
     starts = [CartPoleSwingUpEnv(0.0).reset(seed=seed)[0] for seed in range(3)]
     np.testing.assert_allclose(starts, [[0, 0, -1, 0, 0]] * 3, atol=1e-12)
     for env, std in ((CartPoleSwingUpEnv(), 0.05), (CartPoleSwingUpEnv(0.5), 0.5)):

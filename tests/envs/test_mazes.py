@@ -83,7 +83,7 @@ def test_a_maze_is_what_gymnasium_robotics_makes_of_it(name, theirs, dense):
         (["####", "...#", "####"], "gap"),
     ],
 )
-def test_bad_mazes(rows, message):
+def test_a_maze_that_cannot_be_is_refused(rows, message):
     with pytest.raises(ValueError, match=message):
         parse_maze(rows)
     with pytest.raises(ValueError, match=message):

@@ -28,7 +28,7 @@ def posed(env, angles, target, speed=0.0):
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
-def test_gymnasiums_own_check():
+def test_gymnasiums_check_finds_nothing_wrong():
     check_env(ReacherTipEnv(), skip_render_check=True)
 
 

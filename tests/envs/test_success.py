@@ -44,7 +44,7 @@ def wrap(env, **kwargs):
 
 @pytest.mark.parametrize("at_reset", [True, False])
 @pytest.mark.parametrize("kind", [bool, np.bool_, float, np.float32, int])
-def test_single(kind, at_reset):
+def test_success_of_any_kind_is_read_from_a_single_environment(kind, at_reset):
     env = wrap(Reporter(kind=kind, at_reset=at_reset))
     check_env_specs(env)
     data = env.rollout(4)
@@ -59,7 +59,7 @@ def test_success_at_a_reset_is_reported():
 
 @pytest.mark.parametrize("at_reset", [True, False])
 @pytest.mark.parametrize("kind", [bool, float])
-def test_vectorised_with_partial_resets(kind, at_reset):
+def test_success_is_read_from_each_of_several_environments_through_partial_resets(kind, at_reset):
     makers = [lambda at=at: Reporter(at, kind, at_reset=at_reset) for at in (1, 3)]
     env = wrap(SyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED))
     check_env_specs(env)

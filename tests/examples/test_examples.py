@@ -24,7 +24,7 @@ MAZES = ("hindsight", "many_tasks", "skill_hierarchy")
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=NAMES)
-def test_can_be_read_as_a_whole(path):
+def test_an_example_is_short_and_imports_no_other(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 200
     assert not [name for name in NAMES if f"import {name}" in text or f"from {name}" in text]
@@ -32,7 +32,7 @@ def test_can_be_read_as_a_whole(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNS)
-def test_leaves_a_curve_and_goes_on(name, run, curve, capsys, tmp_path):
+def test_an_example_leaves_a_curve_and_a_resumed_one_goes_on(name, run, curve, capsys, tmp_path):
     if name == "skill_hierarchy":
         pytest.importorskip("gymnasium_robotics")
     folder = tmp_path / "hierarchy" if name == "skill_hierarchy" else tmp_path
@@ -65,7 +65,7 @@ def test_leaves_a_curve_and_goes_on(name, run, curve, capsys, tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("renders")
 @pytest.mark.parametrize("name", [name for name in LEARNS if name != "skill_hierarchy"])
-def test_logs_and_records(name, run, tmp_path):
+def test_an_example_logs_to_tensorboard_and_records_a_video(name, run, tmp_path):
     """Not of the maze, whose episodes have 300 steps."""
     pytest.importorskip("tensorboard")
     run(name, f"--output={tmp_path}", "--logger=tensorboard", "--video")
@@ -74,7 +74,7 @@ def test_logs_and_records(name, run, tmp_path):
 
 
 @pytest.mark.slow
-def test_learns_from_stored_data(run, capsys, tmp_path):
+def test_stored_data_are_learned_from(run, capsys, tmp_path):
     run("offline", f"--output={tmp_path}")
     rows = [line.rsplit(",", 1) for line in (tmp_path / "results.csv").read_text().splitlines()]
     assert [name for name, _ in rows[1:]] == ["data", "cloned", "planned", "imagined SAC"]
@@ -89,7 +89,7 @@ def test_stored_data_of_no_whole_episode_are_refused(run, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", RUNS)
-def test_learns_on_a_gpu(name, run, capsys, tmp_path):
+def test_an_example_runs_on_a_gpu_and_goes_on_on_the_cpu(name, run, capsys, tmp_path):
     """With the environments on the CPU; what was saved there goes on here."""
     if name in MAZES:
         pytest.importorskip("gymnasium_robotics")
@@ -133,7 +133,7 @@ def test_the_trainer_learns_to_predict(run, capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_flat_planner_of_the_maze(run, flat, curve, capsys, tmp_path):
+def test_a_planner_without_skills_learns_in_the_maze(run, flat, curve, capsys, tmp_path):
     pytest.importorskip("gymnasium_robotics")
     run("skill_hierarchy", *flat, "--total-env-steps=200", f"--output={tmp_path}")
     assert "success rate" in capsys.readouterr().out
@@ -146,7 +146,7 @@ def test_a_flat_planner_of_the_maze(run, flat, curve, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("name", "folder"), [("skill_hierarchy", "hierarchy"), ("hindsight", "her")]
 )
-def test_reaches_with_an_arm(name, folder, run, curve, capsys, tmp_path):
+def test_an_arm_is_a_task_with_goals_as_well_as_a_maze(name, folder, run, curve, capsys, tmp_path):
     """The same code as for mazes, without gymnasium-robotics."""
     options = ["--landmarks=0.03"] if name == "skill_hierarchy" else []
     run(name, "--task=Reacher-Tip", *options, f"--output={tmp_path}")
@@ -198,7 +198,9 @@ def test_new_places_are_planned_for_once_there_are_skills_and_until_there_is_a_t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.0, 0.8])
-def test_learns_in_hindsight_and_goes_on(share, run, curve, capsys, tmp_path):
+def test_an_agent_that_learns_in_hindsight_is_resumed_with_all_it_stored(
+    share, run, curve, capsys, tmp_path
+):
     """What is stored for relabelling, and which goals are drawn, is resumed with all else."""
     pytest.importorskip("gymnasium_robotics")
     agent, share = "her" if share else "sac", f"--hindsight-share={share}"
@@ -291,7 +293,7 @@ def test_bad_options_end_it_before_anything_is_done(name, options, message, run,
     assert not (tmp_path / "run").exists()
 
 
-def test_options_that_exclude_each_other(run, tmp_path):
+def test_options_that_exclude_each_other_are_refused(run, tmp_path):
     with pytest.raises(RunError, match="--gamma is 1, expected less with --landmarks"):
         run("skill_hierarchy", "--gamma=1", "--landmarks=0.3", f"--output={tmp_path / 'run'}")
     assert not (tmp_path / "run").exists()

@@ -34,7 +34,7 @@ def test_few_lines_are_changed():
 
 
 @pytest.mark.parametrize("name", WITH_MODEL)
-def test_the_page_says_how_many(name):
+def test_the_page_says_how_many_lines_are_changed(name):
     written, removed = changes(name)
     assert f"{written} lines more, {removed} fewer" in PAGE
 
@@ -70,7 +70,7 @@ def test_what_an_option_cannot_be_is_one_line(name, option, line, monkeypatch, c
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sac", *WITH_MODEL])
-def test_runs(name, monkeypatch, capsys):
+def test_each_script_learns_from_the_steps_that_it_takes(name, monkeypatch, capsys):
     steps = ("--total-env-steps=100", "--random-steps=50", "--steps-per-evaluation=100")
     monkeypatch.setattr("sys.argv", [name, *steps, "--updates-per-step=1"])
     used = runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")

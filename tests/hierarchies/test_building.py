@@ -76,7 +76,7 @@ def test_parents_are_built_before_their_children(toy, build):
     assert seen == [plans.predictor]
 
 
-def test_a_level_that_was_built_for_the_environment(toy):
+def test_a_level_that_was_built_for_the_environment_is_taken_as_it_is(toy):
     env = toy.Env()
     level = planner_level(env=env)
     predictor = level.predictor
@@ -85,7 +85,7 @@ def test_a_level_that_was_built_for_the_environment(toy):
 
 @pytest.mark.parametrize("key", ["obs", ("seen", "obs")])
 @pytest.mark.parametrize("plans", [True, False])
-def test_a_level_that_was_built_for_an_observation_of_another_name(toy, plans, key):
+def test_a_level_that_was_built_for_an_observation_of_another_name_is_taken(toy, plans, key):
     env = TransformedEnv(toy.Env(), RenameTransform(["observation"], [key]))
     if plans:
         factory = PredictorFactory(hidden_sizes=(8,), n_models=2, observation_key=key)
@@ -101,7 +101,7 @@ def test_a_level_that_was_built_for_an_observation_of_another_name(toy, plans, k
 
 @pytest.mark.parametrize("categorical", [True, False])
 @pytest.mark.parametrize("learns", [True, False])
-def test_an_environment_of_one_choice_in_the_form_of_several(toy, learns, categorical):
+def test_one_choice_in_the_form_of_several_is_taken(toy, learns, categorical):
     def choosing(n):
         return TransformedEnv(toy.Env(), ActionDiscretizer(n, categorical=categorical))
 
@@ -121,7 +121,7 @@ def rated(toy, **options):
     return level
 
 
-def test_a_level_rated_by_single_steps_whose_actions_take_several(build, lower, toy):
+def test_a_level_rated_by_single_steps_whose_actions_take_several_is_refused(build, lower, toy):
     def top():
         return toy.Level(1, each_step=True)
 
@@ -169,7 +169,7 @@ def test_a_level_rated_by_single_steps_whose_actions_take_several(build, lower, 
         ),
     ],
 )
-def test_levels_that_do_not_fit(build, lower, toy, error, message, make):
+def test_levels_that_do_not_fit_are_refused(build, lower, toy, error, message, make):
     class Formula(toy.Level):
         """By its duration alone."""
 
@@ -192,7 +192,7 @@ def test_levels_that_do_not_fit(build, lower, toy, error, message, make):
         (lambda *_: world(Bounded(-1.0, 0.5, (2,))), BOX, r"built for .* to \[0.5, 0.5\]"),
     ],
 )
-def test_inputs_that_the_level_above_cannot_plan(build, toy, factory, below, message):
+def test_inputs_that_the_level_above_cannot_plan_are_refused(build, toy, factory, below, message):
     class Any(toy.Level):
         """Takes any input."""
 
@@ -202,14 +202,14 @@ def test_inputs_that_the_level_above_cannot_plan(build, toy, factory, below, mes
         build(top, Any(2, input_spec=below, duration=2))
 
 
-def test_the_same_level_twice(build, lower, toy):
+def test_the_same_level_twice_is_refused(build, lower, toy):
     low = lower()
     with pytest.raises(ValueError, match=r"level 1 \(Formula\) and level 2 .* the same object"):
         build(toy.Level(1), low, low)
     build(toy.Level(1), lower(duration=None))  # its rule of handing back needs no duration
 
 
-def test_a_level_set_up_for_other_spaces(build, lower, toy):
+def test_a_level_set_up_for_other_spaces_is_refused(build, lower, toy):
     top = toy.Level(1)
     top.setup(Unbounded((4,)), Bounded(-1.0, 1.0, (2,)))
     both = r"level 0 \(Formula, the highest\) above level 1 \(Formula, the lowest\)"
@@ -226,7 +226,7 @@ def test_a_level_set_up_for_other_spaces(build, lower, toy):
         build(top, lower(), maps=[[1, 2], None])
 
 
-def test_a_level_that_needs_a_predictor(build, lower, toy):
+def test_a_level_that_needs_a_predictor_is_refused_without_one(build, lower, toy):
     class Needs(toy.Level):
         def attach(self, parent_predictor):
             if parent_predictor is None:
@@ -253,13 +253,13 @@ def test_a_level_that_needs_a_predictor(build, lower, toy):
         (ValueError, "gave int for", lambda obs: 3),
     ],
 )
-def test_bad_maps(build, lower, toy, error, message, choice):
+def test_an_observation_map_that_does_not_fit_is_refused(build, lower, toy, error, message, choice):
     where = r"level 1 \(Formula, the lowest\) above the environment: its observation map"
     with pytest.raises(error, match=f"{where}.*{message}"):
         build(toy.Level(1), lower(), maps=[None, choice])
 
 
-def test_an_environment_without_flat_observation(toy):
+def test_an_environment_without_a_flat_observation_is_refused(toy):
     class Other(toy.Env):
         def __init__(self):
             super().__init__()
@@ -273,7 +273,7 @@ def test_an_environment_without_flat_observation(toy):
         Hierarchy([toy.Level(1)], toy.Env(), observation_maps=[None, None])
 
 
-def test_an_environment_that_masks_actions(toy):
+def test_an_environment_that_masks_actions_is_refused(toy):
     class Masked(toy.Env):
         def __init__(self):
             super().__init__()

@@ -82,7 +82,7 @@ def test_the_end_of_one_environment_is_no_interruption(toy):
         (True, TypeError, "interrupt_after must be an int"),
     ],
 )
-def test_values_that_cannot_be(agent, value, error, match):
+def test_values_that_cannot_be_are_refused(agent, value, error, match):
     _, hierarchy = agent
     with pytest.raises(error, match=match):
         hierarchy.levels[1].interrupt_after = value
@@ -92,7 +92,7 @@ def test_values_that_cannot_be(agent, value, error, match):
         hierarchy.levels[0].interrupt_after = 1
 
 
-def test_lowest_of_three(toy):
+def test_a_level_in_the_middle_is_interrupted_with_its_own_action(toy):
     """A level in the middle is interrupted by the end of its own action."""
     env = toy.Env(2, lengths=LENGTHS)
     levels = [toy.Level(1), toy.Level(2, input_spec=ONE, duration=2)]

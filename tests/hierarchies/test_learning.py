@@ -55,7 +55,7 @@ def test_one_level_equals_that_level_alone(toy, n):
         assert torch.equal(one, other)
 
 
-def test_learns_from_its_transitions(toy):
+def test_each_level_learns_from_its_transitions_the_highest_first(toy):
     """Highest first; levels without transitions are left out; names are made unique."""
     order = []
 
@@ -77,7 +77,7 @@ def test_learns_from_its_transitions(toy):
 
 
 @pytest.mark.parametrize("width", [0, 1])
-def test_reward_func(toy, width):
+def test_a_reward_func_sees_the_transition_and_replaces_its_reward(toy, width):
     """It sees the whole transition, with the environment's reward, and replaces that."""
 
     def double(own):
@@ -185,7 +185,7 @@ KEYS = ["observation", "input", "action", "reward", "done", "terminated"]
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("kind", kinds_of_lower_levels())
-def test_keys_that_are_set_after_a_level_was_built(toy, kind, late):
+def test_keys_may_be_set_after_a_level_was_built(toy, kind, late):
     """It does and learns the same under any."""
     outcomes = []
     for named in (False, True):
@@ -265,7 +265,7 @@ def test_what_ends_without_terminating_was_truncated(toy, each_step):
         assert (own == expected).all()
 
 
-def test_data_of_others(toy):
+def test_data_that_another_policy_collected_are_refused(toy):
     env = toy.Env()
     hierarchy = Hierarchy([toy.Level(1)], env)
     with pytest.raises(KeyError, match=r"reads \('next', 'hierarchy'\).*hierarchy as its policy"):

@@ -36,7 +36,7 @@ level_options = st.fixed_dictionaries(
     n_steps=st.integers(1, 9),
     lengths=st.lists(st.integers(1, 8), min_size=1, max_size=4),
 )
-def test_equals_a_plain_loop(toy, options, maps, n, n_batches, n_steps, lengths):
+def test_a_hierarchy_equals_a_plain_loop(toy, options, maps, n, n_batches, n_steps, lengths):
     options = [dict(o) for o in options]
     options[0] |= {"duration": None, "until": None}
     options[-1]["each_step"] = False

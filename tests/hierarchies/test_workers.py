@@ -60,7 +60,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_in_two_worker_processes(tmp_path):
+def test_a_hierarchy_learns_from_two_worker_processes(tmp_path):
     script = tmp_path / "collect.py"
     script.write_text(textwrap.dedent(SCRIPT))
     done = subprocess.run(

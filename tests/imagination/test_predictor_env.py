@@ -340,7 +340,7 @@ def test_its_own_action_spec_may_be_given(make_predictor, space):
     assert env.action_spec == space
 
 
-def test_it_keeps_its_specs(make_point):
+def test_its_specs_cannot_be_taken_from_another_environment(make_point):
     with pytest.raises(RuntimeError, match=r"state space.*action_spec="):
         PredictorEnv(make_point()).set_specs_from_env(PredictorEnv(make_point()))
 

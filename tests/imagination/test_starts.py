@@ -10,12 +10,7 @@ from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import StepCounter, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
-from layeredrl_torchrl import (
-    EncoderNet,
-    FromBuffer,
-    PredictorEnv,
-    TSInfinity,
-)
+from layeredrl_torchrl import EncoderNet, FromBuffer, PredictorEnv, TSInfinity
 
 
 @pytest.fixture
@@ -80,7 +75,9 @@ def test_starts_are_encoded_without_gradients(make_predictor, make_buffer):
 
 
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
-def test_specs_and_resets(make_point, point_buffer, batch, propagation):
+def test_specs_hold_and_a_reset_starts_at_a_stored_observation(
+    make_point, point_buffer, batch, propagation
+):
     predictor = make_point(val_func=lambda state, context, action: state[..., 0])
     options = {"propagation": propagation, "use_value_func": True, "discount": 0.5}
     options["initial_states"] = FromBuffer(point_buffer(), predictor)

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gradient_parts import (
-    ACTION,
-    make_learned,
-    make_line,
-)
+from gradient_parts import ACTION, make_learned, make_line
 from torchrl.data import Unbounded
 from torchrl.envs import ExcludeTransform, StepCounter, TransformedEnv
 
@@ -59,7 +55,7 @@ def test_conditions_are_asked_for_batches_of_any_shape(batch):
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_what_else_truncates_is_heeded(first):
+def test_what_another_transform_truncates_stays_truncated(first):
     def beyond(limit):
         return TruncateWhere(lambda state, context, action, after: after[..., 0] > limit)
 

@@ -6,12 +6,7 @@ import math
 
 import pytest
 import torch
-from gradient_parts import (
-    ACTION,
-    make_learned,
-    make_line,
-    make_steps,
-)
+from gradient_parts import ACTION, make_learned, make_line, make_steps
 from tensordict import TensorDict
 from torchrl.collectors.utils import split_trajectories
 from torchrl.objectives import SACLoss, ValueEstimators

@@ -68,7 +68,7 @@ def test_without_random_steps_it_is_its_planner():
         assert td["planner", "warm"].all()
 
 
-def test_initial_random_steps():
+def test_the_initial_steps_are_random():
     level = point_level(n_initial_random_steps=1)
     for random in (True, False):
         out = level(observed(level, torch.randn(2, 3, 2)))
@@ -134,7 +134,7 @@ def test_evaluation_is_never_random():
 
 
 @pytest.mark.parametrize("spec", [OneHot(3), Bounded(-2.0, 3.0, (2,))], ids=["skill", "torque"])
-def test_what_the_actions_are_does_not_matter(spec):
+def test_actions_are_of_any_spec_that_is_given(spec):
     level = planner_level(OBS, spec, random_prob=0.5)
     with unchanged(level):
         out = level(observed(level, torch.randn(20, 2)))
@@ -225,7 +225,7 @@ class Loose:
 
 
 @pytest.mark.parametrize("kind", [Shooting, Loose])
-def test_a_planner_of_ones_own(kind):
+def test_a_planner_of_ones_own_is_carried_forgotten_and_saved_once(kind):
     """Its memory is carried, forgotten in random steps, and not stored; it is saved once."""
     level = planner_level(*SPACES, planner_factory=kind, random_prob=0.5)
     saved = {value.data_ptr() for value in level.state_dict().values()}
@@ -247,7 +247,7 @@ def test_a_planner_of_ones_own(kind):
         planner_level(*SPACES, planner_factory=Forgetful)
 
 
-def test_with_a_predictor_that_is_given():
+def test_with_a_known_predictor_it_plans_and_stores_and_nothing_is_updated():
     """It plans, stores and counts; updates are due, and change nothing."""
     level = point_level(random_prob=0.3, updates_per_step=0.5)
     assert level.optim is None

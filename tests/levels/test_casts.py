@@ -100,7 +100,7 @@ def test_learning_goes_on_after_a_cast_with_its_moments(make, dtype):
 
 
 @pytest.mark.parametrize("make", [planner_level, model_free_level])
-def test_a_frozen_level_says_so(make):
+def test_a_frozen_level_refuses_to_learn(make):
     level = make(*SPACES).requires_grad_(False)
     with (
         unchanged(level, level.optim),

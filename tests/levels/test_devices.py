@@ -152,7 +152,7 @@ def test_it_learns_where_it_is_from_an_environment_on_the_host(name, device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["planner", "SAC", "hierarchy", "random"])
-def test_the_library_captures_it(name):
+def test_tensordicts_graphs_capture_a_policy(name):
     policy = POLICIES[name]().to("cuda").eval()
     carried = policy.make_tensordict_primer().primers.zero([5]).to("cuda")
     observation = torch.randn(5, 4, device="cuda")

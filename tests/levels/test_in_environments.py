@@ -43,7 +43,7 @@ def test_torchrl_finds_one_transform_that_carries_all():
 
 
 @pytest.mark.parametrize("n", [None, 2])
-def test_collects_and_learns(n):
+def test_it_is_random_first_and_learns_from_what_a_collector_gives(n):
     level, data, infos = run(n)
     assert data.batch_size == ((100,) if n is None else (n, 50))
     assert level.n_env_steps == len(level.buffer) == 100
@@ -86,7 +86,7 @@ def test_random_phases_end_with_their_episode():
     assert 0.1 < data["random_action"].float().mean() < 0.8
 
 
-def test_in_a_rollout_with_its_primer():
+def test_in_a_rollout_its_primer_carries_the_plan():
     env = make_env(2)
     level = planner_level(env=env, random_prob=0.3)
     env = TransformedEnv(env, level.make_tensordict_primer())

@@ -110,7 +110,7 @@ def test_updates_are_those_of_an_exact_count(sizes, rate, n_random, n_initial):
     assert level.predictor.calls == expected
 
 
-def test_transitions_that_take_many_environment_steps():
+def test_updates_go_by_transitions_and_all_else_by_environment_steps():
     level = level_with_diary(n_initial_random_steps=30, updates_per_step=0.5)
     for elapsed, n_updates in ((4, 0), (4, 4), (2, 2)):
         data = random_data(4)
@@ -215,7 +215,7 @@ def test_the_loss_and_the_level_call_random_actions_the_same(joined):
         planner_level(*spaces, predictor_factory=called("mine"))
 
 
-def test_buffers_fit_the_data_of_the_environment():
+def test_a_buffer_has_the_axes_of_the_environment():
     batched = make_batched("InvertedPendulum-v5", 2)
     single = get_task("InvertedPendulum-v5").make()
     for env, ndim in ((single, 1), (batched, 2)):
@@ -225,7 +225,7 @@ def test_buffers_fit_the_data_of_the_environment():
 
 
 @pytest.mark.parametrize("shape", [(12,), (3, 4), (2, 3, 2)])
-def test_or_the_first_data(shape):
+def test_without_an_environment_the_first_data_decide_the_axes_of_a_buffer(shape):
     level = level_with_diary(buffer_size=50)
     assert level.buffer.storage.max_size == 50
     for n in (1, 2):
@@ -241,7 +241,7 @@ def test_or_the_first_data(shape):
 
 
 @both
-def test_a_buffer_of_ones_own(make):
+def test_a_buffer_of_ones_own_is_used(make):
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(7))
     level = make(*SPACES, buffer=buffer)
     assert level.buffer is buffer
@@ -298,7 +298,7 @@ MODEL_FREE = [
         *((model_free_level, *row) for row in EITHER + MODEL_FREE),
     ],
 )
-def test_bad_options(make, options, error, message):
+def test_options_that_do_not_fit_are_refused(make, options, error, message):
     if "env" in options:
         options = {"env": options["env"]()}
     with pytest.raises(error, match=message):

@@ -33,7 +33,7 @@ class Constant(Level):
         return {}
 
 
-def test_a_level_without_predictor():
+def test_a_level_without_a_predictor_has_its_specs_and_nothing_to_learn():
     level = Constant(gym.spaces.Discrete(3), input_spec=OneHot(4))
     assert level.predictor is level.optim is level.parent_predictor is None
     assert level.action_spec.n == 3
@@ -42,7 +42,7 @@ def test_a_level_without_predictor():
     assert level(TensorDict(batch_size=[5]))["action"].shape == (5,)
 
 
-def test_the_parent_predictor_stays_its_owners():
+def test_a_parent_predictor_is_no_part_of_the_level():
     level, predictor = Constant(Bounded(-1.0, 1.0, (2,))), make_predictor()
     level.attach(predictor)
     assert level.parent_predictor is predictor
@@ -100,7 +100,7 @@ def test_random_actions_without_bounds_are_normal_and_clipped():
     ("spec", "action"),
     [(BOX, [0.5, -1.0]), (OneHot(3), [0, 1, 0]), (OneHot(3), 1), (Categorical(3), 2)],
 )
-def test_a_constant_action(spec, action):
+def test_a_constant_action_is_the_same_for_every_batch(spec, action):
     level = setup(ConstantLevel(torch.tensor(action)), spec)
     expected = torch.tensor([0, 1, 0] if isinstance(spec, OneHot) else action)
     for batch in ((), (4,), (2, 3)):
@@ -144,7 +144,7 @@ def test_alone_a_sequence_starts_at_each_reset_and_holds_its_end():
         position = 0 if row["next", "done"] else position + 1
 
 
-def test_choices_in_a_sequence():
+def test_a_sequence_of_choices_is_given_in_the_form_of_the_spec():
     level = setup(ActionSequenceLevel(torch.tensor([2, 0])), OneHot(3))
     out = level(seen(3, n_played=torch.tensor([[0], [1], [2]])))
     assert out["action"].long().tolist() == [[0, 0, 1], [1, 0, 0], [1, 0, 0]]
@@ -154,7 +154,7 @@ def test_choices_in_a_sequence():
 # -- bad input ------------------------------------------------------------------------------
 
 
-def test_bad_input():
+def test_what_does_not_fit_is_refused():
     with pytest.raises(TypeError, match=r"action_spec is 3 .*expected a gymnasium Box"):
         Constant(3)
     with pytest.raises(ValueError, match=r"input_spec has shape \(2, 2\)"):

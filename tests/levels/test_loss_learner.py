@@ -8,12 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import (
-    SPACES,
-    make_transitions,
-    model_free_level,
-    unchanged,
-)
+from helpers import SPACES, make_transitions, model_free_level, unchanged
 from loss_parts import (
     LOSSES,
     critic,
@@ -31,12 +26,7 @@ from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
 from torchrl.data import Bounded, Categorical, OneHot, Unbounded
-from torchrl.modules import (
-    ProbabilisticActor,
-    QValueActor,
-    TanhNormal,
-    ValueOperator,
-)
+from torchrl.modules import ProbabilisticActor, QValueActor, TanhNormal, ValueOperator
 from torchrl.objectives import (
     CrossQLoss,
     DQNLoss,
@@ -53,7 +43,7 @@ from layeredrl_torchrl.levels import LossLearner
 
 
 @pytest.mark.parametrize("name", ["TD3", "CrossQ"])
-def test_finds_the_action_that_the_input_asks_for(name):
+def test_it_finds_the_action_that_the_input_asks_for(name):
     """In the units of the spec: the optimum lies at 5 + 4 z within [0, 10]."""
     make, options = LOSSES[name]
     spec = Bounded(0.0, 10.0, (1,))
@@ -62,7 +52,7 @@ def test_finds_the_action_that_the_input_asks_for(name):
     assert (action - 5 - 4 * given).abs().mean() < 0.6
 
 
-def test_finds_the_choice_that_the_input_asks_for():
+def test_it_finds_the_choice_that_the_input_asks_for():
     def pay(action, z):
         return -(action.long().argmax(-1, keepdim=True) - 1.0 - z).square()
 
@@ -161,7 +151,7 @@ def test_the_learning_rate_may_depend_on_the_environment_steps(factory):
 
 
 @pytest.mark.parametrize(("scale", "options"), [(0.1, {}), (0.3, {"exploration": 0.3})])
-def test_explores_by_noise_in_units_of_half_the_range(scale, options):
+def test_it_explores_by_noise_in_units_of_half_the_range(scale, options):
     spec = Bounded(-20.0, 20.0, (1,))
     learner = learner_of(td3, **options)(3, spec)
     features = torch.randn(1, 3).expand(5000, 3)
@@ -310,12 +300,12 @@ def none_reduced(*spaces):
         (td3, lambda m: LossLearner(m(3, SPACES[1]), Unbounded((1,))), TypeError, "bounds"),
     ],
 )
-def test_bad_input(make, build, error, message):
+def test_what_does_not_fit_is_refused(make, build, error, message):
     with pytest.raises(error, match=f"(?s){message}"):
         build(make)
 
 
-def test_an_optimizer_of_your_own():
+def test_an_optimizer_of_ones_own_is_used():
     make = partial(torch.optim.SGD, momentum=0.5)
     learner = LossLearner(td3(3, SPACES[1]), SPACES[1], lr=0.1, optim_factory=make)
     assert isinstance(learner.optim, torch.optim.SGD)

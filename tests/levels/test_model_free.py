@@ -85,7 +85,7 @@ def test_an_end_of_the_input_ends_the_return():
     torch.testing.assert_close(seen["next", "reward"], following["reward"] / unit)
 
 
-def test_or_the_value_goes_on_as_if_it_were_given_again():
+def test_without_input_ends_the_value_goes_on_as_if_the_input_were_given_again():
     level, seen, rows = learned_from(transitions(60), input_ends=False)
     assert torch.equal(seen["next", "terminated"], rows["next", "terminated"])
     again = (rows["n_actions"] + 1) % 4
@@ -200,7 +200,7 @@ def test_random_at_first_then_exploring_and_neither_in_evaluation():
 
 
 @pytest.mark.parametrize(("task", "n"), [("InvertedPendulum-v5", None), ("Reacher-v5", 2)])
-def test_collects_and_learns(task, n):
+def test_it_is_random_first_and_learns_from_what_a_collector_gives(task, n):
     def run():
         torch.manual_seed(0)
         env = get_task(task).make(seed=0) if n is None else make_batched(task, n, seed=0)

@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import (
-    SPACES,
-    both,
-    make_transitions,
-)
-from torchrl.data import (
-    Bounded,
-)
+from helpers import SPACES, both, make_transitions
+from torchrl.data import Bounded
 
-from layeredrl_torchrl import (
-    Hierarchy,
-    RandomLevel,
-    get_task,
-)
+from layeredrl_torchrl import Hierarchy, RandomLevel, get_task
 
 
 @both

@@ -8,26 +8,11 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import (
-    ACTIONS,
-    OBS,
-    SPACES,
-    both,
-    make_transitions,
-    model_free_level,
-    planner_level,
-)
+from helpers import ACTIONS, OBS, SPACES, both, make_transitions, model_free_level, planner_level
 from torchrl.checkpoint import Checkpoint, GlobalRNGState
-from torchrl.data import (
-    LazyTensorStorage,
-    OneHot,
-    TensorDictReplayBuffer,
-)
+from torchrl.data import LazyTensorStorage, OneHot, TensorDictReplayBuffer
 
-from layeredrl_torchrl import (
-    DQNLearner,
-    SafeCheckpoint,
-)
+from layeredrl_torchrl import DQNLearner, SafeCheckpoint
 from layeredrl_torchrl.levels import LevelHook
 
 LEARNERS = {

@@ -120,7 +120,7 @@ def test_skills_fan_out():
     assert residual.var(0).sum() < 0.25 * skill.var(0).sum()
 
 
-def test_paid_for_each_step_by_a_model_of_single_steps():
+def test_dads_pays_for_each_step_by_a_model_of_single_steps():
     env = Plane(3)
     agent = make_agent(env, each_step=True, reward=DADSReward(n_skill_samples=8))
     (data,) = collected(env, agent, 1, 60)
@@ -290,7 +290,7 @@ def test_the_environments_reward_plays_no_part():
     assert all(torch.allclose(first[key], second[key], atol=1e-5) for key in first)
 
 
-def test_saved_and_resumed_bit_for_bit(tmp_path):
+def test_a_resumed_run_of_skills_goes_on_bit_for_bit(tmp_path):
     first, second = (make_agent(Plane(5), updates_per_step=0.2) for _ in range(2))
     train(first, Plane(5), 240)
     drawn = second.levels[1].skill_reward.linear_model.clone()
@@ -316,7 +316,7 @@ def test_saved_and_resumed_bit_for_bit(tmp_path):
         (lambda: Hierarchy([RandomLevel(), make_skills()], Plane(2)), ValueError, "SkillLevel"),
     ],
 )
-def test_bad_input(make, error, message):
+def test_what_does_not_fit_is_refused(make, error, message):
     with pytest.raises(error, match=message):
         make()
 

@@ -88,7 +88,7 @@ def test_what_it_stores_another_predictor_learns_from():
     assert info["n_updates"] == 3.0
 
 
-def test_in_a_hierarchy():
+def test_in_a_hierarchy_it_reaches_its_goal_too():
     level = known_level(n_initial_random_steps=40)
     hierarchy = Hierarchy([level], Line(2))
     data, _ = play(hierarchy)

@@ -6,11 +6,7 @@ import copy
 
 import pytest
 import torch
-from helpers import (
-    SPACES,
-    make_transitions,
-    model_free_level,
-)
+from helpers import SPACES, make_transitions, model_free_level
 from loss_parts import (
     LOSSES,
     SIDES,
@@ -26,12 +22,7 @@ from loss_parts import (
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.data import Bounded, Categorical, OneHot
-from torchrl.modules import (
-    OneHotCategorical,
-    ProbabilisticActor,
-    QValueActor,
-    ValueOperator,
-)
+from torchrl.modules import OneHotCategorical, ProbabilisticActor, QValueActor, ValueOperator
 from torchrl.objectives import (
     A2CLoss,
     BCLoss,

@@ -40,7 +40,7 @@ N_MODES, D = 2, 3
         ((None, None, 1), ValueError, "state_space"),
     ],
 )
-def test_spaces(spaces, error, message, box):
+def test_spaces_of_another_kind_are_refused(spaces, error, message, box):
     spaces = (box(space) if isinstance(space, int) else space for space in spaces)
     with pytest.raises(error, match=r"(?s)" + message):
         ProbabilisticEnsemble(*spaces)
@@ -49,7 +49,7 @@ def test_spaces(spaces, error, message, box):
 @pytest.mark.parametrize(
     "keys", [{"in_keys": ["state", "action"]}, {"out_keys": [("next", "state")]}]
 )
-def test_the_number_of_keys(keys, box):
+def test_another_number_of_keys_is_refused(keys, box):
     with pytest.raises(ValueError, match=r"expected 3 in_keys like .* and 5 out_keys like .*got"):
         ProbabilisticEnsemble(box(2), None, box(1), **keys)
 
@@ -128,7 +128,7 @@ CALLED = r"called as partial_net\(state_space.*functools\.partial"
         (partial(ProbFCDynamics, hidden=(8,)), TypeError, CALLED),
     ],
 )
-def test_a_partial_net_that_makes_no_member(partial_net, error, message, box):
+def test_a_partial_net_that_makes_no_member_is_refused(partial_net, error, message, box):
     with pytest.raises(error, match=message):
         ProbabilisticEnsemble(box(D), None, box(1), partial_net, 2, N_MODES)
 
@@ -176,7 +176,7 @@ def test_checking_the_members_draws_no_random_number_and_keeps_their_mode(box):
     ],
 )
 @pytest.mark.parametrize("call", ["predict", "rollout"])
-def test_inputs_that_do_not_fit(call, changes, error, message, fc, recorded):
+def test_inputs_that_do_not_fit_are_refused(call, changes, error, message, fc, recorded):
     ensemble, _ = recorded(fc)
     given = {"state": torch.zeros(4, 3), "context": torch.zeros(4, 2)}
     state, context, actions = (given | {"action": torch.zeros(4, 5, 2)} | changes).values()
@@ -194,13 +194,13 @@ def test_inputs_that_do_not_fit(call, changes, error, message, fc, recorded):
         ((4, 2), r"action has shape \(4, 2\), expected \(4, 2, 2\)"),
     ],
 )
-def test_plans_of_another_shape(shape, message, fc, recorded):
+def test_plans_of_another_shape_are_refused(shape, message, fc, recorded):
     ensemble, _ = recorded(fc)
     with pytest.raises(ValueError, match=message):
         ensemble.rollout(torch.zeros(4, 3), torch.zeros(4, 2), torch.zeros(shape))
 
 
-def test_actions_outside_their_space(fc, recorded):
+def test_actions_outside_their_space_are_refused(fc, recorded):
     space = gym.spaces.Box(np.float32([-1, -2]), np.float32([1, 2]))
     ensemble, _ = recorded(fc, action_space=space)
     given = torch.zeros(4, 3), torch.zeros(4, 2)
@@ -215,7 +215,7 @@ def test_actions_outside_their_space(fc, recorded):
 
 @pytest.mark.parametrize("call", ["__call__", "dist"])
 @pytest.mark.parametrize("missing", ["state", "context", "action"])
-def test_a_tensordict_without_a_key(call, missing, fc, recorded):
+def test_a_key_that_a_tensordict_lacks_is_named(call, missing, fc, recorded):
     ensemble, _ = recorded(fc)
     td = TensorDict(state=torch.zeros(4, 3), context=torch.zeros(4, 2), action=torch.zeros(4, 2))
     td = td.auto_batch_size_(1).exclude(missing).set("reward", torch.zeros(4, 1))

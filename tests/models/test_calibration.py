@@ -29,7 +29,7 @@ def corrected(std, shift, slope, spread, member, n_models):
 
 @pytest.mark.parametrize("n_models", [1, 2, 5])
 @pytest.mark.parametrize("shape", [(4, 2), (4, 3, 2)])
-def test_the_formula(n_models, shape):
+def test_a_std_is_shifted_and_stretched_and_spread_over_the_members(n_models, shape):
     calibration = Calibration(n_models, 2)
     set_to(calibration, [0.3, -0.8], [0.7, 1.2], 0.4)
     std = torch.rand(n_models, *shape) + 0.1

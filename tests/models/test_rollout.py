@@ -127,7 +127,7 @@ def test_a_mode_of_weight_0_is_never_drawn(table_net, tables):
 
 
 @pytest.mark.parametrize("height", [0.0, 1.0 - 2**-24])
-def test_not_even_at_the_ends_of_what_is_drawn(height):
+def test_a_mode_of_weight_0_is_not_drawn_at_the_ends_of_uniform_numbers(height):
     """Uniform numbers in float32 begin at 0 and end just below 1."""
     mean = torch.tensor([-9.0, 0.0, 9.0]).view(1, 3, 1, 1)
     weights = torch.tensor([0.0, 1.0, 0.0]).view(1, 3, 1)

@@ -23,7 +23,7 @@ BATCHES = [(), (1,), (3,), (2, 2)]
     deterministic=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_the_law_of_total_variance_in_loops(
+def test_uncertainty_is_the_law_of_total_variance_in_loops(
     batch, n_models, n_particles, horizon, d, deterministic, seed, tanh_net, recorded
 ):
     torch.manual_seed(seed)
@@ -55,7 +55,7 @@ def test_the_law_of_total_variance_in_loops(
                 assert got["epistemic_var"][k].item() == 0
 
 
-def test_random_walks_with_different_drifts(table_net, tables):
+def test_of_random_walks_drifts_are_epistemic_and_noise_is_aleatoric(table_net, tables):
     """After h steps: the variance of the drifts grows with h squared, that of the noise with h."""
     torch.manual_seed(0)
     drifts, noise = [[-1.0, 0.0], [0.0, 0.0], [4.0, 0.0]], [0.5, 2.0]

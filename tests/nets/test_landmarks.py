@@ -38,7 +38,7 @@ def slow_distance(landmarks: Landmarks, place, goal) -> float:
     return math.inf
 
 
-def test_agrees_with_a_slow_search():
+def test_distances_are_those_of_a_slow_search():
     paths = walks()
     landmarks = Landmarks(2, radius=0.4)
     landmarks.extend(paths)
@@ -204,7 +204,7 @@ def test_a_bad_place_is_passed_by_on_the_other_side():
     torch.testing.assert_close(found, 10 * 0.9 ** torch.tensor([7.0, 0.0, 1.0]))
 
 
-def test_saved_landmarks_and_no_landmarks():
+def test_landmarks_are_saved_and_without_any_nothing_has_a_value():
     landmarks, other = (Landmarks(2, radius=0.4, capacity=20) for _ in range(2))
     state = torch.randn(7, 4)
     assert not landmarks.value(state, state[:, :2]).any()
@@ -228,7 +228,7 @@ def test_cast_to_less_it_keeps_its_places_and_counts():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_far_from_the_origin_as_near_it(dtype):
+def test_distances_far_from_the_origin_are_those_near_it(dtype):
     torch.manual_seed(0)
     paths = (walks() * 64).round() / 64  # exact at both places
     shift, ends = 4096.0, paths[:, [0, -1]]
@@ -269,13 +269,13 @@ def test_bad_places_leave_it_as_it_was(places):
 
 
 @pytest.mark.parametrize("bad", [{"radius": 0.0}, {"scale": 0.0}, {"capacity": 0}])
-def test_numbers_out_of_range(bad):
+def test_numbers_out_of_range_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Landmarks(2, **{"radius": 0.5} | bad)
 
 
 @pytest.mark.parametrize("bad", [{"speed": 0.0}, {"discount": 1.0}, {"discount": 0.0}])
-def test_values_of_numbers_out_of_range(bad):
+def test_values_of_numbers_out_of_range_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Landmarks(2, radius=0.5).value_of(at_goal, **{"speed": 1.0, "discount": 0.9} | bad)
 

@@ -110,7 +110,7 @@ def naive_targets(loss, batch):
 @pytest.mark.parametrize("random", [False, True])
 @pytest.mark.parametrize("elapsed", [False, True])
 @pytest.mark.parametrize(("k_steps", "n_steps"), [(1, 1), (1, 3), (3, 1), (2, 3)])
-def test_equals_a_loop_over_single_steps(k_steps, n_steps, elapsed, random):
+def test_the_losses_equal_a_loop_over_single_steps(k_steps, n_steps, elapsed, random):
     loss = make_loss(k_steps, n_steps, value=ActionValue)
     batch = make_slices(k_steps + n_steps, elapsed, random)
 
@@ -215,7 +215,7 @@ def reached(loss, key, batch):
 
 
 @pytest.mark.parametrize("learn_encoder", [False, True])
-def test_what_the_gradients_reach(learn_encoder):
+def test_gradients_reach_the_head_of_each_loss_and_the_encoder_by_the_reward(learn_encoder):
     loss, batch = make_loss(learn_encoder=learn_encoder), make_slices(5)
     encoder = {"encoder"} if learn_encoder else set()
     assert reached(loss, "loss_reward", batch) == {"rew_func"} | encoder

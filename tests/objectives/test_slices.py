@@ -128,7 +128,7 @@ def test_every_stored_transition_starts_equally_many_slices(make_buffer, ndim):
 
 
 @pytest.mark.parametrize("layout", ["[T]", "[E, T]", "[E, T] flattened"])
-def test_slices_of_a_collector_on_mujoco(make_buffer, layout):
+def test_slices_of_a_collector_on_mujoco_follow_its_episodes(make_buffer, layout):
     # Random actions drop the pendulum within a few steps, so most slices meet an episode's end.
     make = partial(GymEnv, "InvertedPendulum-v5", device="cpu")
     env = make() if layout == "[T]" else SerialEnv(2, make)

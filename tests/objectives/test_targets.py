@@ -55,7 +55,7 @@ def slices(draw):
 )
 @settings(max_examples=150, deadline=None)
 @given(case=slices())
-def test_equals_a_loop_over_single_transitions(dtype, tolerance, case):
+def test_targets_equal_a_loop_over_single_transitions(dtype, tolerance, case):
     k, n, gamma = case["k"], case["n"], case["gamma"]
     reward = torch.tensor(case["reward"], dtype=dtype)
     elapsed = None if case["elapsed"] is None else torch.tensor(case["elapsed"])

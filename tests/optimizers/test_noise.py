@@ -33,7 +33,7 @@ def slow_filter(white, beta):
 
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(1, 17), beta=st.sampled_from([0.0, 0.25, 1.0, 2.0, 3.5]), seed=st.integers(0))
-def test_equals_the_filter_by_definition(n, beta, seed):
+def test_noise_is_filtered_as_by_definition(n, beta, seed):
     generator = torch.Generator().manual_seed(seed % 2**31)
     white = torch.randn(n, generator=generator, dtype=torch.float64)
     expected = [z.real for z in slow_filter(white.tolist(), beta)]

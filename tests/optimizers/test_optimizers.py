@@ -66,7 +66,9 @@ def wavy(target):
 @pytest.mark.parametrize("momentum", [0.0, 0.3])
 @pytest.mark.parametrize("elite_ratio", [0.1, 0.5])
 @pytest.mark.parametrize("n_proposals", [None, 0, 5])
-def test_equals_a_slow_twin(make, make_gaussian, warm, momentum, elite_ratio, n_proposals):
+def test_an_optimizer_equals_a_slow_twin(
+    make, make_gaussian, warm, momentum, elite_ratio, n_proposals
+):
     search = make_gaussian(2, -1.0, 1.5, sigma=[0.4, 0.8], dtype=torch.float64)
     optimizer = make(search, 3, n_samples=20, momentum=momentum, elite_ratio=elite_ratio)
     targets = 2 * torch.rand(4, 1, 3, 2, dtype=torch.float64) - 1
@@ -107,7 +109,7 @@ def test_equals_a_slow_twin(make, make_gaussian, warm, momentum, elite_ratio, n_
 # -- choices, memory, gradients -------------------------------------------------------------------
 
 
-def test_finds_the_best_choices_of_every_problem_as_if_it_were_alone(make):
+def test_the_best_choices_of_every_problem_are_found_as_if_it_were_alone(make):
     optimizer = make(CategoricalSearch(3), 6, n_samples=200, n_iterations=8)
     wanted = torch.randint(3, (2, 2, 1, 6))
 
@@ -183,7 +185,9 @@ def test_icem_draws_correlated_noise(make_gaussian, beta, smooth):
         ({"elite_ratio": 0.8, "keep_ratio": 1.0}, (40, 40, 40), 32),
     ],
 )
-def test_icem_options(make_gaussian, options, populations, n_kept):
+def test_options_of_icem_set_its_populations_and_what_is_kept(
+    make_gaussian, options, populations, n_kept
+):
     options = {"n_samples": 40, "n_iterations": 3, "elite_ratio": 0.1} | options
     optimizer = ICEM(make_gaussian(), 3, **options)
     assert optimizer.populations == populations

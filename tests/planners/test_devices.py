@@ -166,7 +166,7 @@ def test_a_graph_gives_what_a_plan_gives(cuda, kind):
 
 
 @pytest.mark.gpu
-def test_the_library_captures_a_planner(cuda):
+def test_tensordicts_graphs_capture_a_planner(cuda):
     planner = ICEMPlanner(predictor().to(cuda), **SMALL)
     graph = CudaGraphModule(planner)
     td, actions = given(planner, 2, cuda), []

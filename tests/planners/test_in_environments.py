@@ -65,7 +65,7 @@ def vector():
 
 
 @pytest.mark.parametrize("make", [pendulum, lambda: SerialEnv(3, pendulum), vector])
-def test_in_a_rollout(planner, make):
+def test_in_a_rollout_the_memory_is_carried_and_cleared_at_resets(planner, make):
     env = TransformedEnv(make(), planner.make_tensordict_primer())
     check_env_specs(env)
     env.set_seed(0)
@@ -78,7 +78,7 @@ def test_in_a_rollout(planner, make):
 
 
 @pytest.mark.parametrize("categorical", [True, False])
-def test_actions_that_torchrl_has_discretized(categorical):
+def test_actions_that_torchrl_has_discretized_are_planned(categorical):
     make = lambda: pendulum().append_transform(ActionDiscretizer(5, categorical=categorical))  # noqa: E731
     for env in (make(), SerialEnv(2, make)):
         spaces = env.observation_spec_unbatched, env.full_action_spec_unbatched
@@ -91,7 +91,7 @@ def test_actions_that_torchrl_has_discretized(categorical):
 
 
 @pytest.mark.parametrize("n", [None, 2])
-def test_in_a_collector(planner, n):
+def test_in_a_collector_the_memory_is_carried_and_seeds_decide(planner, n):
     env = pendulum() if n is None else SerialEnv(n, pendulum)
     results = []
     for _ in range(2):

@@ -122,7 +122,7 @@ def test_the_first_move_of_a_point_is_the_best(kind, action_key):
     [OneHot(3), Categorical(3), Categorical(3, (1,))],
     ids=["one-hot", "integer", "integer with an axis"],
 )
-def test_discrete_actions(kind, space):
+def test_the_best_of_discrete_actions_is_found(kind, space):
     """A walker on a line goes left, stays, or goes right: action 0, 1, 2."""
 
     def walk(state, action):
@@ -154,7 +154,7 @@ def test_the_memory_is_handed_on_one_step_later(kind):
     assert torch.equal(td["next", "planner", "mean"], expected)
 
 
-def test_seed_gradients_and_modes(kind):
+def test_plans_follow_the_seed_and_leave_gradients_and_modes_alone(kind):
     predictor = make_predictor()
     predictor.model.eval()
     planner = kind(predictor, horizon=3, n_samples=20, use_value_func=True)
@@ -200,7 +200,7 @@ def test_defaults_are_those_that_are_documented(kind):
 # -- every option has an effect -------------------------------------------------------------------
 
 
-def test_what_is_returned():
+def test_a_return_mode_chooses_what_is_played():
     predictor, obs = make_point(), torch.randn(3, 2)
     for name in ("mean", "best", "random"):
         planner = CEMPlanner(predictor, horizon=3, n_samples=30, return_mode=name)

@@ -194,7 +194,7 @@ def test_padding_is_left_out(plot):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("plot", PLOTS)
-def test_predictors_of_other_precision(plot, dtype):
+def test_predictors_of_other_precision_are_drawn(plot, dtype):
     predictor = make_predictor().to(dtype)
     data = make_transitions(8).reshape(2, 4)
     data["next", "done"] = torch.zeros(2, 4, 1)  # floats, as some data sets have them
@@ -213,7 +213,7 @@ def test_the_default_device_of_torch_does_not_matter(plot):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("plot", PLOTS)
-def test_inputs_that_show_nothing(plot):
+def test_inputs_that_show_nothing_are_refused(plot):
     predictor, data = make_predictor(), make_transitions(8).reshape(2, 4)
     rows = PLOTS[plot](data)
     with pytest.raises(ValueError, match=r"the shape \(0.* and no transition"):
@@ -232,7 +232,7 @@ def test_inputs_that_show_nothing(plot):
             plot(predictor, one)
 
 
-def test_too_few_points():
+def test_too_few_points_are_refused():
     predictor, data = make_predictor(), make_transitions(8)
     with pytest.raises(ValueError, match="n_levels must be at least 2, got 1"):
         plot_calibration(predictor, data, n_levels=1)

@@ -98,7 +98,7 @@ def test_an_environment_of_any_kind_gives_a_predictor_of_its_sizes(kind):
 
 
 @pytest.mark.parametrize("categorical", [False, True])
-def test_discrete_actions_are_learned(categorical):
+def test_discrete_actions_of_either_encoding_are_taken(categorical):
     env = GymEnv("CartPole-v1", categorical_action_encoding=categorical)
     predictor = PredictorFactory(**SMALL)(env.observation_spec, env.action_spec)
     assert learn_from(env, predictor)[1]["n_updates"] == 2.0
@@ -209,7 +209,7 @@ def test_every_option_reaches_its_part():
     assert {5, 6} < {n for p in members.values() for n in p.shape}
 
 
-def test_a_learned_encoder():
+def test_a_learned_encoder_is_built_with_its_sizes():
     make = partial(EncoderNet, latent_state_dim=4, context_dim=2)
     predictor = PredictorFactory(**SMALL, partial_encoder=make)(BOX, ACTION)
     assert isinstance(predictor.encoder, EncoderNet)
@@ -228,7 +228,7 @@ def test_observations_may_be_nested(key, dim):
     assert (predictor.encoder.obs_dim, predictor.latent_state_dim) == (dim, 3)
 
 
-def test_predictors_share_nothing():
+def test_predictors_of_one_factory_share_nothing():
     factory = PredictorFactory(**SMALL)
     first, second = factory(BOX, ACTION), factory(BOX, ACTION)
     assert not {id(p) for p in first.parameters()} & {id(p) for p in second.parameters()}

@@ -192,7 +192,7 @@ def test_step_module_shares_the_parameters_and_adds_none(predictor):
 
 
 @pytest.mark.parametrize("space", [Categorical(3), OneHot(3)], ids=["integer", "one-hot"])
-def test_discrete_actions_in_either_form(space):
+def test_discrete_actions_predict_the_same_in_either_form(space):
     predictor = build(model={"action_space": space})
     obs, index = torch.randn(5, OBS), torch.tensor([0, 1, 2, 0, 1])
     one_hot = nn.functional.one_hot(index, 3)

@@ -90,7 +90,7 @@ def test_it_learns_from_any_storage_and_does_not_change_it(storage, shape):
         ({"value_loss_weight": 0.0}, {"val_func"}),
     ],
 )
-def test_what_an_option_leaves_as_it_is(options, still):
+def test_an_option_leaves_its_part_as_it_is(options, still):
     predictor, buffer = make_predictor(EncoderNet((2,), 2, 0), **options), make_buffer()
     nn.init.normal_(predictor.rew_func.net[-1].weight)  # at 0 no gradient passes to the encoder
     predictor.encoder.mask[0] = True
@@ -232,7 +232,7 @@ def test_another_scale_of_rewards_does_not_change_the_value():
 
 
 @pytest.mark.parametrize("member_batches", [OwnBatches(), SharedBatch(), BootstrappedBatches()])
-def test_small_batches_are_enough(member_batches):
+def test_batches_of_one_row_are_enough(member_batches):
     """Whatever share of them is kept from the model, or from a member."""
     predictor = make_predictor(model_training=ModelTraining(member_batches=member_batches))
     _, info = predictor.learn(make_buffer(), 100, 1, 1, 0)

@@ -58,7 +58,7 @@ def test_a_rollout_is_the_simulation(predictor, deterministic):
         torch.testing.assert_close(one["next", "reward"][:, 0], torch.tensor(rewards))
 
 
-def test_one_step_calls(predictor):
+def test_one_step_calls_are_the_simulation(predictor):
     obs, act = torch.tensor([[0.5, -1.0]]), torch.tensor([[1.5]])
     states, rewards = simulate(0.5, -1.0, [1.5])
     mean, weights, std, predicted, term_prob = predictor.predict(obs, act)
@@ -99,7 +99,7 @@ def test_models_of_another_kind_are_refused(predictor):
         StaticPredictor(torch.nn.Linear(2, 2), value, reward, IdentityEncoder((2,)), 2)
 
 
-def test_known_physics_in_double_precision(predictor):
+def test_known_physics_are_exact_in_double_precision(predictor):
     predictor.double()
     obs, act = torch.randn(2, dtype=torch.float64), torch.rand(50, 1, dtype=torch.float64)
     traj = predictor.rollout(obs, act)[0, 0]

@@ -48,7 +48,7 @@ def make_planner():
     return SMALL_PLANNER(SMALL_FACTORY(env.observation_spec_unbatched, env.action_spec_unbatched))
 
 
-def test_the_mean_of_whole_episodes():
+def test_an_evaluation_is_the_mean_of_whole_episodes():
     """Against a loop over gymnasium's own steps; the collector resets twice before it acts."""
     policy = swaying()
     found = evaluate(partial(make_env, 7, 1), policy, 4, seed=0, device="cpu")
@@ -70,7 +70,7 @@ def test_the_mean_of_whole_episodes():
     assert found["episode_length"] == pytest.approx(sum(lengths) / 4)
 
 
-def test_nothing_else_notices():
+def test_an_evaluation_leaves_generators_and_modes_as_they_were():
     planner = make_planner()
     planner.predictor.eval()
     planner.predictor.model.train()
@@ -156,7 +156,7 @@ def test_success_is_that_of_episodes():
     assert _success(TensorDict({"next": {}}, [1, 6])) == {}
 
 
-def test_goals_of_which_nobody_says_whether_they_were_reached(tmp_path):
+def test_goals_of_which_nobody_says_whether_they_were_reached_are_named(tmp_path):
     every = {"steps_per_evaluation": 20, "episodes_per_evaluation": 1}
     with Run(Options(task="Reacher-Tip", output=tmp_path / "run", **every), 20) as run:
         run.count(torch.zeros(20))
@@ -229,7 +229,7 @@ def make_single(seed, n, **kwargs):
     return env
 
 
-def test_an_environment_without_a_batch_axis(tmp_path):
+def test_an_environment_without_a_batch_axis_is_evaluated(tmp_path):
     config = Options(output=tmp_path / "run", steps_per_evaluation=40)
     with Run(config, 80) as run:
         env = make_single(0, 1)
@@ -245,7 +245,7 @@ def test_an_environment_without_a_batch_axis(tmp_path):
     assert [float(line) > 0 for line in lines] == [True]
 
 
-def test_returns_that_nobody_sums(tmp_path):
+def test_returns_that_nobody_sums_are_named(tmp_path):
     with Run(Options(output=tmp_path / "run"), 80) as run:
         env = make_batched(TASK, 2, seed=0)
         with pytest.raises(KeyError, match=r"append torchrl.envs.RewardSum\(\)"):
@@ -256,7 +256,7 @@ def test_returns_that_nobody_sums(tmp_path):
 
 @pytest.mark.usefixtures("renders")
 @pytest.mark.parametrize("fps", [None, 10])
-def test_a_video_of_an_environment_without_a_batch_axis(fps, tmp_path):
+def test_an_environment_without_a_batch_axis_is_recorded(fps, tmp_path):
     """And of one that does not know its own pace."""
     env = make_single(0, 1, render_mode="rgb_array")
     env.base_env._env.metadata["render_fps"] = fps
@@ -270,7 +270,7 @@ def test_a_video_of_an_environment_without_a_batch_axis(fps, tmp_path):
 
 
 @pytest.mark.usefixtures("renders")
-def test_a_video_of_a_finished_run(tmp_path):
+def test_a_finished_run_can_be_recorded(tmp_path):
     """The policy is a planner, whose memory the environments of the end carry."""
     run = run_planner(tmp_path / "run", eval_episodes=1)
     assert not (run.folder / "video.gif").exists()

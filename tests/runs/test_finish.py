@@ -49,7 +49,7 @@ def options(tmp_path, **more):
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_last_steps_of_one_episode_in_each_environment(n):
+def test_the_last_step_of_one_episode_in_each_environment_is_returned(n):
     """As in a rollout that goes on over resets, cut at the first end of each row."""
     made = Made()
     ends = play_episodes(made(5, n), leaning())
@@ -65,7 +65,7 @@ def test_last_steps_of_one_episode_in_each_environment(n):
 
 
 @pytest.mark.parametrize(("seed", "expected"), [(None, 10_004), (7, 7)])
-def test_the_evaluation_at_the_end(seed, expected, tmp_path, capsys):
+def test_the_evaluation_at_the_end_is_written_and_said(seed, expected, tmp_path, capsys):
     made = Made()
     with Run(options(tmp_path, seed=4, eval_episodes=3), 60) as run:
         run.log({"return": 1.0})
@@ -85,7 +85,7 @@ def test_the_evaluation_at_the_end(seed, expected, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("shape", [(), (4,)])
-def test_a_report_of_goals_under_a_name_of_its_own(shape, tmp_path, capsys):
+def test_goals_are_reported_under_a_name_of_their_own(shape, tmp_path, capsys):
     success = torch.rand(*shape, 1) < 0.5
     ends = {"episode_reward": torch.randn(*shape, 1), "episode_success": success}
     with Run(options(tmp_path), 60) as run:
@@ -121,7 +121,7 @@ def test_evaluations_on_the_way_are_the_same_episodes_of_goals_never_trained_on(
 
 
 @pytest.mark.parametrize("ended", [[], [1], [0, 1]])
-def test_returns_of_a_batch(ended, tmp_path):
+def test_returns_are_of_ended_episodes_or_of_the_last_row(ended, tmp_path):
     """Of two environments and three steps, of which the second may end an episode."""
     so_far = torch.tensor([[1.0, 2.0, 4.0], [10.0, 20.0, 40.0]]).unsqueeze(-1)
     done = torch.zeros(2, 3, 1, dtype=torch.bool)

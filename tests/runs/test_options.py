@@ -84,7 +84,7 @@ class Structured(RunOptions):
         ("device", ["cpu"], ["gpu", "cuda:77", "meta", ""]),
     ],
 )
-def test_ranges(name, good, bad):
+def test_an_option_out_of_its_range_is_named(name, good, bad):
     for value in good:
         Options(**{name: value}).check()
     for value in bad:
@@ -93,7 +93,7 @@ def test_ranges(name, good, bad):
         assert "\n" not in str(said.value)
 
 
-def test_options_that_depend_on_others():
+def test_options_that_do_not_fit_one_another_are_named():
     with pytest.raises(RunError, match="multiple of the 3 environments"):
         Options(n_envs=3, steps_per_batch=20).check()
     for options, message in (
@@ -283,14 +283,14 @@ def test_a_folder_without_a_run_has_no_options(tmp_path, monkeypatch):
     assert given == [Options(output=tmp_path, resume=True, seed=3)]
 
 
-def test_a_task_with_goals():
+def test_a_task_without_goals_is_refused_where_goals_are_needed():
     assert find_task("Reacher-Tip", with_goals=True).reports_success
     assert find_task("Reacher-v5").name == "Reacher-v5"
     with pytest.raises(RunError, match="--task: Reacher-v5 has no goals to reach"):
         find_task("Reacher-v5", with_goals=True)
 
 
-def test_a_command_without_a_run(monkeypatch, capsys):
+def test_any_dataclass_can_be_the_options_of_a_command(monkeypatch, capsys):
     """Any dataclass can be the options."""
 
     @dataclass

@@ -216,7 +216,7 @@ def test_a_folder_belongs_to_one_run(options, message, small):
         {"logger": "tensorboard", "device": "cuda", "threads": 2},
     ],
 )
-def test_what_a_resumed_run_may_change(changed, small):
+def test_a_resumed_run_may_change_what_does_not_change_learning(changed, small):
     """Nothing of it changes what is learned."""
     options = small(seed=3).options
     RunFolder(replace(options, resume=True, **changed), ()).check(any_saved=True)
@@ -395,7 +395,7 @@ def test_a_full_disk_ends_the_run_in_one_line(tmp_path):
         go()
 
 
-def test_settings_are_plain(small):
+def test_settings_are_saved_as_plain_json(small):
     run = small(seed=3)
     settings = json.loads((run.folder / "settings.json").read_text())
     assert settings["seed"] == 3

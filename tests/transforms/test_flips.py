@@ -23,7 +23,7 @@ def make(limit=1.0, **kwargs):
     return Compose(DoubleToFloat(), FlipTermination(Angle(1), limit, **kwargs))
 
 
-def test_in_environments_and_collectors(build):
+def test_episodes_end_where_the_angle_passes_its_limit(build):
     # 0.3 a step is beyond 1 rad after four steps, -0.6 after two; the episodes would be longer.
     env = build(make, [{"turn": 0.3, "length": 9}, {"turn": -0.6, "length": 9}])
     check_env_specs(env)
@@ -63,7 +63,7 @@ def test_the_key_can_be_renamed(build):
     assert env.rollout(9).shape[-1] == 2  # the achieved goal is 10 plus the step
 
 
-def test_over_the_batched_factory():
+def test_of_a_batch_those_that_flipped_are_reset_alone():
     env = make_batched("HalfCheetah-v5", 3, seed=0)
     env.append_transform(FlipTermination(Angle(1), 0.1))
     check_env_specs(env, seed=None)
@@ -77,7 +77,7 @@ def test_over_the_batched_factory():
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.floats(-1, 1), min_size=4, max_size=4).filter(lambda q: np.linalg.norm(q) > 0.1))
-def test_the_tilt_of_a_quaternion(quaternion):
+def test_the_tilt_of_a_quaternion_is_that_of_its_rotated_axis(quaternion):
     w, x, y, z = np.array(quaternion) / np.linalg.norm(quaternion)
     # The last column of the rotation matrix: where the z axis goes.
     axis = np.array([2 * (x * z + w * y), 2 * (y * z - w * x), 1 - 2 * (x * x + y * y)])
@@ -123,7 +123,7 @@ def test_it_can_be_sent_to_workers():
     assert stop == FlipTermination(QuaternionTilt(1), 0.5).stop
 
 
-def test_observations_that_do_not_fit():
+def test_observations_that_do_not_fit_are_named():
     for tilt in (Angle(2), Angle(-3), QuaternionTilt(0)):
         with pytest.raises(ValueError, match=rf"{type(tilt).__name__}\(.*reads .* 2 values"):
             tilt(torch.zeros(5, 2))

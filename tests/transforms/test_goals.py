@@ -21,7 +21,7 @@ def expected(t, episode):
     return torch.tensor(rows)
 
 
-def test_in_environments_and_collectors(build):
+def test_goals_are_joined_in_environments_and_collectors(build):
     walks = [{"length": 3, "turn": 0.25}, {"length": 5, "turn": 0.25}]
     env = build(lambda: Compose(JoinGoals(), DoubleToFloat()), walks)
     check_env_specs(env)
@@ -56,7 +56,7 @@ def test_ranges_lead_the_encoder_to_its_parts(build):
     assert (context == context.flatten()[0]).all()
 
 
-def test_which_keys_and_in_which_order(build):
+def test_keys_are_joined_in_the_order_that_is_given(build):
     make = lambda: JoinGoals(["achieved_goal"], ["desired_goal"], "joined", del_keys=False)  # noqa: E731
     env = build(make, [{}, {}])
     check_env_specs(env)
@@ -207,7 +207,7 @@ def unravel(key):
         (lambda: JoinGoals(context_keys="goal"), TypeError, "context_keys must be a list"),
     ],
 )
-def test_errors(call, error, message):
+def test_arguments_that_do_not_fit_are_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
 

@@ -11,7 +11,7 @@ from layeredrl_torchrl import sum_rewards
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (6, 5)])
-def test_up_to_the_end_of_the_episode_or_of_the_data(shape):
+def test_rewards_are_summed_up_to_the_end_of_the_episode_or_of_the_data(shape):
     ended = torch.rand(*shape, 1) < 0.3
     following = {"reward": torch.randn(*shape, 1), "state": torch.randn(*shape, 2)}
     following |= {"done": ended, "terminated": ended & (torch.rand(*shape, 1) < 0.5)}

@@ -48,7 +48,7 @@ def check(data, window, finished, episode):
 
 
 @pytest.mark.parametrize("window", [100, 3, 1])
-def test_against_the_loop_in_rollouts_and_collectors(build, window):
+def test_rates_are_those_of_the_loop_in_rollouts_and_collectors(build, window):
     env = build(lambda: SuccessRate(window=window), WALKS)
     check_env_specs(env)
     env = build(lambda: SuccessRate(window=window), WALKS)
@@ -72,7 +72,7 @@ def test_against_the_loop_in_rollouts_and_collectors(build, window):
     )
 
 
-def test_more_instances_finish_at_once_than_the_window_holds():
+def test_of_more_that_finish_at_once_the_window_holds_the_last():
     rate = SuccessRate("reached", window=2)
     done = torch.ones(3, 1, dtype=torch.bool)
     for reached, expected, count in (([1, 0, 1], 0.5, 3), ([1, 1, 1], 1.0, 6), ([1, 1, 0], 0.5, 9)):
@@ -122,7 +122,7 @@ def test_an_environment_without_success_is_an_error():
         env.reset()
 
 
-def test_other_keys():
+def test_keys_can_be_renamed_and_nested():
     """In an environment of groups, and under names of one's own."""
     out = [("data", "won"), ("data", "rate"), "ended"]
     rate = SuccessRate(("data", "states"), done_key=("data", "done"), out_keys=out)
@@ -154,7 +154,7 @@ def test_keys_that_do_not_fit_are_named():
         env.reset()
 
 
-def test_sampled_data_has_no_episodes():
+def test_sampled_data_are_refused():
     with pytest.raises(RuntimeError, match="in an environment only"):
         SuccessRate()(TensorDict({"success": torch.ones(1, dtype=torch.bool)}, []))
 

@@ -98,7 +98,7 @@ def test_ctrl_c_completes_and_saves_its_batch(small, capsys):
     alone = small(seed=3)
     expected = numbers(alone.folder)
     shutil.rmtree(alone.folder)
-    with pytest.raises(KeyboardInterrupt, match=r"at step 20 of 80; go on .* --resume"):
+    with pytest.raises(KeyboardInterrupt, match=r"at step 20 of 80; continue .* --resume"):
         small(press, seed=3)
     assert "Ctrl-C again" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

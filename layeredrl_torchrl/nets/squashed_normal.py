@@ -78,7 +78,7 @@ class SquashedNormal(Distribution):
 
     @property
     def mode(self) -> Tensor:
-        """The median, which stands in for the mode: that has no closed form."""
+        """The median, in place of the mode, which has no closed form."""
         return self.deterministic_sample
 
     def _squash(self, before: Tensor) -> Tensor:

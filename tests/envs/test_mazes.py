@@ -174,5 +174,5 @@ def test_without_gymnasium_robotics_the_error_says_how_to_get_it(monkeypatch):
         lambda name, *args: None if name == "gymnasium_robotics" else find_spec(name, *args),
     )
     task = point_maze("mine", U)
-    with pytest.raises(ImportError, match=r"pip install -e '\.\[robotics\]'"):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[robotics\]"'):
         task.make()

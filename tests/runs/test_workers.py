@@ -235,5 +235,5 @@ def test_a_cluster_that_cannot_be_reached_says_so(address, example, tmp_path, mo
 
 def test_without_ray_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)  # as Python marks what cannot be imported
-    with pytest.raises(RunError, match=r"pip install -e '\.\[ray\]'"):
+    with pytest.raises(RunError, match=r'pip install -e "\.\[ray\]"'):
         WorkerOptions(n_workers=2, n_envs=1, steps_per_batch=100).check()

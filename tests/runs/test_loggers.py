@@ -46,10 +46,16 @@ def test_tensorboard_goes_on_where_the_run_does(tmp_path):
     assert [row["env_steps"] for row in run.rows] == [step for step, _ in found()]
 
 
-def test_weights_and_biases_goes_on_in_the_same_run(tmp_path, monkeypatch):
+@pytest.fixture
+def offline_wandb(monkeypatch):
+    """W&B, where it is installed, without a network."""
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+@pytest.mark.usefixtures("offline_wandb")
+def test_weights_and_biases_goes_on_in_the_same_run(tmp_path):
     with pytest.raises(StopError):
         log(tmp_path / "run", "wandb", 60, stop_at=30)
     begun = (tmp_path / "run" / "wandb_id").read_text()
@@ -59,11 +65,9 @@ def test_weights_and_biases_goes_on_in_the_same_run(tmp_path, monkeypatch):
     assert all(folder.name.endswith(begun) for folder in folders)
 
 
-def test_weights_and_biases_begins_anew_where_the_run_does(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("offline_wandb")
+def test_weights_and_biases_begins_anew_where_the_run_does(tmp_path):
     """Killed before its first checkpoint; W&B takes back no rows, perhaps of other options."""
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
     with pytest.raises(StopError):
         log(tmp_path / "run", "wandb", 60, stop_at=10)
     begun = (tmp_path / "run" / "wandb_id").read_text()

@@ -12,7 +12,7 @@ from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 
 from layeredrl_torchrl._checks import check_finite, check_width, require
-from layeredrl_torchrl._padding import padding_mask
+from layeredrl_torchrl._padding import PADDING, padding_mask
 from layeredrl_torchrl.specs import canonical_action
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "without_cut",
 ]
 
-_MASK = ("collector", "mask")
 _ENDS: tuple[NestedKey, NestedKey] = ("done", "terminated")
 _NOTHING = "nothing of the data is stored"
 _COMPACT = "; a collector with compact_obs=True leaves it out: build one without"
@@ -89,7 +88,7 @@ def collected(data: object, ends: tuple[NestedKey, NestedKey] = _ENDS) -> Tensor
             hint = f"the environment ends episodes by it; {_NOTHING}"
             value = require(rows, unravel_key(("next", key)), reader="learn", hint=hint)
             rows = rows.copy().set(("next", name), value)
-    mask = padding_mask(rows, _MASK)
+    mask = padding_mask(rows, PADDING)
     if mask is None:
         return rows
     return rows[mask.reshape(rows.shape)]

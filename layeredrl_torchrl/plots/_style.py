@@ -10,7 +10,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from layeredrl_torchrl._checks import check_indices, check_instance, require
-from layeredrl_torchrl._padding import padding_mask
+from layeredrl_torchrl._padding import PADDING, padding_mask
 from layeredrl_torchrl.predictors import Predictor
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def is_real(predictor: Predictor, data: TensorDictBase) -> Tensor:
     check_instance("predictor", predictor, Predictor, hint="a level has one: level.predictor")
     hint = "give what a collector yields, or TensorDict({...}, batch_size)"
     check_instance("data", data, TensorDictBase, hint=hint)
-    mask = padding_mask(data, ("collector", "mask"))
+    mask = padding_mask(data, PADDING)
     if mask is None:
         mask = torch.ones(data.shape, dtype=torch.bool, device="cpu")
     if not bool(mask.any()):

@@ -126,9 +126,14 @@ def stepping(config: Config, policy: Callable, *transforms, spread: bool) -> Cal
 
     @torch.no_grad()
     def block() -> float:
+        on_gpu = torch.device(config.device).type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize()
         td, begin = state[0], time.perf_counter()
         for _ in range(config.steps):
             _, td = env.step_and_maybe_reset(policy(td))
+        if on_gpu:
+            torch.cuda.synchronize()
         state[0] = td
         return 1e6 * (time.perf_counter() - begin) / config.steps
 

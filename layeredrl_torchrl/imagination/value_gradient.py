@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -163,7 +164,7 @@ class ValueGradientLoss(SoftActorCritic):
         Returns:
             ``loss_actor`` and ``loss_qvalue``, divided by the critics' scale and its square
             respectively; ``loss_alpha``; ``alpha``, ``entropy`` (nats) and ``value`` (the mean of
-            ``J``).
+            ``J``). With ``reduction="none"`` all are ``[*B]``, and 0 at padding but for ``alpha``.
         """
         episode = self._imagine(tensordict)
         loss_qvalue, critic = self._qvalue_loss(tensordict, episode)
@@ -174,15 +175,17 @@ class ValueGradientLoss(SoftActorCritic):
             "loss_qvalue": loss_qvalue,
             "loss_alpha": self.alpha_loss(found["log_prob"], tensordict),
         }
-        if self.reduction == "none":
-            return TensorDict(out, batch_size=tensordict.batch_size)
+        # Padding does not count, as in the losses.
+        whole, batch = self.reduction == "none", tensordict.batch_size
+        mean = partial(
+            self._reduce_loss, tensordict=tensordict, reduction="none" if whole else "mean"
+        )
         out |= {
-            "alpha": self.alpha,
-            # Padding does not count, as in the losses.
-            "entropy": self._reduce_loss(-found["log_prob"], tensordict, reduction="mean"),
-            "value": self._reduce_loss(found["value"], tensordict, reduction="mean"),
+            "alpha": self.alpha.expand(batch) if whole else self.alpha,
+            "entropy": mean(-found["log_prob"]),
+            "value": mean(found["value"]),
         }
-        return TensorDict(out)
+        return TensorDict(out, batch_size=batch if whole else ())
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute only ``loss_actor``, with ``log_prob`` and ``value [*B]`` of the first action."""

@@ -51,25 +51,31 @@ def test_what_was_frozen_stays_so_and_nothing_of_the_predictor_gets_a_gradient(f
     assert all(p.grad is None for p in predictor.parameters())
 
 
-def test_without_a_reduction_there_is_a_loss_for_each_row():
+@pytest.mark.parametrize("padded", [False, True])
+def test_without_a_reduction_every_output_has_a_number_for_each_row(padded):
     torch.manual_seed(0)
-    loss, td = (
-        make_learned(horizon=1, reduction="none"),
-        TensorDict({"state": torch.randn(6, 2)}, [6]),
-    )
+    loss = make_learned(horizon=1, reduction="none")
+    td = TensorDict({"state": torch.randn(6, 2)}, [6])
+    kept = torch.arange(6) != 2
+    if padded:
+        td[("collector", "mask")] = kept
     torch.manual_seed(1)
     rows = loss(td)
     loss.reduction = "mean"
     torch.manual_seed(1)
     mean = loss(td.exclude("td_error"))
-    for key in rows.keys():
+    assert set(rows.keys()) == set(mean.keys()) == set(loss.out_keys)
+    for key in loss.out_keys:
         assert rows[key].shape == (6,)
-        torch.testing.assert_close(rows[key].mean(), mean[key])
+        counted = rows[key][kept] if padded else rows[key]
+        torch.testing.assert_close(counted.mean(), mean[key])
+        assert not padded or key == "alpha" or rows[key][2] == 0
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("horizon", [0, 2])
-def test_tensors_by_name_give_what_a_tensordict_gives(horizon):
-    loss, td = make_learned(horizon=horizon), make_steps(6)
+def test_tensors_by_name_give_what_a_tensordict_gives(horizon, reduction):
+    loss, td = make_learned(horizon=horizon, reduction=reduction), make_steps(6)
     named = {"_".join([key] if isinstance(key, str) else key): td[key] for key in loss.in_keys}
     torch.manual_seed(0)
     found = loss(**named)

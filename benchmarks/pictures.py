@@ -17,6 +17,7 @@ import os
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads are slower, as networks are small
 if sys.platform == "linux" and not {"MUJOCO_GL", "DISPLAY"} & os.environ.keys():
@@ -90,6 +91,14 @@ def restore(folder: Path, **parts: object) -> None:
         is None
     ):
         raise SystemExit(f"{folder} has no checkpoint yet")
+
+
+def discount_of(folder: Path, agent: Any, options: Any) -> float:
+    """Return the discount that the critics of an actor-critic run learned by in the end."""
+    if (late := getattr(options, "late_gamma", None)) is None:
+        return options.gamma
+    restore(folder, counts=agent.counts)
+    return late if agent.counts["steps"] > agent.quarter else options.gamma
 
 
 def draw_curve(folder: Path, config: RunOptions) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pictures import example_of, restore
+from pictures import discount_of, example_of, restore
 from tensordict import TensorDict
 from torch import Tensor
 from torchrl.envs import ExplorationType, RewardSum, set_exploration_type
@@ -91,7 +91,7 @@ def main(config: Config) -> None:
     agent = example.Agent(options, task, env, options.total_env_steps or task.budget)
     restore(config.folder, loss=agent.loss, predictor=agent.predictor)
     torch.manual_seed(options.seed)
-    planner = make_planner(config, agent, options.gamma)
+    planner = make_planner(config, agent, discount_of(config.folder, agent, options))
     for how, policy in (("the policy", agent.policy), ("planned", planner)):
         env = make_batched(task, config.eval_episodes, seed=options.seed + 10_000)
         env.append_transform(RewardSum())

@@ -15,7 +15,7 @@ from itertools import compress
 from pathlib import Path
 
 import torch
-from pictures import example_of, restore
+from pictures import discount_of, example_of, restore
 from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.envs import ExplorationType, set_exploration_type
@@ -138,7 +138,8 @@ def main(config: Config) -> None:
         rows = torch.tensor([e[ahead] for e in errors if ahead in e])
         if len(rows):
             print(f"| {ahead} | {rows[:, 0].mean():.3f} | {rows[:, 1].mean():+.2f} |")
-    pairs = [values(agent, ep, options.gamma) for ep in episodes]
+    gamma = discount_of(config.folder, agent, options)
+    pairs = [values(agent, ep, gamma) for ep in episodes]
     said, came = (torch.cat(part) for part in zip(*pairs, strict=True))
     if len(said):
         print(f"\nThe critics say {said.mean():.1f} where {came.mean():.1f} came.")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from layeredrl_torchrl import get_task, make_batched
+from layeredrl_torchrl import SafeCheckpoint, SafeRotation, get_task, make_batched
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,6 +117,21 @@ def test_without_a_discount_values_are_known_of_episodes_that_terminate(benchmar
     assert came[0] == episode["next", "reward"].sum()
     said, came = module.values(agent, episode[:-1], 1.0)
     assert said.shape == came.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("late", "steps", "expected"), [(0.9, 21, 0.9), (0.9, 20, 0.8), (None, 21, 0.8)]
+)
+def test_the_discount_of_a_run_is_the_one_it_ended_with(late, steps, expected, benchmark, tmp_path):
+    """The run has 80 steps; it changes after the first quarter."""
+    task = get_task("InvertedPendulum-v5")
+    options = {"gamma": 0.8, "late_gamma": late, "hidden_size": 8, "model_size": 8}
+    config = benchmark("value_gradients").Config(task=task.name, **options)
+    agent = benchmark("value_gradients").Agent(config, task, make_batched(task, 1, seed=0), 80)
+    saved = {"steps": steps, "updates": steps, "random_steps": 0}
+    rotation = SafeRotation(tmp_path / "checkpoints", keep_last=2)
+    rotation.save(SafeCheckpoint(counts=saved), step=steps)
+    assert benchmark("pictures").discount_of(tmp_path, agent, config) == expected
 
 
 @pytest.mark.slow

@@ -26,7 +26,6 @@ from layeredrl_torchrl import get_task
 from layeredrl_torchrl.runs import Count, Seed, command, find_task
 
 # What differs from the examples' defaults.
-WALKS = "--known-termination --late-gamma 0.995"
 OPTIONS = {
     "learn_to_control": {
         "InvertedPendulum-v5": "--n-envs 2",  # so that a full episode fits in 2,000 steps
@@ -39,8 +38,8 @@ OPTIONS = {
     },
     "value_gradients": {
         "HalfCheetah-v5": "",
-        "Hopper-v5": WALKS,
-        "Walker2d-v5": WALKS,
+        "Hopper-v5": "--known-termination",
+        "Walker2d-v5": "--known-termination",
         "InvertedPendulum-v5": "--total-env-steps 1000",
         "InvertedDoublePendulum-v5": "",
         "Swimmer-v5": "",

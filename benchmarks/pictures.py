@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import ctypes
 import importlib
+import math
 import os
 import sys
 from dataclasses import dataclass, fields
@@ -95,10 +96,9 @@ def restore(folder: Path, **parts: object) -> None:
 
 def discount_of(folder: Path, agent: Any, options: Any) -> float:
     """Return the discount that the critics of an actor-critic run learned by in the end."""
-    if (late := getattr(options, "late_gamma", None)) is None:
-        return options.gamma
     restore(folder, counts=agent.counts)
-    return late if agent.counts["steps"] > agent.quarter else options.gamma
+    has_changed = agent.counts["steps"] > getattr(agent, "quarter", math.inf)
+    return agent.late_gamma if has_changed else options.gamma
 
 
 def draw_curve(folder: Path, config: RunOptions) -> None:

@@ -41,7 +41,7 @@ class Config(runs.RunOptions):
     gamma: runs.PositiveShare = 0.99
     """Discount."""
     late_gamma: runs.PositiveShare | None = None
-    """Discount after the first quarter of the run, where it differs."""
+    """Discount after the first quarter; by default 0.995 on Hopper-v5, 0.998 on Walker2d-v5."""
     horizon: runs.Count = 5
     """Imagined steps that the policy's gradient flows through."""
     episode_steps: runs.Count = 40
@@ -72,6 +72,7 @@ class Config(runs.RunOptions):
     """Folder of the learning curve, of the evaluation and of the checkpoints."""
 
 
+LATE_GAMMA = {"Hopper-v5": 0.995, "Walker2d-v5": 0.998}  # from the start, they would stand
 REAL_KEYS = ("observation", "action", "next", ("collector", "traj_ids"))
 KEYS = ("state", "context", "action", "value_target")
 TERMS = ("nll", "loss_reward", "loss_qvalue", "value", "entropy", "alpha")
@@ -83,6 +84,7 @@ class Agent:
     def __init__(self, config: Config, task: lt.Task, env: EnvBase, total: int) -> None:
         self.config, self.quarter, n_random = config, total // 4, config.random_steps
         n_random = min(1000, self.quarter) if n_random is None else n_random
+        self.late_gamma = config.late_gamma or LATE_GAMMA.get(task.name, config.gamma)
         dims = {"latent_state_dims": task.state_dims, "context_dims": task.context_dims}
         make_predictor = lt.PredictorFactory(
             hidden_sizes=(config.model_size,) * 3,
@@ -116,8 +118,8 @@ class Agent:
         self.take = CudaGraphModule(self.update, in_keys=[], out_keys=[]) if graph else self.update
         store = partial(LazyTensorStorage, device=config.device)
         self.real = TensorDictReplayBuffer(storage=store(max(total, 100_000), ndim=2))
-        n_imagined = config.n_episodes * config.episode_steps
-        self.imagined = TensorDictReplayBuffer(storage=store(5 * n_imagined))
+        n_imagined = 5 * config.n_episodes * config.episode_steps
+        self.imagined = TensorDictReplayBuffer(storage=store(n_imagined))
         self.counts = {"steps": 0, "updates": 0, "random_steps": n_random}
         names = ["loss", "optim", "schedule", "real", "imagined", "counts", "predictor"]
         self.parts = {n: vars(self)[n] for n in names} | {"model_optim": self.predictor.optim}
@@ -129,10 +131,8 @@ class Agent:
         counts["steps"] += n_steps
         if counts["steps"] < counts["random_steps"]:
             return {}
-        if config.late_gamma and counts["steps"] > self.quarter:
-            self.loss.gamma = config.late_gamma
-        # The first phase also makes the updates for all random steps.
-        n_steps = n_steps if counts["updates"] else counts["steps"]
+        self.loss.gamma = self.late_gamma if counts["steps"] > self.quarter else config.gamma
+        n_steps = n_steps if counts["updates"] else counts["steps"]  # first for random steps, too
         n_fits, n = max(round(config.model_updates_per_step * n_steps), 1), config.batch_size
         _, info = self.predictor.learn(self.real, n_fits, n, n, counts["steps"])
         self.loss.fit_inputs(self.predictor.encoder(self.real[:]))

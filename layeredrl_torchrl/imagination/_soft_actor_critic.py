@@ -113,6 +113,7 @@ class SoftActorCritic(LossModule):
         check_keys(actor_network, qvalue_network, step_keys)
         check_networks(actor_network, qvalue_network, step_keys, widths)
         self.step_keys = tuple(step_keys)
+        self._has_context = widths[1] > 0
         self.num_qvalue_nets = num_qvalue_nets
         self.loss_function = loss_function
         self.delay_qvalue = check_flag("delay_qvalue", delay_qvalue)
@@ -261,13 +262,21 @@ class SoftActorCritic(LossModule):
             ``[num_qvalue_nets, *B]``.
         """
         params = self.qvalue_network_params if params is None else params
-        td = tensordict.select(*self.qvalue_network.in_keys)
+        td = self._seen(tensordict, *self.step_keys).select(*self.qvalue_network.in_keys)
         hint = "name what the critics write by set_keys(state_action_value=...)"
         name = type(self).__name__
         said = self._critics(td, params)
         return require(said, self.tensor_keys.state_action_value, reader=name, hint=hint).squeeze(
             -1
         )
+
+    def _seen(self, tensordict: TensorDictBase, *keys: NestedKey) -> TensorDictBase:
+        """Return the entries that are there, with an empty context for tasks without one."""
+        state, context, _ = self.step_keys
+        seen = tensordict.select(*keys, strict=False)
+        if not self._has_context and seen.get(context, None) is None and state in seen.keys(True):
+            seen.set(context, seen.get(state)[..., :0])
+        return seen
 
     def _targets(self) -> Any:
         return self.target_qvalue_network_params.detach()
@@ -278,7 +287,7 @@ class SoftActorCritic(LossModule):
         """Return the policy's value at next states, and rewards plus entropy there, ``[*B, 1]``."""
         state, context, _ = self.step_keys
         self.read(tensordict, unravel_key(("next", state)))
-        following = tensordict.get("next").select(state, context, strict=False)
+        following = self._seen(tensordict.get("next"), state, context)
         if following.get(context, None) is None and tensordict.get(context, None) is not None:
             following.set(context, tensordict.get(context))
         with self._acting() as act:
@@ -360,7 +369,7 @@ class SoftActorCritic(LossModule):
         self.read(episodes, state)
         reward = self.read(episodes, ("next", self.tensor_keys.reward))
         with self._acting() as act:
-            log_prob = act(episodes.select(state, context, strict=False))
+            log_prob = act(self._seen(episodes, state, context))
         gain = (reward.squeeze(-1) - self.alpha * log_prob).flatten().to(self.bounds)
         shares = gain.new_tensor([0.01, 0.99])
         ends = gain.quantile(shares)

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import NormalParamExtractor, TensorDictModule
+from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.data import Bounded, Unbounded
 from torchrl.modules import MLP, Actor, ProbabilisticActor, TanhNormal, ValueOperator
@@ -106,3 +106,42 @@ def test_the_error_about_a_missing_state_shows_the_way():
             loss(td)
         eval(way, {"predictor": predictor, "td": td})
     assert loss(td)["loss_qvalue"].isfinite()
+
+
+class Joined(nn.Module):
+    """A network of all that it is given, side by side."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.net = MLP(n_in, n_out, num_cells=[8])
+
+    def forward(self, *given):
+        return self.net(torch.cat(given, -1))
+
+
+@pytest.mark.parametrize("horizon", [0, 2])
+def test_networks_may_read_the_context_of_a_task_without_one(horizon):
+    torch.manual_seed(0)
+    net = TensorDictModule(Joined(4, 4), ["state", "context"], ["params"])
+    split = TensorDictModule(NormalParamExtractor(), ["params"], ["loc", "scale"])
+    actor = ProbabilisticActor(
+        TensorDictSequential(net, split), in_keys=["loc", "scale"], distribution_class=TanhNormal
+    )
+    critic = ValueOperator(Joined(6, 1), in_keys=["state", "context", "action"])
+    loss = make_loss(actor, critic, horizon=horizon)
+    done = torch.tensor([[False], [True]] * 4)
+    after = {"state": torch.randn(8, 4), "reward": torch.randn(8, 1)}
+    after |= {"done": done, "terminated": done}
+    td = TensorDict({"state": torch.randn(8, 4), "action": torch.rand(8, 2), "next": after}, [8])
+    given = td.clone()
+    given["context"] = given["next", "context"] = torch.zeros(8, 0)
+
+    def found(steps):
+        torch.manual_seed(1)
+        loss.fit_scale(steps)
+        losses = loss(steps)
+        targets = loss.value_targets(steps)["value_target"]
+        return [loss.bounds.clone(), targets, losses["loss_actor"], losses["loss_qvalue"]]
+
+    torch.testing.assert_close(found(td), found(given))
+    assert "context" not in td.keys()

@@ -18,7 +18,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -160,9 +160,11 @@ def picture(config: Config) -> None:
         raise SystemExit(f"{config.output} holds no runs; leave --no-run out to make them")
     n_columns = min(3, len(folders))
     n_rows = -(-len(folders) // n_columns)
+    size = 4.2 * n_columns, 3.1 * n_rows + 0.3
     figure, axes = plt.subplots(
-        n_rows, n_columns, figsize=(4.2 * n_columns, 3.1 * n_rows), squeeze=False
+        n_rows, n_columns, figsize=size, squeeze=False, layout="constrained"
     )
+    named: dict[str, Any] = {}
     for axis in axes.flat[len(folders) :]:
         axis.remove()
     for axis, (task, runs) in zip(axes.flat, folders.items(), strict=False):
@@ -194,11 +196,14 @@ def picture(config: Config) -> None:
         axis.xaxis.set_major_locator(plt.MaxNLocator(5))
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=7, frameon=False)
+        lines, names = axis.get_legend_handles_labels()
+        named = dict(zip(names, lines, strict=True)) | named
     for row in axes:
         what = "training episodes" if config.example == "learn_to_control" else "3 episodes"
         row[0].set_ylabel(f"return of {what}\n(star: evaluation after them)", fontsize=8)
-    figure.tight_layout()
+    figure.legend(
+        named.values(), named, loc="outside lower center", ncols=8, fontsize=8, frameon=False
+    )
     path = config.output / "control.png"
     figure.savefig(path, dpi=110)
     print(f"\nCurves: {path}")

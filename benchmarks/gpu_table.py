@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from gpu_rows import Run, Ways, rows_of
+from rollout import clock
 
 from layeredrl_torchrl.runs import Count, Positive, RunError, command
 
@@ -48,17 +49,6 @@ class Config:
     """Threads that torch may use."""
     output: Path | None = None
     """File to which a line of JSON is added for each time."""
-
-
-def clock(run: Run, device: str) -> float:
-    """Return the milliseconds of one run, until the device is done."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    run()
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - begin)
 
 
 def reason(error: BaseException) -> str:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from rollout import clock
 from tensordict import TensorDict
 from torch import nn
 from torchrl.data import Bounded, Composite, Unbounded
@@ -125,19 +126,13 @@ def stepping(config: Config, policy: Callable, *transforms, spread: bool) -> Cal
     state = [env.reset()]
 
     @torch.no_grad()
-    def block() -> float:
-        on_gpu = torch.device(config.device).type == "cuda"
-        if on_gpu:
-            torch.cuda.synchronize()
-        td, begin = state[0], time.perf_counter()
+    def block() -> None:
+        td = state[0]
         for _ in range(config.steps):
             _, td = env.step_and_maybe_reset(policy(td))
-        if on_gpu:
-            torch.cuda.synchronize()
         state[0] = td
-        return 1e6 * (time.perf_counter() - begin) / config.steps
 
-    return block
+    return lambda: 1e3 * clock(block, config.device) / config.steps
 
 
 def touching(config: Config) -> float:

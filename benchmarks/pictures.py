@@ -94,9 +94,8 @@ def restore(folder: Path, **parts: object) -> None:
         raise SystemExit(f"{folder} has no checkpoint yet")
 
 
-def discount_of(folder: Path, agent: Any, options: Any) -> float:
-    """Return the discount that the critics of an actor-critic run learned by in the end."""
-    restore(folder, counts=agent.counts)
+def discount_of(agent: Any, options: Any) -> float:
+    """Return the discount by which the critics of a restored run learned in the end."""
     has_changed = agent.counts["steps"] > getattr(agent, "quarter", math.inf)
     return agent.late_gamma if has_changed else options.gamma
 

@@ -89,9 +89,9 @@ def main(config: Config) -> None:
     task = find_task(options.task)
     env = make_batched(task, 1, seed=0)
     agent = example.Agent(options, task, env, options.total_env_steps or task.budget)
-    restore(config.folder, loss=agent.loss, predictor=agent.predictor)
+    restore(config.folder, loss=agent.loss, predictor=agent.predictor, counts=agent.counts)
     torch.manual_seed(options.seed)
-    planner = make_planner(config, agent, discount_of(config.folder, agent, options))
+    planner = make_planner(config, agent, discount_of(agent, options))
     for how, policy in (("the policy", agent.policy), ("planned", planner)):
         env = make_batched(task, config.eval_episodes, seed=options.seed + 10_000)
         env.append_transform(RewardSum())

@@ -116,7 +116,7 @@ def main(config: Config) -> None:
     task = find_task(options.task)
     env = lt.make_batched(task, 1, seed=options.seed + 10_000)
     agent = example.Agent(options, task, env, options.total_env_steps or task.budget)
-    restore(config.folder, loss=agent.loss, predictor=agent.predictor)
+    restore(config.folder, loss=agent.loss, predictor=agent.predictor, counts=agent.counts)
     torch.manual_seed(options.seed)
     with set_exploration_type(ExplorationType.DETERMINISTIC):
         episodes = [
@@ -138,7 +138,7 @@ def main(config: Config) -> None:
         rows = torch.tensor([e[ahead] for e in errors if ahead in e])
         if len(rows):
             print(f"| {ahead} | {rows[:, 0].mean():.3f} | {rows[:, 1].mean():+.2f} |")
-    gamma = discount_of(config.folder, agent, options)
+    gamma = discount_of(agent, options)
     pairs = [values(agent, ep, gamma) for ep in episodes]
     said, came = (torch.cat(part) for part in zip(*pairs, strict=True))
     if len(said):

@@ -91,19 +91,25 @@ class Case:
         return run
 
 
+def clock(run: Callable[[], object], device: str) -> float:
+    """Return the milliseconds of one run, until the device is done."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - begin)
+
+
 def medians(repeats: int, device: str, **runs: Callable[[], object]) -> dict[str, float]:
     """Return the median milliseconds of each run; the runs take turns."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 2):
         for name, run in runs.items():
-            if device != "cpu":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            run()
-            if device != "cpu":
-                torch.cuda.synchronize()
+            taken = clock(run, device)
             if turn >= 2:
-                times[name].append((time.perf_counter() - start) * 1e3)
+                times[name].append(taken)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -118,8 +118,8 @@ class Agent:
         self.take = CudaGraphModule(self.update, in_keys=[], out_keys=[]) if graph else self.update
         store = partial(LazyTensorStorage, device=config.device)
         self.real = TensorDictReplayBuffer(storage=store(max(total, 100_000), ndim=2))
-        n_imagined = 5 * config.n_episodes * config.episode_steps
-        self.imagined = TensorDictReplayBuffer(storage=store(n_imagined))
+        n_imagined = config.n_episodes * config.episode_steps
+        self.imagined = TensorDictReplayBuffer(storage=store(5 * n_imagined))
         self.counts = {"steps": 0, "updates": 0, "random_steps": n_random}
         names = ["loss", "optim", "schedule", "real", "imagined", "counts", "predictor"]
         self.parts = {n: vars(self)[n] for n in names} | {"model_optim": self.predictor.optim}

@@ -262,7 +262,7 @@ class SoftActorCritic(LossModule):
             ``[num_qvalue_nets, *B]``.
         """
         params = self.qvalue_network_params if params is None else params
-        td = self._seen(tensordict, *self.step_keys).select(*self.qvalue_network.in_keys)
+        td = tensordict.select(*self.qvalue_network.in_keys)
         hint = "name what the critics write by set_keys(state_action_value=...)"
         name = type(self).__name__
         said = self._critics(td, params)
@@ -270,12 +270,13 @@ class SoftActorCritic(LossModule):
             -1
         )
 
-    def _seen(self, tensordict: TensorDictBase, *keys: NestedKey) -> TensorDictBase:
-        """Return the entries that are there, with an empty context for tasks without one."""
-        state, context, _ = self.step_keys
-        seen = tensordict.select(*keys, strict=False)
-        if not self._has_context and seen.get(context, None) is None and state in seen.keys(True):
-            seen.set(context, seen.get(state)[..., :0])
+    def _seen(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Return state and context, which is empty for tasks without one."""
+        state_key, context_key, _ = self.step_keys
+        seen = tensordict.select(state_key, context_key, strict=False)
+        state = seen.get(state_key, None)
+        if not self._has_context and state is not None and seen.get(context_key, None) is None:
+            seen.set(context_key, state[..., :0])
         return seen
 
     def _targets(self) -> Any:
@@ -287,7 +288,7 @@ class SoftActorCritic(LossModule):
         """Return the policy's value at next states, and rewards plus entropy there, ``[*B, 1]``."""
         state, context, _ = self.step_keys
         self.read(tensordict, unravel_key(("next", state)))
-        following = self._seen(tensordict.get("next"), state, context)
+        following = self._seen(tensordict.get("next"))
         if following.get(context, None) is None and tensordict.get(context, None) is not None:
             following.set(context, tensordict.get(context))
         with self._acting() as act:
@@ -364,12 +365,11 @@ class SoftActorCritic(LossModule):
         check_flag("falls_cost", falls_cost)
         if self.gamma == 1.0:
             raise ValueError("with gamma=1 returns have no bounds; leave fit_scale out")
-        state, context, _ = self.step_keys
         episodes = self._unpadded(episodes)
-        self.read(episodes, state)
+        self.read(episodes, self.step_keys[0])
         reward = self.read(episodes, ("next", self.tensor_keys.reward))
         with self._acting() as act:
-            log_prob = act(self._seen(episodes, state, context))
+            log_prob = act(self._seen(episodes))
         gain = (reward.squeeze(-1) - self.alpha * log_prob).flatten().to(self.bounds)
         shares = gain.new_tensor([0.01, 0.99])
         ends = gain.quantile(shares)
@@ -402,8 +402,7 @@ class SoftActorCritic(LossModule):
         state_key, context_key, action_key = self.step_keys
         tensordict = self._unpadded(tensordict)
         state = self.read(tensordict, state_key)
-        empty = tensordict.get(context_key, None) is None
-        context = state[..., :0] if empty else self.read(tensordict, context_key)
+        context = self.read(self._seen(tensordict), context_key)
         action = self.read(tensordict, action_key)
         last = tensordict.ndim - 1
         rows = [x.flatten(0, last) for x in (state, context, action)]

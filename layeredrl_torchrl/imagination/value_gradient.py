@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -175,17 +174,15 @@ class ValueGradientLoss(SoftActorCritic):
             "loss_qvalue": loss_qvalue,
             "loss_alpha": self.alpha_loss(found["log_prob"], tensordict),
         }
-        # Padding does not count, as in the losses.
-        whole, batch = self.reduction == "none", tensordict.batch_size
-        mean = partial(
-            self._reduce_loss, tensordict=tensordict, reduction="none" if whole else "mean"
-        )
+        rows = self.reduction == "none"
+        batch, reduction = (tensordict.batch_size, "none") if rows else (torch.Size([]), "mean")
         out |= {
-            "alpha": self.alpha.expand(batch) if whole else self.alpha,
-            "entropy": mean(-found["log_prob"]),
-            "value": mean(found["value"]),
+            "alpha": self.alpha.expand(batch),
+            # Padding does not count, as in the losses.
+            "entropy": self._reduce_loss(-found["log_prob"], tensordict, reduction=reduction),
+            "value": self._reduce_loss(found["value"], tensordict, reduction=reduction),
         }
-        return TensorDict(out, batch_size=batch if whole else ())
+        return TensorDict(out, batch_size=batch)
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute only ``loss_actor``, with ``log_prob`` and ``value [*B]`` of the first action."""
@@ -215,11 +212,10 @@ class ValueGradientLoss(SoftActorCritic):
     def _qvalue_loss(
         self, tensordict: TensorDictBase, episode: FollowedPolicy | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        state_key, context_key, action_key = self.step_keys
+        action_key = self.step_keys[2]
         target = self._target_of(tensordict)
         n = tensordict.batch_size.numel()
-        keys = [key for key in (state_key, context_key) if tensordict.get(key, None) is not None]
-        rows = tensordict.select(*keys).reshape(n)
+        rows = self._seen(tensordict).reshape(n)
         if target is None and episode is not None and self.horizon:
             rows.set(action_key, episode.action.detach())
             target = self._return_of(episode)
@@ -264,12 +260,9 @@ class ValueGradientLoss(SoftActorCritic):
     def _imagine(self, tensordict: TensorDictBase) -> FollowedPolicy:
         """Follow the policy from each of the starts ``[*B]``."""
         state_key, context_key, _ = self.step_keys
-        model = self.predictor.model
-        state = self._start(tensordict, state_key, model.state_dim)
-        if model.context_dim or tensordict.get(context_key, None) is not None:
-            context = self._start(tensordict, context_key, model.context_dim)
-        else:
-            context = state[..., :0]
+        model, seen = self.predictor.model, self._seen(tensordict)
+        state = self._start(seen, state_key, model.state_dim)
+        context = self._start(seen, context_key, model.context_dim)
         with self._acting():
             return follow(
                 self.predictor,

@@ -140,7 +140,8 @@ def test_the_discount_of_a_run_is_the_one_it_ended_with(
     saved = {"steps": steps, "updates": steps, "random_steps": 0}
     rotation = SafeRotation(tmp_path / "checkpoints", keep_last=2)
     rotation.save(SafeCheckpoint(counts=saved), step=steps)
-    assert benchmark("pictures").discount_of(tmp_path, agent, config) == expected
+    benchmark("pictures").restore(tmp_path, counts=agent.counts)
+    assert benchmark("pictures").discount_of(agent, config) == expected
 
 
 @pytest.mark.slow
